@@ -1,0 +1,62 @@
+"""What a caller asks the model for. Torch-free: every layer above speaks in these."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class OutputFormat(StrEnum):
+    """File format of the finished images; the value is Pillow's name of it."""
+
+    PNG = "PNG"
+    JPEG = "JPEG"
+    WEBP = "WEBP"
+
+    @property
+    def mime_type(self) -> str:
+        return f"image/{self.value.lower()}"
+
+    @property
+    def file_suffix(self) -> str:
+        return f".{self.value.lower()}"
+
+
+class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
+    """One request, every field decided: what is in here is what is done.
+
+    Attributes:
+        prompt: what to draw.
+        negative_prompt: what to keep away from; has an effect only with guidance.
+        width, height: pixels of the finished image.
+        num_inference_steps: denoising steps.
+        guidance_scale: classifier-free guidance; above 1 each image costs two samples a step.
+        num_images: images of this request; image i is drawn from seed + i.
+        seed: of image 0; unsigned 63 bit.
+        output_format: of the finished images.
+        quality: 1 to 100, of JPEG and WebP.
+        with_previews: also make a small picture of the latents after every step.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    num_images: int = 1
+    seed: int
+    output_format: OutputFormat = OutputFormat.PNG
+    quality: int = 90
+    with_previews: bool = False
+
+    @property
+    def uses_guidance(self) -> bool:
+        """Whether each image needs an unconditional sample too (diffusers: guidance_scale > 1)."""
+        return self.guidance_scale > 1.0
+
+    @property
+    def num_samples(self) -> int:
+        """Rows that this request adds to one forward of the transformer."""
+        return self.num_images * (2 if self.uses_guidance else 1)
