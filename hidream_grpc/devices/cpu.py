@@ -1,0 +1,60 @@
+"""A rank on the CPU."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from hidream_grpc.devices.base import CPU, Device, DeviceMemory
+
+
+class CpuDevice:
+    """The whole machine's CPU, shared by all ranks on it."""
+
+    backend = CPU.backend
+    torch_device = torch.device("cpu")
+    # bfloat16 is emulated on most CPUs: slower than float32, and less exact.
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        self.name = _processor_name()
+
+    def memory(self) -> DeviceMemory:
+        """Memory of the machine; a container's own limit is not looked at."""
+        fields = _colon_separated(Path("/proc/meminfo"))
+        return DeviceMemory(
+            total_bytes=_kibibytes(fields["MemTotal"]), free_bytes=_kibibytes(fields["MemAvailable"])
+        )
+
+    def synchronize(self) -> None:
+        """Return at once: work on a CPU is done when its call returns."""
+
+    def empty_cache(self) -> None:
+        """Do nothing: torch caches no memory on a CPU."""
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Recognise the allocator's error, which torch raises as a plain RuntimeError here."""
+        return isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+        )
+
+
+def open_device(_local_index: int) -> Device:
+    """Open the CPU; all ranks share it."""
+    return CpuDevice()
+
+
+def _processor_name() -> str:
+    # Arm kernels give no "model name".
+    return _colon_separated(Path("/proc/cpuinfo")).get("model name") or platform.machine()
+
+
+def _colon_separated(path: Path) -> dict[str, str]:
+    lines = (line.partition(":") for line in path.read_text(encoding="utf-8").splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
+
+
+def _kibibytes(value: str) -> int:
+    return int(value.removesuffix(" kB")) * 1024

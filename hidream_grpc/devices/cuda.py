@@ -1,0 +1,50 @@
+"""A rank on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from hidream_grpc.devices.base import CUDA, Device, DeviceMemory
+
+# Libraries that allocate outside torch's allocator report it in words only.
+_OUT_OF_MEMORY_TEXTS = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+class CudaDevice:
+    """One GPU."""
+
+    backend = CUDA.backend
+    dtype = torch.bfloat16
+
+    def __init__(self, local_index: int) -> None:
+        self.torch_device = torch.device("cuda", local_index)
+        torch.cuda.set_device(self.torch_device)
+        self.name = torch.cuda.get_device_name(self.torch_device)
+
+    def memory(self) -> DeviceMemory:
+        """Memory of the GPU, as its driver counts it."""
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self.torch_device)
+        return DeviceMemory(total_bytes=total_bytes, free_bytes=free_bytes)
+
+    def synchronize(self) -> None:
+        """Wait for all streams of the GPU."""
+        torch.cuda.synchronize(self.torch_device)
+
+    def empty_cache(self) -> None:
+        """Give the allocator's unused blocks back to the driver."""
+        torch.cuda.empty_cache()
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Recognise torch's own error, and those of the libraries under it."""
+        return isinstance(error, torch.OutOfMemoryError) or (
+            isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
+        )
+
+
+def open_device(local_index: int) -> Device:
+    """Open a GPU and make it torch's current one."""
+    return CudaDevice(local_index)

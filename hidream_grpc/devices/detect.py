@@ -1,0 +1,233 @@
+"""Which devices this machine has, found without torch, and which of them the ranks get."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hidream_grpc.devices.base import CPU, CUDA, NPU, DeviceType
+from hidream_grpc.errors import ConfigurationError, DeviceUnavailableError
+
+_logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+DEVICE_TYPES = {device_type.name: device_type for device_type in (NPU, CUDA, CPU)}
+"""By name, in the order in which `auto` looks for them."""
+
+MAX_DEVICE_INDEX = 1023
+"""Far above any machine; keeps a mistyped range from becoming a million ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What detection looks at.
+
+    Attributes:
+        dev_directory: where the device nodes are.
+        environment: of this process, with the visible-devices variables that it inherited.
+        import_path: folders that hold Python packages; None is `sys.path`.
+    """
+
+    dev_directory: Path = Path("/dev")
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    import_path: Sequence[str] | None = None
+
+    def visible_devices(self, device_type: DeviceType) -> tuple[str, ...]:
+        """The devices of a counted type that this process may use, as its runtime names them.
+
+        Without an inherited visible-devices variable these are the indices of all device nodes.
+        With one, its entries up to the first that the runtime would not accept: an index that does
+        not exist, or anything but an index or a GPU's or GPU slice's unique id.
+        """
+        node = re.compile(rf"{device_type.device_node_prefix}\d+")
+        num_nodes = sum(1 for path in self.dev_directory.glob("*") if node.fullmatch(path.name))
+        inherited = self.environment.get(device_type.visible_devices_variable or "")
+        if inherited is None or num_nodes == 0:
+            return tuple(str(index) for index in range(num_nodes))
+        visible: list[str] = []
+        for entry in (entry.strip() for entry in inherited.split(",")):
+            is_index = entry.isdecimal() and int(entry) < num_nodes
+            if entry in visible or not (is_index or entry.startswith(("GPU-", "MIG-"))):
+                break
+            visible.append(entry)
+        return tuple(visible)
+
+    def missing_software(self, device_type: DeviceType) -> str | None:
+        """What must be installed before torch can use devices of this type; None if nothing."""
+        find_spec = importlib.machinery.PathFinder.find_spec
+        if device_type is NPU and find_spec("torch_npu", self.import_path) is None:
+            return "the Python package torch_npu is not installed (install the extra 'npu')"
+        if device_type is CUDA:
+            torch_spec = find_spec("torch", self.import_path)
+            if torch_spec is None or not _is_built_for_cuda(torch_spec):
+                return "the installed torch is not built for CUDA"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSelection:
+    """The devices of one rank group; each is on this machine.
+
+    Attributes:
+        device_type: of all of them.
+        devices: of rank 0, 1, …, as asked: indices among the devices visible to the server.
+        runtime_names: the same devices as the runtime names them; empty where it counts none.
+    """
+
+    device_type: DeviceType
+    devices: tuple[int, ...]
+    runtime_names: tuple[str, ...]
+
+    @property
+    def num_ranks(self) -> int:
+        """One rank for each device."""
+        return len(self.devices)
+
+    def local_index(self, rank: int) -> int:
+        """What `open_device` needs in the process of this rank."""
+        if not self.runtime_names:
+            return rank
+        return self._visible_names().index(self.runtime_names[rank])
+
+    def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
+        """Variables to set in the ranks, before torch is imported, on top of the inherited ones.
+
+        Defaults give way to what the operator set; the visible-devices variable is narrowed to
+        these devices, so that no rank takes memory on another one.
+        """
+        defaults = self.device_type.environment(self.num_ranks)
+        variables = {name: value for name, value in defaults.items() if name not in inherited}
+        if self.device_type.visible_devices_variable is not None:
+            variables[self.device_type.visible_devices_variable] = ",".join(self._visible_names())
+        return variables
+
+    def _visible_names(self) -> list[str]:
+        # CANN accepts ascending indices only; unique ids may stand in any order.
+        return sorted(self.runtime_names, key=lambda name: int(name) if name.isdecimal() else -1)
+
+
+def detect(
+    device_type: str = AUTO, flag: str = "--device-type", machine: Machine | None = None
+) -> DeviceType:
+    """The device type to use: the one asked for, or the first that this machine has.
+
+    Args:
+        device_type: "auto", or the name of one.
+        flag: what the operator used to ask, for the error's text.
+        machine: what to look at; this machine by default.
+
+    Raises:
+        ConfigurationError: there is no such device type.
+        DeviceUnavailableError: this machine has no such device, or lacks its software.
+    """
+    machine = machine or Machine()
+    if device_type == AUTO:
+        return _first_present(machine)
+    if device_type not in DEVICE_TYPES:
+        raise ConfigurationError(
+            flag, f"unknown device type {device_type!r}: auto, {', '.join(DEVICE_TYPES)}"
+        )
+    asked = DEVICE_TYPES[device_type]
+    if asked is CPU:
+        return asked
+    if not machine.visible_devices(asked):
+        raise DeviceUnavailableError(flag, f"{asked.name} asked for, but {_what_is_missing(asked, machine)}")
+    missing = machine.missing_software(asked)
+    if missing:
+        raise DeviceUnavailableError(flag, f"{asked.name} asked for, but {missing}")
+    return asked
+
+
+def select_devices(
+    device_type: DeviceType,
+    devices: tuple[int, ...] | None = None,
+    flag: str = "--devices",
+    machine: Machine | None = None,
+) -> DeviceSelection:
+    """Check that the devices are on this machine.
+
+    Args:
+        device_type: of the devices, from `detect`.
+        devices: one for each rank, from `parse_devices`; on a CPU any numbers, one a rank. None
+            takes the first ones, as many as the type has ranks by default.
+        flag: what the operator used to ask, for the error's text.
+        machine: what to look at; this machine by default.
+
+    Raises:
+        DeviceUnavailableError: a device does not exist.
+    """
+    if devices is None:
+        devices = tuple(range(device_type.default_num_ranks))
+    if device_type is CPU:
+        return DeviceSelection(device_type, devices, ())
+    visible = (machine or Machine()).visible_devices(device_type)
+    absent = [str(device) for device in devices if device >= len(visible)]
+    if absent:
+        there = ", ".join(str(index) for index in range(len(visible))) or "none"
+        raise DeviceUnavailableError(
+            flag, f"no {device_type.name} device {', '.join(absent)} here; there are: {there}"
+        )
+    return DeviceSelection(device_type, devices, tuple(visible[device] for device in devices))
+
+
+def parse_devices(value: str, flag: str = "--devices") -> tuple[int, ...]:
+    """Read a device list such as "0,1,2,3", "0-3" or "0,4-7".
+
+    Raises:
+        ConfigurationError: not such a list, or a device is named twice.
+    """
+    devices: list[int] = []
+    for part in (part.strip() for part in value.split(",")):
+        match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part)
+        if match is None:
+            raise ConfigurationError(
+                flag, f"{part!r} in {value!r} is no device: give indices from 0, such as 0,1,2,3 or 0-3"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ConfigurationError(flag, f"the range {part!r} in {value!r} ends before it starts")
+        if last > MAX_DEVICE_INDEX:
+            raise ConfigurationError(
+                flag, f"{last} in {value!r} is above the highest index {MAX_DEVICE_INDEX}"
+            )
+        devices.extend(range(first, last + 1))
+    for position, device in enumerate(devices):
+        if device in devices[:position]:
+            raise ConfigurationError(flag, f"device {device} is named twice in {value!r}")
+    return tuple(devices)
+
+
+def _first_present(machine: Machine) -> DeviceType:
+    for device_type in (NPU, CUDA):
+        if not machine.visible_devices(device_type):
+            continue
+        missing = machine.missing_software(device_type)
+        if missing is None:
+            return device_type
+        _logger.warning("%s devices are here but not used: %s", device_type.name, missing)
+    return CPU
+
+
+def _what_is_missing(device_type: DeviceType, machine: Machine) -> str:
+    variable = device_type.visible_devices_variable
+    node = machine.dev_directory / f"{device_type.device_node_prefix}N"
+    if variable is not None and variable in machine.environment:
+        return f"{variable}={machine.environment[variable]} leaves none of {node} visible"
+    return f"this machine has none (no {node})"
+
+
+def _is_built_for_cuda(torch_spec: importlib.machinery.ModuleSpec) -> bool:
+    # torch/version.py stands alone: running it does not import torch.
+    for folder in torch_spec.submodule_search_locations or ():
+        spec = importlib.util.spec_from_file_location("torch_version", Path(folder) / "version.py")
+        if spec is not None and spec.loader is not None:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return getattr(module, "cuda", None) is not None
+    return False

@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# Checks its flags and becomes the server: signals sent to this process reach it.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+Usage: scripts/start_service.sh [OPTIONS] [-- SERVER_OPTIONS...]
+
+Starts the HiDream gRPC service. Logs go to the terminal and to
+logs/hidream_YYYYMMDD_HHMMSS.log under the project path.
+
+  -m, --model-path FOLDER        HiDream-I1 in diffusers format (default /data/HiDream-I1-Full)
+  -e, --extra-model-path FOLDER  Llama-3.1-8B-Instruct (default /data/Llama-3.1-8B-Instruct; may be
+                                 absent when the model folder holds its own text_encoder_4)
+      --demo                     the small built-in model, whatever HIDREAM_MODEL_PATH says
+  -p, --project-path FOLDER      folder to run from (default: the project this script is part of)
+  -d, --devices LIST             one rank each, such as 0,1,2,3 or 0-3 (default 0); on a CPU any
+                                 numbers, one a rank
+  -c, --device-count NUMBER      checked against the devices; follows from them when absent
+  -t, --device-type TYPE         auto, npu, cuda or cpu (default auto: the first that is present)
+      --host HOST                address to listen on (default 0.0.0.0)
+      --port PORT                TCP port to listen on (default 8088; 0 lets the system choose)
+      --log-level LEVEL          DEBUG, INFO, WARNING or ERROR (default INFO)
+      --log-format FORMAT        text or json (default text)
+      --dry-run                  check the flags, show the command, start nothing
+  -h, --help                     show this text
+      --                         what follows goes to the server as it is
+
+Python is .venv/bin/python of the project path when there is one, python3 from PATH otherwise. The
+environment is passed on as it is; the server adds its devices' defaults where nothing is set.
+TEXT
+}
+
+fail() {
+  echo "start_service: $1" >&2
+  exit 2
+}
+
+require_folder() { # flag, folder
+  [[ -d $2 ]] || fail "$1: $2: no such folder"
+}
+
+absolute() {
+  (cd "$1" && pwd)
+}
+
+model_path=
+extra_model_path=
+demo=false
+project_path=
+devices=0
+device_count=
+host=0.0.0.0
+port=8088
+dry_run=false
+passed_on=()
+
+while (($#)); do
+  flag=$1
+  shift
+  case $flag in
+    --?*=*)
+      set -- "${flag%%=*}" "${flag#*=}" "$@"
+      continue
+      ;;
+    -m | --model-path | -e | --extra-model-path | -p | --project-path | -d | --devices | -c | \
+      --device-count | -t | --device-type | --host | --port | --log-level | --log-format)
+      [[ -n ${1:-} && $1 != -* ]] || fail "$flag: needs a value"
+      value=$1
+      shift
+      ;;
+  esac
+  case $flag in
+    -m | --model-path) model_path=$value ;;
+    -e | --extra-model-path) extra_model_path=$value ;;
+    --demo) demo=true ;;
+    -p | --project-path) project_path=$value ;;
+    -d | --devices) devices=$value ;;
+    -c | --device-count) device_count=$value ;;
+    -t | --device-type) passed_on+=(--device-type "$value") ;;
+    --host) host=$value ;;
+    --port) port=$value ;;
+    --log-level | --log-format) passed_on+=("$flag" "$value") ;;
+    --dry-run) dry_run=true ;;
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    --)
+      passed_on+=("$@")
+      break
+      ;;
+    *) fail "$flag: unknown flag (--help shows all)" ;;
+  esac
+done
+
+if [[ -z $project_path ]]; then
+  project_path=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/..
+fi
+require_folder --project-path "$project_path"
+project_path=$(absolute "$project_path")
+
+model=()
+if $demo; then
+  [[ -z $model_path$extra_model_path ]] ||
+    fail "--demo: has a model of its own; leave out --model-path and --extra-model-path"
+  # Without its flag the server would take the model from its environment.
+  unset HIDREAM_MODEL_PATH HIDREAM_EXTRA_MODEL_PATH
+else
+  model_path=${model_path:-/data/HiDream-I1-Full}
+  require_folder --model-path "$model_path"
+  model+=(--model-path "$(absolute "$model_path")")
+  if [[ -n $extra_model_path || ! -d $model_path/text_encoder_4 ]]; then
+    extra_model_path=${extra_model_path:-/data/Llama-3.1-8B-Instruct}
+    require_folder --extra-model-path "$extra_model_path"
+    model+=(--extra-model-path "$(absolute "$extra_model_path")")
+  fi
+fi
+
+if [[ ! $port =~ ^[0-9]{1,5}$ ]] || ((10#$port > 65535)); then
+  fail "--port: $port is no port: 0 to 65535"
+fi
+[[ $host != *:* || $host == \[*\] ]] || host="[$host]"
+
+cd "$project_path"
+python=$project_path/.venv/bin/python
+if [[ ! -x $python ]]; then
+  python=$(command -v python3) || fail "no .venv in $project_path and no python3 on PATH"
+fi
+
+if [[ -n $device_count ]]; then
+  num_devices=$("$python" -c '
+import sys
+from hidream_grpc.devices.detect import parse_devices
+from hidream_grpc.errors import StartupError
+try:
+    print(len(parse_devices(sys.argv[1])))
+except StartupError as error:
+    sys.exit(f"start_service: {error}")
+' "$devices") || exit 2
+  [[ $device_count == "$num_devices" ]] ||
+    fail "--device-count: $device_count, but --devices $devices names $num_devices"
+fi
+
+command=(
+  "$python" -m hidream_grpc serve ${model[@]+"${model[@]}"} --devices "$devices" --listen "$host:$port"
+  --log-file "$project_path/logs/hidream_$(date +%Y%m%d_%H%M%S).log" ${passed_on[@]+"${passed_on[@]}"}
+)
+if $dry_run; then
+  printf 'cd %q\nexec' "$project_path"
+  printf ' %q' "${command[@]}"
+  echo
+  exit 0
+fi
+mkdir -p logs 2>/dev/null || fail "--project-path: cannot create $project_path/logs"
+exec "${command[@]}"

@@ -1,0 +1,88 @@
+"""The start script starts the real server with its demo model, and gives way to it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "scripts" / "start_service.sh"
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """The script, running the demo on one CPU rank from an empty folder."""
+    import_path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "clients" / "python")])
+    search_path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    arguments: list[str | Path] = [
+        "--demo",
+        "-t",
+        "cpu",
+        "-d",
+        "0",
+        "-p",
+        tmp_path,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+    ]
+    process = subprocess.Popen(
+        [SCRIPT, *arguments],
+        # --demo means the demo, whatever else the environment says.
+        env={**os.environ, "PATH": search_path, "PYTHONPATH": import_path, "HIDREAM_MODEL_PATH": "/no/model"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with process:
+        yield process
+        if process.poll() is None:
+            process.kill()
+
+
+def wait_for_address(process: subprocess.Popen[str]) -> str:
+    """Read the terminal until the server says where it listens."""
+    assert process.stdout is not None
+    output = []
+    for line in process.stdout:
+        output.append(line)
+        match = re.search(r"listening on (127\.0\.0\.1:\d+)", line)
+        if match:
+            return match[1]
+    raise AssertionError(f"the server ended: {''.join(output)}")
+
+
+def wait_until_serving(address: str, timeout_seconds: float) -> None:
+    with grpc.insecure_channel(address) as channel:
+        request = health_pb2.HealthCheckRequest()
+        watch = health_pb2_grpc.HealthStub(channel).Watch(request, timeout=timeout_seconds)
+        for response in watch:
+            if response.status == health_pb2.HealthCheckResponse.SERVING:
+                watch.cancel()
+                return
+
+
+def test_the_script_becomes_a_server_that_logs_to_its_file_and_ends_well_on_sigterm(
+    started: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    address = wait_for_address(started)
+    wait_until_serving(address, timeout_seconds=120)
+    started.send_signal(signal.SIGTERM)
+    assert started.stdout is not None
+    rest_of_terminal = started.stdout.read()  # to its end: no process holds the terminal any more
+    assert started.wait() == 0
+    (log_file,) = (tmp_path / "logs").iterdir()
+    assert re.fullmatch(r"hidream_\d{8}_\d{6}\.log", log_file.name)
+    log = log_file.read_text(encoding="utf-8")
+    assert f"listening on {address}" in log
+    assert log.splitlines()[-1] in rest_of_terminal
