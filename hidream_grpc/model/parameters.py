@@ -16,10 +16,12 @@ class OutputFormat(StrEnum):
 
     @property
     def mime_type(self) -> str:
+        """Media type of such a file."""
         return f"image/{self.value.lower()}"
 
     @property
     def file_suffix(self) -> str:
+        """End of such a file's name, with its dot."""
         return f".{self.value.lower()}"
 
 

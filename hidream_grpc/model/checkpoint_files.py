@@ -1,0 +1,190 @@
+"""The files of a checkpoint: where each part lies, what its configuration says. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from hidream_grpc.errors import ModelNotFoundError
+
+MODEL_PATH_FLAG = "-m/--model-path"
+EXTRA_MODEL_PATH_FLAG = "-e/--extra-model-path"
+
+LLAMA = "text_encoder_4"
+LLAMA_TOKENIZER = "tokenizer_4"
+
+# The pipeline's default max_sequence_length: every prompt is padded to so many tokens.
+MAX_SEQUENCE_LENGTH = 128
+
+_Positive = Annotated[int, msgspec.Meta(gt=0)]
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True):
+    """scheduler/scheduler_config.json; UniPC calls its shift flow_shift."""
+
+    name: str = msgspec.field(name="_class_name")
+    shift: float = 1.0
+    flow_shift: float | None = None
+
+    @property
+    def timestep_shift(self) -> float:
+        """Shift of the timesteps towards noise, whatever this scheduler calls it."""
+        return self.shift if self.flow_shift is None else self.flow_shift
+
+
+class TransformerConfig(msgspec.Struct, frozen=True):
+    """transformer/config.json, the part that others must fit."""
+
+    patch_size: _Positive
+    num_layers: int
+    num_single_layers: int
+    num_attention_heads: _Positive
+    num_routed_experts: int
+    text_emb_dim: int
+    caption_channels: tuple[int, int]
+    max_resolution: tuple[_Positive, _Positive]
+    llama_layers: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
+
+
+class VaeConfig(msgspec.Struct, frozen=True):
+    """vae/config.json: each block but the last halves the picture."""
+
+    block_out_channels: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
+
+
+class ClipConfig(msgspec.Struct, frozen=True):
+    """text_encoder/config.json and text_encoder_2/config.json."""
+
+    projection_dim: int
+    max_position_embeddings: int = 77
+
+
+class T5Config(msgspec.Struct, frozen=True):
+    """text_encoder_3/config.json."""
+
+    d_model: int
+
+
+class LlamaConfig(msgspec.Struct, frozen=True):
+    """config.json of the Llama folder."""
+
+    model_type: str
+    hidden_size: int = 4096
+    num_hidden_layers: int = 32
+
+
+class GenerationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """generation_config.json: a checkpoint's own defaults, each optional."""
+
+    width: _Positive | None = None
+    height: _Positive | None = None
+    num_inference_steps: _Positive | None = None
+    guidance_scale: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
+
+
+class _PipelineIndex(msgspec.Struct, frozen=True):
+    name: str = msgspec.field(name="_class_name")
+
+
+class _TokenizerConfig(msgspec.Struct, frozen=True):
+    model_max_length: float | None = None
+
+
+class _WeightIndex(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
+
+
+_Config = TypeVar("_Config")
+
+
+def read_json(path: Path, config_type: type[_Config], flag: str) -> _Config:
+    """Read one configuration file.
+
+    Raises:
+        ModelNotFoundError: it is missing, or does not say what it must.
+    """
+    if not path.is_file():
+        raise ModelNotFoundError(flag, path, "no such file")
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=config_type)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ModelNotFoundError(flag, path, str(error)) from error
+
+
+def read_pipeline_class(model_path: Path) -> str:
+    """Class of the pipeline in diffusers that the checkpoint is made for."""
+    if not model_path.is_dir():
+        raise ModelNotFoundError(MODEL_PATH_FLAG, model_path)
+    if not (model_path / "model_index.json").is_file():
+        raise ModelNotFoundError(MODEL_PATH_FLAG, model_path, "no model_index.json: not in diffusers format")
+    return read_json(model_path / "model_index.json", _PipelineIndex, MODEL_PATH_FLAG).name
+
+
+def has_llama(model_path: Path) -> bool:
+    """Whether the checkpoint itself holds the Llama text encoder."""
+    index: dict[str, Any] = read_json(model_path / "model_index.json", dict[str, Any], MODEL_PATH_FLAG)
+    return all(
+        # diffusers writes [null, null] for a component that was left out.
+        any(index.get(component) or ()) and (model_path / component).is_dir()
+        for component in (LLAMA, LLAMA_TOKENIZER)
+    )
+
+
+def llama_folder(model_path: Path, extra_model_path: Path | None) -> Path:
+    """Where the Llama text encoder lies: in the checkpoint, or in a folder of its own."""
+    if has_llama(model_path):
+        return model_path / LLAMA
+    if extra_model_path is None:
+        raise ModelNotFoundError(MODEL_PATH_FLAG, model_path, f"holds no {LLAMA}")
+    return extra_model_path
+
+
+def llama_tokenizer_folder(model_path: Path, extra_model_path: Path | None) -> Path:
+    """Where the tokenizer of the Llama text encoder lies."""
+    folder = llama_folder(model_path, extra_model_path)
+    return model_path / LLAMA_TOKENIZER if folder == model_path / LLAMA else folder
+
+
+def check_component(folder: Path, flag: str) -> None:
+    """Check that all weight files of one component are there.
+
+    Raises:
+        ModelNotFoundError: there are none, or one that the index names is missing.
+    """
+    for index_path in sorted(folder.glob("*.safetensors.index.json")):
+        for name in sorted(set(read_json(index_path, _WeightIndex, flag).weight_map.values())):
+            if not (folder / name).is_file():
+                raise ModelNotFoundError(flag, folder / name, "no such file")
+        return
+    if not any(folder.glob("*.safetensors")):
+        raise ModelNotFoundError(flag, folder, "no weights (*.safetensors)")
+
+
+def check_tokenizer(folder: Path, flag: str, with_vocabulary_files: bool = False) -> None:
+    """Check that a tokenizer is there.
+
+    Args:
+        folder: of the tokenizer.
+        flag: that named the folder.
+        with_vocabulary_files: vocab.json and merges.txt do as well as tokenizer.json.
+
+    Raises:
+        ModelNotFoundError: it is not.
+    """
+    names = ["tokenizer.json"]
+    if with_vocabulary_files and not (folder / "tokenizer.json").is_file():
+        names = ["vocab.json", "merges.txt"]
+    for name in names:
+        if not (folder / name).is_file():
+            raise ModelNotFoundError(flag, folder / name, "no such file")
+
+
+def token_limit(tokenizer_folder: Path) -> int:
+    """Most tokens that the pipeline gives to the encoder of this tokenizer."""
+    path = tokenizer_folder / "tokenizer_config.json"
+    if not path.is_file():
+        return MAX_SEQUENCE_LENGTH
+    own_limit = read_json(path, _TokenizerConfig, MODEL_PATH_FLAG).model_max_length
+    return MAX_SEQUENCE_LENGTH if own_limit is None else int(min(MAX_SEQUENCE_LENGTH, own_limit))

@@ -1,0 +1,13 @@
+"""The demo checkpoint that ships with the package. Torch-free."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+DEMO_NAME = "demo"
+
+
+def demo_checkpoint_path() -> Path:
+    """Folder of the demo checkpoint: a whole HiDream-I1 in diffusers format, very small."""
+    return Path(str(resources.files("hidream_grpc"))) / "demo_checkpoint"

@@ -1,0 +1,51 @@
+"""Parts of a checkpoint from its folder onto a device, by the libraries that own them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import diffusers
+import transformers
+from diffusers import SchedulerMixin
+from torch import nn
+
+from hidream_grpc.devices.base import Device
+from hidream_grpc.model.schedulers import SCHEDULER_CLASSES
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_Tokenizer = TypeVar("_Tokenizer", bound=transformers.PreTrainedTokenizerBase)
+
+
+def quieten_libraries() -> None:
+    """Keep the libraries' advice and progress bars off the terminal; their errors stay."""
+    for library_logging in (diffusers.utils.logging, transformers.utils.logging):
+        library_logging.set_verbosity_error()
+        library_logging.disable_progress_bar()
+
+
+def load_module(module_class: type[_Module], folder: Path, device: Device) -> _Module:
+    """Load one component for inference, from local files alone.
+
+    Args:
+        module_class: of diffusers or transformers.
+        folder: of the component, with config.json and weights in safetensors.
+        device: where it goes, and in which dtype.
+    """
+    # Every model of both libraries has it, without a common type that says so.
+    from_pretrained: Any = module_class.from_pretrained  # type: ignore[attr-defined]
+    module: _Module = from_pretrained(folder, dtype=device.dtype, local_files_only=True, use_safetensors=True)
+    return module.to(device.torch_device).eval()
+
+
+def load_tokenizer(tokenizer_class: type[_Tokenizer], folder: Path) -> _Tokenizer:
+    """Load one tokenizer from local files alone."""
+    from_pretrained: Any = tokenizer_class.from_pretrained
+    tokenizer: _Tokenizer = from_pretrained(folder, local_files_only=True)
+    return tokenizer
+
+
+def load_scheduler(folder: Path) -> SchedulerMixin:
+    """Load the scheduler that its own configuration names."""
+    class_name = SCHEDULER_CLASSES["UniPCMultistepScheduler"].load_config(folder)["_class_name"]
+    return SCHEDULER_CLASSES[class_name].from_pretrained(folder, local_files_only=True)

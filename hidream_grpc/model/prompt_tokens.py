@@ -1,0 +1,94 @@
+"""How many tokens a prompt has, for each text encoder. Torch-free.
+
+The pipeline cuts what an encoder has no room for; this service refuses it, so it must count first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from hidream_grpc.model.checkpoint_files import MAX_SEQUENCE_LENGTH, llama_tokenizer_folder, token_limit
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCount:
+    """Tokens of one prompt for one text encoder, special tokens included."""
+
+    encoder: str
+    num_tokens: int
+    max_tokens: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the encoder gets all of them."""
+        return self.num_tokens <= self.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokenCounter:
+    """The tokenizers of a checkpoint, by encoder, with the most tokens that each may give."""
+
+    _tokenizers: Mapping[str, tuple[Tokenizer, int]]
+
+    @classmethod
+    def from_checkpoint(cls, model_path: Path, extra_model_path: Path | None) -> PromptTokenCounter:
+        """Load the four tokenizers of a checkpoint that `describe_checkpoint` has accepted."""
+        llama = llama_tokenizer_folder(model_path, extra_model_path)
+        return cls(
+            {
+                "CLIP-L": (_clip_tokenizer(model_path / "tokenizer"), MAX_SEQUENCE_LENGTH),
+                "CLIP-G": (_clip_tokenizer(model_path / "tokenizer_2"), MAX_SEQUENCE_LENGTH),
+                "T5": (_tokenizer(model_path / "tokenizer_3"), token_limit(model_path / "tokenizer_3")),
+                "Llama": (_tokenizer(llama), token_limit(llama)),
+            }
+        )
+
+    def count(self, prompt: str) -> tuple[TokenCount, ...]:
+        """Count a prompt's tokens for every text encoder, as the encoder would get them."""
+        return tuple(
+            TokenCount(encoder, len(tokenizer.encode(prompt).ids), max_tokens)
+            for encoder, (tokenizer, max_tokens) in self._tokenizers.items()
+        )
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _clip_tokenizer(folder: Path) -> Tokenizer:
+    """CLIP's byte-level BPE; published checkpoints hold it as vocab.json and merges.txt alone.
+
+    Source: OpenAI's CLIP, simple_tokenizer.py; transformers builds the same in CLIPTokenizer.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return _tokenizer(folder)
+    vocabulary = msgspec.json.decode((folder / "vocab.json").read_bytes(), type=dict[str, int])
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    tokenizer = Tokenizer(
+        models.BPE.from_file(
+            str(folder / "vocab.json"), str(folder / "merges.txt"), unk_token=end, end_of_word_suffix="</w>"
+        )
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in (start, end)])
+    tokenizer.post_processor = processors.RobertaProcessing(
+        (end, vocabulary[end]), (start, vocabulary[start]), trim_offsets=False, add_prefix_space=False
+    )
+    return tokenizer

@@ -1,0 +1,66 @@
+"""Which image sizes a checkpoint can draw. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+MIN_SIDE_PIXELS = 64
+MIN_PREVIEW_SIDE_PIXELS = 64
+MAX_PREVIEW_SIDE_PIXELS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSize:
+    """Width and height of an image, in pixels."""
+
+    width: int
+    height: int
+
+
+# Source: the official repository's inference script, then those of the server that this one replaces.
+RECOMMENDED_SIZES = (
+    ImageSize(1024, 1024),
+    ImageSize(768, 1360),
+    ImageSize(1360, 768),
+    ImageSize(880, 1168),
+    ImageSize(1168, 880),
+    ImageSize(1248, 832),
+    ImageSize(832, 1248),
+    ImageSize(1024, 768),
+    ImageSize(768, 1024),
+    ImageSize(512, 512),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SizeLimits:
+    """What width and height must fulfil.
+
+    Attributes:
+        size_multiple: both are multiples of so many pixels (one transformer token a side).
+        max_pixels: largest width × height (the transformer's tokens).
+        min_side_pixels: smallest width and height.
+    """
+
+    size_multiple: int
+    max_pixels: int
+    min_side_pixels: int = MIN_SIDE_PIXELS
+
+    def allows(self, size: ImageSize) -> bool:
+        """Whether an image of exactly this size can be drawn."""
+        return (
+            min(size.width, size.height) >= self.min_side_pixels
+            and size.width % self.size_multiple == 0
+            and size.height % self.size_multiple == 0
+            and size.width * size.height <= self.max_pixels
+        )
+
+    def largest_square(self) -> ImageSize:
+        """The largest square that can be drawn."""
+        side = math.isqrt(self.max_pixels) // self.size_multiple * self.size_multiple
+        return ImageSize(side, side)
+
+    def recommended(self) -> tuple[ImageSize, ...]:
+        """Sizes to offer: those that HiDream-I1 was trained for, or the largest square."""
+        return tuple(size for size in RECOMMENDED_SIZES if self.allows(size)) or (self.largest_square(),)

@@ -1,0 +1,65 @@
+"""Which HiDream-I1 a checkpoint is: told by its noise scheduler. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Variant(StrEnum):
+    """The published checkpoints; CUSTOM is any other scheduler or shift."""
+
+    FULL = "full"
+    DEV = "dev"
+    FAST = "fast"
+    CUSTOM = "custom"
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What a checkpoint was made to be sampled with.
+
+    Attributes:
+        scheduler_name: class of the scheduler in diffusers.
+        shift: of its timesteps towards noise.
+        num_inference_steps: denoising steps, by default.
+        guidance_scale: by default; 0 turns guidance off (the distilled variants need none).
+    """
+
+    scheduler_name: str
+    shift: float
+    num_inference_steps: int
+    guidance_scale: float
+
+
+UNIPC = "UniPCMultistepScheduler"
+FLOW_MATCH_LCM = "FlowMatchLCMScheduler"
+FLOW_MATCH_EULER = "FlowMatchEulerDiscreteScheduler"
+SUPPORTED_SCHEDULERS = (UNIPC, FLOW_MATCH_LCM, FLOW_MATCH_EULER)
+
+# Source: the model cards of HiDream-I1-Full, -Dev and -Fast.
+SCHEDULES = {
+    Variant.FULL: Schedule(UNIPC, shift=3.0, num_inference_steps=50, guidance_scale=5.0),
+    Variant.DEV: Schedule(FLOW_MATCH_LCM, shift=6.0, num_inference_steps=28, guidance_scale=0.0),
+    Variant.FAST: Schedule(FLOW_MATCH_LCM, shift=3.0, num_inference_steps=16, guidance_scale=0.0),
+}
+
+
+def identify_variant(scheduler_name: str, shift: float) -> Variant:
+    """The variant that is sampled with this scheduler and shift."""
+    for variant, schedule in SCHEDULES.items():
+        if (schedule.scheduler_name, schedule.shift) == (scheduler_name, shift):
+            return variant
+    return Variant.CUSTOM
+
+
+def default_schedule(scheduler_name: str, shift: float) -> Schedule:
+    """Steps and guidance to sample with where a request names none.
+
+    A custom checkpoint that is sampled by LCM is distilled, as Dev is; any other is taken for Full.
+    """
+    variant = identify_variant(scheduler_name, shift)
+    if variant is Variant.CUSTOM:
+        variant = Variant.DEV if scheduler_name == FLOW_MATCH_LCM else Variant.FULL
+    nearest = SCHEDULES[variant]
+    return Schedule(scheduler_name, shift, nearest.num_inference_steps, nearest.guidance_scale)
