@@ -1,4 +1,4 @@
-"""Every message between the server and its rank processes: named, typed, frozen, versioned.
+"""Every message between the server, its zygote and its rank processes: named, typed, frozen, versioned.
 
 Commands go down, events come up; each travels as one frame of `engine/channel.py`. The server
 process imports this module, so it stays free of torch.
@@ -6,8 +6,12 @@ process imports this module, so it stays free of torch.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
+from hidream_grpc.devices.base import StartMethod
+from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.parameters import GenerationParameters
 
 PROTOCOL_VERSION = 1
@@ -17,13 +21,89 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=T
     """A message is an array with its class name in front."""
 
 
+# --- server → zygote -------------------------------------------------------------------------
+
+
+class PrepareZygote(_Message, frozen=True):
+    """First command of a zygote: get ready to start ranks that connect to `socket_path`.
+
+    environment is set before anything is imported, and so holds for the ranks.
+    """
+
+    start_method: StartMethod
+    environment: dict[str, str]
+    socket_path: Path
+    log: LogConfig
+
+
+class StartRank(_Message, frozen=True):
+    """Start the process of one rank; the answer is `ProcessStarted` or `StartRefused`."""
+
+    rank: int
+
+
+class StartStore(_Message, frozen=True):
+    """Start a host of torch's TCPStore; the answer is `ProcessStarted` or `StartRefused`."""
+
+
+class KillProcess(_Message, frozen=True):
+    """SIGKILL one child; the answer is its `ProcessEnded`, which may be under way already."""
+
+    pid: int
+
+
+ZygoteCommand = PrepareZygote | StartRank | StartStore | KillProcess
+
+# --- zygote → server -------------------------------------------------------------------------
+
+
+class ZygoteReady(_Message, frozen=True):
+    """The zygote can start processes."""
+
+    import_seconds: float
+
+
+class ProcessStarted(_Message, frozen=True):
+    """A rank or a store host was started; store_port is 0 for a rank."""
+
+    pid: int
+    store_port: int = 0
+
+
+class StartRefused(_Message, frozen=True):
+    """The zygote cannot do what it was told; reason is a line for the operator."""
+
+    reason: str
+
+
+class ProcessEnded(_Message, frozen=True):
+    """A child ended; a negative exit code is the number of the signal that killed it."""
+
+    pid: int
+    exit_code: int
+
+
+ZygoteEvent = ZygoteReady | ProcessStarted | StartRefused | ProcessEnded
+
 # --- server → rank ---------------------------------------------------------------------------
 
 
-class JoinGroup(_Message):
-    """Leave the group of the generation before, if any, and join this one.
+class Load(_Message, frozen=True):
+    """First command of a rank: open the device, load the weights."""
+
+    model_path: Path
+    extra_model_path: Path | None
+    device_type: str
+    local_index: int
+    num_threads: int
+    log: LogConfig
+
+
+class JoinGroup(_Message, frozen=True):
+    """Leave the group of the generation before, if any, and join this one; forget all requests.
 
     Every survivor and every new rank gets the same generation; the store is at 127.0.0.1.
+    Weights stay; a request starts again with its next `Admission`.
     """
 
     generation: int
@@ -33,14 +113,18 @@ class JoinGroup(_Message):
     collective_timeout_seconds: float
 
 
-class Admission(_Message):
-    """Start a request from its seed: encode its prompts, draw its first latents."""
+class Admission(_Message, frozen=True):
+    """Start a request from its seed: encode its prompts, draw its first latents.
+
+    request_id is the caller's, for the log lines of the rank.
+    """
 
     job_id: str
+    request_id: str
     parameters: GenerationParameters
 
 
-class Decode(_Message):
+class Decode(_Message, frozen=True):
     """Turn one image of a fully denoised request into a file, on one rank."""
 
     job_id: str
@@ -48,7 +132,7 @@ class Decode(_Message):
     rank: int
 
 
-class StepPlan(_Message):
+class StepPlan(_Message, frozen=True):
     """One round of work. Every rank gets the same plan and does its share of it.
 
     In this order: forget `releases`, start `admissions`, one denoising step of `step_jobs`
@@ -62,16 +146,16 @@ class StepPlan(_Message):
     decodes: tuple[Decode, ...] = ()
 
 
-class Leave(_Message):
+class Leave(_Message, frozen=True):
     """Leave the group and exit 0."""
 
 
-Command = JoinGroup | StepPlan | Leave
+Command = Load | JoinGroup | StepPlan | Leave
 
 # --- rank → server ---------------------------------------------------------------------------
 
 
-class Hello(_Message):
+class Hello(_Message, frozen=True):
     """First frame of a rank's connection."""
 
     rank: int
@@ -79,7 +163,7 @@ class Hello(_Message):
     protocol_version: int = PROTOCOL_VERSION
 
 
-class ModelFacts(_Message):
+class ModelFacts(_Message, frozen=True):
     """What the loaded checkpoint is; the same on every rank."""
 
     scheduler_name: str
@@ -87,7 +171,7 @@ class ModelFacts(_Message):
     num_parameters: int
 
 
-class DeviceFacts(_Message):
+class DeviceFacts(_Message, frozen=True):
     """The device of one rank; memory is 0 where it cannot be told."""
 
     name: str
@@ -95,7 +179,7 @@ class DeviceFacts(_Message):
     free_memory_bytes: int
 
 
-class Loaded(_Message):
+class Loaded(_Message, frozen=True):
     """The rank holds its weights and waits for `JoinGroup`."""
 
     load_seconds: float
@@ -103,16 +187,23 @@ class Loaded(_Message):
     device: DeviceFacts
 
 
-class Joined(_Message):
+class LoadFailed(_Message, frozen=True):
+    """The rank cannot load and ends; reason is a line for the operator."""
+
+    reason: str
+
+
+class Joined(_Message, frozen=True):
     """The rank is in the group of this generation, and a first collective went through."""
 
     generation: int
 
 
-class JobFault(_Message):
+class JobFault(_Message, frozen=True):
     """One job failed on this rank while the group is whole.
 
-    kind is the name of an error of `hidream_grpc.errors` that the controller knows how to build.
+    A job whose admission fails on any rank is forgotten by all of them; one that fails later
+    stays until the controller releases it. kind is the name of an error of `hidream_grpc.errors` that the controller knows how to build.
     """
 
     job_id: str
@@ -120,14 +211,14 @@ class JobFault(_Message):
     error_id: str
 
 
-class Preview(_Message):
+class Preview(_Message, frozen=True):
     """A small JPEG of the current latents of image 0."""
 
     job_id: str
     data: bytes
 
 
-class DecodedImage(_Message):
+class DecodedImage(_Message, frozen=True):
     """One finished image as the bytes of a file."""
 
     job_id: str
@@ -136,7 +227,7 @@ class DecodedImage(_Message):
     decode_seconds: float
 
 
-class PlanDone(_Message):
+class PlanDone(_Message, frozen=True):
     """This rank finished its share of the plan; the times are this rank's own."""
 
     plan_id: int
@@ -147,11 +238,14 @@ class PlanDone(_Message):
     faults: tuple[JobFault, ...] = ()
 
 
-class GroupBroken(_Message):
-    """A collective failed: this rank has left the group and waits for the next `JoinGroup`."""
+class GroupBroken(_Message, frozen=True):
+    """This rank has left the group and waits for the next `JoinGroup`.
+
+    A collective failed, or the work shared by all jobs did. reason holds no text of an exception.
+    """
 
     generation: int
     reason: str
 
 
-Event = Hello | Loaded | Joined | PlanDone | GroupBroken
+Event = Hello | Loaded | LoadFailed | Joined | PlanDone | GroupBroken

@@ -1,0 +1,98 @@
+"""Where ranks knock: a Unix socket in a folder that only this user may enter. Torch-free."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import socket
+import struct
+import tempfile
+from pathlib import Path
+
+from hidream_grpc.engine.channel import STREAM_BUFFER_BYTES, AsyncChannel, FrameError
+from hidream_grpc.engine.messages import PROTOCOL_VERSION, Event, Hello
+from hidream_grpc.engine.zygote_link import ChildProcess
+from hidream_grpc.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
+_PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred of socket(7)
+_MAX_SOCKET_PATH_BYTES = 107  # sun_path of unix(7), less its final zero
+
+
+class RankListener:
+    """Accepts the connections of ranks and hands each to whoever waits for that process."""
+
+    def __init__(self) -> None:
+        self._folder: Path | None = None
+        self._server: asyncio.Server | None = None
+        self._arrivals: dict[int, asyncio.Future[AsyncChannel[Event]]] = {}
+
+    @property
+    def socket_path(self) -> Path:
+        """Where to connect; valid between `start` and `stop`."""
+        if self._folder is None:
+            raise ValueError("the listener was not started")
+        return self._folder / "ranks"
+
+    async def start(self) -> None:
+        """Make the folder (mode 0700) and listen in it.
+
+        Raises:
+            ConfigurationError: the folder for temporary files has too long a name for a socket.
+        """
+        self._folder = Path(tempfile.mkdtemp(prefix="hidream-"))
+        if len(bytes(self.socket_path)) > _MAX_SOCKET_PATH_BYTES:
+            raise ConfigurationError("TMPDIR", f"{self._folder} is too long a path for a Unix socket")
+        self._server = await asyncio.start_unix_server(
+            self._welcome, self.socket_path, limit=STREAM_BUFFER_BYTES
+        )
+
+    async def connection_of(self, child: ChildProcess) -> AsyncChannel[Event] | None:
+        """Wait for the connection of a process; the caller owns it then. None when it ended before."""
+        arrival = self._arrival(child.pid)
+        try:
+            await asyncio.wait((arrival, child.exited), return_when=asyncio.FIRST_COMPLETED)
+            return arrival.result() if arrival.done() else None
+        finally:
+            del self._arrivals[child.pid]
+
+    async def stop(self) -> None:
+        """Stop listening, close what nobody waited for, remove the folder; may be called twice."""
+        if self._server is not None:
+            self._server.close()
+            await self._server.wait_closed()
+            self._server = None
+        for arrival in self._arrivals.values():
+            if arrival.done():
+                await arrival.result().close()
+        self._arrivals.clear()
+        if self._folder is not None:
+            shutil.rmtree(self._folder)
+            self._folder = None
+
+    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        channel = AsyncChannel[Event](reader, writer, Event)
+        peer_pid = _peer_pid(writer.get_extra_info("socket"))
+        try:
+            hello = await channel.receive()
+        except FrameError as error:
+            logger.warning("process %d sent no greeting: %s", peer_pid, error)
+            hello = None
+        if isinstance(hello, Hello) and (hello.pid, hello.protocol_version) == (peer_pid, PROTOCOL_VERSION):
+            arrival = self._arrival(peer_pid)
+            if not arrival.done():
+                arrival.set_result(channel)
+                return
+        await channel.close()
+
+    def _arrival(self, pid: int) -> asyncio.Future[AsyncChannel[Event]]:
+        # A rank may knock before the zygote's word that it was started is read: either side comes first.
+        return self._arrivals.setdefault(pid, asyncio.get_running_loop().create_future())
+
+
+def _peer_pid(connection: socket.socket) -> int:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    pid: int = _PEER_CREDENTIALS.unpack(credentials)[0]
+    return pid

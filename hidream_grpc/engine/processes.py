@@ -1,0 +1,67 @@
+"""What a child process owes its parent on Linux. Torch-free."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import re
+import signal
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel SIGKILL this process when its parent dies; exit now when it is dead already.
+
+    The signal comes when the parent's *thread* that started this process ends, so a parent starts
+    its children from its main thread. A fork clears the setting, an exec keeps it.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        error_number = ctypes.get_errno()
+        raise OSError(error_number, os.strerror(error_number))
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def leave_signals_to_the_server() -> None:
+    """Ignore what a terminal or a service manager sends to all: the server decides who ends when."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def num_threads() -> int:
+    """Threads of this process, native ones included."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    match = re.search(r"^Threads:\s+(\d+)$", status, re.MULTILINE)
+    if match is None:
+        raise OSError("/proc/self/status has no line Threads")
+    return int(match.group(1))
+
+
+def describe_exit(exit_code: int) -> str:
+    """How a process ended, in words; a negative code is the number of the signal that killed it."""
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}"
+    try:
+        return f"killed by {signal.Signals(-exit_code).name}"
+    except ValueError:
+        return f"killed by signal {-exit_code}"
+
+
+async def wait_until_gone(pid: int) -> None:
+    """Wait for the end of a process that need not be a child of this one."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    loop = asyncio.get_running_loop()
+    gone = asyncio.Event()
+    loop.add_reader(pidfd, gone.set)
+    try:
+        await gone.wait()
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)

@@ -1,0 +1,159 @@
+"""The server's end of one rank. Torch-free."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from hidream_grpc.engine.channel import AsyncChannel, FrameError
+from hidream_grpc.engine.listener import RankListener
+from hidream_grpc.engine.messages import (
+    Event,
+    GroupBroken,
+    Joined,
+    JoinGroup,
+    Leave,
+    Load,
+    Loaded,
+    LoadFailed,
+    PlanDone,
+    StepPlan,
+)
+from hidream_grpc.engine.processes import describe_exit
+from hidream_grpc.engine.zygote_link import ChildProcess, ZygoteLink
+from hidream_grpc.errors import RankDiedError, StartupError
+
+EXIT_SECONDS = 1.0
+"""A rank whose socket closed is given this long to end by itself, so that its exit code is its own."""
+
+
+class RankLink:
+    """One rank process, from its first connection until it is lost.
+
+    Answers come in the order of the commands. An answer to a plan or a generation that nobody waits
+    for any more is dropped.
+
+    Attributes:
+        rank: in every generation's group.
+        child: its process.
+        loaded: what it reported after loading; None before.
+        loss: how it died, in words; None while it lives.
+    """
+
+    def __init__(
+        self, rank: int, child: ChildProcess, channel: AsyncChannel[Event], zygote: ZygoteLink
+    ) -> None:
+        self.rank = rank
+        self.child = child
+        self.loaded: Loaded | None = None
+        self.loss: str | None = None
+        self._channel = channel
+        self._zygote = zygote
+        self._generation = 0
+        self._when_lost: Callable[[], None] | None = None
+        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._reader = asyncio.create_task(self._read())
+
+    @classmethod
+    async def start(
+        cls, rank: int, load: Load, timeout_seconds: float, listener: RankListener, zygote: ZygoteLink
+    ) -> RankLink:
+        """Start the process of a rank and have it load its weights.
+
+        Raises:
+            StartupError: it cannot load them, or the zygote cannot start it.
+            RankDiedError: it died meanwhile, or took too long. Nothing of it is left then.
+        """
+        child = await zygote.start_rank(rank)
+        link: RankLink | None = None
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                channel = await listener.connection_of(child)
+                if channel is None:
+                    raise RankDiedError((rank,), describe_exit(child.exited.result()))
+                link = cls(rank, child, channel, zygote)
+                await link._load(load)
+        except BaseException as error:
+            await (link.end() if link else zygote.kill(child))
+            if isinstance(error, TimeoutError):
+                raise RankDiedError((rank,), f"did not load within {timeout_seconds:g} s") from None
+            raise
+        return link
+
+    async def join(self, command: JoinGroup, timeout_seconds: float) -> None:
+        """Have the rank join a generation; returns when it has, which is when every rank has.
+
+        Raises:
+            RankDiedError: it died, could not join, or took too long and was killed.
+        """
+        self._generation = command.generation
+        await self._channel.send(command)
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                while True:
+                    match await self._next_event():
+                        case Joined(generation=command.generation):
+                            return
+                        case GroupBroken(generation=command.generation, reason=reason):
+                            raise RankDiedError((self.rank,), reason)
+        except TimeoutError:
+            self.loss = f"did not join within {timeout_seconds:g} s"
+            await self._zygote.kill(self.child)
+            raise RankDiedError((self.rank,), self.loss) from None
+
+    async def run(self, plan: StepPlan) -> PlanDone:
+        """Have the rank do its share of a plan.
+
+        Raises:
+            RankDiedError: it died, or left the group.
+        """
+        await self._channel.send(plan)
+        while True:
+            match await self._next_event():
+                case PlanDone(plan_id=plan.plan_id) as done:
+                    return done
+                case GroupBroken(generation=self._generation, reason=reason):
+                    raise RankDiedError((self.rank,), reason)
+
+    def watch(self, when_lost: Callable[[], None]) -> None:
+        """Call back once when the rank is lost, or now when it is."""
+        self._when_lost = when_lost
+        if self.loss is not None:
+            when_lost()
+
+    async def end(self, grace_seconds: float = 0.0) -> None:
+        """Tell the rank to leave, kill it if it does not, and wait until it is gone."""
+        self._when_lost = None
+        await self._channel.send(Leave())
+        await self._zygote.kill(self.child, grace_seconds)
+        await self._reader
+
+    async def _load(self, load: Load) -> None:
+        await self._channel.send(load)
+        match await self._next_event():
+            case Loaded() as loaded:
+                self.loaded = loaded
+            case LoadFailed(reason=reason):
+                raise StartupError(reason)
+            case event:
+                raise RankDiedError((self.rank,), f"answered Load with {type(event).__name__}")
+
+    async def _next_event(self) -> Event:
+        event = await self._events.get()
+        if event is None:
+            self._events.put_nowait(None)
+            raise RankDiedError((self.rank,), self.loss or "lost")
+        return event
+
+    async def _read(self) -> None:
+        try:
+            while (event := await self._channel.receive()) is not None:
+                self._events.put_nowait(event)
+        except FrameError as error:
+            self.loss = f"sent what is no message: {error}"
+        exit_code = await self._zygote.kill(self.child, EXIT_SECONDS)
+        await self._channel.close()
+        self.loss = self.loss or describe_exit(exit_code)
+        self._events.put_nowait(None)
+        if self._when_lost is not None:
+            self._when_lost()

@@ -1,0 +1,120 @@
+"""What the engine takes from the layer above, and what it tells it. Frozen, torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from hidream_grpc.errors import JobError
+from hidream_grpc.model.parameters import GenerationParameters
+
+
+class EngineState(StrEnum):
+    """Whether the rank group can work."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    RECOVERING = "recovering"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStarted:
+    """The request is in the plan that is now sent to the ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptsEncoded:
+    """The text encoders have read the request's prompts; the time is the slowest rank's."""
+
+    encode_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepFinished:
+    """One denoising step of the request has ended on all ranks.
+
+    Attributes:
+        step: steps taken, from 1.
+        step_seconds: duration of this step on the slowest rank.
+    """
+
+    step: int
+    step_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewMade:
+    """A small JPEG of image 0 after a step."""
+
+    step: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFinished:
+    """One image of the request, as the bytes of a file."""
+
+    image_index: int
+    data: bytes
+    decode_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRestarted:
+    """The rank group was lost; the request goes on from a step, 0 for its seed."""
+
+    attempt: int
+    reason: str
+    resumed_from_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFinished:
+    """All images were reported. The last event."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """The request cannot be finished. The last event."""
+
+    error: JobError
+
+
+EngineEvent = (
+    RequestStarted
+    | PromptsEncoded
+    | StepFinished
+    | PreviewMade
+    | ImageFinished
+    | RequestRestarted
+    | RequestFinished
+    | RequestFailed
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """A request that the engine may start.
+
+    Attributes:
+        job_id: names the request in plans, events and logs.
+        request_id: the caller's name of it, for the logs.
+        parameters: what to draw.
+        on_event: called in the event loop, in order, for each event; must not block or raise.
+    """
+
+    job_id: str
+    request_id: str
+    parameters: GenerationParameters
+    on_event: Callable[[EngineEvent], None]
+
+
+class Backlog(Protocol):
+    """Where the controller takes requests from, one whenever it has room for one."""
+
+    def take(self) -> EngineRequest | None:
+        """Remove and return the request that is next, or None when none waits."""

@@ -1,0 +1,136 @@
+"""Which requests take the next denoising step. Pure: no clock, no process, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hidream_grpc.engine.messages import Decode
+from hidream_grpc.model.parameters import GenerationParameters
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """How much one step may hold.
+
+    Attributes:
+        max_running_requests: requests that are denoised or decoded at the same time.
+        max_step_pixels: width × height × samples of one forward; a single request may exceed it.
+    """
+
+    max_running_requests: int
+    max_step_pixels: int
+
+
+@dataclass(slots=True)
+class _Running:
+    parameters: GenerationParameters
+    step: int = 0
+    # Number of the turn in which the request took its last step; a new one has the oldest.
+    last_turn: int = -1
+    undecoded: set[int] = field(default_factory=set)
+    decoding: set[int] = field(default_factory=set)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.parameters.width, self.parameters.height
+
+    @property
+    def step_pixels(self) -> int:
+        return self.parameters.width * self.parameters.height * self.parameters.num_samples
+
+
+class StepScheduler:
+    """The running requests, and whose turn it is.
+
+    The request that has waited longest for a step goes first and decides the size; all others of
+    that size join it, longest waiting first, while the step has room. So sizes take turns, and no
+    request waits for another to end.
+    """
+
+    def __init__(self, limits: BatchLimits) -> None:
+        self._limits = limits
+        self._running: dict[str, _Running] = {}
+        self._turn = 0
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._running
+
+    @property
+    def has_capacity(self) -> bool:
+        """Whether one more request may be admitted."""
+        return len(self._running) < self._limits.max_running_requests
+
+    def admit(self, job_id: str, parameters: GenerationParameters) -> None:
+        """Add a request; it takes part in the next step."""
+        self._running[job_id] = _Running(parameters, undecoded=set(range(parameters.num_images)))
+
+    def release(self, job_id: str) -> None:
+        """Forget a request that ended, or was cancelled."""
+        self._running.pop(job_id, None)
+
+    def restart(self, job_id: str) -> None:
+        """Put a request back to its first step; images that are decoded stay decoded."""
+        request = self._running[job_id]
+        request.step = 0
+        request.last_turn = -1
+        request.undecoded |= request.decoding
+        request.decoding.clear()
+
+    def next_step(self) -> tuple[str, ...]:
+        """The requests of the next forward: one size, longest waiting first; empty when none is due."""
+        waiting = sorted(
+            ((job_id, r) for job_id, r in self._running.items() if r.step < r.parameters.num_inference_steps),
+            key=lambda item: item[1].last_turn,
+        )
+        if not waiting:
+            return ()
+        size = waiting[0][1].size
+        chosen: list[str] = []
+        room = self._limits.max_step_pixels
+        for job_id, request in waiting:
+            if request.size == size and (not chosen or request.step_pixels <= room):
+                chosen.append(job_id)
+                room -= request.step_pixels
+        return tuple(chosen)
+
+    def next_decodes(self, world_size: int) -> tuple[Decode, ...]:
+        """One image to decode for each rank at most, oldest request first."""
+        decodes: list[Decode] = []
+        for job_id, request in self._running.items():
+            if request.step < request.parameters.num_inference_steps:
+                continue
+            for image_index in sorted(request.undecoded - request.decoding):
+                if len(decodes) == world_size:
+                    return tuple(decodes)
+                decodes.append(Decode(job_id=job_id, image_index=image_index, rank=len(decodes)))
+        return tuple(decodes)
+
+    def planned(self, decodes: tuple[Decode, ...]) -> None:
+        """Note that these images are being decoded."""
+        for decode in decodes:
+            self._running[decode.job_id].decoding.add(decode.image_index)
+
+    def stepped(self, job_ids: tuple[str, ...]) -> None:
+        """Note that these requests took a step in one forward."""
+        self._turn += 1
+        for job_id in job_ids:
+            if job_id in self._running:
+                self._running[job_id].step += 1
+                self._running[job_id].last_turn = self._turn
+
+    def decoded(self, job_id: str, image_index: int) -> None:
+        """Note that an image is finished."""
+        if job_id in self._running:
+            self._running[job_id].undecoded.discard(image_index)
+            self._running[job_id].decoding.discard(image_index)
+
+    def step_of(self, job_id: str) -> int:
+        """Steps that a request has taken."""
+        return self._running[job_id].step
+
+    def is_finished(self, job_id: str) -> bool:
+        """Whether all images of the request are decoded."""
+        return not self._running[job_id].undecoded

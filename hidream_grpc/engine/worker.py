@@ -1,0 +1,186 @@
+"""A rank's process: opens its device, loads its weights once, then obeys the server for life.
+
+    connect → Hello → Load → Loaded → { JoinGroup → Joined | StepPlan → PlanDone }* → Leave
+
+Whatever breaks the group is answered with GroupBroken, and the rank waits for the next JoinGroup
+with its weights in place. An idle rank sits in a blocking read of its socket.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import torch
+
+from hidream_grpc.devices.base import Device, open_device
+from hidream_grpc.engine.channel import BlockingChannel
+from hidream_grpc.engine.messages import (
+    Command,
+    DeviceFacts,
+    GroupBroken,
+    Hello,
+    Joined,
+    JoinGroup,
+    Leave,
+    Load,
+    Loaded,
+    LoadFailed,
+    ModelFacts,
+    PlanDone,
+    StepPlan,
+)
+from hidream_grpc.engine.process_group import CollectiveError, join_group, leave_group
+from hidream_grpc.engine.processes import die_with_parent, leave_signals_to_the_server
+from hidream_grpc.engine.runner import Runner
+from hidream_grpc.errors import HiDreamError
+from hidream_grpc.logs import configure_logging
+from hidream_grpc.model.pipeline import HiDreamModel
+
+logger = logging.getLogger(__name__)
+
+
+class RankContext(logging.Filter):
+    """Adds the rank and its generation to every line that this process logs, a library's too."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank = rank
+        self.generation = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.rank = self._rank
+        record.generation = self.generation
+        return True
+
+
+class Worker:
+    """One rank with its weights loaded.
+
+    Args:
+        channel: to the server.
+        rank: in every generation's group.
+        device, model: of this rank, kept for life.
+        context: what its log lines carry.
+    """
+
+    def __init__(
+        self,
+        channel: BlockingChannel[Command],
+        rank: int,
+        device: Device,
+        model: HiDreamModel,
+        context: RankContext,
+    ) -> None:
+        self._channel = channel
+        self._rank = rank
+        self._device = device
+        self._model = model
+        self._context = context
+        self._runner: Runner | None = None
+
+    def serve(self) -> None:
+        """Obey until told to leave, or until the server is gone."""
+        while True:
+            command = self._channel.receive()
+            match command:
+                case JoinGroup() | StepPlan():
+                    self._channel.send(self._answer(command))
+                case _:
+                    break
+        leave_group()
+
+    def _answer(self, command: JoinGroup | StepPlan) -> Joined | PlanDone | GroupBroken:
+        try:
+            return self._join(command) if isinstance(command, JoinGroup) else self._run(command)
+        except CollectiveError as error:
+            logger.warning("leaving the group: %s", error)
+            reason = "its group was lost"
+        except Exception:
+            # What all jobs share failed on this rank: leaving makes the others' collective fail at once.
+            error_id = uuid.uuid4().hex
+            logger.exception("leaving the group: internal error %s", error_id)
+            reason = f"internal error {error_id}"
+        self._runner = None
+        # Outside the except blocks, whose tracebacks would keep the group's sockets open.
+        leave_group()
+        return GroupBroken(generation=self._context.generation, reason=reason)
+
+    def _join(self, command: JoinGroup) -> Joined:
+        self._runner = None
+        leave_group()
+        self._context.generation = command.generation
+        join_group(command, self._rank, self._device.backend, self._device.torch_device)
+        self._runner = Runner(self._model, self._device, self._rank, command.world_size)
+        return Joined(generation=command.generation)
+
+    def _run(self, plan: StepPlan) -> PlanDone:
+        if self._runner is None:
+            raise CollectiveError("a plan came before this rank joined the new group")
+        return self._runner.run(plan)
+
+
+def work(socket_path: Path, rank: int) -> None:
+    """Be a rank: the whole life of the process. Raises SystemExit when it cannot load."""
+    channel = BlockingChannel[Command].connect(socket_path, Command)
+    try:
+        channel.send(Hello(rank=rank, pid=os.getpid()))
+        load = channel.receive()
+        if isinstance(load, Load):
+            _load_and_serve(channel, rank, load)
+    except ConnectionError:
+        logger.info("the server is gone")
+
+
+def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) -> None:
+    configure_logging(load.log)
+    context = RankContext(rank)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(context)
+    # The zygote imported torch with one thread.
+    torch.set_num_threads(load.num_threads)
+    # No gradients anywhere in a rank: what is computed here is never differentiated.
+    with torch.inference_mode():
+        started = time.monotonic()
+        try:
+            device = open_device(load.device_type, load.local_index)
+            model = HiDreamModel.from_pretrained(load.model_path, load.extra_model_path, device)
+        except HiDreamError as error:
+            channel.send(LoadFailed(reason=str(error)))
+            sys.exit(1)
+        except Exception as error:
+            logger.exception("cannot load the model from %s", load.model_path)
+            summary = (str(error).splitlines() or [""])[0]
+            channel.send(LoadFailed(reason=f"rank {rank} cannot load: {type(error).__name__}: {summary}"))
+            sys.exit(1)
+        channel.send(_loaded(device, model, load_seconds=time.monotonic() - started))
+        Worker(channel, rank, device, model, context).serve()
+
+
+def _loaded(device: Device, model: HiDreamModel, load_seconds: float) -> Loaded:
+    memory = device.memory()
+    return Loaded(
+        load_seconds=load_seconds,
+        model=ModelFacts(
+            scheduler_name=model.scheduler_name, shift=model.shift, num_parameters=model.num_parameters
+        ),
+        device=DeviceFacts(
+            name=device.name, total_memory_bytes=memory.total_bytes, free_memory_bytes=memory.free_bytes
+        ),
+    )
+
+
+def main() -> None:
+    """Entry point where the zygote execs: the socket's path, the rank, the zygote's pid."""
+    socket_path, rank, parent_pid = sys.argv[1:]
+    die_with_parent(int(parent_pid))
+    leave_signals_to_the_server()
+    work(Path(socket_path), int(rank))
+
+
+if __name__ == "__main__":
+    main()

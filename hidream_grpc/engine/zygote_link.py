@@ -1,0 +1,189 @@
+"""The server's end of its zygote. Torch-free."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+
+from hidream_grpc.engine.channel import STREAM_BUFFER_BYTES, AsyncChannel, FrameError
+from hidream_grpc.engine.messages import (
+    KillProcess,
+    PrepareZygote,
+    ProcessEnded,
+    ProcessStarted,
+    StartRank,
+    StartRefused,
+    StartStore,
+    ZygoteCommand,
+    ZygoteEvent,
+    ZygoteReady,
+)
+from hidream_grpc.engine.processes import describe_exit, wait_until_gone
+from hidream_grpc.errors import RankDiedError, StartupError
+
+logger = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 10.0
+"""A zygote forks in milliseconds; one that takes this long is stopped or stuck, and is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChildProcess:
+    """A rank or a store host.
+
+    Attributes:
+        pid: of the process.
+        exited: resolves once the process is gone, with its exit code, or minus its signal's number.
+        store_port: on the loopback interface; 0 for a rank.
+    """
+
+    pid: int
+    exited: asyncio.Future[int]
+    store_port: int
+
+
+class ZygoteLink:
+    """One zygote and its children, from `start` until it is lost or stopped."""
+
+    def __init__(self, process: asyncio.subprocess.Process, channel: AsyncChannel[ZygoteEvent]) -> None:
+        self.pid = process.pid
+        self.lost = asyncio.Event()
+        self.loss = ""
+        self._process = process
+        self._channel = channel
+        self._children: dict[int, ChildProcess] = {}
+        self._answers: asyncio.Queue[ZygoteReady | ChildProcess | StartRefused | None] = asyncio.Queue()
+        self._one_question = asyncio.Lock()
+        self._reader = asyncio.create_task(self._read())
+
+    @classmethod
+    async def start(cls, prepare: PrepareZygote, timeout_seconds: float) -> ZygoteLink:
+        """Start a zygote and wait until it can start ranks.
+
+        Call from the main thread: the zygote dies with the thread that starts it.
+
+        Raises:
+            StartupError: it cannot import what ranks need, or took too long to.
+            RankDiedError: it died meanwhile.
+        """
+        server_end, zygote_end = socket.socketpair()
+        with zygote_end:
+            reader, writer = await asyncio.open_unix_connection(sock=server_end, limit=STREAM_BUFFER_BYTES)
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "hidream_grpc.engine.zygote", str(zygote_end.fileno()), str(os.getpid())),
+                pass_fds=(zygote_end.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+                # A Ctrl-C must not reach the interpreter before it ignores the signal.
+                start_new_session=True,
+            )
+        link = cls(process, AsyncChannel(reader, writer, ZygoteEvent))
+        try:
+            await link._ask(prepare, timeout_seconds)
+        except BaseException:
+            await link.stop()
+            raise
+        return link
+
+    async def start_rank(self, rank: int) -> ChildProcess:
+        """Start the process of a rank.
+
+        Raises:
+            StartupError: the zygote refuses.
+            RankDiedError: the zygote is lost.
+        """
+        return await self._start_child(StartRank(rank=rank))
+
+    async def start_store(self) -> ChildProcess:
+        """Start a store host; raises as `start_rank` does."""
+        return await self._start_child(StartStore())
+
+    async def kill(self, child: ChildProcess, grace_seconds: float = 0.0) -> int:
+        """SIGKILL a child, unless it ended or ends by itself, and wait until it is gone.
+
+        Returns:
+            Its exit code, or minus the number of the signal that killed it.
+        """
+        await asyncio.wait((child.exited,), timeout=grace_seconds)
+        if not child.exited.done():
+            await self._channel.send(KillProcess(pid=child.pid))
+            await asyncio.wait((child.exited,), timeout=ANSWER_SECONDS)
+        if not child.exited.done():
+            self._give_up(f"did not report the end of process {child.pid}")
+        return await asyncio.shield(child.exited)
+
+    async def stop(self) -> None:
+        """Kill all children and the zygote, and wait until they are gone; may be called twice."""
+        await asyncio.gather(*(self.kill(child) for child in list(self._children.values())))
+        self._give_up("stopped")
+        await self._reader
+
+    async def _start_child(self, command: StartRank | StartStore) -> ChildProcess:
+        child = await self._ask(command, ANSWER_SECONDS)
+        if not isinstance(child, ChildProcess):
+            raise TypeError(f"the zygote answered {command} with {child}")
+        return child
+
+    async def _ask(self, command: ZygoteCommand, timeout_seconds: float) -> ZygoteReady | ChildProcess:
+        async with self._one_question:
+            if self.lost.is_set():
+                raise self._loss_error()
+            await self._channel.send(command)
+            try:
+                async with asyncio.timeout(timeout_seconds):
+                    answer = await self._answers.get()
+            except BaseException as error:
+                # Its late answer must not be taken for the next question's.
+                self._give_up(f"did not answer within {timeout_seconds:g} s")
+                if isinstance(error, TimeoutError):
+                    raise self._loss_error() from None
+                raise
+        if answer is None:
+            raise self._loss_error()
+        if isinstance(answer, StartRefused):
+            raise StartupError(answer.reason)
+        return answer
+
+    def _loss_error(self) -> RankDiedError:
+        return RankDiedError((), f"the zygote {self.loss}")
+
+    def _give_up(self, reason: str) -> None:
+        if self._process.returncode is None:
+            self.loss = self.loss or reason
+            self._process.kill()
+
+    async def _read(self) -> None:
+        try:
+            while (event := await self._channel.receive()) is not None:
+                self._take(event)
+        except FrameError as error:
+            self._give_up(f"sent what is no message: {error}")
+        exit_code = await self._process.wait()
+        self.loss = self.loss or describe_exit(exit_code)
+        await self._channel.close()
+        # The kernel kills the children along with their parent; nobody is left to report it.
+        for child in list(self._children.values()):
+            await wait_until_gone(child.pid)
+            child.exited.set_result(-signal.SIGKILL)
+        self._children.clear()
+        self.lost.set()
+        self._answers.put_nowait(None)
+
+    def _take(self, event: ZygoteEvent) -> None:
+        match event:
+            case ProcessStarted(pid=pid, store_port=store_port):
+                exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+                self._children[pid] = child = ChildProcess(pid, exited, store_port)
+                self._answers.put_nowait(child)
+            case ProcessEnded(pid=pid, exit_code=exit_code):
+                self._children.pop(pid).exited.set_result(exit_code)
+            case ZygoteReady(import_seconds=import_seconds):
+                logger.info("zygote %d is ready after %.1f s of imports", self.pid, import_seconds)
+                self._answers.put_nowait(event)
+            case StartRefused():
+                self._answers.put_nowait(event)

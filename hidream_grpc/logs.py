@@ -1,0 +1,72 @@
+"""One way to log, in the server and in every rank: to the terminal, and to a file when one is named."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pythonjsonlogger.json import JsonFormatter
+
+# What a log record may carry besides its message, in the order in which a text line shows it.
+FACTS = (
+    "rank",
+    "generation",
+    "request_id",
+    "job_id",
+    "error_id",
+    "peer",
+    "call_seconds",
+    "total_seconds",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """How to log.
+
+    Attributes:
+        level: DEBUG, INFO, WARNING or ERROR. Prompts are logged at DEBUG only.
+        format: lines for people, or one JSON object a line.
+        file: also append to this file.
+    """
+
+    level: str = "INFO"
+    format: Literal["text", "json"] = "text"
+    file: Path | None = None
+
+
+class _TextFormatter(logging.Formatter):
+    """`time level logger: message fact=value …`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts = [
+            f"{name}={value}" for name in FACTS if (value := getattr(record, name, "")) not in ("", None)
+        ]
+        line = super().format(record)
+        if not facts:
+            return line
+        first, newline, traceback = line.partition("\n")
+        return f"{first} {' '.join(facts)}{newline}{traceback}"
+
+
+def configure_logging(config: LogConfig) -> None:
+    """Set up the root logger of this process. Several processes may append to one file."""
+    formatter: logging.Formatter
+    if config.format == "json":
+        formatter = JsonFormatter(
+            ["asctime", "levelname", "name", "message"],
+            rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
+        )
+    else:
+        formatter = _TextFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if config.file is not None:
+        config.file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(config.file))
+    for handler in handlers:
+        handler.setFormatter(formatter)
+    logging.basicConfig(level=config.level, handlers=handlers, force=True)
+    logging.captureWarnings(True)
