@@ -9,6 +9,7 @@
     │   └── LayoutError                 the devices cannot be laid out as asked
     ├── RequestError                    the caller is told; the table is `server/status.py`
     │   ├── InvalidRequestError         one or more fields, all named
+    │   ├── RequestIdConflictError      the request id was used with another request
     │   ├── QueueFullError              nothing was accepted
     │   ├── TooManyReadersError         the caller follows too many jobs at once
     │   ├── NotServingError             starting, recovering or draining
@@ -25,6 +26,7 @@ Facts are attributes, so that what handles an error never reads its text.
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +105,15 @@ class InvalidRequestError(RequestError):
         self.violations = violations
 
 
+class RequestIdConflictError(RequestError):
+    """A job with this request id exists, and asks for something else."""
+
+    def __init__(self, request_id: str, job_id: str) -> None:
+        super().__init__(f"request_id {request_id} was used with another request: job {job_id}")
+        self.request_id = request_id
+        self.job_id = job_id
+
+
 class QueueFullError(RequestError):
     """The queue holds as many jobs as it may; nothing was accepted."""
 
@@ -172,6 +183,11 @@ class JobInternalError(JobError):
     def __init__(self, error_id: str) -> None:
         super().__init__(f"internal error {error_id}")
         self.error_id = error_id
+
+    @classmethod
+    def new(cls) -> JobInternalError:
+        """An error with an id of its own."""
+        return cls(uuid.uuid4().hex)
 
 
 class RankDiedError(JobError):

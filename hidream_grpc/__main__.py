@@ -1,0 +1,3 @@
+from hidream_grpc.cli import main
+
+main()

@@ -1,0 +1,98 @@
+"""The `hidream-grpc` command: flags to settings, one clear line for whatever is wrong with them."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hidream_grpc.errors import HiDreamError, StartupError
+from hidream_grpc.logs import LogConfig, configure_logging
+from hidream_grpc.server.app import serve
+from hidream_grpc.settings import Settings, flag_name, load_settings
+
+EXIT_FAILED = 1
+EXIT_STARTUP_ERROR = 2
+
+app = typer.Typer(
+    name="hidream-grpc",
+    help="Serves a HiDream-I1 text-to-image model over gRPC.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_SHORT_FLAGS = {
+    "model_path": "-m",
+    "extra_model_path": "-e",
+    "devices": "-d",
+    "device_type": "-t",
+}
+_FLAG_TYPES: dict[str, type] = {
+    "threads_per_rank": int,
+    "load_timeout_seconds": float,
+    "collective_timeout_seconds": float,
+    "metrics_port": int,
+}
+
+
+def _flags() -> list[inspect.Parameter]:
+    """One optional flag for each setting, so that the two cannot differ."""
+    parameters = []
+    for name, field in Settings.model_fields.items():
+        kind = type(field.default) if field.default is not None else _FLAG_TYPES.get(name, str)
+        names = [flag_name(name), *([_SHORT_FLAGS[name]] if name in _SHORT_FLAGS else [])]
+        default = "" if field.default is None else f" [default: {field.default}]"
+        option = typer.Option(*names, help=f"{field.description}{default}", show_default=False)
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, option],
+            )
+        )
+    return parameters
+
+
+def _serve_command(config: Path | None = None, **flags: Any) -> None:
+    """Load the model once, then serve until SIGTERM.
+
+    Every flag is also an environment variable HIDREAM_<NAME>, and a key of the --config file.
+    """
+    try:
+        settings = load_settings({k: v for k, v in flags.items() if v is not None}, config)
+        configure_logging(LogConfig(settings.log_level, settings.log_format, settings.log_file))
+        asyncio.run(serve(settings))
+    except HiDreamError as error:
+        typer.echo(f"hidream-grpc: {error}", err=True)
+        sys.exit(EXIT_STARTUP_ERROR if isinstance(error, StartupError) else EXIT_FAILED)
+
+
+_config_option = typer.Option("--config", help="TOML file with any of these settings", show_default=False)
+_serve_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [
+        *_flags(),
+        inspect.Parameter(
+            "config",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[Path | None, _config_option],
+        ),
+    ]
+)
+app.command("serve")(_serve_command)
+
+
+@app.callback()
+def _commands() -> None:
+    """Makes `serve` a command of its own, with room for others beside it."""
+
+
+def main() -> None:
+    """Entry point of the `hidream-grpc` command."""
+    app(prog_name="hidream-grpc")

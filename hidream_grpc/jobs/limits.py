@@ -1,0 +1,44 @@
+"""Every limit and default of a request, once: validation, the queue and `GetServerInfo` read them here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIN_QUALITY = 1
+MAX_QUALITY = 100
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What a request is checked against; the fields are those of `hidream.v1.RequestLimits`."""
+
+    max_prompt_tokens: int
+    max_prompt_bytes: int
+    size_multiple: int
+    min_side_pixels: int
+    max_pixels: int
+    max_num_inference_steps: int
+    max_guidance_scale: float
+    max_num_images: int
+    max_queued_jobs: int
+    max_running_jobs: int
+    max_streams: int
+    max_request_id_bytes: int
+    max_labels: int
+    max_label_bytes: int
+    max_receive_message_bytes: int
+    chunk_bytes: int
+    max_preview_side_pixels: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestDefaults:
+    """What an absent field means; the fields are those of `hidream.v1.RequestDefaults`."""
+
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    num_images: int = 1
+    quality: int = 90

@@ -1,0 +1,374 @@
+"""The jobs of this server: accept, queue, follow, cancel, keep for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from hidream_grpc.engine.requests import (
+    EngineEvent,
+    EngineRequest,
+    EngineState,
+    ImageFinished,
+    PreviewMade,
+    PromptsEncoded,
+    RequestFailed,
+    RequestFinished,
+    RequestRestarted,
+    RequestStarted,
+    StepFinished,
+)
+from hidream_grpc.errors import (
+    DeadlineExceededError,
+    HiDreamError,
+    JobCancelledError,
+    JobInternalError,
+    NotServingError,
+    QueueFullError,
+    RequestIdConflictError,
+)
+from hidream_grpc.jobs.artifacts import ArtifactStore
+from hidream_grpc.jobs.events import (
+    Cancelled,
+    Failed,
+    JobEvent,
+    JobFeed,
+    Previewed,
+    Progressed,
+    Queued,
+    Restarted,
+    Started,
+    Succeeded,
+)
+from hidream_grpc.jobs.job import CancelReason, Execution, Job, JobState, Progress, Submission
+from hidream_grpc.jobs.limits import RequestLimits
+from hidream_grpc.jobs.queue import JobQueue
+
+logger = logging.getLogger(__name__)
+
+PACE_STEPS = 8
+START_RETRY_SECONDS = 2.0
+
+
+class Engine(Protocol):
+    """What the service asks of the engine (`engine/controller.py`)."""
+
+    def notify(self) -> None:
+        """Say that a job waits."""
+
+    def cancel(self, job_id: str) -> None:
+        """Drop a running job at its next step."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionPolicy:
+    """How long jobs that have ended are kept, with their images."""
+
+    retention_seconds: float
+    max_retained_jobs: int
+
+
+@dataclass(slots=True)
+class _Record:
+    job: Job
+    feed: JobFeed
+    deadline: asyncio.TimerHandle | None = None
+    expiry: asyncio.TimerHandle | None = None
+    step_times: deque[float] = field(default_factory=lambda: deque(maxlen=PACE_STEPS + 1))
+    denoise_start: float = 0.0
+    writes: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class JobService:
+    """Owns every job from its acceptance to its removal. Belongs to the event loop's thread.
+
+    It is the engine's backlog: the engine takes a job whenever it has room for one.
+    """
+
+    def __init__(
+        self,
+        limits: RequestLimits,
+        retention: RetentionPolicy,
+        artifacts: ArtifactStore,
+        engine: Engine,
+        describe_execution: Callable[[], Execution],
+    ) -> None:
+        self._limits = limits
+        self._retention = retention
+        self._artifacts = artifacts
+        self._engine = engine
+        self._describe_execution = describe_execution
+        self._records: dict[str, _Record] = {}
+        self._job_ids: dict[str, str] = {}
+        self._ended: deque[str] = deque()
+        self._queue = JobQueue()
+        self._counts: Counter[JobState] = Counter()
+        self._num_accepted = 0
+        self._mean_job_seconds = 1.0
+        self._engine_state = EngineState.STARTING
+        self._is_draining = False
+        self._all_ended = asyncio.Event()
+        self._all_ended.set()
+
+    # --- what the server asks ---------------------------------------------------------------------
+
+    @property
+    def num_queued(self) -> int:
+        """Jobs that wait now."""
+        return len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        """Jobs that are being drawn now."""
+        return len(self._records) - len(self._ended) - len(self._queue)
+
+    @property
+    def num_accepted(self) -> int:
+        """Jobs accepted since the start."""
+        return self._num_accepted
+
+    def num_ended(self, state: JobState) -> int:
+        """Jobs that ended in a state since the start."""
+        return self._counts[state]
+
+    @property
+    def engine_state(self) -> EngineState:
+        """Whether the rank group can work."""
+        return self._engine_state
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether nothing more is accepted."""
+        return self._is_draining
+
+    @property
+    def retry_after_seconds(self) -> float:
+        """When a place in the queue is likely to be free, from how long jobs took lately."""
+        return max(1.0, self._mean_job_seconds / self._limits.max_running_jobs)
+
+    def submit(self, submission: Submission) -> Job:
+        """Accept a request, or follow up on the one that has its request id.
+
+        Raises:
+            NotServingError: the engine is starting, has failed, or the service drains.
+            QueueFullError: too many jobs wait.
+            RequestIdConflictError: the request id was used with another request.
+        """
+        if known := self._job_ids.get(submission.request_id):
+            return self._follow_up(self._records[known].job, submission)
+        self._check_serving()
+        if self.num_queued >= self._limits.max_queued_jobs:
+            raise QueueFullError(self._limits.max_queued_jobs, self.retry_after_seconds)
+        job = Job(job_id=uuid.uuid4().hex, submission=submission, create_time=time.time())
+        record = _Record(job, JobFeed(self._limits.chunk_bytes))
+        self._records[job.job_id] = record
+        self._job_ids[submission.request_id] = job.job_id
+        self._num_accepted += 1
+        self._all_ended.clear()
+        if submission.deadline_seconds is not None and not submission.is_detached:
+            loop = asyncio.get_running_loop()
+            record.deadline = loop.call_later(
+                submission.deadline_seconds, self.cancel, job.job_id, CancelReason.DEADLINE
+            )
+        self._queue.push(job.job_id, submission.priority, submission.caller)
+        self._publish_positions()
+        self._engine.notify()
+        return job
+
+    def follow(self, job_id: str, after_sequence: int = 0) -> AsyncIterator[JobEvent]:
+        """The job's events after a sequence, to its end; the job must be known."""
+        return self._records[job_id].feed.follow(after_sequence)
+
+    async def read_image(self, job_id: str, index: int, offset: int, length: int) -> bytes:
+        """A part of a finished image."""
+        return await self._artifacts.read(job_id, index, offset, length)
+
+    def cancel(self, job_id: str, reason: CancelReason) -> None:
+        """Stop a job: a running one takes no further step. Nothing happens to one that has ended."""
+        record = self._records.get(job_id)
+        if record is None or record.job.state.has_ended:
+            return
+        error = (
+            DeadlineExceededError(job_id) if reason is CancelReason.DEADLINE else JobCancelledError(job_id)
+        )
+        self._stop_work(job_id)
+        record.job = record.job.ended(JobState.CANCELLED, time.time(), error)
+        self._close(record)
+        record.feed.publish(Cancelled(reason, error))
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Accept nothing more, let accepted jobs end; after the grace period fail the rest."""
+        self._is_draining = True
+        try:
+            async with asyncio.timeout(grace_seconds):
+                await self._all_ended.wait()
+        except TimeoutError:
+            for record in [r for r in self._records.values() if not r.job.state.has_ended]:
+                self._fail(record, NotServingError("the server is shutting down", START_RETRY_SECONDS))
+
+    # --- what the engine asks ---------------------------------------------------------------------
+
+    def set_engine_state(self, state: EngineState) -> None:
+        """Note whether the rank group can work."""
+        self._engine_state = state
+
+    def take(self) -> EngineRequest | None:
+        """The engine's next job (`engine.requests.Backlog`)."""
+        job_id = self._queue.pop()
+        if job_id is None:
+            return None
+        record = self._records[job_id]
+        self._publish_positions()
+        submission = record.job.submission
+        return EngineRequest(
+            job_id=job_id,
+            request_id=submission.request_id,
+            parameters=submission.parameters,
+            on_event=lambda event: self._on_event(record, event),
+        )
+
+    def _on_event(self, record: _Record, event: EngineEvent) -> None:
+        if record.job.state.has_ended:
+            return
+        match event:
+            case RequestStarted():
+                self._start(record)
+            case PromptsEncoded(encode_seconds):
+                record.job = record.job.encoded(encode_seconds)
+                record.denoise_start = time.monotonic()
+            case StepFinished(step, step_seconds):
+                self._progress(record, step, step_seconds)
+            case PreviewMade(step, data):
+                record.feed.publish(Previewed(step, data))
+            case RequestRestarted(attempt, reason, resumed_from_step):
+                record.step_times.clear()
+                record.job = record.job.restarted(attempt)
+                record.feed.publish(Restarted(attempt, reason, resumed_from_step))
+            case ImageFinished():
+                write = asyncio.create_task(self._store(record, event))
+                record.writes.add(write)
+            case RequestFinished():
+                finish = asyncio.create_task(self._succeed(record))
+                record.writes.add(finish)
+            case RequestFailed(error):
+                self._fail(record, error)
+
+    def _start(self, record: _Record) -> None:
+        record.job = record.job.started(self._describe_execution(), time.time())
+        job = record.job
+        assert job.execution is not None
+        record.feed.publish(Started(job.submission.parameters, job.execution, job.timings.queue_seconds))
+
+    def _progress(self, record: _Record, step: int, step_seconds: float) -> None:
+        now = time.monotonic()
+        record.step_times.append(now)
+        total_steps = record.job.submission.parameters.num_inference_steps
+        remaining = None
+        if len(record.step_times) > 1:
+            pace = (now - record.step_times[0]) / (len(record.step_times) - 1)
+            remaining = pace * (total_steps - step)
+        progress = Progress(step, total_steps, step_seconds, remaining)
+        record.job = record.job.progressed(progress, now - record.denoise_start)
+        record.feed.publish(Progressed(progress))
+
+    async def _store(self, record: _Record, event: ImageFinished) -> None:
+        job = record.job
+        try:
+            image = await self._artifacts.write(
+                job.job_id, event.image_index, job.submission.parameters, event.data
+            )
+        except HiDreamError as error:
+            self._fail(record, error)
+            return
+        except OSError:
+            failure = JobInternalError.new()
+            logger.exception(
+                "cannot store an image", extra={"job_id": job.job_id, "error_id": failure.error_id}
+            )
+            self._fail(record, failure)
+            return
+        if not record.job.state.has_ended:
+            record.job = record.job.with_image(image, event.decode_seconds)
+            record.feed.publish_image(image)
+
+    async def _succeed(self, record: _Record) -> None:
+        await asyncio.gather(*(write for write in record.writes if write is not asyncio.current_task()))
+        if record.job.state.has_ended:
+            return
+        record.job = record.job.ended(JobState.SUCCEEDED, time.time())
+        self._mean_job_seconds += 0.2 * (record.job.timings.total_seconds - self._mean_job_seconds)
+        self._close(record)
+        record.feed.publish(Succeeded(record.job))
+
+    def _fail(self, record: _Record, error: HiDreamError) -> None:
+        if record.job.state.has_ended:
+            return
+        self._stop_work(record.job.job_id)
+        record.job = record.job.ended(JobState.FAILED, time.time(), error)
+        self._close(record)
+        record.feed.publish(Failed(error))
+
+    # --- the rest ---------------------------------------------------------------------------------
+
+    def _check_serving(self) -> None:
+        if self._is_draining:
+            raise NotServingError("the server is shutting down", START_RETRY_SECONDS)
+        if self._engine_state is EngineState.STARTING:
+            raise NotServingError("the model is loading", START_RETRY_SECONDS)
+        if self._engine_state in (EngineState.FAILED, EngineState.STOPPED):
+            raise NotServingError("the devices are not available", START_RETRY_SECONDS)
+
+    def _follow_up(self, job: Job, submission: Submission) -> Job:
+        same = replace(submission, deadline_seconds=job.submission.deadline_seconds)
+        if same != job.submission:
+            raise RequestIdConflictError(submission.request_id, job.job_id)
+        return job
+
+    def _stop_work(self, job_id: str) -> None:
+        if self._queue.remove(job_id):
+            self._publish_positions()
+        else:
+            self._engine.cancel(job_id)
+
+    def _publish_positions(self) -> None:
+        for position, job_id in enumerate(self._queue.order(), start=1):
+            record = self._records[job_id]
+            record.feed.publish_if_new(Queued(position))
+
+    def _close(self, record: _Record) -> None:
+        """Book a job that has just ended, and see to its removal."""
+        job = record.job
+        self._counts[job.state] += 1
+        self._ended.append(job.job_id)
+        if record.deadline is not None:
+            record.deadline.cancel()
+        loop = asyncio.get_running_loop()
+        record.expiry = loop.call_later(self._retention.retention_seconds, self._remove, job.job_id)
+        while len(self._ended) > self._retention.max_retained_jobs:
+            self._remove(self._ended[0])
+        if len(self._ended) == len(self._records):
+            self._all_ended.set()
+        logger.info(
+            "job %s",
+            job.state.lower(),
+            extra={
+                "job_id": job.job_id,
+                "request_id": job.submission.request_id,
+                "total_seconds": round(job.timings.total_seconds, 3),
+            },
+        )
+
+    def _remove(self, job_id: str) -> None:
+        record = self._records.pop(job_id)
+        self._ended.remove(job_id)
+        self._job_ids.pop(record.job.submission.request_id, None)
+        if record.expiry is not None:
+            record.expiry.cancel()
+        removal = asyncio.ensure_future(self._artifacts.remove(job_id))
+        record.writes.add(removal)

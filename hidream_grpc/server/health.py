@@ -1,0 +1,50 @@
+"""grpc.health.v1, complete: Check, Watch, and List, which the library leaves out."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2
+
+from hidream.v1 import image_gen_pb2
+
+IMAGE_GEN = image_gen_pb2.DESCRIPTOR.services_by_name["ImageGen"].full_name
+_Status = health_pb2.HealthCheckResponse.ServingStatus
+READINESS = ("", IMAGE_GEN)
+# A server whose ranks load or recover is alive: restarting it would only lose time.
+LIVENESS = "liveness"
+
+
+class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc]
+    """Readiness under the empty name and the service's; liveness under a name of its own.
+
+    It starts as not ready.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._changes: set[asyncio.Task[None]] = set()
+        self.mark_ready(False)
+
+    def mark_ready(self, is_ready: bool) -> None:
+        """Tell whether requests are taken; those that watch learn of it in the order of the calls."""
+        change = asyncio.create_task(self._set_ready(is_ready))
+        self._changes.add(change)
+        change.add_done_callback(self._changes.discard)
+
+    async def _set_ready(self, is_ready: bool) -> None:
+        for service in READINESS:
+            await self.set(service, _Status.SERVING if is_ready else _Status.NOT_SERVING)
+        await self.set(LIVENESS, _Status.SERVING)
+
+    async def List(  # noqa: N802
+        self, request: health_pb2.HealthListRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> health_pb2.HealthListResponse:
+        """All services and their status."""
+        response = health_pb2.HealthListResponse()
+        for service in (*READINESS, LIVENESS):
+            check = await self.Check(health_pb2.HealthCheckRequest(service=service), context)
+            response.statuses[service].status = check.status
+        return response

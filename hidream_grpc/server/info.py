@@ -1,0 +1,101 @@
+"""What `GetServerInfo` says."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import time
+
+from hidream.v1 import server_info_pb2
+from hidream_grpc.engine.requests import EngineState
+from hidream_grpc.engine.supervisor import RankGroup
+from hidream_grpc.jobs.job import JobState
+from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
+from hidream_grpc.jobs.service import JobService
+from hidream_grpc.model.checkpoint import CheckpointDescription
+from hidream_grpc.server import convert
+
+_STATES = {
+    EngineState.STARTING: server_info_pb2.SERVER_STATE_STARTING,
+    EngineState.SERVING: server_info_pb2.SERVER_STATE_SERVING,
+    EngineState.RECOVERING: server_info_pb2.SERVER_STATE_RECOVERING,
+    EngineState.FAILED: server_info_pb2.SERVER_STATE_FAILED,
+    EngineState.STOPPED: server_info_pb2.SERVER_STATE_DRAINING,
+}
+
+
+class ServerDescription:
+    """Puts the facts of the running server together, whenever somebody asks."""
+
+    def __init__(
+        self,
+        checkpoint: CheckpointDescription,
+        limits: RequestLimits,
+        defaults: RequestDefaults,
+        device_type: str,
+        layout: str,
+        group: RankGroup,
+        jobs: JobService,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._limits = limits
+        self._defaults = defaults
+        self._device_type = device_type
+        self._layout = layout
+        self._group = group
+        self._jobs = jobs
+        self._start_time = time.time()
+        self._versions = server_info_pb2.Versions(
+            server=importlib.metadata.version("hidream-grpc"),
+            python=platform.python_version(),
+            grpcio=importlib.metadata.version("grpcio"),
+            torch=importlib.metadata.version("torch"),
+            diffusers=importlib.metadata.version("diffusers"),
+            transformers=importlib.metadata.version("transformers"),
+        )
+
+    def __call__(self) -> server_info_pb2.ServerInfo:
+        """The server as it is now."""
+        loaded = self._group.loaded
+        checkpoint = self._checkpoint
+        state = _STATES[self._jobs.engine_state]
+        return server_info_pb2.ServerInfo(
+            state=server_info_pb2.SERVER_STATE_DRAINING if self._jobs.is_draining else state,
+            model=server_info_pb2.ModelInfo(
+                name=checkpoint.name,
+                variant=checkpoint.variant,
+                scheduler=checkpoint.scheduler_name,
+                shift=checkpoint.shift,
+                num_parameters=loaded[0].model.num_parameters if loaded else 0,
+            ),
+            layout=self._layout,
+            devices=[
+                server_info_pb2.DeviceInfo(
+                    rank=rank,
+                    device_type=self._device_type,
+                    name=facts.device.name,
+                    total_memory_bytes=facts.device.total_memory_bytes,
+                    free_memory_bytes=facts.device.free_memory_bytes,
+                )
+                for rank, facts in enumerate(loaded)
+            ],
+            defaults=server_info_pb2.RequestDefaults(**dataclasses.asdict(self._defaults)),
+            limits=server_info_pb2.RequestLimits(**dataclasses.asdict(self._limits)),
+            recommended_sizes=[
+                server_info_pb2.ImageSize(width=size.width, height=size.height)
+                for size in checkpoint.size_limits.recommended()
+            ],
+            jobs=server_info_pb2.JobCounts(
+                queued=self._jobs.num_queued,
+                running=self._jobs.num_running,
+                succeeded=self._jobs.num_ended(JobState.SUCCEEDED),
+                failed=self._jobs.num_ended(JobState.FAILED),
+                cancelled=self._jobs.num_ended(JobState.CANCELLED),
+                total=self._jobs.num_accepted,
+            ),
+            versions=self._versions,
+            start_time=convert.timestamp(self._start_time),
+            generation=self._group.generation,
+            num_rank_restarts=self._group.num_restarts,
+        )

@@ -1,0 +1,81 @@
+"""What Prometheus reads, under `hidream_…`. One registry a server; nothing global."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from hidream_grpc.engine.controller import StepReport
+from hidream_grpc.errors import AddressInUseError, ConfigurationError
+
+_CALL_BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
+_STEP_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 30)
+
+
+class Metrics:
+    """The server's measurements."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._calls = Counter(
+            "hidream_calls_total", "Calls that ended.", ["method", "code"], registry=self.registry
+        )
+        self._call_seconds = Histogram(
+            "hidream_call_seconds",
+            "Duration of calls.",
+            ["method", "code"],
+            buckets=_CALL_BUCKETS,
+            registry=self.registry,
+        )
+        self._step_seconds = Histogram(
+            "hidream_step_seconds",
+            "Duration of one denoising step of a batch, on the slowest rank.",
+            buckets=_STEP_BUCKETS,
+            registry=self.registry,
+        )
+        self._step_samples = Counter(
+            "hidream_step_samples_total", "Samples denoised by one step.", registry=self.registry
+        )
+
+    def observe_call(self, method: str, code: str, call_seconds: float) -> None:
+        """Count a call that ended."""
+        self._calls.labels(method, code).inc()
+        self._call_seconds.labels(method, code).observe(call_seconds)
+
+    def observe_step(self, report: StepReport) -> None:
+        """Count a denoising step that ended."""
+        self._step_seconds.observe(report.step_seconds)
+        self._step_samples.inc(report.num_samples)
+
+    def watch(
+        self,
+        num_queued: Callable[[], float],
+        num_running: Callable[[], float],
+        num_rank_restarts: Callable[[], float],
+        is_serving: Callable[[], float],
+    ) -> None:
+        """Read these whenever Prometheus asks."""
+        for name, text, read in (
+            ("hidream_queued_jobs", "Jobs that wait.", num_queued),
+            ("hidream_running_jobs", "Jobs that are being drawn.", num_running),
+            ("hidream_rank_restarts", "Rank processes replaced since the start.", num_rank_restarts),
+            ("hidream_serving", "1 while requests are taken.", is_serving),
+        ):
+            Gauge(name, text, registry=self.registry).set_function(read)
+
+    def serve(self, host: str, port: int) -> int:
+        """Answer Prometheus over HTTP from a thread of its own; returns the port.
+
+        Raises:
+            AddressInUseError: another process listens there.
+            ConfigurationError: the host is not an address of this machine.
+        """
+        try:
+            server, _ = start_http_server(port, addr=host, registry=self.registry)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise AddressInUseError("--metrics-port", f"{host}:{port}") from None
+            raise ConfigurationError("--metrics-port", f"cannot listen on {host}:{port}: {error}") from None
+        return int(server.server_port)

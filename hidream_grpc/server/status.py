@@ -1,0 +1,94 @@
+"""THE table from our errors to gRPC statuses with details. A test fails when an error has no row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from hidream_grpc import errors
+
+DOMAIN = "hidream.v1"
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """How one error type is told: its code, and a function that builds the details."""
+
+    code: int
+    details: Callable[[Any], list[Message]]
+
+
+def _bad_request(error: errors.InvalidRequestError) -> list[Message]:
+    violation_type = error_details_pb2.BadRequest.FieldViolation
+    violations = [violation_type(field=v.field, description=v.description) for v in error.violations]
+    return [error_details_pb2.BadRequest(field_violations=violations)]
+
+
+def _retry(seconds: float) -> error_details_pb2.RetryInfo:
+    delay = duration_pb2.Duration()
+    delay.FromNanoseconds(int(seconds * 1e9))
+    return error_details_pb2.RetryInfo(retry_delay=delay)
+
+
+def _quota(subject: str, error: errors.HiDreamError) -> error_details_pb2.QuotaFailure:
+    violation = error_details_pb2.QuotaFailure.Violation(subject=subject, description=str(error))
+    return error_details_pb2.QuotaFailure(violations=[violation])
+
+
+def _job(job_id: str, error: errors.HiDreamError) -> error_details_pb2.ResourceInfo:
+    return error_details_pb2.ResourceInfo(resource_type="Job", resource_name=job_id, description=str(error))
+
+
+def _internal(error: errors.JobInternalError) -> list[Message]:
+    metadata = {"error_id": error.error_id}
+    return [error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata=metadata)]
+
+
+TABLE: dict[type[errors.HiDreamError], _Row] = {
+    errors.InvalidRequestError: _Row(code_pb2.INVALID_ARGUMENT, _bad_request),
+    errors.RequestIdConflictError: _Row(code_pb2.ALREADY_EXISTS, lambda e: [_job(e.job_id, e)]),
+    errors.QueueFullError: _Row(
+        code_pb2.RESOURCE_EXHAUSTED,
+        lambda e: [_quota("max_queued_jobs", e), _retry(e.retry_after_seconds)],
+    ),
+    errors.TooManyReadersError: _Row(
+        code_pb2.RESOURCE_EXHAUSTED,
+        lambda e: [_quota("max_streams", e), _retry(e.retry_after_seconds)],
+    ),
+    errors.NotServingError: _Row(code_pb2.UNAVAILABLE, lambda e: [_retry(e.retry_after_seconds)]),
+    errors.DeadlineExceededError: _Row(code_pb2.DEADLINE_EXCEEDED, lambda e: [_job(e.job_id, e)]),
+    errors.JobCancelledError: _Row(code_pb2.CANCELLED, lambda e: [_job(e.job_id, e)]),
+    errors.StorageFullError: _Row(
+        code_pb2.RESOURCE_EXHAUSTED, lambda e: [_quota("artifact_store", e), _job(e.job_id, e)]
+    ),
+    errors.OutOfDeviceMemoryError: _Row(
+        code_pb2.RESOURCE_EXHAUSTED, lambda e: [_quota("device_memory", e), _job(e.job_id, e)]
+    ),
+    errors.JobInternalError: _Row(code_pb2.INTERNAL, _internal),
+}
+
+
+def to_status(error: errors.HiDreamError) -> status_pb2.Status:
+    """The status that a caller gets for an error of ours.
+
+    Raises:
+        KeyError: the error's type has no row; such an error never reaches a caller.
+    """
+    row = TABLE[type(error)]
+    status = status_pb2.Status(code=row.code, message=str(error))
+    for detail in row.details(error):
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def grpc_code(status: status_pb2.Status) -> grpc.StatusCode:
+    """The grpc library's name of a status code."""
+    return next(code for code in grpc.StatusCode if code.value[0] == status.code)

@@ -1,0 +1,197 @@
+"""From a request message to a submission in which nothing is missing or out of range.
+
+Every violation is collected, so that a caller learns all of them at once. The limits are those that
+`GetServerInfo` shows (`jobs/limits.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import uuid
+from collections.abc import Callable
+
+from google.protobuf.message import Message
+
+from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
+from hidream_grpc.errors import FieldViolation, InvalidRequestError
+from hidream_grpc.jobs.job import Priority, Submission
+from hidream_grpc.jobs.limits import MAX_QUALITY, MAX_SEED, MIN_QUALITY, RequestDefaults, RequestLimits
+from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
+from hidream_grpc.model.prompt_tokens import TokenCount
+
+CountTokens = Callable[[str], tuple[TokenCount, ...]]
+
+_OUTPUT_FORMATS = {
+    image_pb2.OUTPUT_FORMAT_UNSPECIFIED: OutputFormat.PNG,
+    image_pb2.OUTPUT_FORMAT_PNG: OutputFormat.PNG,
+    image_pb2.OUTPUT_FORMAT_JPEG: OutputFormat.JPEG,
+    image_pb2.OUTPUT_FORMAT_WEBP: OutputFormat.WEBP,
+}
+_PRIORITIES = {
+    job_pb2.PRIORITY_UNSPECIFIED: Priority.NORMAL,
+    job_pb2.PRIORITY_LOW: Priority.LOW,
+    job_pb2.PRIORITY_NORMAL: Priority.NORMAL,
+    job_pb2.PRIORITY_HIGH: Priority.HIGH,
+}
+
+
+class RequestValidator:
+    """Checks requests against one server's limits and fills in its defaults."""
+
+    def __init__(self, limits: RequestLimits, defaults: RequestDefaults, count_tokens: CountTokens) -> None:
+        self._limits = limits
+        self._defaults = defaults
+        self._count_tokens = count_tokens
+
+    def submission(
+        self, request: image_gen_pb2.GenerateRequest, caller: str, deadline_seconds: float | None
+    ) -> Submission:
+        """Check a request and decide every field that it leaves open.
+
+        Raises:
+            InvalidRequestError: with every violation of the request.
+        """
+        violations: list[FieldViolation] = []
+        if not request.HasField("spec"):
+            violations.append(FieldViolation("spec", "is required"))
+        self._check_spec(request.spec, violations)
+        self._check_envelope(request, violations)
+        if violations:
+            raise InvalidRequestError(tuple(violations))
+        request_id = request.request_id or uuid.uuid4().hex
+        return Submission(
+            parameters=self._parameters(request.spec, request_id, request.preview),
+            request_id=request_id,
+            caller=caller,
+            priority=_PRIORITIES[request.priority],
+            labels=dict(request.labels),
+            is_detached=request.detached,
+            deadline_seconds=deadline_seconds,
+        )
+
+    def _check_spec(self, spec: image_pb2.ImageSpec, violations: list[FieldViolation]) -> None:
+        limits = self._limits
+
+        def violate(field: str, description: str) -> None:
+            violations.append(FieldViolation(f"spec.{field}", description))
+
+        def check_range(field: str, lowest: float, highest: float) -> None:
+            value = getattr(spec, field)
+            if spec.HasField(field) and not lowest <= value <= highest:  # type: ignore[arg-type]
+                violate(field, f"must be {lowest:g} to {highest:g}, is {value:g}")
+
+        if not spec.prompt.strip():
+            violate("prompt", "must not be empty")
+        for field in ("prompt", "negative_prompt"):
+            if description := self._prompt_violation(getattr(spec, field)):
+                violate(field, description)
+        self._check_size(spec, violate)
+        check_range("num_inference_steps", 1, limits.max_num_inference_steps)
+        check_range("num_images", 1, limits.max_num_images)
+        check_range("quality", MIN_QUALITY, MAX_QUALITY)
+        guidance_scale = self._guidance_scale(spec)
+        if not math.isfinite(guidance_scale) or not 0 <= guidance_scale <= limits.max_guidance_scale:
+            violate("guidance_scale", f"must be 0 to {limits.max_guidance_scale:g}, is {guidance_scale:g}")
+        elif spec.negative_prompt and guidance_scale <= 1:
+            violate("negative_prompt", f"needs a guidance_scale above 1, which is {guidance_scale:g}")
+        highest_seed = MAX_SEED - limits.max_num_images
+        if spec.HasField("seed") and not 0 <= spec.seed <= highest_seed:
+            violate("seed", f"must be 0 to {highest_seed}, is {spec.seed}")
+        if spec.output_format not in _OUTPUT_FORMATS:
+            violate("output_format", f"unknown value {spec.output_format}")
+        elif spec.HasField("quality") and _OUTPUT_FORMATS[spec.output_format] is OutputFormat.PNG:
+            violate("quality", "applies to JPEG and WebP only: PNG loses nothing")
+
+    def _prompt_violation(self, prompt: str) -> str | None:
+        limits = self._limits
+        num_bytes = len(prompt.encode())
+        if num_bytes > limits.max_prompt_bytes:
+            return f"must be at most {limits.max_prompt_bytes} bytes of UTF-8, is {num_bytes}"
+        if "\0" in prompt:
+            return "must not contain NUL"
+        for count in self._count_tokens(prompt):
+            if not count.fits:
+                return f"must be at most {count.max_tokens} tokens of {count.encoder}, is {count.num_tokens}"
+        return None
+
+    def _check_size(self, spec: image_pb2.ImageSpec, violate: Callable[[str, str], None]) -> None:
+        limits = self._limits
+        if spec.HasField("width") != spec.HasField("height"):
+            violate("height" if spec.HasField("width") else "width", "width and height are given together")
+            return
+        if not spec.HasField("width"):
+            return
+        rule = (
+            f"must be a multiple of {limits.size_multiple} from {limits.min_side_pixels} on, "
+            f"with width × height at most {limits.max_pixels}"
+        )
+        sides = {"width": spec.width, "height": spec.height}
+        wrong = [
+            field
+            for field, side in sides.items()
+            if side < limits.min_side_pixels or side % limits.size_multiple
+        ]
+        if not wrong and spec.width * spec.height > limits.max_pixels:
+            wrong = ["width", "height"]
+        for field in wrong:
+            nearest = self._nearest_side(sides[field], sides["height" if field == "width" else "width"])
+            violate(field, f"{rule}; is {sides[field]}, the nearest that works is {nearest}")
+
+    def _nearest_side(self, side: int, other_side: int) -> int:
+        limits = self._limits
+        multiple = limits.size_multiple
+        other_side = max(limits.min_side_pixels, other_side)
+        highest = max(limits.min_side_pixels, limits.max_pixels // other_side // multiple * multiple)
+        return min(max(limits.min_side_pixels, round(side / multiple) * multiple), highest)
+
+    def _check_envelope(
+        self, request: image_gen_pb2.GenerateRequest, violations: list[FieldViolation]
+    ) -> None:
+        limits = self._limits
+        request_id = request.request_id
+        if len(request_id.encode()) > limits.max_request_id_bytes or not all(
+            "!" <= character <= "~" for character in request_id
+        ):
+            description = f"must be at most {limits.max_request_id_bytes} bytes of visible ASCII"
+            violations.append(FieldViolation("request_id", description))
+        if request.priority not in _PRIORITIES:
+            violations.append(FieldViolation("priority", f"unknown value {request.priority}"))
+        if len(request.labels) > limits.max_labels:
+            description = f"must be at most {limits.max_labels} labels, are {len(request.labels)}"
+            violations.append(FieldViolation("labels", description))
+        description = f"keys must not be empty; keys and values at most {limits.max_label_bytes} bytes"
+        for key, value in request.labels.items():
+            if not key or max(len(key.encode()), len(value.encode())) > limits.max_label_bytes:
+                violations.append(FieldViolation(f"labels[{key[:64]}]", description))
+
+    def _guidance_scale(self, spec: image_pb2.ImageSpec) -> float:
+        return spec.guidance_scale if spec.HasField("guidance_scale") else self._defaults.guidance_scale
+
+    def _parameters(
+        self, spec: image_pb2.ImageSpec, request_id: str, with_previews: bool
+    ) -> GenerationParameters:
+        defaults = self._defaults
+        return GenerationParameters(
+            prompt=spec.prompt,
+            negative_prompt=spec.negative_prompt,
+            width=_given(spec, "width", defaults.width),
+            height=_given(spec, "height", defaults.height),
+            num_inference_steps=_given(spec, "num_inference_steps", defaults.num_inference_steps),
+            guidance_scale=self._guidance_scale(spec),
+            num_images=_given(spec, "num_images", defaults.num_images),
+            seed=_given(spec, "seed", _seed_of(request_id)),
+            output_format=_OUTPUT_FORMATS[spec.output_format],
+            quality=_given(spec, "quality", defaults.quality),
+            with_previews=with_previews,
+        )
+
+
+def _given(message: Message, field: str, default: int) -> int:
+    value = getattr(message, field) if message.HasField(field) else default
+    return int(value)
+
+
+def _seed_of(request_id: str) -> int:
+    """A seed for a request that names none: a retry with the same request id draws the same image."""
+    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:4])

@@ -1,0 +1,147 @@
+"""Everything that an operator can set: flag > environment (`HIDREAM_…`) > file > default.
+
+Below `cli.py` and `server/app.py` nobody sees these settings: each layer takes a small frozen value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from hidream_grpc.errors import ConfigurationError
+
+ENVIRONMENT_PREFIX = "HIDREAM_"
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(ge=0, le=86_400)]
+
+
+class Settings(BaseSettings):
+    """The settings of one server; every field is also a flag of `hidream-grpc serve`."""
+
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, frozen=True, extra="forbid")
+
+    model_path: Annotated[
+        Path | None, Field(description="HiDream-I1 in diffusers format; the built-in demo model when absent")
+    ] = None
+    extra_model_path: Annotated[
+        Path | None, Field(description="Llama-3.1-8B-Instruct, where the checkpoint holds none")
+    ] = None
+    device_type: Annotated[str, Field(description="auto, npu, cuda or cpu")] = "auto"
+    devices: Annotated[
+        str | None, Field(description="one rank each, such as 0,1,2,3 or 0-3; on a CPU any numbers")
+    ] = None
+    threads_per_rank: Annotated[
+        int | None, Field(ge=1, le=1024, description="CPU threads of each rank; cores ÷ ranks when absent")
+    ] = None
+    replace: Annotated[
+        Literal["one", "all"] | None,
+        Field(description="which ranks to start anew when one dies: all on npu and cuda, one on cpu"),
+    ] = None
+    load_timeout_seconds: Annotated[Seconds, Field(description="time for all ranks to load")] = 1800
+    collective_timeout_seconds: Annotated[
+        Seconds, Field(description="time for the ranks to exchange a step's results")
+    ] = 600
+
+    listen: Annotated[str, Field(description="HOST:PORT to serve gRPC on; port 0 takes a free one")] = (
+        "0.0.0.0:8088"
+    )
+    metrics_port: Annotated[
+        int | None, Field(ge=0, le=65_535, description="port for Prometheus; none when absent")
+    ] = None
+    data_dir: Annotated[
+        Path | None, Field(description="where images are kept; a temporary folder when absent")
+    ] = None
+
+    max_queued_jobs: Annotated[int, Field(ge=0, le=1_000_000, description="jobs that may wait")] = 64
+    max_running_jobs: Annotated[int, Field(ge=1, le=1024, description="jobs drawn at the same time")] = 16
+    max_step_pixels: Annotated[
+        int, Field(ge=4096, description="width × height × samples of one forward of the transformer")
+    ] = 8 * 1024 * 1024
+    max_streams: Annotated[int, Field(ge=1, le=100_000, description="streams open at the same time")] = 1000
+    max_num_images: Annotated[int, Field(ge=1, le=64, description="images of one request")] = 8
+    max_num_inference_steps: Annotated[int, Field(ge=1, le=1000, description="steps of one request")] = 150
+    max_guidance_scale: Annotated[float, Field(gt=0, le=100, description="largest guidance scale")] = 20.0
+    max_prompt_bytes: Annotated[int, Field(ge=16, le=65_536, description="bytes of a prompt")] = 4096
+    max_receive_message_bytes: Annotated[
+        int, Field(ge=16_384, le=64 * 1024 * 1024, description="bytes of a request message")
+    ] = 1024 * 1024
+    chunk_bytes: Annotated[
+        int, Field(ge=1024, le=2 * 1024 * 1024, description="image bytes in one message")
+    ] = 128 * 1024
+
+    retention_seconds: Annotated[
+        Seconds, Field(description="how long a job that has ended is kept, with its images")
+    ] = 3600
+    max_retained_jobs: Annotated[PositiveInt, Field(description="jobs that have ended, kept at most")] = 1000
+    grace_seconds: Annotated[Seconds, Field(description="time for accepted jobs to end on SIGTERM")] = 60
+    drain_delay_seconds: Annotated[
+        Seconds, Field(description="time to take new calls after health says NOT_SERVING on SIGTERM")
+    ] = 0
+
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(description="least severe level that is logged")
+    ] = "INFO"
+    log_format: Annotated[Literal["text", "json"], Field(description="lines or JSON objects")] = "text"
+    log_file: Annotated[Path | None, Field(description="also append the log to this file")] = None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then environment, then the file that `load_settings` was given."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def load_settings(flags: Mapping[str, Any], config_file: Path | None) -> Settings:
+    """Put the settings together.
+
+    Args:
+        flags: what was given on the command line, by field name.
+        config_file: a TOML file with fields of `Settings`.
+
+    Raises:
+        ConfigurationError: a value is out of its range, or the file cannot be read.
+    """
+    if config_file is not None and not config_file.is_file():
+        raise ConfigurationError("--config", f"{config_file}: no such file")
+
+    class _Settings(Settings):
+        model_config = SettingsConfigDict(toml_file=config_file)
+
+    try:
+        return _Settings(**flags)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        raise ConfigurationError(_origin(name, flags, config_file), first["msg"]) from None
+    except (SettingsError, ValueError) as error:
+        raise ConfigurationError(str(config_file or ENVIRONMENT_PREFIX), str(error)) from None
+
+
+def flag_name(field: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + field.replace("_", "-")
+
+
+def _origin(field: str, flags: Mapping[str, Any], config_file: Path | None) -> str:
+    if field in flags:
+        return flag_name(field)
+    if field in Settings.model_fields and config_file is None:
+        return ENVIRONMENT_PREFIX + field.upper()
+    return f"{field} ({config_file} or {ENVIRONMENT_PREFIX}{field.upper()})"
