@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from hidream.v1 import image_gen_pb2_grpc
+from tests.live_server import LiveServer, running_server
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[LiveServer]:
+    """One server with the demo model for all tests that leave it as they found it."""
+    with running_server("--metrics-port", "0", "--grace-seconds", "5") as live:
+        yield live
+
+
+@pytest.fixture
+def stub(server: LiveServer) -> Iterator[image_gen_pb2_grpc.ImageGenStub]:
+    """A plain generated stub of the shared server."""
+    with server.stub() as stub:
+        yield stub

@@ -1,0 +1,137 @@
+"""Starts the real server as a process of its own, waits for it, and ends it by its process id."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import grpc
+import psutil
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, server_info_pb2
+
+_LISTENING = re.compile(r"listening on (\S+:\d+)")
+_METRICS = re.compile(r"metrics on port (\d+)")
+START_TIMEOUT_SECONDS = 120.0
+STOP_TIMEOUT_SECONDS = 60.0
+
+
+def wait_until(condition: Callable[[], bool], timeout_seconds: float, what: str) -> None:
+    """Return once the condition holds; fail when it does not in time."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_seconds:g} s: {what}")
+        time.sleep(0.01)
+
+
+@dataclass
+class LiveServer:
+    """A running server: its process, its address, and what it has logged."""
+
+    process: subprocess.Popen[str]
+    log_lines: list[str] = field(default_factory=list)
+    address: str = ""
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def log(self) -> str:
+        return "".join(self.log_lines)
+
+    @property
+    def metrics_port(self) -> int:
+        match = _METRICS.search(self.log)
+        assert match is not None, "the server was started without --metrics-port"
+        return int(match[1])
+
+    @contextmanager
+    def stub(self) -> Iterator[image_gen_pb2_grpc.ImageGenStub]:
+        """A plain generated stub on a channel with default options."""
+        with grpc.insecure_channel(self.address) as channel:
+            yield image_gen_pb2_grpc.ImageGenStub(channel)
+
+    def info(self) -> server_info_pb2.ServerInfo:
+        with self.stub() as stub:
+            return stub.GetServerInfo(image_gen_pb2.GetServerInfoRequest())
+
+    def wait_until_serving(self) -> None:
+        """Follow grpc.health.v1 until the service takes requests."""
+        with grpc.insecure_channel(self.address) as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(
+                health_pb2.HealthCheckRequest(service="hidream.v1.ImageGen"), timeout=START_TIMEOUT_SECONDS
+            )
+            for response in watch:
+                if response.status == health_pb2.HealthCheckResponse.SERVING:
+                    watch.cancel()
+                    return
+
+    def wait_until_idle(self) -> None:
+        """Wait until no job is queued or running."""
+        wait_until(
+            lambda: (jobs := self.info().jobs).queued == jobs.running == 0, 60, "no job is queued or running"
+        )
+
+    def descendants(self) -> list[psutil.Process]:
+        """Zygote, store and ranks."""
+        return psutil.Process(self.pid).children(recursive=True)
+
+    def rank_pids(self) -> list[int]:
+        """The rank processes, by rank, from the log of the newest start of each."""
+        pids: dict[int, int] = {}
+        for match in re.finditer(r"rank (\d+) is process (\d+)", self.log):
+            pids[int(match[1])] = int(match[2])
+        return [pids[rank] for rank in sorted(pids)]
+
+
+def _read_log(server: LiveServer, has_address: threading.Event) -> None:
+    assert server.process.stderr is not None
+    for line in server.process.stderr:
+        server.log_lines.append(line)
+        if not server.address and (match := _LISTENING.search(line)):
+            server.address = match[1]
+            has_address.set()
+    has_address.set()
+
+
+@contextmanager
+def running_server(*flags: str, wait: bool = True) -> Iterator[LiveServer]:
+    """The server with these flags on a free port of 127.0.0.1; it ends with SIGTERM.
+
+    Args:
+        flags: of `hidream-grpc serve`.
+        wait: until it serves; otherwise only until it listens.
+    """
+    command = [sys.executable, "-m", "hidream_grpc", "serve", "--listen", "127.0.0.1:0", *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    server = LiveServer(process)
+    has_address = threading.Event()
+    reader = threading.Thread(target=_read_log, args=(server, has_address))
+    reader.start()
+    try:
+        assert has_address.wait(START_TIMEOUT_SECONDS), "the server does not listen"
+        assert server.address, f"the server has ended:\n{server.log}"
+        if wait:
+            server.wait_until_serving()
+        yield server
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(STOP_TIMEOUT_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+            reader.join(STOP_TIMEOUT_SECONDS)
+            assert process.stderr is not None
+            process.stderr.close()
