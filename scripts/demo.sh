@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Draws a picture from nothing: installs, starts the service with its built-in demo model on the CPU,
+# asks it over gRPC, and stops it again.  demo.sh ["a prompt"] [options of `hidream generate`]
+set -euo pipefail
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+prompt=${1:-a red circle on a blue background}
+shift || true
+"$project/scripts/install.sh"
+binaries="$project/.venv/bin"
+mkdir -p "$project/logs"
+log="$project/logs/demo_$(date +%Y%m%d_%H%M%S).log"
+
+env -u HIDREAM_MODEL_PATH -u HIDREAM_EXTRA_MODEL_PATH "$binaries/hidream-grpc" serve \
+  --device-type cpu --listen 127.0.0.1:0 2>"$log" &
+server=$!
+trap 'kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true' EXIT
+
+echo "starting the service; its log is $log"
+until address=$(grep -om1 'listening on [^,]*' "$log"); do
+  if ! kill -0 "$server" 2>/dev/null; then
+    tail -n 3 "$log" >&2
+    exit 1
+  fi
+  sleep 0.1
+done
+address=${address#listening on }
+"$binaries/hidream" health --address "$address" --wait 300 >/dev/null
+
+picture="$PWD/demo.png"
+"$binaries/hidream" generate "$prompt" --address "$address" --out "$picture" "$@"
+cat <<END
+
+To keep a server running:  $project/scripts/start_service.sh --demo
+and to ask it:             $binaries/hidream generate "$prompt" --address localhost:8088
+END
