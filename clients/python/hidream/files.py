@@ -1,0 +1,108 @@
+"""Files that appear whole or not at all, and where the pictures of a request go."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from hidream.images import Image
+from hidream.requests import OutputFormat
+
+DEFAULT_NAME = "hidream_{seed}"
+
+
+class ImageFileFormat(StrEnum):
+    """File formats, by the name that a command line gives them."""
+
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+
+    @property
+    def output_format(self) -> OutputFormat:
+        """The same, as a request names it."""
+        match self:
+            case ImageFileFormat.PNG:
+                return "PNG"
+            case ImageFileFormat.JPEG:
+                return "JPEG"
+            case ImageFileFormat.WEBP:
+                return "WEBP"
+
+    @property
+    def suffix(self) -> str:
+        """What the names of its files end in."""
+        return f".{self.value}"
+
+
+def format_of_suffix(suffix: str) -> ImageFileFormat | None:
+    """The format that a file's name tells; None when it tells none."""
+    name = suffix.lower().removeprefix(".").replace("jpg", "jpeg")
+    return ImageFileFormat(name) if name in set(ImageFileFormat) else None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that nobody ever sees half of it; an older one is replaced.
+
+    Raises:
+        OSError: the folder is missing or full, or may not be written to.
+    """
+    # Beside the target: a rename is atomic only within one file system.
+    unfinished = path.with_name(f".hidream-{secrets.token_hex(4)}.part")
+    try:
+        unfinished.write_bytes(data)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPattern:
+    """Where each picture of one request goes.
+
+    Attributes:
+        pattern: a file; `{seed}` and `{index}` in its name stand for those of each picture. Without
+            either, several pictures get their index behind the name.
+    """
+
+    pattern: Path
+
+    @classmethod
+    def from_option(cls, out: str | None, suffix: str) -> OutputPattern:
+        """What `--out` means: a file, a pattern, a folder, or nothing for the working folder.
+
+        Args:
+            out: a path; a folder when it is one or ends in a slash, and made in the second case.
+            suffix: of the files, where `out` does not name them; with its dot.
+
+        Raises:
+            NotADirectoryError: the file's folder does not exist.
+            OSError: the folder cannot be made.
+        """
+        if out is None:
+            return cls(Path(DEFAULT_NAME + suffix))
+        path = Path(out)
+        if out.endswith("/"):
+            path.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            return cls(path / (DEFAULT_NAME + suffix))
+        if not path.parent.is_dir():
+            raise NotADirectoryError(f"{path.parent}: no such folder")
+        return cls(path)
+
+    def path_of(self, image: Image, num_images: int) -> Path:
+        """Where one picture of several goes."""
+        stem, suffix = self.pattern.stem, self.pattern.suffix
+        if num_images > 1 and "{seed}" not in stem and "{index}" not in stem:
+            stem += "_{index}"
+        return self.pattern.with_name(_fill(stem + suffix, image.seed, image.index))
+
+    def preview_path(self, seed: int) -> Path:
+        """Where the small picture of the unfinished image 0 goes, beside the finished ones."""
+        return self.pattern.with_name(f"{_fill(self.pattern.stem, seed, 0)}.preview.jpg")
+
+
+def _fill(name: str, seed: int, index: int) -> str:
+    return name.replace("{seed}", str(seed)).replace("{index}", str(index))
