@@ -32,19 +32,12 @@ _SHORT_FLAGS = {
     "devices": "-d",
     "device_type": "-t",
 }
-_FLAG_TYPES: dict[str, type] = {
-    "threads_per_rank": int,
-    "load_timeout_seconds": float,
-    "collective_timeout_seconds": float,
-    "metrics_port": int,
-}
 
 
 def _flags() -> list[inspect.Parameter]:
-    """One optional flag for each setting, so that the two cannot differ."""
+    """One optional flag for each setting, so that the two cannot differ; `Settings` reads the values."""
     parameters = []
     for name, field in Settings.model_fields.items():
-        kind = type(field.default) if field.default is not None else _FLAG_TYPES.get(name, str)
         names = [flag_name(name), *([_SHORT_FLAGS[name]] if name in _SHORT_FLAGS else [])]
         default = "" if field.default is None else f" [default: {field.default}]"
         option = typer.Option(*names, help=f"{field.description}{default}", show_default=False)
@@ -53,7 +46,7 @@ def _flags() -> list[inspect.Parameter]:
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=Annotated[kind | None, option],
+                annotation=Annotated[str | None, option],
             )
         )
     return parameters

@@ -1,0 +1,116 @@
+"""What load balancers, probes and explorers rely on."""
+
+from __future__ import annotations
+
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from grpc_status import rpc_status
+
+from hidream.v1 import image_gen_pb2, server_info_pb2
+from tests.live_server import LiveServer, running_server, wait_until
+from tests.streams import follow, request
+
+Status = health_pb2.HealthCheckResponse.ServingStatus
+READINESS = ("", "hidream.v1.ImageGen")
+
+
+def check(server: LiveServer, service: str) -> Status.ValueType:
+    with grpc.insecure_channel(server.address) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        return health_pb2_grpc.HealthStub(channel).Check(request).status
+
+
+@pytest.mark.parametrize("service", READINESS, ids=["empty", "ImageGen"])
+def test_check_says_serving_under_both_names(server: LiveServer, service: str) -> None:
+    assert check(server, service) == Status.SERVING
+
+
+def test_check_of_an_unknown_service_is_not_found(server: LiveServer) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        check(server, "no.such.Service")
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+def test_list_names_every_service_with_its_status(server: LiveServer) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        response = health_pb2_grpc.HealthStub(channel).List(health_pb2.HealthListRequest())
+    assert {name: status.status for name, status in response.statuses.items()} == dict.fromkeys(
+        (*READINESS, "liveness"), Status.SERVING
+    )
+
+
+def test_reflection_describes_the_service_without_a_proto_file(server: LiveServer) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        assert set(database.get_services()) >= {"hidream.v1.ImageGen", "grpc.health.v1.Health"}
+        file = database.FindFileContainingSymbol("hidream.v1.ImageGen")
+    methods = {method.name for service in file.service for method in service.method}
+    assert methods == {m.name for m in image_gen_pb2.DESCRIPTOR.services_by_name["ImageGen"].methods}
+
+
+def test_a_loading_server_answers_but_takes_no_request() -> None:
+    with (
+        running_server("--grace-seconds", "5", wait=False) as server,
+        grpc.insecure_channel(server.address) as channel,
+        server.stub() as stub,
+    ):
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == Status.NOT_SERVING
+        assert check(server, "liveness") == Status.SERVING
+        assert server.info().state == server_info_pb2.SERVER_STATE_STARTING
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.Generate(request()))
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        status = rpc_status.from_call(caught.value)
+        assert status is not None
+        assert status.details[0].Unpack(error_details_pb2.RetryInfo())
+        # Watch tells the change by itself.
+        assert next(watch).status == Status.SERVING
+        watch.cancel()
+
+
+def test_sigterm_lets_a_running_job_end_refuses_new_ones_and_exits_0() -> None:
+    with running_server("--grace-seconds", "60") as server:
+        with server.stub() as stub, ThreadPoolExecutor() as threads:
+            running = stub.Generate(request(num_inference_steps=100))
+            assert any(response.event.HasField("progress") for response in running)
+            rest = threads.submit(follow, running)
+            server.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: check(server, "") == Status.NOT_SERVING, 10, "health says NOT_SERVING")
+            with pytest.raises(grpc.RpcError) as caught:
+                list(stub.Generate(request()))
+            assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert len(rest.result().images) == 1
+        assert server.process.wait(30) == 0
+
+
+def test_after_the_grace_period_the_rest_is_told_that_the_server_leaves() -> None:
+    with running_server("--grace-seconds", "0.2") as server:
+        descendants = server.descendants()
+        with server.stub() as stub:
+            running = stub.Generate(request(num_inference_steps=150, width=512, height=512))
+            assert any(response.event.HasField("progress") for response in running)
+            server.process.send_signal(signal.SIGTERM)
+            with pytest.raises(grpc.RpcError) as caught:
+                list(running)
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert server.process.wait(30) == 0
+        wait_until(lambda: not any(p.is_running() for p in descendants), 10, "no process is left")
+
+
+def test_a_second_sigterm_ends_at_once() -> None:
+    with running_server("--grace-seconds", "600") as server, server.stub() as stub:
+        running = stub.Generate(request(num_inference_steps=150, width=512, height=512))
+        assert any(response.event.HasField("progress") for response in running)
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: check(server, "") == Status.NOT_SERVING, 10, "health says NOT_SERVING")
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(grpc.RpcError):
+            list(running)
+        assert server.process.wait(30) == 0

@@ -1,0 +1,122 @@
+"""What a caller sees of the queue: its place, its turn, and a clear no when there is no room."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from hidream.v1 import image_gen_pb2, job_pb2
+from tests.live_server import LiveServer, running_server
+from tests.streams import follow, request
+
+MAX_QUEUED_JOBS = 3
+
+
+@pytest.fixture(scope="module")
+def narrow_server() -> Iterator[LiveServer]:
+    """A server that draws one job at a time and lets three wait."""
+    flags = ("--max-running-jobs", "1", "--max-queued-jobs", str(MAX_QUEUED_JOBS), "--grace-seconds", "5")
+    with running_server(*flags) as server:
+        yield server
+
+
+def read_until(
+    call: Iterator[image_gen_pb2.GenerateResponse], kind: str
+) -> list[image_gen_pb2.GenerateResponse]:
+    responses = []
+    for response in call:
+        responses.append(response)
+        if response.event.WhichOneof("event") == kind:
+            return responses
+    raise AssertionError(f"the stream ended without {kind}")
+
+
+def test_a_waiting_caller_sees_its_position_change_until_it_starts(narrow_server: LiveServer) -> None:
+    with narrow_server.stub() as stub:
+        running = stub.Generate(request(num_inference_steps=150))
+        read_until(running, "progress")
+        waiting = [stub.Generate(request(num_inference_steps=2, seed=seed)) for seed in (1, 2, 3)]
+        for position, call in enumerate(waiting, start=1):
+            assert next(call).event.queued.queue_position == position
+        running.cancel()
+        with ThreadPoolExecutor() as threads:
+            streams = list(threads.map(follow, waiting))
+    positions = [[event.queued.queue_position for event in s.of_kind("queued")] for s in streams]
+    assert positions[0] == []
+    # A reader that is slower than the queue may miss a position, never see one grow.
+    assert all(seen == sorted(seen, reverse=True) for seen in positions)
+    assert positions[2][-1] == 1
+    assert [s.job.state for s in streams] == [job_pb2.JOB_STATE_SUCCEEDED] * 3
+    narrow_server.wait_until_idle()
+
+
+def test_a_full_queue_accepts_nothing_and_says_when_to_come_back(narrow_server: LiveServer) -> None:
+    with narrow_server.stub() as stub:
+        calls = [stub.Generate(request(num_inference_steps=150, seed=seed)) for seed in range(4)]
+        read_until(calls[0], "progress")
+        for call in calls[1:]:
+            assert next(call).event.HasField("queued")
+        total = narrow_server.info().jobs.total
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.Generate(request()))
+        assert narrow_server.info().jobs.total == total
+        for call in calls:
+            call.cancel()
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    status = rpc_status.from_call(caught.value)
+    assert status is not None
+    quota, retry = error_details_pb2.QuotaFailure(), error_details_pb2.RetryInfo()
+    assert status.details[0].Unpack(quota)
+    assert status.details[1].Unpack(retry)
+    assert quota.violations[0].subject == "max_queued_jobs"
+    assert str(MAX_QUEUED_JOBS) in quota.violations[0].description
+    assert retry.retry_delay.ToNanoseconds() > 0
+    narrow_server.wait_until_idle()
+
+
+def test_a_caller_that_leaves_the_queue_makes_room_for_those_behind_it(narrow_server: LiveServer) -> None:
+    with narrow_server.stub() as stub:
+        running = stub.Generate(request(num_inference_steps=150))
+        read_until(running, "progress")
+        first, second = (stub.Generate(request(num_inference_steps=1, seed=seed)) for seed in (1, 2))
+        assert next(first).event.queued.queue_position == 1
+        assert next(second).event.queued.queue_position == 2
+        first.cancel()
+        assert next(second).event.queued.queue_position == 1
+        running.cancel()
+        assert follow(second).job.state == job_pb2.JOB_STATE_SUCCEEDED
+    narrow_server.wait_until_idle()
+
+
+def test_a_job_whose_deadline_passes_in_the_queue_is_never_started(narrow_server: LiveServer) -> None:
+    with narrow_server.stub() as stub:
+        running = stub.Generate(request(num_inference_steps=150))
+        read_until(running, "progress")
+        waiting = stub.Generate(request(num_inference_steps=1), timeout=0.5)
+        kinds = []
+        with pytest.raises(grpc.RpcError) as caught:
+            for response in waiting:
+                kinds.append(response.event.WhichOneof("event"))
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert set(kinds) == {"queued"}
+        running.cancel()
+    narrow_server.wait_until_idle()
+
+
+def test_a_job_of_high_priority_goes_before_those_that_waited_longer(narrow_server: LiveServer) -> None:
+    with narrow_server.stub() as stub:
+        running = stub.Generate(request(num_inference_steps=150))
+        read_until(running, "progress")
+        normal = stub.Generate(request(num_inference_steps=1))
+        assert next(normal).event.queued.queue_position == 1
+        high = stub.Generate(request(num_inference_steps=1, seed=1, priority=job_pb2.PRIORITY_HIGH))
+        assert next(high).event.queued.queue_position == 1
+        assert next(normal).event.queued.queue_position == 2
+        for call in (running, normal, high):
+            call.cancel()
+    narrow_server.wait_until_idle()
