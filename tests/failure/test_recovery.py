@@ -1,0 +1,114 @@
+"""What a caller sees when the process group behind its picture fails, and what is left of a dead server."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from hidream.v1 import image_gen_pb2, job_pb2
+from tests.live_server import LiveServer, running_server, wait_until
+from tests.streams import Stream, follow, request
+
+
+@pytest.fixture(scope="module")
+def mortal_server() -> Iterator[LiveServer]:
+    """A server whose ranks may be killed; nothing else relies on it."""
+    with running_server("--grace-seconds", "5", "--metrics-port", "0") as server:
+        yield server
+
+
+def rank_process(server: LiveServer, rank: int) -> psutil.Process:
+    """The process that is this rank now, by its title."""
+    for process in server.descendants():
+        if " ".join(process.cmdline()).strip() == f"hidream-grpc rank {rank}":
+            return process
+    raise AssertionError(f"no process is rank {rank}")
+
+
+def read_to_step(
+    call: Iterator[image_gen_pb2.GenerateResponse], step: int
+) -> list[image_gen_pb2.GenerateResponse]:
+    responses = []
+    for response in call:
+        responses.append(response)
+        if response.event.progress.step >= step:
+            return responses
+    raise AssertionError(f"the stream ended before step {step}")
+
+
+@pytest.mark.parametrize("rank", [0, 1], ids=["rank-0", "rank-1"])
+def test_a_rank_killed_in_mid_picture_is_replaced_and_the_image_is_the_same(
+    mortal_server: LiveServer, rank: int
+) -> None:
+    generate = request(num_inference_steps=20, seed=40 + rank)
+    with mortal_server.stub() as stub:
+        undisturbed = follow(stub.Generate(generate))
+        before = mortal_server.info()
+        victim, survivor = (rank_process(mortal_server, r) for r in (rank, 1 - rank))
+
+        call = stub.Generate(generate)
+        head = read_to_step(call, 5)
+        victim.send_signal(signal.SIGKILL)
+        stream = Stream(head + list(call))
+
+        (restarted,) = stream.of_kind("restarted")
+        assert f"rank {rank}" in restarted.restarted.reason
+        assert (restarted.restarted.attempt, restarted.restarted.resumed_from_step) == (2, 0)
+        assert stream.job.state == job_pb2.JOB_STATE_SUCCEEDED
+        assert stream.job.execution.attempt == 2
+        assert stream.images == undisturbed.images
+        sequences = [event.sequence for event in stream.events]
+        assert sequences == sorted(set(sequences))
+        after_restart = [
+            e.progress.step for e in stream.of_kind("progress") if e.sequence > restarted.sequence
+        ]
+        assert after_restart == list(range(1, 21))
+
+    after = mortal_server.info()
+    assert after.generation > before.generation
+    assert after.num_rank_restarts == before.num_rank_restarts + 1
+    # The other rank kept its process, and so its weights.
+    assert survivor.is_running()
+
+
+def test_a_rank_killed_while_nothing_runs_is_replaced_before_the_next_request(
+    mortal_server: LiveServer,
+) -> None:
+    before = mortal_server.info().num_rank_restarts
+    rank_process(mortal_server, 1).send_signal(signal.SIGKILL)
+    wait_until(lambda: mortal_server.info().num_rank_restarts == before + 1, 60, "the rank is replaced")
+    with mortal_server.stub() as stub:
+        stream = follow(stub.Generate(request(num_inference_steps=2)))
+    assert not stream.of_kind("restarted")
+    assert stream.job.state == job_pb2.JOB_STATE_SUCCEEDED
+
+
+def test_all_requests_in_flight_survive_the_death_of_a_rank(mortal_server: LiveServer) -> None:
+    with mortal_server.stub() as stub:
+        calls = [
+            stub.Generate(request(num_inference_steps=15, seed=seed, width=side, height=side))
+            for seed, side in enumerate((128, 128, 64))
+        ]
+        heads = [read_to_step(call, 2) for call in calls]
+        rank_process(mortal_server, 0).send_signal(signal.SIGKILL)
+        streams = [Stream(head + list(call)) for head, call in zip(heads, calls, strict=True)]
+    assert [stream.job.state for stream in streams] == [job_pb2.JOB_STATE_SUCCEEDED] * 3
+    assert all(len(stream.images) == 1 for stream in streams)
+
+
+def test_no_process_outlives_a_server_that_is_killed() -> None:
+    with running_server("--grace-seconds", "5") as server:
+        descendants = server.descendants()
+        # Zygote, store and two ranks.
+        assert len(descendants) == 4
+        with server.stub() as stub:
+            call = stub.Generate(request(num_inference_steps=150))
+            read_to_step(call, 1)
+            server.process.send_signal(signal.SIGKILL)
+            server.process.wait(10)
+            _, alive = psutil.wait_procs(descendants, timeout=10)
+            assert not alive
+            call.cancel()
