@@ -99,7 +99,6 @@ def write_variant(source: Path, folder: Path, scheduler: str) -> Path:
     """
     folder.mkdir(parents=True)
     for part in source.iterdir():
-        # Another variant has other defaults.
         if part.name not in {"scheduler", "model_index.json", "generation_config.json"}:
             (folder / part.name).symlink_to(part.resolve())
     new_scheduler = SCHEDULERS[scheduler]()
@@ -107,6 +106,12 @@ def write_variant(source: Path, folder: Path, scheduler: str) -> Path:
     index = json.loads((source / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", type(new_scheduler).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    own_defaults = source / "generation_config.json"
+    if own_defaults.exists():
+        # Steps and guidance are the variant's.
+        defaults = json.loads(own_defaults.read_text())
+        size = {name: defaults[name] for name in ("width", "height")}
+        (folder / "generation_config.json").write_text(json.dumps(size))
     return folder
 
 

@@ -165,12 +165,11 @@ def _check_text_encoders(model_path: Path, transformer: TransformerConfig) -> No
     check_tokenizer(model_path / "tokenizer_3", MODEL_PATH_FLAG)
     pooled_width = sum(clip.projection_dim for clip in clips)
     if pooled_width != transformer.text_emb_dim:
-        reason = (
-            f"CLIP embeddings of {pooled_width} numbers, the transformer takes {transformer.text_emb_dim}"
-        )
+        reason = f"CLIP gives {pooled_width} numbers, the transformer takes {transformer.text_emb_dim}"
         raise ModelNotFoundError(MODEL_PATH_FLAG, model_path, reason)
-    if t5.d_model != transformer.caption_channels[0]:
-        reason = f"T5 states of {t5.d_model} numbers, the transformer takes {transformer.caption_channels[0]}"
+    t5_width = transformer.caption_channels[0]
+    if t5.d_model != t5_width:
+        reason = f"T5 gives {t5.d_model} numbers a token, the transformer takes {t5_width}"
         raise ModelNotFoundError(MODEL_PATH_FLAG, model_path, reason)
 
 
@@ -190,15 +189,12 @@ def _check_llama(model_path: Path, extra_model_path: Path | None, transformer: T
         raise ModelNotFoundError(flag, folder, f"is a {llama.model_type} model, not llama")
     check_component(folder, flag)
     check_tokenizer(llama_tokenizer_folder(model_path, extra_model_path), flag)
-    if llama.hidden_size != transformer.caption_channels[1]:
-        reason = (
-            f"states of {llama.hidden_size} numbers, the transformer takes {transformer.caption_channels[1]}"
-        )
+    llama_width, last_layer = transformer.caption_channels[1], max(transformer.llama_layers)
+    if llama.hidden_size != llama_width:
+        reason = f"Llama gives {llama.hidden_size} numbers a token, the transformer takes {llama_width}"
         raise ModelNotFoundError(flag, folder, reason)
-    if llama.num_hidden_layers <= max(transformer.llama_layers):
-        reason = (
-            f"{llama.num_hidden_layers} layers, the transformer reads layer {max(transformer.llama_layers)}"
-        )
+    if llama.num_hidden_layers <= last_layer:
+        reason = f"Llama has {llama.num_hidden_layers} layers, the transformer reads layer {last_layer}"
         raise ModelNotFoundError(flag, folder, reason)
 
 

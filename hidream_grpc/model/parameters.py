@@ -35,7 +35,7 @@ class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; above 1 each image costs two samples a step.
         num_images: images of this request; image i is drawn from seed + i.
-        seed: of image 0; unsigned 63 bit.
+        seed: of image 0; seed + num_images - 1 is at most 2^32 - 1.
         output_format: of the finished images.
         quality: 1 to 100, of JPEG and WebP.
         with_previews: also make a small picture of the latents after every step.

@@ -12,7 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from hidream_grpc.model.sizes import MAX_PREVIEW_SIDE_PIXELS, MIN_PREVIEW_SIDE_PIXELS
 
 _NUM_SAMPLE_IMAGES = 8
-_SAMPLE_SIDE_PIXELS = 128
+_SAMPLE_SIDE_PIXELS = 64
 
 
 class LatentPreview:
@@ -72,6 +72,6 @@ def _colourful_pictures() -> Tensor:
         (N, 3, S, S), float32, -1 to 1.
     """
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(_NUM_SAMPLE_IMAGES, 3, 8, 8, generator=generator) * 2.0 - 1.0
+    coarse = torch.rand(_NUM_SAMPLE_IMAGES, 3, 4, 4, generator=generator) * 2.0 - 1.0
     size = [_SAMPLE_SIDE_PIXELS, _SAMPLE_SIDE_PIXELS]
     return interpolate(coarse, size=size, mode="bilinear", align_corners=True)

@@ -26,6 +26,7 @@ class Layout:
 
     @property
     def world_size(self) -> int:
+        """Ranks in all."""
         return self.data_parallel * self.tensor_parallel * self.expert_parallel
 
     def __str__(self) -> str:

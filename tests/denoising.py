@@ -1,0 +1,35 @@
+"""Drawing with a loaded model, in one process, as the ranks do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hidream_grpc.model.denoising import DenoisingState
+from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.model.pipeline import HiDreamModel
+
+
+def parameters(prompt: str = "a red circle", **changes: object) -> GenerationParameters:
+    """A request of few steps and a small square, with guidance, unless told otherwise."""
+    values: dict[str, object] = {
+        "width": 64,
+        "height": 64,
+        "num_inference_steps": 4,
+        "guidance_scale": 4.0,
+        "seed": 7,
+    }
+    return GenerationParameters(prompt=prompt, **(values | changes))  # type: ignore[arg-type]
+
+
+def take_step(model: HiDreamModel, states: Sequence[DenoisingState]) -> None:
+    """One denoising step of all states in one forward."""
+    batch = model.collect(states)
+    model.advance(states, batch, model.predict(batch, range(batch.num_samples)))
+
+
+def denoise(model: HiDreamModel, request: GenerationParameters) -> DenoisingState:
+    """Draw one request alone."""
+    state = model.begin(request)
+    while not state.is_denoised:
+        take_step(model, [state])
+    return state
