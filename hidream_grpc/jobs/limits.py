@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 MIN_QUALITY = 1
 MAX_QUALITY = 100
-MAX_SEED = 2**63 - 1
+MAX_TORCH_SEED = 2**32 - 1
+"""torch's CPU generator takes the lower 32 bits: larger seeds would repeat the images of others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,7 @@ class RequestLimits:
     max_num_inference_steps: int
     max_guidance_scale: float
     max_num_images: int
+    max_seed: int
     max_queued_jobs: int
     max_running_jobs: int
     max_streams: int

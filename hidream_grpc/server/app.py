@@ -23,10 +23,10 @@ from hidream_grpc.engine.controller import Controller
 from hidream_grpc.engine.requests import EngineState
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
 from hidream_grpc.engine.supervisor import GroupConfig, GroupTimeouts, RankGroup
-from hidream_grpc.errors import AddressInUseError, ConfigurationError, StartupError
+from hidream_grpc.errors import AddressInUseError, ConfigurationError
 from hidream_grpc.jobs.artifacts import ArtifactStore
 from hidream_grpc.jobs.job import Execution
-from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
+from hidream_grpc.jobs.limits import MAX_TORCH_SEED, RequestDefaults, RequestLimits
 from hidream_grpc.jobs.service import JobService, RetentionPolicy
 from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.checkpoint import CheckpointDescription, describe_checkpoint
@@ -67,7 +67,8 @@ async def serve(settings: Settings) -> None:
     checkpoint = describe_checkpoint(model_path, settings.extra_model_path)
     devices = _select_devices(settings)
     layout = Layout(data_parallel=devices.num_ranks)
-    limits, defaults = _limits(settings, checkpoint), _defaults(checkpoint)
+    limits = _limits(settings, checkpoint)
+    defaults = _defaults(limits, checkpoint)
     count_tokens = PromptTokenCounter.from_checkpoint(model_path, settings.extra_model_path).count
 
     metrics = Metrics()
@@ -138,7 +139,7 @@ async def _until_stopped(signals: _Signals, engine: asyncio.Task[None]) -> None:
 async def _drain(settings: Settings, signals: _Signals, health: HealthServicer, jobs: JobService) -> None:
     """Let accepted jobs end, unless a second signal comes."""
     logger.info("draining for up to %g s", settings.grace_seconds)
-    health.mark_ready(False)
+    health.mark_draining()
     second_signal = asyncio.create_task(signals.second.wait())
     # Load balancers send calls until their next health check.
     await asyncio.wait((second_signal,), timeout=settings.drain_delay_seconds)
@@ -203,6 +204,8 @@ def _limits(settings: Settings, checkpoint: CheckpointDescription) -> RequestLim
         max_num_inference_steps=settings.max_num_inference_steps,
         max_guidance_scale=settings.max_guidance_scale,
         max_num_images=settings.max_num_images,
+        # Image i is drawn from seed + i.
+        max_seed=MAX_TORCH_SEED - (settings.max_num_images - 1),
         max_queued_jobs=settings.max_queued_jobs,
         max_running_jobs=settings.max_running_jobs,
         max_streams=settings.max_streams,
@@ -215,12 +218,13 @@ def _limits(settings: Settings, checkpoint: CheckpointDescription) -> RequestLim
     )
 
 
-def _defaults(checkpoint: CheckpointDescription) -> RequestDefaults:
+def _defaults(limits: RequestLimits, checkpoint: CheckpointDescription) -> RequestDefaults:
+    """The checkpoint's, as far as the operator's limits allow."""
     return RequestDefaults(
         width=checkpoint.defaults.width,
         height=checkpoint.defaults.height,
-        num_inference_steps=checkpoint.defaults.num_inference_steps,
-        guidance_scale=checkpoint.defaults.guidance_scale,
+        num_inference_steps=min(checkpoint.defaults.num_inference_steps, limits.max_num_inference_steps),
+        guidance_scale=min(checkpoint.defaults.guidance_scale, limits.max_guidance_scale),
     )
 
 
@@ -244,26 +248,33 @@ def _grpc_server(
 
 def _bind(server: grpc.aio.Server, listen: str) -> tuple[str, int]:
     host, colon, port = listen.rpartition(":")
-    if not colon or not port.isdecimal() or int(port) > MAX_PORT:
-        raise ConfigurationError("--listen", f"{listen!r} is not HOST:PORT")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host or "[" in host:
+        colon = ""
+    if not host or not colon or not port.isdecimal() or int(port) > MAX_PORT:
+        raise ConfigurationError("--listen", f"{listen!r} is not HOST:PORT (an IPv6 address in brackets)")
+    _check_free(host, int(port), listen)
     try:
         bound = server.add_insecure_port(listen)
     except RuntimeError:
         bound = 0
     if bound == 0:
-        raise _why_not_bound(host.strip("[]"), int(port), listen)
-    return host.strip("[]"), bound
+        raise AddressInUseError("--listen", listen)
+    return host, bound
 
 
-def _why_not_bound(host: str, port: int, listen: str) -> StartupError:
-    """What grpc does not say: whether the address is in use, or is none of this machine's."""
+def _check_free(host: str, port: int, listen: str) -> None:
+    """Find out what grpc does not say: whether the address is in use, or is none of this machine's."""
     try:
         with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            return ConfigurationError("--listen", f"cannot listen on {listen}: {error.strerror}")
-    return AddressInUseError("--listen", listen)
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUseError("--listen", listen) from None
+        # Python adds the address to the reason, in parentheses.
+        reason = str(error.strerror).partition(" (")[0]
+        raise ConfigurationError("--listen", f"cannot listen on {listen}: {reason}") from None
 
 
 @contextlib.contextmanager

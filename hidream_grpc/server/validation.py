@@ -16,9 +16,13 @@ from google.protobuf.message import Message
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
 from hidream_grpc.errors import FieldViolation, InvalidRequestError
 from hidream_grpc.jobs.job import Priority, Submission
-from hidream_grpc.jobs.limits import MAX_QUALITY, MAX_SEED, MIN_QUALITY, RequestDefaults, RequestLimits
+from hidream_grpc.jobs.limits import MAX_QUALITY, MIN_QUALITY, RequestDefaults, RequestLimits
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 from hidream_grpc.model.prompt_tokens import TokenCount
+
+# A status travels in headers, of which clients accept 8 KiB: longer ones hide what was wrong.
+MAX_LABELS_NAMED = 4
+MAX_LABEL_CHARACTERS_SHOWN = 32
 
 CountTokens = Callable[[str], tuple[TokenCount, ...]]
 
@@ -76,10 +80,10 @@ class RequestValidator:
         def violate(field: str, description: str) -> None:
             violations.append(FieldViolation(f"spec.{field}", description))
 
-        def check_range(field: str, lowest: float, highest: float) -> None:
+        def check_range(field: str, lowest: int, highest: int) -> None:
             value = getattr(spec, field)
             if spec.HasField(field) and not lowest <= value <= highest:  # type: ignore[arg-type]
-                violate(field, f"must be {lowest:g} to {highest:g}, is {value:g}")
+                violate(field, f"must be {lowest} to {highest}, is {value}")
 
         if not spec.prompt.strip():
             violate("prompt", "must not be empty")
@@ -91,13 +95,14 @@ class RequestValidator:
         check_range("num_images", 1, limits.max_num_images)
         check_range("quality", MIN_QUALITY, MAX_QUALITY)
         guidance_scale = self._guidance_scale(spec)
-        if not math.isfinite(guidance_scale) or not 0 <= guidance_scale <= limits.max_guidance_scale:
+        # As `ServerInfo` shows it: in 32 bits 7.3 is a little more than 7.3.
+        highest_scale = image_pb2.ImageSpec(guidance_scale=limits.max_guidance_scale).guidance_scale
+        if not math.isfinite(guidance_scale) or not 0 <= guidance_scale <= highest_scale:
             violate("guidance_scale", f"must be 0 to {limits.max_guidance_scale:g}, is {guidance_scale:g}")
         elif spec.negative_prompt and guidance_scale <= 1:
             violate("negative_prompt", f"needs a guidance_scale above 1, which is {guidance_scale:g}")
-        highest_seed = MAX_SEED - limits.max_num_images
-        if spec.HasField("seed") and not 0 <= spec.seed <= highest_seed:
-            violate("seed", f"must be 0 to {highest_seed}, is {spec.seed}")
+        if spec.HasField("seed") and not 0 <= spec.seed <= limits.max_seed:
+            violate("seed", f"must be 0 to {limits.max_seed}, is {spec.seed}")
         if spec.output_format not in _OUTPUT_FORMATS:
             violate("output_format", f"unknown value {spec.output_format}")
         elif spec.HasField("quality") and _OUTPUT_FORMATS[spec.output_format] is OutputFormat.PNG:
@@ -161,9 +166,16 @@ class RequestValidator:
             description = f"must be at most {limits.max_labels} labels, are {len(request.labels)}"
             violations.append(FieldViolation("labels", description))
         description = f"keys must not be empty; keys and values at most {limits.max_label_bytes} bytes"
-        for key, value in request.labels.items():
-            if not key or max(len(key.encode()), len(value.encode())) > limits.max_label_bytes:
-                violations.append(FieldViolation(f"labels[{key[:64]}]", description))
+        wrong = [
+            key
+            for key, value in sorted(request.labels.items())
+            if not key or max(len(key.encode()), len(value.encode())) > limits.max_label_bytes
+        ]
+        for key in wrong[:MAX_LABELS_NAMED]:
+            violations.append(FieldViolation(f"labels[{key[:MAX_LABEL_CHARACTERS_SHOWN]}]", description))
+        if len(wrong) > MAX_LABELS_NAMED:
+            description = f"{description}; so are {len(wrong) - MAX_LABELS_NAMED} more labels wrong"
+            violations.append(FieldViolation("labels", description))
 
     def _guidance_scale(self, spec: image_pb2.ImageSpec) -> float:
         return spec.guidance_scale if spec.HasField("guidance_scale") else self._defaults.guidance_scale
@@ -180,7 +192,7 @@ class RequestValidator:
             num_inference_steps=_given(spec, "num_inference_steps", defaults.num_inference_steps),
             guidance_scale=self._guidance_scale(spec),
             num_images=_given(spec, "num_images", defaults.num_images),
-            seed=_given(spec, "seed", _seed_of(request_id)),
+            seed=_given(spec, "seed", _seed_of(request_id, self._limits.max_seed)),
             output_format=_OUTPUT_FORMATS[spec.output_format],
             quality=_given(spec, "quality", defaults.quality),
             with_previews=with_previews,
@@ -192,6 +204,6 @@ def _given(message: Message, field: str, default: int) -> int:
     return int(value)
 
 
-def _seed_of(request_id: str) -> int:
+def _seed_of(request_id: str, max_seed: int) -> int:
     """A seed for a request that names none: a retry with the same request id draws the same image."""
-    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:4])
+    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8]) % (max_seed + 1)

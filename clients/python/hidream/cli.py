@@ -145,7 +145,7 @@ def generate(
 def _save_pictures(
     events: Generator[Event], pattern: OutputPattern, num_images: int, is_quiet: bool
 ) -> list[Path]:
-    paths = []
+    paths: dict[int, Path] = {}
     seed = 0
     summary = ""
     # Closing the events cancels the job when anything here fails, an interrupt included.
@@ -160,12 +160,13 @@ def _save_pictures(
                 case ImageFinished():
                     path = pattern.path_of(event.image, num_images)
                     write_atomically(path, event.image.data)
-                    paths.append(path)
+                    paths[event.image.index] = path
                 case Succeeded():
                     summary = summary_line(event)
     if not is_quiet:
         typer.echo(summary, err=True)
-    return paths
+    # Images come in the order in which they are finished.
+    return [paths[index] for index in sorted(paths)]
 
 
 @app.command()

@@ -81,7 +81,7 @@ class Restarted(JobEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageFinished(JobEvent):
-    """All bytes of an image have arrived, and their SHA-256 is right."""
+    """All bytes of an image have arrived, and their SHA-256 is right. Any image may be first."""
 
     image: Image
 

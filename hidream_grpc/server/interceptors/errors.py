@@ -34,7 +34,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     handler is given the bytes and parses them inside.
     """
 
-    async def intercept_service(  # type: ignore[override]
+    async def intercept_service(
         self, continuation: Continuation, details: grpc.HandlerCallDetails
     ) -> Handler | None:
         """Wrap our own methods only; health and reflection speak for themselves."""

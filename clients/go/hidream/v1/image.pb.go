@@ -103,9 +103,9 @@ type ImageSpec struct {
 	GuidanceScale *float32 `protobuf:"fixed32,6,opt,name=guidance_scale,json=guidanceScale,proto3,oneof" json:"guidance_scale,omitempty"`
 	// Images to draw, 1 to `limits.max_num_images`. Absent: 1.
 	NumImages *int32 `protobuf:"varint,7,opt,name=num_images,json=numImages,proto3,oneof" json:"num_images,omitempty"`
-	// Seed of image 0, 0 or more; image i is drawn from seed + i, and is the image that seed + i draws
-	// alone. The largest is 2^63 - 1 - num_images. Absent: the server picks one at random and reports
-	// it.
+	// Seed of image 0, 0 to `limits.max_seed`; image i is drawn from seed + i, and is the image that
+	// seed + i draws alone. Absent: the server picks one at random and reports it; a retry with the
+	// same `request_id` gets the same one.
 	Seed *int64 `protobuf:"varint,8,opt,name=seed,proto3,oneof" json:"seed,omitempty"`
 	// File format of the images. Unspecified means OUTPUT_FORMAT_PNG.
 	OutputFormat OutputFormat `protobuf:"varint,9,opt,name=output_format,json=outputFormat,proto3,enum=hidream.v1.OutputFormat" json:"output_format,omitempty"`

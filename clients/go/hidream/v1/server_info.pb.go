@@ -581,8 +581,10 @@ type RequestLimits struct {
 	ChunkBytes int32 `protobuf:"varint,16,opt,name=chunk_bytes,json=chunkBytes,proto3" json:"chunk_bytes,omitempty"`
 	// Largest side of a preview, in pixels.
 	MaxPreviewSidePixels int32 `protobuf:"varint,17,opt,name=max_preview_side_pixels,json=maxPreviewSidePixels,proto3" json:"max_preview_side_pixels,omitempty"`
-	unknownFields        protoimpl.UnknownFields
-	sizeCache            protoimpl.SizeCache
+	// Largest seed.
+	MaxSeed       int64 `protobuf:"varint,18,opt,name=max_seed,json=maxSeed,proto3" json:"max_seed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RequestLimits) Reset() {
@@ -730,6 +732,13 @@ func (x *RequestLimits) GetChunkBytes() int32 {
 func (x *RequestLimits) GetMaxPreviewSidePixels() int32 {
 	if x != nil {
 		return x.MaxPreviewSidePixels
+	}
+	return 0
+}
+
+func (x *RequestLimits) GetMaxSeed() int64 {
+	if x != nil {
+		return x.MaxSeed
 	}
 	return 0
 }
@@ -964,7 +973,7 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\x0eguidance_scale\x18\x04 \x01(\x02R\rguidanceScale\x12\x1d\n" +
 	"\n" +
 	"num_images\x18\x05 \x01(\x05R\tnumImages\x12\x18\n" +
-	"\aquality\x18\x06 \x01(\x05R\aquality\"\xda\x05\n" +
+	"\aquality\x18\x06 \x01(\x05R\aquality\"\xf5\x05\n" +
 	"\rRequestLimits\x12*\n" +
 	"\x11max_prompt_tokens\x18\x01 \x01(\x05R\x0fmaxPromptTokens\x12(\n" +
 	"\x10max_prompt_bytes\x18\x02 \x01(\x05R\x0emaxPromptBytes\x12#\n" +
@@ -987,7 +996,8 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\x19max_receive_message_bytes\x18\x0f \x01(\x05R\x16maxReceiveMessageBytes\x12\x1f\n" +
 	"\vchunk_bytes\x18\x10 \x01(\x05R\n" +
 	"chunkBytes\x125\n" +
-	"\x17max_preview_side_pixels\x18\x11 \x01(\x05R\x14maxPreviewSidePixels\"\xa7\x01\n" +
+	"\x17max_preview_side_pixels\x18\x11 \x01(\x05R\x14maxPreviewSidePixels\x12\x19\n" +
+	"\bmax_seed\x18\x12 \x01(\x03R\amaxSeed\"\xa7\x01\n" +
 	"\tJobCounts\x12\x16\n" +
 	"\x06queued\x18\x01 \x01(\x05R\x06queued\x12\x18\n" +
 	"\arunning\x18\x02 \x01(\x05R\arunning\x12\x1c\n" +

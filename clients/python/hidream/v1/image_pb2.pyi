@@ -87,9 +87,9 @@ class ImageSpec(_message.Message):
     num_images: _builtins.int
     """Images to draw, 1 to `limits.max_num_images`. Absent: 1."""
     seed: _builtins.int
-    """Seed of image 0, 0 or more; image i is drawn from seed + i, and is the image that seed + i draws
-    alone. The largest is 2^63 - 1 - num_images. Absent: the server picks one at random and reports
-    it.
+    """Seed of image 0, 0 to `limits.max_seed`; image i is drawn from seed + i, and is the image that
+    seed + i draws alone. Absent: the server picks one at random and reports it; a retry with the
+    same `request_id` gets the same one.
     """
     output_format: Global___OutputFormat.ValueType
     """File format of the images. Unspecified means OUTPUT_FORMAT_PNG."""

@@ -305,6 +305,7 @@ class RequestLimits(_message.Message):
     MAX_RECEIVE_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
     CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     MAX_PREVIEW_SIDE_PIXELS_FIELD_NUMBER: _builtins.int
+    MAX_SEED_FIELD_NUMBER: _builtins.int
     max_prompt_tokens: _builtins.int
     """Tokens of a prompt, for each text encoder, its special tokens included."""
     max_prompt_bytes: _builtins.int
@@ -339,6 +340,8 @@ class RequestLimits(_message.Message):
     """Most image bytes in one message of a stream."""
     max_preview_side_pixels: _builtins.int
     """Largest side of a preview, in pixels."""
+    max_seed: _builtins.int
+    """Largest seed."""
     def __init__(
         self,
         *,
@@ -359,10 +362,11 @@ class RequestLimits(_message.Message):
         max_receive_message_bytes: _builtins.int = ...,
         chunk_bytes: _builtins.int = ...,
         max_preview_side_pixels: _builtins.int = ...,
+        max_seed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "max_guidance_scale", b"max_guidance_scale", "max_label_bytes", b"max_label_bytes", "max_labels", b"max_labels", "max_num_images", b"max_num_images", "max_num_inference_steps", b"max_num_inference_steps", "max_pixels", b"max_pixels", "max_preview_side_pixels", b"max_preview_side_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompt_tokens", b"max_prompt_tokens", "max_queued_jobs", b"max_queued_jobs", "max_receive_message_bytes", b"max_receive_message_bytes", "max_request_id_bytes", b"max_request_id_bytes", "max_running_jobs", b"max_running_jobs", "max_streams", b"max_streams", "min_side_pixels", b"min_side_pixels", "size_multiple", b"size_multiple"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "max_guidance_scale", b"max_guidance_scale", "max_label_bytes", b"max_label_bytes", "max_labels", b"max_labels", "max_num_images", b"max_num_images", "max_num_inference_steps", b"max_num_inference_steps", "max_pixels", b"max_pixels", "max_preview_side_pixels", b"max_preview_side_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompt_tokens", b"max_prompt_tokens", "max_queued_jobs", b"max_queued_jobs", "max_receive_message_bytes", b"max_receive_message_bytes", "max_request_id_bytes", b"max_request_id_bytes", "max_running_jobs", b"max_running_jobs", "max_seed", b"max_seed", "max_streams", b"max_streams", "min_side_pixels", b"min_side_pixels", "size_multiple", b"size_multiple"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
