@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from hidream.client import Client
+from hidream.connection import SERVICE_NAME
+from tests.live_server import LiveServer
+
+PROJECT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def client(server: LiveServer) -> Iterator[Client]:
+    """A client of the shared server."""
+    with Client(server.address) as client:
+        yield client
+
+
+@dataclass(frozen=True)
+class GoTools:
+    """Programs in Go that call a server."""
+
+    grpcurl: Path
+    grpc_health_probe: Path
+    hidream_generate: Path
+
+
+def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """One of scripts/, which finds the Go of the test extra too; its output is in `stdout`."""
+    return subprocess.run(
+        [PROJECT / "scripts" / name, *arguments],
+        env={**os.environ, "PATH": f"{os.environ['PATH']}:{Path(sys.executable).parent}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def go_tools() -> GoTools:
+    """What scripts/install_go_tools.sh builds; without Go the test skips, in CI it fails."""
+    installed = run_script("install_go_tools.sh")
+    assert installed.returncode == 0, installed.stdout
+    folder = PROJECT / ".cache" / "go" / "bin"
+    if not (folder / "hidream-generate").exists():
+        pytest.skip(installed.stdout.strip())
+    return GoTools(folder / "grpcurl", folder / "grpc-health-probe", folder / "hidream-generate")
+
+
+class HealthOnlyServer:
+    """A real gRPC server that only tells its health, which the test decides."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(max_workers=4)
+        self._health = health.HealthServicer()
+        self._server = grpc.server(self._threads, options=(("grpc.so_reuseport", 0),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self.is_serving = False
+
+    @property
+    def is_serving(self) -> bool:
+        return self._is_serving
+
+    @is_serving.setter
+    def is_serving(self, is_serving: bool) -> None:
+        self._is_serving = is_serving
+        status = health_pb2.HealthCheckResponse.ServingStatus
+        self._health.set(SERVICE_NAME, status.SERVING if is_serving else status.NOT_SERVING)
+
+    def start(self) -> None:
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop(None).wait()
+        self._threads.shutdown()
+
+
+@pytest.fixture
+def health_only_server() -> Iterator[HealthOnlyServer]:
+    """Not serving, and its port bound but not answered, until the test changes that."""
+    server = HealthOnlyServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def closed_address() -> Iterator[str]:
+    """An address that is taken, and where nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{taken.getsockname()[1]}"

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from hidream.aio import AsyncClient
+from hidream.client import Client
+from hidream.connection import Tls
+from hidream.errors import UnauthenticatedError, UnavailableError
+from hidream.health import HealthStatus
+
+TOKEN = "a-token"
+
+
+class TokenCheckingHealth(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """Serves those who bring the token."""
+
+    def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:  # noqa: N802
+        if ("authorization", f"Bearer {TOKEN}") not in [
+            tuple(pair) for pair in context.invocation_metadata()
+        ]:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token is needed")
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+
+@dataclass(frozen=True)
+class SecuredServer:
+    """A server that wants TLS on both sides and a token, and what its callers need."""
+
+    address: str
+    tls: Tls
+
+
+@pytest.fixture
+def secured_server() -> Iterator[SecuredServer]:
+    authority = trustme.CA()
+    root_certificates = authority.cert_pem.bytes()
+    server_certificate = authority.issue_cert("hidream.test")
+    client_certificate = authority.issue_cert("caller@hidream.test")
+    credentials = grpc.ssl_server_credentials(
+        [(server_certificate.private_key_pem.bytes(), server_certificate.cert_chain_pems[0].bytes())],
+        root_certificates,
+        require_client_auth=True,
+    )
+    with ThreadPoolExecutor(max_workers=2) as threads:
+        server = grpc.server(threads)
+        health_pb2_grpc.add_HealthServicer_to_server(TokenCheckingHealth(), server)
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+        server.start()
+        yield SecuredServer(
+            f"127.0.0.1:{port}",
+            Tls(
+                root_certificates=root_certificates,
+                private_key=client_certificate.private_key_pem.bytes(),
+                certificate_chain=client_certificate.cert_chain_pems[0].bytes(),
+                server_name="hidream.test",
+            ),
+        )
+        server.stop(None).wait()
+
+
+async def test_both_clients_speak_mutual_tls_and_bring_their_token(secured_server: SecuredServer) -> None:
+    with Client(secured_server.address, token=TOKEN, tls=secured_server.tls) as client:
+        assert client.health() is HealthStatus.SERVING
+    async with AsyncClient(secured_server.address, token=TOKEN, tls=secured_server.tls) as async_client:
+        assert await async_client.health() is HealthStatus.SERVING
+
+
+def test_a_caller_without_the_token_is_told_so(secured_server: SecuredServer) -> None:
+    with (
+        Client(secured_server.address, tls=secured_server.tls) as client,
+        pytest.raises(UnauthenticatedError, match="a token is needed"),
+    ):
+        client.health()
+
+
+def test_a_server_that_nobody_vouches_for_is_not_spoken_to(secured_server: SecuredServer) -> None:
+    with (
+        Client(secured_server.address, token=TOKEN, tls=Tls(server_name="hidream.test")) as client,
+        pytest.raises(UnavailableError),
+    ):
+        client.health()

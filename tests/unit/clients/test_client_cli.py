@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import pytest
+from google.protobuf import duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from typer.testing import CliRunner
+
+from hidream import cli
+from hidream.errors import (
+    FieldViolation,
+    HiDreamError,
+    InvalidArgumentError,
+    NotServingError,
+    StreamError,
+    error_from_status,
+)
+from hidream.v1 import image_pb2
+
+ADDRESS = "localhost:8088"
+
+
+def status(code: int, message: str = "what happened") -> status_pb2.Status:
+    return status_pb2.Status(code=code, message=message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        pytest.param(["generate", "a", "--size", "512"], "'512' is not WIDTHxHEIGHT", id="half a size"),
+        pytest.param(["generate", "a", "--size", "-1x5"], "'-1x5' is not WIDTHxHEIGHT", id="a negative size"),
+        pytest.param(["generate", "a", "--steps", "many"], "'--steps'", id="steps that are no number"),
+        pytest.param(["generate", "a", "--format", "gif"], "'--format'", id="an unknown format"),
+        pytest.param(["generate", "a", "--out", "no/such/a.png"], "no/such: no such folder", id="no folder"),
+        pytest.param(["generate", "a", "--out", "a.gif"], "'a.gif' names none of", id="an unknown suffix"),
+        pytest.param(
+            ["generate", "a", "--out", "a.png", "--format", "webp"],
+            "'a.png' is no name of a webp file",
+            id="a suffix of another format",
+        ),
+        pytest.param(
+            ["generate", "a", "--seed", str(2**64)],
+            "hidream: --seed (spec.seed): Value out of range",
+            id="a seed that no message can carry",
+        ),
+        pytest.param(["generate"], "prompt", id="no prompt"),
+        pytest.param(["paint", "a"], "No such command 'paint'", id="an unknown command"),
+    ],
+)
+def test_a_wrong_command_line_is_one_clear_line_and_exit_code_2(
+    arguments: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 2
+    assert line in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [
+        pytest.param(error_from_status(status(code_pb2.INVALID_ARGUMENT)), 2, id="invalid"),
+        pytest.param(error_from_status(status(code_pb2.UNAVAILABLE)), 3, id="unavailable"),
+        pytest.param(error_from_status(status(code_pb2.RESOURCE_EXHAUSTED)), 3, id="exhausted"),
+        pytest.param(NotServingError(5.0, None), 3, id="not serving"),
+        pytest.param(error_from_status(status(code_pb2.DEADLINE_EXCEEDED)), 1, id="deadline"),
+        pytest.param(error_from_status(status(code_pb2.INTERNAL)), 1, id="internal"),
+        pytest.param(StreamError("a gap"), 1, id="a broken stream"),
+    ],
+)
+def test_the_exit_code_tells_whether_to_try_again(error: HiDreamError, exit_code: int) -> None:
+    assert cli.exit_code(error) == exit_code
+
+
+def test_each_bad_field_is_a_line_that_names_its_flag() -> None:
+    error = InvalidArgumentError.from_violations(
+        (
+            FieldViolation("spec.width", "must be a multiple of 16"),
+            FieldViolation("spec.prompt", "is required"),
+        )
+    )
+    assert cli.error_lines(error, ADDRESS) == [
+        "--size (spec.width): must be a multiple of 16",
+        "PROMPT (spec.prompt): is required",
+    ]
+
+
+def test_every_field_of_a_picture_has_a_flag() -> None:
+    command = CliRunner().invoke(cli.app, ["generate", "--help"]).stdout
+    for field in image_pb2.ImageSpec.DESCRIPTOR.fields_by_name:
+        [line] = cli.error_lines(
+            InvalidArgumentError.from_violations((FieldViolation(f"spec.{field}", "is wrong"),)), ADDRESS
+        )
+        assert line.split()[0].lower() in command.lower()
+
+
+def test_an_error_of_the_server_names_it_and_says_when_to_try_again() -> None:
+    details = status(code_pb2.UNAVAILABLE, "the model loads")
+    retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=5))
+    details.details.add().Pack(retry)
+    assert cli.error_lines(error_from_status(details), ADDRESS) == [
+        "localhost:8088: the model loads; try again in 5 s"
+    ]
+
+
+def test_a_failure_of_the_server_always_tells_its_id() -> None:
+    details = status(code_pb2.INTERNAL, "internal error")
+    details.details.add().Pack(error_details_pb2.ErrorInfo(metadata={"error_id": "a1b2"}))
+    assert cli.error_lines(error_from_status(details), ADDRESS) == [
+        "localhost:8088: internal error (error id a1b2)"
+    ]

@@ -1,0 +1,72 @@
+import hashlib
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hidream.errors import StreamError
+from hidream.images import Image, ImageAssembler
+from hidream.v1 import image_pb2
+
+FILE = b"the bytes of one file"
+
+
+def info_of(file: bytes, index: int = 0) -> image_pb2.ImageInfo:
+    return image_pb2.ImageInfo(
+        index=index,
+        width=64,
+        height=32,
+        seed=7 + index,
+        mime_type="image/png",
+        size_bytes=len(file),
+        sha256=hashlib.sha256(file).digest(),
+    )
+
+
+def chunk(info: image_pb2.ImageInfo, offset: int, data: bytes) -> image_pb2.ImageChunk:
+    return image_pb2.ImageChunk(image=info, offset=offset, data=data)
+
+
+@given(file=st.binary(min_size=1, max_size=200), cuts=st.sets(st.integers(1, 199)))
+def test_an_image_in_any_pieces_becomes_its_file(file: bytes, cuts: set[int]) -> None:
+    info, assembler = info_of(file), ImageAssembler()
+    bounds = [0, *sorted(cut for cut in cuts if cut < len(file)), len(file)]
+    results = [assembler.add(chunk(info, start, file[start:end])) for start, end in pairwise(bounds)]
+    assert results[:-1] == [None] * (len(results) - 1)
+    assert results[-1] == Image(
+        index=0, width=64, height=32, seed=7, mime_type="image/png", sha256=info.sha256, data=file
+    )
+
+
+def test_pieces_of_several_images_may_mix() -> None:
+    other = FILE[::-1]
+    first, second, assembler = info_of(FILE), info_of(other, index=1), ImageAssembler()
+    assert assembler.add(chunk(first, 0, FILE[:5])) is None
+    assert assembler.add(chunk(second, 0, other[:9])) is None
+    finished = assembler.add(chunk(first, 5, FILE[5:]))
+    assert finished is not None
+    assert finished.data == FILE
+    assert assembler.num_finished == 1
+    finished = assembler.add(chunk(second, 9, other[9:]))
+    assert finished is not None
+    assert (finished.index, finished.seed, finished.data) == (1, 8, other)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "reason"),
+    [
+        pytest.param([(0, FILE[:5]), (6, FILE[6:])], "at byte 6 after byte 5", id="a gap"),
+        pytest.param([(0, FILE[:5]), (0, FILE[:5])], "at byte 0 after byte 5", id="a piece twice"),
+        pytest.param([(0, FILE + b"!")], "more than its 21 bytes", id="more than announced"),
+        pytest.param([(0, FILE[::-1])], "another SHA-256", id="other bytes"),
+        pytest.param([(0, FILE), (len(FILE), b"")], "after the last one", id="a piece after the last"),
+    ],
+)
+def test_what_is_not_as_announced_is_refused(pieces: list[tuple[int, bytes]], reason: str) -> None:
+    info, assembler = info_of(FILE), ImageAssembler()
+    *first, last = pieces
+    for offset, data in first:
+        assembler.add(chunk(info, offset, data))
+    with pytest.raises(StreamError, match=reason):
+        assembler.add(chunk(info, *last))

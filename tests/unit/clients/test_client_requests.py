@@ -1,0 +1,87 @@
+from typing import Any
+
+import pytest
+
+from hidream.errors import InvalidArgumentError
+from hidream.requests import GenerateOptions, generate_request
+from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
+
+
+def test_every_argument_reaches_its_field() -> None:
+    request = generate_request(
+        "a red circle",
+        negative_prompt="blue",
+        width=64,
+        height=128,
+        num_inference_steps=4,
+        guidance_scale=2.5,
+        num_images=2,
+        seed=2**62,
+        output_format="WEBP",
+        quality=80,
+        request_id="mine",
+        preview=True,
+        detached=True,
+        priority="HIGH",
+        labels={"team": "art"},
+    )
+    assert request == image_gen_pb2.GenerateRequest(
+        spec=image_pb2.ImageSpec(
+            prompt="a red circle",
+            negative_prompt="blue",
+            width=64,
+            height=128,
+            num_inference_steps=4,
+            guidance_scale=2.5,
+            num_images=2,
+            seed=2**62,
+            output_format=image_pb2.OUTPUT_FORMAT_WEBP,
+            quality=80,
+        ),
+        request_id="mine",
+        preview=True,
+        detached=True,
+        priority=job_pb2.PRIORITY_HIGH,
+        labels={"team": "art"},
+    )
+
+
+def test_every_field_of_the_contract_can_be_given() -> None:
+    fields = {*image_pb2.ImageSpec.DESCRIPTOR.fields_by_name}
+    fields |= {*image_gen_pb2.GenerateRequest.DESCRIPTOR.fields_by_name}
+    assert {*GenerateOptions.__annotations__} == fields - {"spec", "prompt"}
+
+
+def test_what_is_not_given_stays_absent_and_is_the_servers_to_decide() -> None:
+    absent: dict[str, Any] = dict.fromkeys(GenerateOptions.__annotations__)
+    assert generate_request("a", **absent) == generate_request("a")
+    assert not generate_request("a").spec.HasField("seed")
+    assert generate_request("a", seed=0).spec.HasField("seed")
+
+
+@pytest.mark.parametrize(
+    ("option", "field"),
+    [
+        pytest.param({"width": 2**31}, "spec.width", id="a number of more bits"),
+        pytest.param({"num_inference_steps": 2.5}, "spec.num_inference_steps", id="a fraction"),
+        pytest.param({"output_format": "GIF"}, "spec.output_format", id="an unknown format"),
+        pytest.param({"priority": "URGENT"}, "priority", id="an unknown priority"),
+        pytest.param({"negative_prompt": "\udcff"}, "spec.negative_prompt", id="no UTF-8"),
+        pytest.param({"labels": {"count": 3}}, "labels", id="a label that is no text"),
+    ],
+)
+def test_what_no_message_can_carry_is_named(option: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        generate_request("a", **option)
+    assert [violation.field for violation in caught.value.violations] == [field]
+
+
+def test_every_argument_that_cannot_be_carried_is_named_at_once() -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        generate_request("\udcff", seed=2**64)
+    assert [violation.field for violation in caught.value.violations] == ["spec.prompt", "spec.seed"]
+
+
+def test_an_argument_that_does_not_exist_is_a_mistake_of_the_program() -> None:
+    with pytest.raises(TypeError, match="guidance"):
+        generate_request("a", guidance=3.0)  # type: ignore[call-arg]
