@@ -15,11 +15,11 @@
     │   ├── NotServingError             starting, recovering or draining
     │   ├── DeadlineExceededError       the caller's deadline passed before the job ended
     │   └── JobCancelledError           somebody cancelled the job
-    └── JobError                        a job that was accepted failed
-        ├── StorageFullError            no room for the images
-        ├── OutOfDeviceMemoryError      too large for the device, even alone
-        ├── JobInternalError            our fault; the log has the error id
-        └── RankDiedError               the rank group was lost (the engine retries)
+    ├── JobError                        a job that was accepted failed; the same table
+    │   ├── StorageFullError            no room for the images
+    │   ├── OutOfDeviceMemoryError      too large for the device, even alone
+    │   └── JobInternalError            our fault; the log has the error id
+    └── RankDiedError                   the rank group was lost; the engine recovers, no caller sees it
 
 Facts are attributes, so that what handles an error never reads its text.
 """
@@ -190,10 +190,10 @@ class JobInternalError(JobError):
         return cls(uuid.uuid4().hex)
 
 
-class RankDiedError(JobError):
+class RankDiedError(HiDreamError):
     """The rank group was lost while it worked; ranks names who died or hung."""
 
     def __init__(self, ranks: tuple[int, ...], reason: str) -> None:
-        super().__init__(f"rank {', '.join(map(str, ranks)) or '?'}: {reason}")
+        super().__init__(f"rank {', '.join(map(str, ranks))}: {reason}" if ranks else reason)
         self.ranks = ranks
         self.reason = reason

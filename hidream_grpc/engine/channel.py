@@ -23,7 +23,7 @@ _LENGTH = struct.Struct("!I")
 Received = TypeVar("Received")
 
 
-class FrameError(ConnectionError):
+class FrameError(Exception):
     """The peer sent what is no frame of ours, or we were about to; the connection is of no more use."""
 
 
@@ -71,11 +71,13 @@ class BlockingChannel(Generic[Received]):
 
     @classmethod
     def connect(cls, socket_path: Path, messages: Any) -> BlockingChannel[Received]:
+        """Connect to a Unix socket."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.connect(str(socket_path))
         return cls(connection, messages)
 
     def fileno(self) -> int:
+        """File descriptor, for `select`."""
         return self._connection.fileno()
 
     def send(self, message: msgspec.Struct) -> None:
@@ -91,6 +93,7 @@ class BlockingChannel(Generic[Received]):
         return None if body is None else self._decoder.decode(body)
 
     def close(self) -> None:
+        """Close this process's end."""
         self._connection.close()
 
     def _receive_exactly(self, num_bytes: int) -> bytearray | None:
@@ -135,7 +138,7 @@ class AsyncChannel(Generic[Received]):
         try:
             length = await self._reader.readexactly(_LENGTH.size)
             body = await self._reader.readexactly(_read_length(length))
-        except (asyncio.IncompleteReadError, ConnectionResetError):
+        except (asyncio.IncompleteReadError, ConnectionError):
             return None
         return self._decoder.decode(body)
 

@@ -62,7 +62,6 @@ class RankListener:
         """Stop listening, close what nobody waited for, remove the folder; may be called twice."""
         if self._server is not None:
             self._server.close()
-            await self._server.wait_closed()
             self._server = None
         for arrival in self._arrivals.values():
             if arrival.done():

@@ -202,8 +202,9 @@ class Joined(_Message, frozen=True):
 class JobFault(_Message, frozen=True):
     """One job failed on this rank while the group is whole.
 
-    A job whose admission fails on any rank is forgotten by all of them; one that fails later
-    stays until the controller releases it. kind is the name of an error of `hidream_grpc.errors` that the controller knows how to build.
+    A job whose admission fails on any rank is forgotten by all of them; one that fails later stays
+    until the controller releases it. kind is the name of an error of `hidream_grpc.errors` that the
+    controller knows how to build.
     """
 
     job_id: str

@@ -14,7 +14,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore, distributed_c10d
+from torch.distributed import (  # type: ignore[attr-defined]
+    PrefixStore,
+    TCPStore,
+    distributed_c10d,
+)
 
 from hidream_grpc.engine.messages import JoinGroup
 from hidream_grpc.model.parallel.layout import sample_share
@@ -83,10 +87,10 @@ def all_gather_shares(share: Tensor, num_rows: int) -> Tensor:
     padded[: share.shape[0]] = share
     gathered = share.new_empty((world_size * max_rows, *share.shape[1:]))
     with _collective("gathering the noise predictions"):
-        dist.all_gather_into_tensor(gathered, padded)
-    shares = gathered.split(max_rows)
+        dist.all_gather_single(gathered, padded)
+    shares = gathered.view(world_size, *padded.shape)
     return torch.cat(
-        [shares[rank][: len(sample_share(num_rows, rank, world_size))] for rank in range(world_size)]
+        [shares[rank, : len(sample_share(num_rows, rank, world_size))] for rank in range(world_size)]
     )
 
 
@@ -107,4 +111,5 @@ def _collective(doing: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise CollectiveError(f"{doing}: {str(error).splitlines()[0]}") from error
+        first_sentence = str(error).splitlines()[0].partition(". ")[0]
+        raise CollectiveError(f"{doing}: {first_sentence}") from error

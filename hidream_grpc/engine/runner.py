@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,9 +25,10 @@ from hidream_grpc.engine.messages import (
 )
 from hidream_grpc.engine.process_group import all_gather_shares, true_on_every_rank
 from hidream_grpc.errors import JobInternalError, OutOfDeviceMemoryError
+from hidream_grpc.model.denoising import DenoisingState
 from hidream_grpc.model.images import encode_image
 from hidream_grpc.model.parallel.layout import sample_share
-from hidream_grpc.model.pipeline import DenoisingState, HiDreamModel
+from hidream_grpc.model.pipeline import HiDreamModel
 
 logger = logging.getLogger(__name__)
 
@@ -151,12 +151,10 @@ class Runner:
         try:
             yield
         except Exception as error:
-            error_id = uuid.uuid4().hex
+            error_id = JobInternalError.new().error_id
             is_out_of_memory = self._device.is_out_of_memory(error)
             logger.exception(
-                "job %s failed: error %s",
-                admission.job_id,
-                error_id,
+                "job failed",
                 extra={
                     "job_id": admission.job_id,
                     "request_id": admission.request_id,

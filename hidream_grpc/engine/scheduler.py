@@ -24,9 +24,9 @@ class BatchLimits:
 @dataclass(slots=True)
 class _Running:
     parameters: GenerationParameters
+    # Number of the turn in which the request took its last step.
+    last_turn: int
     step: int = 0
-    # Number of the turn in which the request took its last step; a new one has the oldest.
-    last_turn: int = -1
     undecoded: set[int] = field(default_factory=set)
     decoding: set[int] = field(default_factory=set)
 
@@ -64,8 +64,10 @@ class StepScheduler:
         return len(self._running) < self._limits.max_running_requests
 
     def admit(self, job_id: str, parameters: GenerationParameters) -> None:
-        """Add a request; it takes part in the next step."""
-        self._running[job_id] = _Running(parameters, undecoded=set(range(parameters.num_images)))
+        """Add a request; it takes part in the next step of its size."""
+        # Before those that have just taken a step, behind those that wait: newcomers starve nobody.
+        last_turn = self._turn - 1
+        self._running[job_id] = _Running(parameters, last_turn, undecoded=set(range(parameters.num_images)))
 
     def release(self, job_id: str) -> None:
         """Forget a request that ended, or was cancelled."""

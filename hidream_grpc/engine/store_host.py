@@ -9,7 +9,8 @@ import signal
 import socket
 import sys
 
-from torch.distributed import TCPStore
+from setproctitle import setproctitle
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from hidream_grpc.engine.processes import die_with_parent, leave_signals_to_the_server
 
@@ -21,6 +22,7 @@ def host_store(listener: socket.socket) -> None:
         listener: a listening TCP socket on the loopback interface. Left to itself the store would
             listen on every interface, and anybody could write to it.
     """
+    setproctitle("hidream-grpc store")
     host, port = listener.getsockname()
     store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     while store is not None:

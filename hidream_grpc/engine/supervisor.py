@@ -83,8 +83,8 @@ class GroupConfig:
     start_method: StartMethod = StartMethod.FORK
     replace: Literal["one", "all"] = "one"
     threads_per_rank: int = 1
-    timeouts: GroupTimeouts = GroupTimeouts()
-    log: LogConfig = LogConfig()
+    timeouts: GroupTimeouts = field(default_factory=GroupTimeouts)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         if len(self.local_indices) != self.layout.world_size:
@@ -254,6 +254,7 @@ class RankGroup:
         except RankDiedError as death:
             return death
         self._ranks[rank] = link
+        logger.info("rank %d is process %d", rank, link.child.pid)
         link.watch(self._loss.set)
         return None
 
@@ -302,10 +303,10 @@ class RankGroup:
 
     def _loss_error(self) -> RankDiedError:
         if self._zygote is not None and self._zygote.lost.is_set():
-            return RankDiedError(tuple(range(self.world_size)), f"the zygote {self._zygote.loss}")
+            return RankDiedError(tuple(range(self.world_size)), f"their zygote was lost: {self._zygote.loss}")
         dead = [rank for rank in self._in_order() if rank.loss is not None]
         if not dead and self._store is not None and self._store.exited.done():
-            return RankDiedError((), f"the store's host {describe_exit(self._store.exited.result())}")
+            return RankDiedError((), f"the store was lost: {describe_exit(self._store.exited.result())}")
         reasons = sorted({rank.loss for rank in dead if rank.loss is not None})
         return RankDiedError(tuple(rank.rank for rank in dead), ", ".join(reasons))
 

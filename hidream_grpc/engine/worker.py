@@ -12,10 +12,10 @@ import logging
 import os
 import sys
 import time
-import uuid
 from pathlib import Path
 
 import torch
+from setproctitle import setproctitle
 
 from hidream_grpc.devices.base import Device, open_device
 from hidream_grpc.engine.channel import BlockingChannel
@@ -26,7 +26,6 @@ from hidream_grpc.engine.messages import (
     Hello,
     Joined,
     JoinGroup,
-    Leave,
     Load,
     Loaded,
     LoadFailed,
@@ -37,11 +36,12 @@ from hidream_grpc.engine.messages import (
 from hidream_grpc.engine.process_group import CollectiveError, join_group, leave_group
 from hidream_grpc.engine.processes import die_with_parent, leave_signals_to_the_server
 from hidream_grpc.engine.runner import Runner
-from hidream_grpc.errors import HiDreamError
+from hidream_grpc.errors import HiDreamError, JobInternalError
 from hidream_grpc.logs import configure_logging
 from hidream_grpc.model.pipeline import HiDreamModel
 
-logger = logging.getLogger(__name__)
+# By name, since this module is __main__ where the zygote execs.
+logger = logging.getLogger("hidream_grpc.engine.worker")
 
 
 class RankContext(logging.Filter):
@@ -53,6 +53,7 @@ class RankContext(logging.Filter):
         self.generation = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Keep every record."""
         record.rank = self._rank
         record.generation = self.generation
         return True
@@ -102,9 +103,9 @@ class Worker:
             reason = "its group was lost"
         except Exception:
             # What all jobs share failed on this rank: leaving makes the others' collective fail at once.
-            error_id = uuid.uuid4().hex
-            logger.exception("leaving the group: internal error %s", error_id)
-            reason = f"internal error {error_id}"
+            internal_error = JobInternalError.new()
+            logger.exception("leaving the group", extra={"error_id": internal_error.error_id})
+            reason = str(internal_error)
         self._runner = None
         # Outside the except blocks, whose tracebacks would keep the group's sockets open.
         leave_group()
@@ -126,6 +127,7 @@ class Worker:
 
 def work(socket_path: Path, rank: int) -> None:
     """Be a rank: the whole life of the process. Raises SystemExit when it cannot load."""
+    setproctitle(f"hidream-grpc rank {rank}")
     channel = BlockingChannel[Command].connect(socket_path, Command)
     try:
         channel.send(Hello(rank=rank, pid=os.getpid()))

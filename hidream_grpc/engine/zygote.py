@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from setproctitle import setproctitle
+
 from hidream_grpc.devices.base import StartMethod
 from hidream_grpc.engine.channel import BlockingChannel
 from hidream_grpc.engine.messages import (
@@ -37,7 +39,7 @@ from hidream_grpc.engine.messages import (
 from hidream_grpc.engine.processes import die_with_parent, leave_signals_to_the_server, num_threads
 from hidream_grpc.logs import configure_logging
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("hidream_grpc.engine.zygote")  # this module is __main__
 
 # Each of these libraries starts its threads when it is imported or first used.
 SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -188,8 +190,11 @@ def main() -> None:
     prepare = channel.receive()
     if not isinstance(prepare, PrepareZygote):
         return
+    setproctitle("hidream-grpc zygote")
     configure_logging(prepare.log)
     os.environ.update(prepare.environment)
+    # torch prints the C++ stack of every connection that a dead rank leaves, past all log settings.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     started = time.monotonic()
     if prepare.start_method is StartMethod.FORK:
         try:

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from dataclasses import dataclass
 
 from hidream_grpc.engine.channel import STREAM_BUFFER_BYTES, AsyncChannel, FrameError
@@ -28,7 +29,7 @@ from hidream_grpc.errors import RankDiedError, StartupError
 
 logger = logging.getLogger(__name__)
 
-ANSWER_SECONDS = 10.0
+ANSWER_SECONDS = 30.0
 """A zygote forks in milliseconds; one that takes this long is stopped or stuck, and is killed."""
 
 
@@ -65,24 +66,30 @@ class ZygoteLink:
     async def start(cls, prepare: PrepareZygote, timeout_seconds: float) -> ZygoteLink:
         """Start a zygote and wait until it can start ranks.
 
-        Call from the main thread: the zygote dies with the thread that starts it.
-
         Raises:
+            RuntimeError: not called from the main thread; the zygote dies with the thread that starts it.
             StartupError: it cannot import what ranks need, or took too long to.
             RankDiedError: it died meanwhile.
         """
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("a zygote must be started from the main thread")
         server_end, zygote_end = socket.socketpair()
         with zygote_end:
             reader, writer = await asyncio.open_unix_connection(sock=server_end, limit=STREAM_BUFFER_BYTES)
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "hidream_grpc.engine.zygote", str(zygote_end.fileno()), str(os.getpid())),
-                pass_fds=(zygote_end.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
-                # A Ctrl-C must not reach the interpreter before it ignores the signal.
-                start_new_session=True,
-            )
-        link = cls(process, AsyncChannel(reader, writer, ZygoteEvent))
+            channel = AsyncChannel[ZygoteEvent](reader, writer, ZygoteEvent)
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *("-m", "hidream_grpc.engine.zygote", str(zygote_end.fileno()), str(os.getpid())),
+                    pass_fds=(zygote_end.fileno(),),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    # A Ctrl-C must not reach the interpreter before it ignores the signal.
+                    start_new_session=True,
+                )
+            except BaseException:
+                await channel.close()
+                raise
+        link = cls(process, channel)
         try:
             await link._ask(prepare, timeout_seconds)
         except BaseException:
@@ -150,7 +157,7 @@ class ZygoteLink:
         return answer
 
     def _loss_error(self) -> RankDiedError:
-        return RankDiedError((), f"the zygote {self.loss}")
+        return RankDiedError((), f"the zygote was lost: {self.loss}")
 
     def _give_up(self, reason: str) -> None:
         if self._process.returncode is None:
@@ -167,11 +174,11 @@ class ZygoteLink:
         self.loss = self.loss or describe_exit(exit_code)
         await self._channel.close()
         # The kernel kills the children along with their parent; nobody is left to report it.
-        for child in list(self._children.values()):
-            await wait_until_gone(child.pid)
+        await asyncio.gather(*(wait_until_gone(pid) for pid in self._children))
+        self.lost.set()
+        for child in self._children.values():
             child.exited.set_result(-signal.SIGKILL)
         self._children.clear()
-        self.lost.set()
         self._answers.put_nowait(None)
 
     def _take(self, event: ZygoteEvent) -> None:

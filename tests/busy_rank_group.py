@@ -1,0 +1,26 @@
+"""A stand-in for the server: two ranks that compute until somebody kills this process.
+
+Prints the process ids of zygote, store and ranks as one line of JSON, once the ranks compute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from hidream_grpc.engine.supervisor import RankGroup
+from tests.rank_groups import admission, group_config, picture, plan
+
+
+async def main() -> None:
+    group = RankGroup(group_config(2))
+    await group.start()
+    request = picture(width=256, height=256, num_inference_steps=1000)
+    await group.execute(plan(admissions=(admission("endless", request),), step_jobs=("endless",)))
+    print(json.dumps([group.zygote_pid, group.store_pid, *group.rank_pids]), flush=True)  # noqa: T201
+    while True:
+        await group.execute(plan(step_jobs=("endless",)))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,87 @@
+"""Rank groups with the demo model for tests: what they are made of, and how to draw with one."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import psutil
+
+from hidream_grpc.engine.messages import Admission, Decode, DecodedImage, StepPlan
+from hidream_grpc.engine.supervisor import GroupConfig, GroupTimeouts, RankGroup
+from hidream_grpc.model.demo import demo_checkpoint_path
+from hidream_grpc.model.parallel.layout import Layout
+from hidream_grpc.model.parameters import GenerationParameters
+
+_plan_ids = itertools.count(1)
+
+
+def group_config(num_ranks: int, **changes: object) -> GroupConfig:
+    """Ranks on the CPU with the demo model, one thread each."""
+    config = GroupConfig(
+        model_path=demo_checkpoint_path(),
+        device_type="cpu",
+        local_indices=tuple(range(num_ranks)),
+        layout=Layout(data_parallel=num_ranks),
+        timeouts=GroupTimeouts(load_seconds=120.0),
+    )
+    return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def picture(**changes: object) -> GenerationParameters:
+    """A request of three steps and a small square, with guidance, unless told otherwise."""
+    values: dict[str, object] = {
+        "prompt": "a red circle on a blue background",
+        "width": 64,
+        "height": 64,
+        "num_inference_steps": 3,
+        "guidance_scale": 3.0,
+        "seed": 7,
+    }
+    return GenerationParameters(**(values | changes))  # type: ignore[arg-type]
+
+
+def admission(job_id: str, parameters: GenerationParameters) -> Admission:
+    return Admission(job_id=job_id, request_id=f"request of {job_id}", parameters=parameters)
+
+
+def plan(**content: object) -> StepPlan:
+    """A plan with an id of its own."""
+    return StepPlan(plan_id=next(_plan_ids), **content)  # type: ignore[arg-type]
+
+
+async def draw(group: RankGroup, parameters: GenerationParameters) -> bytes:
+    """Draw image 0 of a request, step by step; its bytes."""
+    job_id = f"job {next(_plan_ids)}"
+    await group.execute(plan(admissions=(admission(job_id, parameters),)))
+    for _ in range(parameters.num_inference_steps):
+        await group.execute(plan(step_jobs=(job_id,)))
+    image = await decode(group, job_id)
+    await group.execute(plan(releases=(job_id,)))
+    return image.data
+
+
+async def decode(group: RankGroup, job_id: str, rank: int = 0) -> DecodedImage:
+    """Have one rank decode image 0."""
+    answers = await group.execute(plan(decodes=(Decode(job_id=job_id, image_index=0, rank=rank),)))
+    (image,) = answers[rank].images
+    return image
+
+
+async def until(condition: Callable[[], bool], what: str, timeout_seconds: float = 60.0) -> None:
+    """Return once the condition holds; fail when it does not in time."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_seconds:g} s: {what}"
+        await asyncio.sleep(0.002)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

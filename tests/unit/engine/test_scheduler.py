@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hidream_grpc.engine.messages import Decode
+from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
+from hidream_grpc.model.parameters import GenerationParameters
+
+NO_BUDGET = BatchLimits(max_running_requests=1000, max_step_pixels=2**40)
+SMALL, LARGE = (64, 64), (128, 128)
+
+
+def parameters(size: tuple[int, int] = SMALL, steps: int = 4, num_images: int = 1) -> GenerationParameters:
+    return GenerationParameters(
+        prompt="a red circle",
+        width=size[0],
+        height=size[1],
+        num_inference_steps=steps,
+        guidance_scale=1.0,
+        num_images=num_images,
+        seed=0,
+    )
+
+
+def step(scheduler: StepScheduler) -> tuple[str, ...]:
+    """One round's forward, as the controller runs it."""
+    job_ids = scheduler.next_step()
+    scheduler.stepped(job_ids)
+    return job_ids
+
+
+def denoised(scheduler: StepScheduler) -> None:
+    while step(scheduler):
+        pass
+
+
+def test_requests_of_one_size_share_a_forward_whatever_their_steps() -> None:
+    scheduler = StepScheduler(NO_BUDGET)
+    scheduler.admit("first", parameters(steps=9))
+    assert [step(scheduler) for _ in range(3)] == [("first",)] * 3
+    scheduler.admit("second", parameters(steps=5))
+    assert set(step(scheduler)) == {"first", "second"}
+    assert (scheduler.step_of("first"), scheduler.step_of("second")) == (4, 1)
+
+
+def test_sizes_take_turns() -> None:
+    scheduler = StepScheduler(NO_BUDGET)
+    scheduler.admit("small", parameters(SMALL))
+    scheduler.admit("large", parameters(LARGE))
+    assert [step(scheduler) for _ in range(6)] == [("small",), ("large",)] * 3
+
+
+def test_a_new_request_enters_at_the_next_step_of_its_size() -> None:
+    scheduler = StepScheduler(NO_BUDGET)
+    scheduler.admit("old", parameters(SMALL, steps=50))
+    step(scheduler)
+    scheduler.admit("same size", parameters(SMALL))
+    assert set(step(scheduler)) == {"old", "same size"}
+    scheduler.admit("other size", parameters(LARGE))
+    assert step(scheduler) == ("other size",)
+
+
+def test_newcomers_never_keep_a_request_of_another_size_waiting() -> None:
+    scheduler = StepScheduler(NO_BUDGET)
+    scheduler.admit("patient", parameters(LARGE, steps=10))
+    rounds = 0
+    while scheduler.step_of("patient") < 10:
+        scheduler.admit(f"newcomer {rounds}", parameters(SMALL, steps=1))
+        step(scheduler)
+        rounds += 1
+    assert rounds <= 20
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([SMALL, LARGE, (64, 128)]), st.integers(1, 6), st.integers(1, 3)),
+        min_size=1,
+        max_size=8,
+    ),
+    st.integers(64 * 64, 6 * 128 * 128),
+)
+def test_every_request_gets_all_its_steps_within_the_budget_and_in_batches_of_one_size(
+    requests: list[tuple[tuple[int, int], int, int]], max_step_pixels: int
+) -> None:
+    scheduler = StepScheduler(BatchLimits(1000, max_step_pixels))
+    asked = {f"job {n}": parameters(*request) for n, request in enumerate(requests)}
+    for job_id, request in asked.items():
+        scheduler.admit(job_id, request)
+    waits = dict.fromkeys(asked, 0)
+    taken = dict.fromkeys(asked, 0)
+    while job_ids := step(scheduler):
+        assert len({(asked[j].width, asked[j].height) for j in job_ids}) == 1
+        pixels = sum(asked[j].width * asked[j].height * asked[j].num_samples for j in job_ids)
+        assert pixels <= max_step_pixels or len(job_ids) == 1
+        for job_id in asked:
+            waits[job_id] = 0 if job_id in job_ids else waits[job_id] + 1
+            taken[job_id] += job_id in job_ids
+            if taken[job_id] < asked[job_id].num_inference_steps:
+                # Everybody else goes before it once at most.
+                assert waits[job_id] < len(asked)
+    assert taken == {job_id: request.num_inference_steps for job_id, request in asked.items()}
+
+
+def test_a_request_larger_than_the_budget_steps_alone() -> None:
+    scheduler = StepScheduler(BatchLimits(10, max_step_pixels=2 * 64 * 64))
+    scheduler.admit("huge", parameters(num_images=5))
+    scheduler.admit("tiny", parameters(num_images=1))
+    assert [step(scheduler) for _ in range(4)] == [("huge",), ("tiny",)] * 2
+
+
+def test_guidance_counts_twice_in_the_budget() -> None:
+    scheduler = StepScheduler(BatchLimits(10, max_step_pixels=3 * 64 * 64))
+    for job_id in ("a", "b"):
+        guided = GenerationParameters(
+            prompt="", width=64, height=64, num_inference_steps=2, guidance_scale=5.0, seed=0
+        )
+        scheduler.admit(job_id, guided)
+    assert [step(scheduler) for _ in range(2)] == [("a",), ("b",)]
+
+
+def test_no_more_requests_run_than_allowed_and_an_ended_one_makes_room() -> None:
+    scheduler = StepScheduler(BatchLimits(max_running_requests=2, max_step_pixels=2**40))
+    has_capacity = []
+    for job_id in ("a", "b"):
+        has_capacity.append(scheduler.has_capacity)
+        scheduler.admit(job_id, parameters())
+    has_capacity.append(scheduler.has_capacity)
+    scheduler.release("a")
+    has_capacity.append(scheduler.has_capacity)
+    assert has_capacity == [True, True, False, True]
+    assert "a" not in scheduler
+    assert len(scheduler) == 1
+
+
+def test_a_cancelled_request_takes_no_further_step() -> None:
+    scheduler = StepScheduler(NO_BUDGET)
+    scheduler.admit("stays", parameters())
+    scheduler.admit("leaves", parameters())
+    in_flight = scheduler.next_step()
+    scheduler.release("leaves")
+    scheduler.stepped(in_flight)
+    assert step(scheduler) == ("stays",)
+
+
+def test_each_rank_decodes_one_image_at_most_the_oldest_request_first() -> None:
+    scheduler = StepScheduler(NO_BUDGET)
+    scheduler.admit("first", parameters(steps=1, num_images=3))
+    scheduler.admit("second", parameters(steps=1, num_images=1))
+    assert scheduler.next_decodes(world_size=2) == ()
+    denoised(scheduler)
+    rounds = []
+    while decodes := scheduler.next_decodes(world_size=2):
+        scheduler.planned(decodes)
+        assert len({decode.rank for decode in decodes}) == len(decodes)
+        rounds.append([(decode.job_id, decode.image_index) for decode in decodes])
+        for decode in decodes:
+            scheduler.decoded(decode.job_id, decode.image_index)
+    assert rounds == [[("first", 0), ("first", 1)], [("first", 2), ("second", 0)]]
+    assert scheduler.is_finished("first")
+    assert scheduler.is_finished("second")
+
+
+def test_an_image_that_is_being_decoded_is_not_planned_again() -> None:
+    scheduler = StepScheduler(NO_BUDGET)
+    scheduler.admit("a", parameters(steps=1, num_images=2))
+    denoised(scheduler)
+    (first,) = scheduler.next_decodes(world_size=1)
+    scheduler.planned((first,))
+    (second,) = scheduler.next_decodes(world_size=1)
+    assert (first.image_index, second.image_index) == (0, 1)
+    assert not scheduler.is_finished("a")
+
+
+def test_decoding_does_not_keep_other_requests_from_their_steps() -> None:
+    scheduler = StepScheduler(NO_BUDGET)
+    scheduler.admit("decodes", parameters(steps=1))
+    step(scheduler)
+    scheduler.admit("steps", parameters())
+    assert scheduler.next_step() == ("steps",)
+    assert scheduler.next_decodes(2) == (Decode(job_id="decodes", image_index=0, rank=0),)
+
+
+def test_a_restarted_request_takes_all_its_steps_again_and_keeps_what_is_decoded() -> None:
+    scheduler = StepScheduler(NO_BUDGET)
+    scheduler.admit("a", parameters(steps=2, num_images=2))
+    denoised(scheduler)
+    both = scheduler.next_decodes(world_size=2)
+    scheduler.planned(both)
+    scheduler.decoded("a", 0)
+    scheduler.restart("a")
+    assert (scheduler.step_of("a"), scheduler.next_decodes(2)) == (0, ())
+    denoised(scheduler)
+    assert scheduler.step_of("a") == 2
+    assert [decode.image_index for decode in scheduler.next_decodes(2)] == [1]
+
+
+def test_news_of_a_request_that_has_left_are_ignored() -> None:
+    scheduler = StepScheduler(NO_BUDGET)
+    scheduler.release("unknown")
+    scheduler.stepped(("unknown",))
+    scheduler.decoded("unknown", 0)
+    assert scheduler.next_step() == ()

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from hidream_grpc.devices.base import StartMethod
+from hidream_grpc.engine.channel import BlockingChannel
+from hidream_grpc.engine.messages import (
+    StartRank,
+    StartRefused,
+    StartStore,
+    ZygoteCommand,
+    ZygoteEvent,
+)
+from hidream_grpc.engine.zygote import Zygote
+
+
+@pytest.mark.parametrize("command", [StartRank(rank=0), StartStore()], ids=["a rank", "the store"])
+def test_a_zygote_with_threads_refuses_to_fork(command: ZygoteCommand, tmp_path: Path) -> None:
+    server_end, zygote_end = socket.socketpair()
+    server = BlockingChannel[ZygoteEvent](server_end, ZygoteEvent)
+    zygote = Zygote(BlockingChannel[ZygoteCommand](zygote_end, ZygoteCommand), tmp_path, StartMethod.FORK)
+    release = threading.Event()
+    thread = threading.Thread(target=release.wait)
+    thread.start()
+    try:
+        server.send(command)
+        server_end.shutdown(socket.SHUT_WR)
+        zygote.serve()
+        refusal = server.receive()
+    finally:
+        release.set()
+        thread.join()
+        server.close()
+        zygote_end.close()
+    assert isinstance(refusal, StartRefused)
+    assert "threads and must not fork" in refusal.reason
