@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hidream_grpc.errors import HiDreamError, StartupError
+from hidream_grpc.errors import ConfigurationError, HiDreamError, StartupError
 from hidream_grpc.logs import LogConfig, configure_logging
 from hidream_grpc.server.app import serve
 from hidream_grpc.settings import Settings, flag_name, load_settings
@@ -59,11 +59,19 @@ def _serve_command(config: Path | None = None, **flags: Any) -> None:
     """
     try:
         settings = load_settings({k: v for k, v in flags.items() if v is not None}, config)
-        configure_logging(LogConfig(settings.log_level, settings.log_format, settings.log_file))
+        _configure_logging(settings)
         asyncio.run(serve(settings))
     except HiDreamError as error:
         typer.echo(f"hidream-grpc: {error}", err=True)
         sys.exit(EXIT_STARTUP_ERROR if isinstance(error, StartupError) else EXIT_FAILED)
+
+
+def _configure_logging(settings: Settings) -> None:
+    try:
+        configure_logging(LogConfig(settings.log_level, settings.log_format, settings.log_file))
+    except OSError as error:
+        reason = f"cannot append to {settings.log_file}: {error.strerror}"
+        raise ConfigurationError("--log-file", reason) from None
 
 
 _config_option = typer.Option("--config", help="TOML file with any of these settings", show_default=False)
@@ -88,4 +96,11 @@ def _commands() -> None:
 
 def main() -> None:
     """Entry point of the `hidream-grpc` command."""
-    app(prog_name="hidream-grpc")
+    try:
+        exit_code = app(prog_name="hidream-grpc", standalone_mode=False)
+    except typer.TyperException as error:
+        # Without a message the help was printed instead.
+        if message := error.format_message():
+            typer.echo(f"hidream-grpc: {' '.join(message.split())}", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(exit_code)

@@ -63,7 +63,7 @@ class Settings(BaseSettings):
         Path | None, Field(description="where images are kept; a temporary folder when absent")
     ] = None
 
-    max_queued_jobs: Annotated[int, Field(ge=0, le=1_000_000, description="jobs that may wait")] = 64
+    max_queued_jobs: Annotated[int, Field(ge=1, le=1_000_000, description="jobs that may wait")] = 64
     max_running_jobs: Annotated[int, Field(ge=1, le=1024, description="jobs drawn at the same time")] = 16
     max_step_pixels: Annotated[
         int, Field(ge=4096, description="width × height × samples of one forward of the transformer")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from hidream_grpc.errors import HiDreamError
@@ -171,7 +171,7 @@ class JobFeed:
                 break
         return min(candidates, key=lambda event: event.sequence, default=None)
 
-    async def follow(self, after_sequence: int = 0) -> AsyncIterator[JobEvent]:
+    async def follow(self, after_sequence: int = 0) -> AsyncGenerator[JobEvent]:
         """Yield the events after a sequence as they come, up to the job's last one."""
         sequence = after_sequence
         while True:

@@ -7,7 +7,7 @@ import logging
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -83,6 +83,8 @@ class _Record:
     step_times: deque[float] = field(default_factory=lambda: deque(maxlen=PACE_STEPS + 1))
     denoise_start: float = 0.0
     writes: set[asyncio.Task[None]] = field(default_factory=set)
+    num_readers: int = 0
+    is_forgotten: bool = False
 
 
 class JobService:
@@ -107,6 +109,7 @@ class JobService:
         self._records: dict[str, _Record] = {}
         self._job_ids: dict[str, str] = {}
         self._ended: deque[str] = deque()
+        self._removals: set[asyncio.Task[None]] = set()
         self._queue = JobQueue()
         self._counts: Counter[JobState] = Counter()
         self._num_accepted = 0
@@ -181,9 +184,25 @@ class JobService:
         self._engine.notify()
         return job
 
-    def follow(self, job_id: str, after_sequence: int = 0) -> AsyncIterator[JobEvent]:
-        """The job's events after a sequence, to its end; the job must be known."""
-        return self._records[job_id].feed.follow(after_sequence)
+    async def follow(self, job_id: str, after_sequence: int = 0) -> AsyncGenerator[JobEvent]:
+        """The job's events after a sequence, to its end; the job must be known.
+
+        Its images stay until the generator is closed, even if its retention ends before.
+        """
+        record = self._records[job_id]
+        record.num_readers += 1
+        try:
+            async for event in record.feed.follow(after_sequence):
+                yield event
+        finally:
+            record.num_readers -= 1
+            if record.is_forgotten:
+                self._remove_unread_images(record)
+
+    def has_readers(self, job_id: str) -> bool:
+        """Whether somebody follows the job now."""
+        record = self._records.get(job_id)
+        return record is not None and record.num_readers > 0
 
     async def read_image(self, job_id: str, index: int, offset: int, length: int) -> bytes:
         """A part of a finished image."""
@@ -370,5 +389,16 @@ class JobService:
         self._job_ids.pop(record.job.submission.request_id, None)
         if record.expiry is not None:
             record.expiry.cancel()
-        removal = asyncio.ensure_future(self._artifacts.remove(job_id))
-        record.writes.add(removal)
+        record.is_forgotten = True
+        self._remove_unread_images(record)
+
+    def _remove_unread_images(self, record: _Record) -> None:
+        if record.num_readers == 0:
+            removal = asyncio.create_task(self._remove_images(record))
+            self._removals.add(removal)
+            removal.add_done_callback(self._removals.discard)
+
+    async def _remove_images(self, record: _Record) -> None:
+        # A write that ends later would leave its file behind.
+        await asyncio.gather(*record.writes, return_exceptions=True)
+        await self._artifacts.remove(record.job.job_id)

@@ -26,11 +26,17 @@ class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self._changes: set[asyncio.Task[None]] = set()
+        self._is_draining = False
+        self.mark_ready(False)
+
+    def mark_draining(self) -> None:
+        """Tell that requests are not taken any more, whatever `mark_ready` is told from now on."""
+        self._is_draining = True
         self.mark_ready(False)
 
     def mark_ready(self, is_ready: bool) -> None:
         """Tell whether requests are taken; those that watch learn of it in the order of the calls."""
-        change = asyncio.create_task(self._set_ready(is_ready))
+        change = asyncio.create_task(self._set_ready(is_ready and not self._is_draining))
         self._changes.add(change)
         change.add_done_callback(self._changes.discard)
 

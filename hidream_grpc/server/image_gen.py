@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from typing import TypeAlias
 
 import grpc.aio
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, server_info_pb2
 from hidream_grpc.errors import TooManyReadersError
-from hidream_grpc.jobs.events import Cancelled, Failed, ImagePart
+from hidream_grpc.jobs.events import Cancelled, Failed, ImagePart, JobEvent
 from hidream_grpc.jobs.job import CancelReason
 from hidream_grpc.jobs.service import JobService
 from hidream_grpc.server import convert
@@ -42,7 +43,7 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
     async def Generate(  # noqa: N802
         self, request: image_gen_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[image_gen_pb2.GenerateResponse]:
-        """Submit a job and follow it; the caller's leaving cancels it unless it is detached."""
+        """Submit a job and follow it; when its last caller leaves it is cancelled, unless it is detached."""
         if self._num_streams >= self._max_streams:
             raise TooManyReadersError(self._max_streams, self._jobs.retry_after_seconds)
         submission = self._validator.submission(
@@ -53,17 +54,22 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         call.request_id, call.job_id = submission.request_id, job.job_id
         self._num_streams += 1
         try:
-            async for event in self._jobs.follow(job.job_id):
-                if isinstance(event.body, Failed | Cancelled):
-                    raise event.body.error
-                data = b""
-                if isinstance(part := event.body, ImagePart):
-                    data = await self._jobs.read_image(job.job_id, part.image.index, part.offset, part.length)
-                yield image_gen_pb2.GenerateResponse(job_id=job.job_id, event=convert.job_event(event, data))
+            async with aclosing(self._jobs.follow(job.job_id)) as events:
+                async for event in events:
+                    if isinstance(event.body, Failed | Cancelled):
+                        raise event.body.error
+                    yield await self._response(job.job_id, event)
         finally:
             self._num_streams -= 1
-            if not submission.is_detached:
+            # A caller who tries again follows the same job while its first call is not yet known to be lost.
+            if not submission.is_detached and not self._jobs.has_readers(job.job_id):
                 self._jobs.cancel(job.job_id, CancelReason.CALLER_LEFT)
+
+    async def _response(self, job_id: str, event: JobEvent) -> image_gen_pb2.GenerateResponse:
+        data = b""
+        if isinstance(part := event.body, ImagePart):
+            data = await self._jobs.read_image(job_id, part.image.index, part.offset, part.length)
+        return image_gen_pb2.GenerateResponse(job_id=job_id, event=convert.job_event(event, data))
 
     async def GetServerInfo(  # noqa: N802
         self, request: image_gen_pb2.GetServerInfoRequest, context: InfoContext
