@@ -5,14 +5,13 @@
     │   ├── ConfigurationError          a flag or variable is out of its range
     │   ├── AddressInUseError           another process listens there
     │   ├── ModelNotFoundError          a model folder is missing or incomplete
-    │   ├── DeviceUnavailableError      the device type or one of the devices is not there
-    │   └── LayoutError                 the devices cannot be laid out as asked
+    │   └── DeviceUnavailableError      the device type or one of the devices is not there
     ├── RequestError                    the caller is told; the table is `server/status.py`
     │   ├── InvalidRequestError         one or more fields, all named
     │   ├── RequestIdConflictError      the request id was used with another request
     │   ├── QueueFullError              nothing was accepted
     │   ├── TooManyReadersError         the caller follows too many jobs at once
-    │   ├── NotServingError             starting, recovering or draining
+    │   ├── NotServingError             starting, draining, or the devices are lost
     │   ├── DeadlineExceededError       the caller's deadline passed before the job ended
     │   └── JobCancelledError           somebody cancelled the job
     ├── JobError                        a job that was accepted failed; the same table
@@ -76,15 +75,6 @@ class DeviceUnavailableError(StartupError):
         self.reason = reason
 
 
-class LayoutError(StartupError):
-    """The devices cannot be laid out as asked for this model."""
-
-    def __init__(self, flag: str, reason: str) -> None:
-        super().__init__(f"{flag}: {reason}")
-        self.flag = flag
-        self.reason = reason
-
-
 class RequestError(HiDreamError):
     """The caller asked for something that it cannot have (now, or at all)."""
 
@@ -133,7 +123,7 @@ class TooManyReadersError(RequestError):
 
 
 class NotServingError(RequestError):
-    """The service is starting, recovering or draining."""
+    """The service is starting or draining, or its devices are lost."""
 
     def __init__(self, reason: str, retry_after_seconds: float) -> None:
         super().__init__(reason)

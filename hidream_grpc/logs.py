@@ -65,7 +65,7 @@ def configure_logging(config: LogConfig) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if config.file is not None:
         config.file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(config.file))
+        handlers.append(logging.FileHandler(config.file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
     logging.basicConfig(level=config.level, handlers=handlers, force=True)

@@ -130,7 +130,7 @@ def load_settings(flags: Mapping[str, Any], config_file: Path | None) -> Setting
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
         raise ConfigurationError(_origin(name, flags, config_file), first["msg"]) from None
-    except (SettingsError, ValueError) as error:
+    except (SettingsError, ValueError, OSError) as error:
         raise ConfigurationError(str(config_file or ENVIRONMENT_PREFIX), str(error)) from None
 
 

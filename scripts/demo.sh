@@ -11,12 +11,12 @@ mkdir -p "$project/logs"
 log="$project/logs/demo_$(date +%Y%m%d_%H%M%S).log"
 
 env -u HIDREAM_MODEL_PATH -u HIDREAM_EXTRA_MODEL_PATH "$binaries/hidream-grpc" serve \
-  --device-type cpu --listen 127.0.0.1:0 2>"$log" &
+  --device-type cpu --listen 127.0.0.1:0 --log-level INFO 2>"$log" &
 server=$!
 trap 'kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true' EXIT
 
 echo "starting the service; its log is $log"
-until address=$(grep -om1 'listening on [^,]*' "$log"); do
+until address=$(grep -som1 'listening on [^,]*' "$log"); do
   if ! kill -0 "$server" 2>/dev/null; then
     tail -n 3 "$log" >&2
     exit 1
@@ -24,7 +24,14 @@ until address=$(grep -om1 'listening on [^,]*' "$log"); do
   sleep 0.1
 done
 address=${address#listening on }
-"$binaries/hidream" health --address "$address" --wait 300 >/dev/null
+"$binaries/hidream" health --address "$address" --wait 300 >/dev/null &
+waiting=$!
+# A server that ends while it loads is not waited for.
+if ! wait -n "$server" "$waiting"; then
+  kill "$waiting" 2>/dev/null || true
+  tail -n 3 "$log" >&2
+  exit 1
+fi
 
 picture="$PWD/demo.png"
 "$binaries/hidream" generate "$prompt" --address "$address" --out "$picture" "$@"

@@ -9,7 +9,7 @@ venv="$project/.venv"
 # An installation with an extra serves those who need none.
 wanted=$(cat pyproject.toml clients/python/pyproject.toml | sha256sum | cut -d' ' -f1)
 for stamp in "$venv/installed-$extra" "$venv"/installed-*; do
-  if [[ -f $stamp && ($stamp == "$venv/installed-$extra" || -z $extra) && $(<"$stamp") == "$wanted" ]]; then
+  if [[ -x $venv/bin/python && -f $stamp && ($stamp == "$venv/installed-$extra" || -z $extra) && $(<"$stamp") == "$wanted" ]]; then
     exit 0
   fi
 done
@@ -27,10 +27,11 @@ find_python() {
   return 1
 }
 
-if [[ ! -x $venv/bin/python ]]; then
+# Also anew when its interpreter is gone, or when it was left half made, without pip.
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   python=$(find_python)
   echo "making $venv"
-  "$python" -m venv "$venv"
+  "$python" -m venv --clear "$venv"
 fi
 echo "installing hidream-grpc (the first time takes a few minutes: torch is large)"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \

@@ -153,4 +153,6 @@ if $dry_run; then
   exit 0
 fi
 mkdir -p logs 2>/dev/null || fail "--project-path: cannot create $project_path/logs"
+"$python" -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' \
+  hidream_grpc hidream grpc torch || fail "hidream-grpc is not installed for $python: run scripts/install.sh"
 exec "${command[@]}"

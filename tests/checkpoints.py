@@ -207,7 +207,7 @@ def _clip_tokenizer() -> CLIPTokenizer:
     merges = [("r", "e"), ("re", "d</w>"), ("c", "i"), ("b", "l"), ("bl", "u"), ("blu", "e</w>")]
     pieces = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *("".join(merge) for merge in merges)]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=merges)
+    return CLIPTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=merges)  # type: ignore[arg-type]
 
 
 def _t5_tokenizer() -> T5Tokenizer:

@@ -42,7 +42,6 @@ class StepReport:
     """One denoising step of a batch, for whoever counts."""
 
     step_seconds: float
-    num_requests: int
     num_samples: int
 
 
@@ -71,11 +70,6 @@ class Controller:
         self._held: set[str] = set()
         self._wake = asyncio.Event()
         self._next_plan_id = 1
-
-    @property
-    def num_running(self) -> int:
-        """Requests that are being drawn."""
-        return len(self._active)
 
     def notify(self) -> None:
         """Say that the backlog has a request."""
@@ -193,7 +187,7 @@ class Controller:
                 active.request.on_event(StepFinished(step, step_seconds))
                 if job_id in previews:
                     active.request.on_event(PreviewMade(step, previews[job_id]))
-        self._on_step(StepReport(step_seconds, len(plan.step_jobs), num_samples))
+        self._on_step(StepReport(step_seconds, num_samples))
 
     def _finish(self, job_id: str) -> None:
         active = self._active.pop(job_id)
@@ -224,7 +218,11 @@ class Controller:
                     "job failed: the rank group was lost %d times while it ran: %s",
                     MAX_ATTEMPTS,
                     loss,
-                    extra={"job_id": job_id, "error_id": error.error_id},
+                    extra={
+                        "job_id": job_id,
+                        "request_id": active.request.request_id,
+                        "error_id": error.error_id,
+                    },
                 )
                 self._fail(job_id, error)
                 continue

@@ -20,6 +20,11 @@ class EngineState(StrEnum):
     FAILED = "failed"
     STOPPED = "stopped"
 
+    @property
+    def takes_requests(self) -> bool:
+        """Whether requests are taken: while ranks are replaced they are, and wait."""
+        return self in (EngineState.SERVING, EngineState.RECOVERING)
+
 
 @dataclass(frozen=True, slots=True)
 class RequestStarted:

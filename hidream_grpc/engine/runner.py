@@ -89,6 +89,7 @@ class Runner:
             return 0.0
         started = time.monotonic()
         for admission in admissions:
+            logger.debug("starting", extra={"job_id": admission.job_id, "request_id": admission.request_id})
             with self._own_work_of(admission, faults):
                 self._jobs[admission.job_id] = _RunningJob(admission, self._model.begin(admission.parameters))
         self._device.synchronize()

@@ -194,7 +194,8 @@ class RankGroup:
         before = {rank.rank: rank.child.pid for rank in self._in_order()}
         try:
             await self._bring_up()
-        except StartupError as error:
+        except (StartupError, OSError) as error:
+            # OSError: the system has no process, memory or file descriptor to give just now.
             raise RankDiedError(tuple(set(range(self.world_size)) - set(self._ranks)), str(error)) from error
         replaced = tuple(
             rank for rank, link in sorted(self._ranks.items()) if link.child.pid != before.get(rank)

@@ -186,6 +186,8 @@ def main() -> None:
     control_fd, parent_pid = (int(argument) for argument in sys.argv[1:])
     die_with_parent(parent_pid)
     leave_signals_to_the_server()
+    # A child that the zygote execs must not hold its end: the end of file is what tells of its death.
+    os.set_inheritable(control_fd, False)
     channel = BlockingChannel[ZygoteCommand](socket.socket(fileno=control_fd), ZygoteCommand)
     prepare = channel.receive()
     if not isinstance(prepare, PrepareZygote):

@@ -118,6 +118,9 @@ class JobService:
         self._is_draining = False
         self._all_ended = asyncio.Event()
         self._all_ended.set()
+        self._num_readers = 0
+        self._nobody_reads = asyncio.Event()
+        self._nobody_reads.set()
 
     # --- what the server asks ---------------------------------------------------------------------
 
@@ -151,6 +154,11 @@ class JobService:
         return self._is_draining
 
     @property
+    def takes_requests(self) -> bool:
+        """Whether a request is accepted where the queue has room for it."""
+        return self._engine_state.takes_requests and not self._is_draining
+
+    @property
     def retry_after_seconds(self) -> float:
         """When a place in the queue is likely to be free, from how long jobs took lately."""
         return max(1.0, self._mean_job_seconds / self._limits.max_running_jobs)
@@ -164,7 +172,7 @@ class JobService:
             RequestIdConflictError: the request id was used with another request.
         """
         if known := self._job_ids.get(submission.request_id):
-            return self._follow_up(self._records[known].job, submission)
+            return self._follow_up(self._records[known], submission)
         self._check_serving()
         if self.num_queued >= self._limits.max_queued_jobs:
             raise QueueFullError(self._limits.max_queued_jobs, self.retry_after_seconds)
@@ -175,10 +183,7 @@ class JobService:
         self._num_accepted += 1
         self._all_ended.clear()
         if submission.deadline_seconds is not None and not submission.is_detached:
-            loop = asyncio.get_running_loop()
-            record.deadline = loop.call_later(
-                submission.deadline_seconds, self.cancel, job.job_id, CancelReason.DEADLINE
-            )
+            self._stop_after(record, submission.deadline_seconds)
         self._queue.push(job.job_id, submission.priority, submission.caller)
         self._publish_positions()
         self._engine.notify()
@@ -191,11 +196,16 @@ class JobService:
         """
         record = self._records[job_id]
         record.num_readers += 1
+        self._num_readers += 1
+        self._nobody_reads.clear()
         try:
             async for event in record.feed.follow(after_sequence):
                 yield event
         finally:
             record.num_readers -= 1
+            self._num_readers -= 1
+            if self._num_readers == 0:
+                self._nobody_reads.set()
             if record.is_forgotten:
                 self._remove_unread_images(record)
 
@@ -222,11 +232,12 @@ class JobService:
         record.feed.publish(Cancelled(reason, error))
 
     async def drain(self, grace_seconds: float) -> None:
-        """Accept nothing more, let accepted jobs end; after the grace period fail the rest."""
+        """Accept nothing more, let accepted jobs end and be read; after the grace period fail the rest."""
         self._is_draining = True
         try:
             async with asyncio.timeout(grace_seconds):
                 await self._all_ended.wait()
+                await self._nobody_reads.wait()
         except TimeoutError:
             for record in [r for r in self._records.values() if not r.job.state.has_ended]:
                 self._fail(record, NotServingError("the server is shutting down", START_RETRY_SECONDS))
@@ -260,7 +271,6 @@ class JobService:
                 self._start(record)
             case PromptsEncoded(encode_seconds):
                 record.job = record.job.encoded(encode_seconds)
-                record.denoise_start = time.monotonic()
             case StepFinished(step, step_seconds):
                 self._progress(record, step, step_seconds)
             case PreviewMade(step, data):
@@ -286,6 +296,9 @@ class JobService:
 
     def _progress(self, record: _Record, step: int, step_seconds: float) -> None:
         now = time.monotonic()
+        if not record.step_times:
+            # An attempt's first step is told when it has ended.
+            record.denoise_start = now - step_seconds
         record.step_times.append(now)
         total_steps = record.job.submission.parameters.num_inference_steps
         remaining = None
@@ -305,10 +318,16 @@ class JobService:
         except HiDreamError as error:
             self._fail(record, error)
             return
-        except OSError:
+        except Exception:
+            # Whatever it is: a job must end.
             failure = JobInternalError.new()
             logger.exception(
-                "cannot store an image", extra={"job_id": job.job_id, "error_id": failure.error_id}
+                "cannot store an image",
+                extra={
+                    "job_id": job.job_id,
+                    "request_id": job.submission.request_id,
+                    "error_id": failure.error_id,
+                },
             )
             self._fail(record, failure)
             return
@@ -340,14 +359,33 @@ class JobService:
             raise NotServingError("the server is shutting down", START_RETRY_SECONDS)
         if self._engine_state is EngineState.STARTING:
             raise NotServingError("the model is loading", START_RETRY_SECONDS)
-        if self._engine_state in (EngineState.FAILED, EngineState.STOPPED):
+        if not self.takes_requests:
             raise NotServingError("the devices are not available", START_RETRY_SECONDS)
 
-    def _follow_up(self, job: Job, submission: Submission) -> Job:
+    def _follow_up(self, record: _Record, submission: Submission) -> Job:
+        job = record.job
         same = replace(submission, deadline_seconds=job.submission.deadline_seconds)
         if same != job.submission:
             raise RequestIdConflictError(submission.request_id, job.job_id)
+        if record.deadline is not None and not job.state.has_ended:
+            self._extend_deadline(record, record.deadline, submission.deadline_seconds)
         return job
+
+    def _extend_deadline(
+        self, record: _Record, deadline: asyncio.TimerHandle, deadline_seconds: float | None
+    ) -> None:
+        """Of several callers the one with the latest deadline decides; None is for ever."""
+        if deadline_seconds is None:
+            deadline.cancel()
+            record.deadline = None
+        elif asyncio.get_running_loop().time() + deadline_seconds > deadline.when():
+            deadline.cancel()
+            self._stop_after(record, deadline_seconds)
+
+    def _stop_after(self, record: _Record, deadline_seconds: float) -> None:
+        record.deadline = asyncio.get_running_loop().call_later(
+            deadline_seconds, self.cancel, record.job.job_id, CancelReason.DEADLINE
+        )
 
     def _stop_work(self, job_id: str) -> None:
         if self._queue.remove(job_id):
@@ -365,6 +403,9 @@ class JobService:
         job = record.job
         self._counts[job.state] += 1
         self._ended.append(job.job_id)
+        if job.state is not JobState.SUCCEEDED:
+            # A retry of what was not drawn must draw it.
+            self._release_request_id(job)
         if record.deadline is not None:
             record.deadline.cancel()
         loop = asyncio.get_running_loop()
@@ -386,11 +427,16 @@ class JobService:
     def _remove(self, job_id: str) -> None:
         record = self._records.pop(job_id)
         self._ended.remove(job_id)
-        self._job_ids.pop(record.job.submission.request_id, None)
+        self._release_request_id(record.job)
         if record.expiry is not None:
             record.expiry.cancel()
         record.is_forgotten = True
         self._remove_unread_images(record)
+
+    def _release_request_id(self, job: Job) -> None:
+        # Another job may have it by now.
+        if self._job_ids.get(job.submission.request_id) == job.job_id:
+            del self._job_ids[job.submission.request_id]
 
     def _remove_unread_images(self, record: _Record) -> None:
         if record.num_readers == 0:

@@ -19,11 +19,6 @@ class OutputFormat(StrEnum):
         """Media type of such a file."""
         return f"image/{self.value.lower()}"
 
-    @property
-    def file_suffix(self) -> str:
-        """End of such a file's name, with its dot."""
-        return f".{self.value.lower()}"
-
 
 class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
     """One request, every field decided: what is in here is what is done.

@@ -23,13 +23,14 @@ from hidream_grpc.engine.controller import Controller
 from hidream_grpc.engine.requests import EngineState
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
 from hidream_grpc.engine.supervisor import GroupConfig, GroupTimeouts, RankGroup
-from hidream_grpc.errors import AddressInUseError, ConfigurationError
+from hidream_grpc.errors import AddressInUseError, ConfigurationError, ModelNotFoundError
 from hidream_grpc.jobs.artifacts import ArtifactStore
 from hidream_grpc.jobs.job import Execution
 from hidream_grpc.jobs.limits import MAX_TORCH_SEED, RequestDefaults, RequestLimits
 from hidream_grpc.jobs.service import JobService, RetentionPolicy
 from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.checkpoint import CheckpointDescription, describe_checkpoint
+from hidream_grpc.model.checkpoint_files import EXTRA_MODEL_PATH_FLAG
 from hidream_grpc.model.demo import demo_checkpoint_path
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.prompt_tokens import PromptTokenCounter
@@ -39,6 +40,7 @@ from hidream_grpc.server.image_gen import ImageGenServicer
 from hidream_grpc.server.info import ServerDescription
 from hidream_grpc.server.interceptors.errors import ErrorInterceptor
 from hidream_grpc.server.interceptors.observation import ObservationInterceptor
+from hidream_grpc.server.memory import return_freed_buffers
 from hidream_grpc.server.metrics import Metrics
 from hidream_grpc.server.validation import RequestValidator
 from hidream_grpc.settings import Settings
@@ -62,8 +64,12 @@ async def serve(settings: Settings) -> None:
     Raises:
         StartupError: in one line, why the service cannot start.
     """
+    return_freed_buffers()
     signals = _Signals()
     model_path = settings.model_path or demo_checkpoint_path()
+    if settings.extra_model_path is not None and not settings.extra_model_path.is_dir():
+        # Also where the checkpoint holds its own: a wrong path is not passed over in silence.
+        raise ModelNotFoundError(EXTRA_MODEL_PATH_FLAG, settings.extra_model_path)
     checkpoint = describe_checkpoint(model_path, settings.extra_model_path)
     devices = _select_devices(settings)
     layout = Layout(data_parallel=devices.num_ranks)
@@ -79,8 +85,7 @@ async def serve(settings: Settings) -> None:
     def on_state(state: EngineState) -> None:
         logger.info("the engine is %s", state)
         jobs.set_engine_state(state)
-        # While ranks are replaced, requests are taken and wait.
-        health.mark_ready(state in (EngineState.SERVING, EngineState.RECOVERING))
+        health.mark_ready(state.takes_requests)
 
     controller = Controller(group, scheduler, on_state, metrics.observe_step)
     with _data_directory(settings.data_dir) as data_directory:
@@ -95,7 +100,7 @@ async def serve(settings: Settings) -> None:
             num_queued=lambda: jobs.num_queued,
             num_running=lambda: jobs.num_running,
             num_rank_restarts=lambda: group.num_restarts,
-            is_serving=lambda: jobs.engine_state is EngineState.SERVING and not jobs.is_draining,
+            is_serving=lambda: jobs.takes_requests,
         )
         describe_server = ServerDescription(
             checkpoint, limits, defaults, devices.device_type.name, str(layout), group, jobs
@@ -119,8 +124,10 @@ async def serve(settings: Settings) -> None:
             await server.start()
             logger.info("listening on %s:%d, loading model %s", host, port, checkpoint.name)
             await _until_stopped(signals, engine)
-            await _drain(settings, signals, health, jobs)
+            await _drain(settings, signals, health, jobs, engine)
         finally:
+            # After a second signal, or without its engine, a job must still tell how it ended.
+            await jobs.drain(grace_seconds=0)
             await server.stop(SEND_LAST_EVENTS_SECONDS)
             engine.cancel()
             await asyncio.wait((engine,))
@@ -136,17 +143,27 @@ async def _until_stopped(signals: _Signals, engine: asyncio.Task[None]) -> None:
         engine.result()
 
 
-async def _drain(settings: Settings, signals: _Signals, health: HealthServicer, jobs: JobService) -> None:
-    """Let accepted jobs end, unless a second signal comes."""
+async def _drain(
+    settings: Settings,
+    signals: _Signals,
+    health: HealthServicer,
+    jobs: JobService,
+    engine: asyncio.Task[None],
+) -> None:
+    """Let accepted jobs end, unless a second signal comes; raise what ends the engine meanwhile."""
     logger.info("draining for up to %g s", settings.grace_seconds)
     health.mark_draining()
     second_signal = asyncio.create_task(signals.second.wait())
     # Load balancers send calls until their next health check.
-    await asyncio.wait((second_signal,), timeout=settings.drain_delay_seconds)
+    await asyncio.wait(
+        (second_signal, engine), timeout=settings.drain_delay_seconds, return_when=asyncio.FIRST_COMPLETED
+    )
     drained = asyncio.create_task(jobs.drain(settings.grace_seconds))
-    await asyncio.wait((drained, second_signal), return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait((drained, second_signal, engine), return_when=asyncio.FIRST_COMPLETED)
     for task in (drained, second_signal):
         task.cancel()
+    if engine.done():
+        engine.result()
 
 
 class _Signals:

@@ -49,9 +49,10 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         submission = self._validator.submission(
             request, caller=caller_of(context), deadline_seconds=context.time_remaining()
         )
-        job = self._jobs.submit(submission)
         call = current_call()
-        call.request_id, call.job_id = submission.request_id, job.job_id
+        call.request_id = submission.request_id
+        job = self._jobs.submit(submission)
+        call.job_id = job.job_id
         self._num_streams += 1
         try:
             async with aclosing(self._jobs.follow(job.job_id)) as events:

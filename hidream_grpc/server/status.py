@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
@@ -87,8 +86,3 @@ def to_status(error: errors.HiDreamError) -> status_pb2.Status:
         packed.Pack(detail)
         status.details.append(packed)
     return status
-
-
-def grpc_code(status: status_pb2.Status) -> grpc.StatusCode:
-    """The grpc library's name of a status code."""
-    return next(code for code in grpc.StatusCode if code.value[0] == status.code)

@@ -35,10 +35,10 @@ NUM_THREADS = 2
 @contextmanager
 def running_service() -> Iterator[str]:
     """The service with its demo model; yields its address."""
-    command = [sys.executable, "-m", "hidream_grpc", "serve", "--device-type", "cpu"]
-    with subprocess.Popen(
-        [*command, "--listen", "127.0.0.1:0"], stderr=subprocess.PIPE, text=True
-    ) as process:
+    command = [sys.executable, "-m", "hidream_grpc", "serve", "--listen", "127.0.0.1:0"]
+    model = ["--model-path", str(demo_checkpoint_path())]
+    ranks = ["--device-type", "cpu", "--devices", "0,1", "--threads-per-rank", "1"]
+    with subprocess.Popen([*command, *model, *ranks], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if match := re.search(r"listening on (\S+:\d+)", line):

@@ -20,7 +20,7 @@ Status = health_pb2.HealthCheckResponse.ServingStatus
 READINESS = ("", "hidream.v1.ImageGen")
 
 
-def check(server: LiveServer, service: str) -> Status.ValueType:
+def check(server: LiveServer, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
     with grpc.insecure_channel(server.address) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
         return health_pb2_grpc.HealthStub(channel).Check(request).status

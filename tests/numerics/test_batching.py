@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -88,7 +90,7 @@ def test_the_same_seed_draws_the_same_pixels_twice(variant: str, model_of: LoadM
     ids=lambda change: next(iter(change)),
 )
 def test_what_a_request_says_changes_the_picture(
-    variant: str, change: dict[str, object], model_of: LoadModel
+    variant: str, change: dict[str, Any], model_of: LoadModel
 ) -> None:
     model = model_of(variant)
     difference = denoise(model, parameters()).latents - denoise(model, parameters(**change)).latents

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -58,8 +58,9 @@ def _parsing_inside(handler: Handler) -> Handler:
         stream: Any = handler.unary_stream
 
         async def unary_stream(request: bytes, context: Context) -> AsyncIterator[Any]:
-            async for response in stream(parsed(request), context):
-                yield response
+            async with aclosing(stream(parsed(request), context)) as responses:
+                async for response in responses:
+                    yield response
 
         return grpc.unary_stream_rpc_method_handler(unary_stream, None, handler.response_serializer)
     unary: Any = handler.unary_unary

@@ -12,7 +12,7 @@ from hidream_grpc.model.demo import demo_checkpoint_path
 from hidream_grpc.model.prompt_tokens import PromptTokenCounter
 from tests.checkpoints import MAX_TOKENS_OF_T5
 
-TOKENIZERS = {
+TOKENIZERS: dict[str, tuple[Any, str]] = {
     "CLIP-L": (CLIPTokenizer, "tokenizer"),
     "CLIP-G": (CLIPTokenizer, "tokenizer_2"),
     "T5": (T5Tokenizer, "tokenizer_3"),

@@ -32,8 +32,10 @@ type GenerateRequest struct {
 	Spec *ImageSpec `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"`
 	// A name that the caller chooses for this request, so that a retry does not draw twice: while the
 	// job is kept, the same id with the same request follows that job, and with another request
-	// answers ALREADY_EXISTS. At most `limits.max_request_id_bytes` bytes of visible ASCII. Absent or
-	// empty: the server makes one up. It stands in the server's log at every line of this request.
+	// answers ALREADY_EXISTS. A job that failed or was cancelled gives its id free: a retry is drawn
+	// anew. Of several callers that follow one job, the latest deadline is the job's. At most
+	// `limits.max_request_id_bytes` bytes of visible ASCII. Absent or empty: the server makes one up.
+	// It stands in the server's log at every line of this request.
 	RequestId string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// Send a small picture of the unfinished image after each step. Default false.
 	Preview bool `protobuf:"varint,3,opt,name=preview,proto3" json:"preview,omitempty"`

@@ -57,8 +57,8 @@ const (
 //   - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
 //   - `RESOURCE_EXHAUSTED`: the request message is larger than
 //     `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-//   - `UNAVAILABLE` (`RetryInfo`): the server is starting, recovering or draining. Nothing was
-//     accepted; retry after the delay, on any server.
+//   - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
+//     was accepted; retry after the delay, on any server.
 //   - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
 //     server; its log has a line with the same id. Retry once, then report the id.
 //
@@ -86,6 +86,8 @@ type ImageGenClient interface {
 	//     the images do not fit the server's storage. Retrying the same request rarely helps.
 	//   - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
 	//   - `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
+	//   - `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
+	//     Retry after the delay, on any server.
 	Generate(ctx context.Context, in *GenerateRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[GenerateResponse], error)
 	// Queues a job and returns it at once. What was returned survives a restart of the server.
 	//
@@ -342,8 +344,8 @@ func (c *imageGenClient) GetServerInfo(ctx context.Context, in *GetServerInfoReq
 //   - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
 //   - `RESOURCE_EXHAUSTED`: the request message is larger than
 //     `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-//   - `UNAVAILABLE` (`RetryInfo`): the server is starting, recovering or draining. Nothing was
-//     accepted; retry after the delay, on any server.
+//   - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
+//     was accepted; retry after the delay, on any server.
 //   - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
 //     server; its log has a line with the same id. Retry once, then report the id.
 //
@@ -371,6 +373,8 @@ type ImageGenServer interface {
 	//     the images do not fit the server's storage. Retrying the same request rarely helps.
 	//   - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
 	//   - `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
+	//   - `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
+	//     Retry after the delay, on any server.
 	Generate(*GenerateRequest, grpc.ServerStreamingServer[GenerateResponse]) error
 	// Queues a job and returns it at once. What was returned survives a restart of the server.
 	//

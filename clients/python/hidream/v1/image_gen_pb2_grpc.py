@@ -47,8 +47,8 @@ class ImageGenStub:
     * `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
     * `RESOURCE_EXHAUSTED`: the request message is larger than
     `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-    * `UNAVAILABLE` (`RetryInfo`): the server is starting, recovering or draining. Nothing was
-    accepted; retry after the delay, on any server.
+    * `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
+    was accepted; retry after the delay, on any server.
     * `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
     server; its log has a line with the same id. Retry once, then report the id.
 
@@ -137,8 +137,8 @@ class ImageGenServicer:
     * `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
     * `RESOURCE_EXHAUSTED`: the request message is larger than
     `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-    * `UNAVAILABLE` (`RetryInfo`): the server is starting, recovering or draining. Nothing was
-    accepted; retry after the delay, on any server.
+    * `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
+    was accepted; retry after the delay, on any server.
     * `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
     server; its log has a line with the same id. Retry once, then report the id.
 
@@ -168,6 +168,8 @@ class ImageGenServicer:
         the images do not fit the server's storage. Retrying the same request rarely helps.
         * `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
         * `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
+        * `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
+        Retry after the delay, on any server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -385,8 +387,8 @@ class ImageGen:
     * `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
     * `RESOURCE_EXHAUSTED`: the request message is larger than
     `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-    * `UNAVAILABLE` (`RetryInfo`): the server is starting, recovering or draining. Nothing was
-    accepted; retry after the delay, on any server.
+    * `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
+    was accepted; retry after the delay, on any server.
     * `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
     server; its log has a line with the same id. Retry once, then report the id.
 

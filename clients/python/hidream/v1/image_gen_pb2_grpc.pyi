@@ -48,8 +48,8 @@ class ImageGenStub:
     * `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
     * `RESOURCE_EXHAUSTED`: the request message is larger than
       `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-    * `UNAVAILABLE` (`RetryInfo`): the server is starting, recovering or draining. Nothing was
-      accepted; retry after the delay, on any server.
+    * `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
+      was accepted; retry after the delay, on any server.
     * `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
       server; its log has a line with the same id. Retry once, then report the id.
 
@@ -83,6 +83,8 @@ class ImageGenStub:
       the images do not fit the server's storage. Retrying the same request rarely helps.
     * `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
     * `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
+    * `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
+      Retry after the delay, on any server.
     """
     SubmitJob: _grpc.UnaryUnaryMultiCallable[_image_gen_pb2.SubmitJobRequest, _job_pb2.Job]
     """Queues a job and returns it at once. What was returned survives a restart of the server.
@@ -192,8 +194,8 @@ class ImageGenAsyncStub(ImageGenStub):
     * `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
     * `RESOURCE_EXHAUSTED`: the request message is larger than
       `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-    * `UNAVAILABLE` (`RetryInfo`): the server is starting, recovering or draining. Nothing was
-      accepted; retry after the delay, on any server.
+    * `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
+      was accepted; retry after the delay, on any server.
     * `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
       server; its log has a line with the same id. Retry once, then report the id.
 
@@ -224,6 +226,8 @@ class ImageGenAsyncStub(ImageGenStub):
       the images do not fit the server's storage. Retrying the same request rarely helps.
     * `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
     * `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
+    * `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
+      Retry after the delay, on any server.
     """
     SubmitJob: _aio.UnaryUnaryMultiCallable[_image_gen_pb2.SubmitJobRequest, _job_pb2.Job]  # type: ignore[assignment]
     """Queues a job and returns it at once. What was returned survives a restart of the server.
@@ -332,8 +336,8 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
     * `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
     * `RESOURCE_EXHAUSTED`: the request message is larger than
       `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-    * `UNAVAILABLE` (`RetryInfo`): the server is starting, recovering or draining. Nothing was
-      accepted; retry after the delay, on any server.
+    * `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
+      was accepted; retry after the delay, on any server.
     * `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
       server; its log has a line with the same id. Retry once, then report the id.
 
@@ -368,6 +372,8 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
           the images do not fit the server's storage. Retrying the same request rarely helps.
         * `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
         * `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
+        * `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
+          Retry after the delay, on any server.
         """
 
     @_abc_1.abstractmethod
