@@ -60,7 +60,10 @@ class Settings(BaseSettings):
         int | None, Field(ge=0, le=65_535, description="port for Prometheus; none when absent")
     ] = None
     data_dir: Annotated[
-        Path | None, Field(description="where images are kept; a temporary folder when absent")
+        Path | None,
+        Field(
+            description="where images are kept while the server runs; the system's temporary folder when absent"
+        ),
     ] = None
 
     max_queued_jobs: Annotated[int, Field(ge=1, le=1_000_000, description="jobs that may wait")] = 64

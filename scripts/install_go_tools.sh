@@ -5,11 +5,12 @@
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$project"
-if ! scripts/go.sh version >/dev/null; then
-  echo "install_go_tools: tests that need grpcurl or the Go client skip" >&2
+give_up() {
+  echo "install_go_tools: tests that need grpcurl or the Go client skip: $1" >&2
   [[ -z ${CI:-} ]] || exit 1
   exit 0
-fi
+}
+scripts/go.sh version >/dev/null || give_up "there is no Go"
 
 # Pinned: another generator writes other bytes.
 tools=(
@@ -24,8 +25,8 @@ for tool in "${tools[@]}"; do
   stamp="$binaries/.${tool//\//_}"
   if [[ ! -e $stamp ]]; then
     echo "building $tool"
-    scripts/go.sh install "$tool"
+    scripts/go.sh install "$tool" || give_up "cannot build $tool"
     touch "$stamp"
   fi
 done
-scripts/go.sh -C clients/go build -trimpath -o "$binaries/hidream-generate" ./cmd/generate
+scripts/go.sh -C clients/go build -trimpath -o "$binaries/hidream-generate" ./cmd/generate || give_up "cannot build clients/go"

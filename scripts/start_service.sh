@@ -27,7 +27,8 @@ logs/hidream_YYYYMMDD_HHMMSS.log under the project path.
       --                         what follows goes to the server as it is
 
 Python is .venv/bin/python of the project path when there is one, python3 from PATH otherwise. The
-environment is passed on as it is; the server adds its devices' defaults where nothing is set.
+environment is passed on as it is: HIDREAM_DEVICES, HIDREAM_LISTEN and the server's other variables hold
+where no flag is given, and the server adds its devices' defaults where nothing is set.
 TEXT
 }
 
@@ -48,10 +49,11 @@ model_path=
 extra_model_path=
 demo=false
 project_path=
-devices=0
+# The variables of the server are defaults here too: a flag goes before a variable.
+devices=${HIDREAM_DEVICES:-0}
 device_count=
-host=0.0.0.0
-port=8088
+host=
+port=
 dry_run=false
 passed_on=()
 
@@ -107,20 +109,26 @@ if $demo; then
   # Without its flag the server would take the model from its environment.
   unset HIDREAM_MODEL_PATH HIDREAM_EXTRA_MODEL_PATH
 else
-  model_path=${model_path:-/data/HiDream-I1-Full}
+  model_path=${model_path:-${HIDREAM_MODEL_PATH:-/data/HiDream-I1-Full}}
   require_folder --model-path "$model_path"
   model+=(--model-path "$(absolute "$model_path")")
   if [[ -n $extra_model_path || ! -d $model_path/text_encoder_4 ]]; then
-    extra_model_path=${extra_model_path:-/data/Llama-3.1-8B-Instruct}
+    extra_model_path=${extra_model_path:-${HIDREAM_EXTRA_MODEL_PATH:-/data/Llama-3.1-8B-Instruct}}
     require_folder --extra-model-path "$extra_model_path"
     model+=(--extra-model-path "$(absolute "$extra_model_path")")
   fi
 fi
 
-if [[ ! $port =~ ^[0-9]{1,5}$ ]] || ((10#$port > 65535)); then
-  fail "--port: $port is no port: 0 to 65535"
+listen=()
+if [[ -n $host$port || -z ${HIDREAM_LISTEN:-} ]]; then
+  port=${port:-8088}
+  if [[ ! $port =~ ^[0-9]{1,5}$ ]] || ((10#$port > 65535)); then
+    fail "--port: $port is no port: 0 to 65535"
+  fi
+  host=${host:-0.0.0.0}
+  [[ $host != *:* || $host == \[*\] ]] || host="[$host]"
+  listen=(--listen "$host:$port")
 fi
-[[ $host != *:* || $host == \[*\] ]] || host="[$host]"
 
 cd "$project_path"
 python=$project_path/.venv/bin/python
@@ -143,7 +151,7 @@ except StartupError as error:
 fi
 
 command=(
-  "$python" -m hidream_grpc serve ${model[@]+"${model[@]}"} --devices "$devices" --listen "$host:$port"
+  "$python" -m hidream_grpc serve ${model[@]+"${model[@]}"} --devices "$devices" ${listen[@]+"${listen[@]}"}
   --log-file "$project_path/logs/hidream_$(date +%Y%m%d_%H%M%S).log" ${passed_on[@]+"${passed_on[@]}"}
 )
 if $dry_run; then

@@ -12,7 +12,13 @@ from pathlib import Path
 import msgspec
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from hidream_grpc.model.checkpoint_files import MAX_SEQUENCE_LENGTH, llama_tokenizer_folder, token_limit
+from hidream_grpc.errors import ModelNotFoundError
+from hidream_grpc.model.checkpoint_files import (
+    MAX_SEQUENCE_LENGTH,
+    MODEL_PATH_FLAG,
+    llama_tokenizer_folder,
+    token_limit,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,11 @@ class PromptTokenCounter:
 
 
 def _tokenizer(folder: Path) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower one
+        raise ModelNotFoundError(MODEL_PATH_FLAG, path, f"is no tokenizer: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -296,15 +296,12 @@ def _check_free(host: str, port: int, listen: str) -> None:
 
 @contextlib.contextmanager
 def _data_directory(data_dir: Path | None) -> Iterator[Path]:
-    """The folder that was named, or a temporary one that goes when the server does."""
-    if data_dir is None:
-        with tempfile.TemporaryDirectory(prefix="hidream-") as directory:
-            yield Path(directory)
-        return
+    """A folder of this process, in the one that was named; it goes when the server does, as its jobs do."""
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=data_dir):
-            pass
+        if data_dir is not None:
+            data_dir.mkdir(parents=True, exist_ok=True)
+        directory = tempfile.TemporaryDirectory(prefix="hidream-", dir=data_dir)
     except OSError as error:
         raise ConfigurationError("--data-dir", f"cannot write to {data_dir}: {error.strerror}") from None
-    yield data_dir
+    with directory as path:
+        yield Path(path)

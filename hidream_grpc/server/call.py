@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import time
 from contextvars import ContextVar
 from dataclasses import dataclass
+
+# grpc cancels the handler of a call a little before its deadline by our clock.
+DEADLINE_MARGIN_SECONDS = 0.1
 
 
 @dataclass(slots=True)
 class Call:
-    """Facts of one call, filled in while it is served."""
+    """Facts of one call, filled in while it is served.
+
+    Attributes:
+        deadline: the caller's, on the clock of time.monotonic; None for none.
+    """
 
     method: str
     peer: str
+    deadline: float | None
     request_id: str = ""
     job_id: str = ""
+
+    @property
+    def deadline_has_passed(self) -> bool:
+        """Whether a call that ends now ends because of its deadline."""
+        return self.deadline is not None and time.monotonic() > self.deadline - DEADLINE_MARGIN_SECONDS
 
 
 _current_call: ContextVar[Call] = ContextVar("current_call")

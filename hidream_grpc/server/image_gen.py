@@ -64,7 +64,8 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
             self._num_streams -= 1
             # A caller who tries again follows the same job while its first call is not yet known to be lost.
             if not submission.is_detached and not self._jobs.has_readers(job.job_id):
-                self._jobs.cancel(job.job_id, CancelReason.CALLER_LEFT)
+                is_late = call.deadline_has_passed
+                self._jobs.cancel(job.job_id, CancelReason.DEADLINE if is_late else CancelReason.CALLER_LEFT)
 
     async def _response(self, job_id: str, event: JobEvent) -> image_gen_pb2.GenerateResponse:
         data = b""

@@ -41,9 +41,11 @@ class ObservationInterceptor(grpc.aio.ServerInterceptor):
 
         @asynccontextmanager
         async def observed(context: Context) -> AsyncIterator[None]:
-            call = Call(method=method, peer=context.peer())
-            begin_call(call)
             start = time.monotonic()
+            remaining_seconds = context.time_remaining()
+            deadline = None if remaining_seconds is None else start + remaining_seconds
+            call = Call(method, context.peer(), deadline)
+            begin_call(call)
             code = grpc.StatusCode.UNKNOWN
             try:
                 yield
@@ -52,7 +54,8 @@ class ObservationInterceptor(grpc.aio.ServerInterceptor):
                 code = _as_enum(context.code())
                 raise
             except (asyncio.CancelledError, GeneratorExit):
-                code = grpc.StatusCode.CANCELLED
+                is_late = call.deadline_has_passed
+                code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
                 raise
             finally:
                 self._report(call, code, time.monotonic() - start)

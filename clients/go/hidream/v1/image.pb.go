@@ -104,8 +104,8 @@ type ImageSpec struct {
 	// Images to draw, 1 to `limits.max_num_images`. Absent: 1.
 	NumImages *int32 `protobuf:"varint,7,opt,name=num_images,json=numImages,proto3,oneof" json:"num_images,omitempty"`
 	// Seed of image 0, 0 to `limits.max_seed`; image i is drawn from seed + i, and is the image that
-	// seed + i draws alone. Absent: the server picks one at random and reports it; a retry with the
-	// same `request_id` gets the same one.
+	// seed + i draws alone. Absent: the server derives one from the `request_id`, which is random unless
+	// the caller chose it, and reports it; so a retry with the same `request_id` draws the same images.
 	Seed *int64 `protobuf:"varint,8,opt,name=seed,proto3,oneof" json:"seed,omitempty"`
 	// File format of the images. Unspecified means OUTPUT_FORMAT_PNG.
 	OutputFormat OutputFormat `protobuf:"varint,9,opt,name=output_format,json=outputFormat,proto3,enum=hidream.v1.OutputFormat" json:"output_format,omitempty"`

@@ -88,8 +88,8 @@ class ImageSpec(_message.Message):
     """Images to draw, 1 to `limits.max_num_images`. Absent: 1."""
     seed: _builtins.int
     """Seed of image 0, 0 to `limits.max_seed`; image i is drawn from seed + i, and is the image that
-    seed + i draws alone. Absent: the server picks one at random and reports it; a retry with the
-    same `request_id` gets the same one.
+    seed + i draws alone. Absent: the server derives one from the `request_id`, which is random unless
+    the caller chose it, and reports it; so a retry with the same `request_id` draws the same images.
     """
     output_format: Global___OutputFormat.ValueType
     """File format of the images. Unspecified means OUTPUT_FORMAT_PNG."""
