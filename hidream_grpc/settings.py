@@ -61,9 +61,7 @@ class Settings(BaseSettings):
     ] = None
     data_dir: Annotated[
         Path | None,
-        Field(
-            description="where images are kept while the server runs; the system's temporary folder when absent"
-        ),
+        Field(description="where images are kept meanwhile; a temporary folder when absent"),
     ] = None
 
     max_queued_jobs: Annotated[int, Field(ge=1, le=1_000_000, description="jobs that may wait")] = 64

@@ -5,8 +5,11 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 
+import grpc
 import psutil
 import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from hidream.v1 import image_gen_pb2, job_pb2
 from tests.live_server import LiveServer, running_server, wait_until
@@ -97,6 +100,42 @@ def test_all_requests_in_flight_survive_the_death_of_a_rank(mortal_server: LiveS
         streams = [Stream(head + list(call)) for head, call in zip(heads, calls, strict=True)]
     assert [stream.job.state for stream in streams] == [job_pb2.JOB_STATE_SUCCEEDED] * 3
     assert all(len(stream.images) == 1 for stream in streams)
+
+
+def test_a_job_whose_group_is_lost_in_three_attempts_fails_alone(mortal_server: LiveServer) -> None:
+    with mortal_server.stub() as stub:
+        call = stub.Generate(request(num_inference_steps=150))
+        with pytest.raises(grpc.RpcError) as caught:
+            for _ in range(3):
+                read_to_step(call, 1)
+                rank_process(mortal_server, 0).send_signal(signal.SIGKILL)
+            list(call)
+        assert caught.value.code() == grpc.StatusCode.INTERNAL
+        status = rpc_status.from_call(caught.value)
+        assert status is not None
+        error_info = error_details_pb2.ErrorInfo()
+        assert status.details[0].Unpack(error_info)
+        error_id = error_info.metadata["error_id"]
+        wait_until(lambda: error_id in mortal_server.log, 10, "the log has the error id")
+        assert "Traceback" not in status.message
+
+        next_job = follow(stub.Generate(request(num_inference_steps=2))).job
+    assert next_job.state == job_pb2.JOB_STATE_SUCCEEDED
+
+
+def test_a_job_that_is_cancelled_while_a_rank_is_replaced_does_not_come_back(
+    mortal_server: LiveServer,
+) -> None:
+    with mortal_server.stub() as stub:
+        call = stub.Generate(request(num_inference_steps=150))
+        read_to_step(call, 2)
+        rank_process(mortal_server, 1).send_signal(signal.SIGKILL)
+        assert any(response.event.HasField("restarted") for response in call)
+        call.cancel()
+        mortal_server.wait_until_idle()
+        after = follow(stub.Generate(request(num_inference_steps=2)))
+    assert after.job.execution.attempt == 1
+    assert after.job.state == job_pb2.JOB_STATE_SUCCEEDED
 
 
 def test_no_process_outlives_a_server_that_is_killed() -> None:
