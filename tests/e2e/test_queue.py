@@ -57,8 +57,10 @@ def test_a_waiting_caller_sees_its_position_change_until_it_starts(narrow_server
 
 def test_a_full_queue_accepts_nothing_and_says_when_to_come_back(narrow_server: LiveServer) -> None:
     with narrow_server.stub() as stub:
-        calls = [stub.Generate(request(num_inference_steps=150, seed=seed)) for seed in range(4)]
+        calls = [stub.Generate(request(num_inference_steps=150))]
+        # It waits, too, until the engine has taken it.
         read_until(calls[0], "progress")
+        calls += [stub.Generate(request(num_inference_steps=150, seed=seed)) for seed in (1, 2, 3)]
         for call in calls[1:]:
             assert next(call).event.HasField("queued")
         total = narrow_server.info().jobs.total

@@ -64,12 +64,10 @@ def test_a_new_request_enters_at_the_next_step_of_its_size() -> None:
 def test_newcomers_never_keep_a_request_of_another_size_waiting() -> None:
     scheduler = StepScheduler(NO_BUDGET)
     scheduler.admit("patient", parameters(LARGE, steps=10))
-    rounds = 0
-    while scheduler.step_of("patient") < 10:
-        scheduler.admit(f"newcomer {rounds}", parameters(SMALL, steps=1))
+    for number in range(20):
+        scheduler.admit(f"newcomer {number}", parameters(SMALL, steps=1))
         step(scheduler)
-        rounds += 1
-    assert rounds <= 20
+    assert scheduler.step_of("patient") == 10
 
 
 @given(

@@ -1,0 +1,148 @@
+"""What an operator relies on when the service starts, or cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
+from hidream.v1 import server_info_pb2
+from tests.live_server import LiveServer, running_server
+from tests.streams import follow, request
+
+EXIT_STARTUP_ERROR = 2
+TIMEOUT_SECONDS = 60
+
+
+def refused_line(flags: Sequence[str | Path], environment: dict[str, str] | None = None) -> str:
+    """Start a server that cannot start: the one line that it says, and nothing else."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "hidream_grpc", "serve", *flags],
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert ended.returncode == EXIT_STARTUP_ERROR, ended.stderr
+    assert ended.stdout == ""
+    # One line and no more: no traceback, and no "the engine is starting", so no zygote and no model.
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("hidream-grpc: ")
+    return line
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded(server: LiveServer) -> None:
+    line = refused_line(["--listen", server.address])
+    assert line == f"hidream-grpc: --listen: {server.address} is already in use by another process"
+
+
+def test_a_metrics_port_in_use_is_told_before_anything_is_loaded(server: LiveServer) -> None:
+    line = refused_line(["--listen", "127.0.0.1:0", "--metrics-port", str(server.metrics_port)])
+    assert line.startswith("hidream-grpc: --metrics-port: ")
+    assert "already in use" in line
+
+
+BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
+    "no such model": (["-m", "/no/such/model"], ["--model-path", "/no/such/model", "no such folder"]),
+    "a model folder without a model": (["-m", "/dev"], ["--model-path", "/dev"]),
+    "no such Llama": (["-e", "/no/such/llama"], ["--extra-model-path", "/no/such/llama"]),
+    "unknown flag": (["--no-such-flag"], ["--no-such-flag"]),
+    "flag without its value": (["--devices"], ["--devices", "argument"]),
+    "an argument too many": (["model"], ["unexpected extra argument"]),
+    "no number": (["--max-queued-jobs", "many"], ["--max-queued-jobs", "integer"]),
+    "out of range": (["--max-num-images", "0"], ["--max-num-images", "1"]),
+    "unknown choice": (["--log-level", "LOUD"], ["--log-level", "DEBUG"]),
+    "device list": (["-d", "0-x"], ["--devices", "0-x"]),
+    "device twice": (["-d", "0,1,0"], ["--devices", "twice"]),
+    "unknown device type": (["-t", "tpu"], ["--device-type", "tpu", "npu, cuda, cpu"]),
+    "listen without a port": (["--listen", "localhost"], ["--listen", "HOST:PORT"]),
+    "listen with a broken IPv6 address": (["--listen", "[::1:80"], ["--listen", "brackets"]),
+    "port out of range": (["--listen", "127.0.0.1:65536"], ["--listen", "HOST:PORT"]),
+    "address of another machine": (["--listen", "192.0.2.1:0"], ["--listen", "192.0.2.1:0"]),
+    "metrics port out of range": (["--metrics-port", "65536"], ["--metrics-port", "65535"]),
+    "data folder": (["--data-dir", "/proc/no/such"], ["--data-dir", "/proc/no/such"]),
+    "log file": (["--log-file", "/proc/no/such"], ["--log-file", "/proc/no/such"]),
+    "no such config file": (["--config", "/no/such.toml"], ["--config", "/no/such.toml"]),
+}
+
+
+@pytest.mark.parametrize(("flags", "words"), BAD_FLAGS.values(), ids=list(BAD_FLAGS))
+def test_whatever_is_wrong_with_a_flag_is_one_line_that_names_it(flags: list[str], words: list[str]) -> None:
+    line = refused_line(["--listen", "127.0.0.1:0", *flags] if "--listen" not in flags else flags)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("device_type", ["npu", "cuda"])
+def test_a_device_type_that_is_absent_is_one_line(device_type: str) -> None:
+    if any(Path("/dev").glob({"npu": "davinci[0-9]*", "cuda": "nvidia[0-9]*"}[device_type])):
+        pytest.skip(f"this machine has {device_type} devices")
+    line = refused_line(["-t", device_type])
+    assert line.startswith(f"hidream-grpc: --device-type: {device_type} asked for, but ")
+
+
+def test_a_bad_environment_variable_is_one_line_that_names_it() -> None:
+    line = refused_line([], {"HIDREAM_MAX_NUM_IMAGES": "lots"})
+    assert line.startswith("hidream-grpc: HIDREAM_MAX_NUM_IMAGES: ")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["max_num_images = 'lots'", "max_nun_images = 1", "max_num_images"],
+    ids=["type", "key", "syntax"],
+)
+def test_a_bad_config_file_is_one_line_that_names_it(tmp_path: Path, content: str) -> None:
+    config_file = tmp_path / "hidream.toml"
+    config_file.write_text(content, encoding="utf-8")
+    line = refused_line(["--config", config_file])
+    assert str(config_file) in line
+
+
+def test_importing_the_server_imports_no_torch() -> None:
+    code = (
+        "import sys, hidream_grpc.cli, hidream_grpc.server.app\n"
+        "print(*sorted({'torch', 'torch_npu', 'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert imported.stdout == "\n"
+
+
+def test_the_running_server_holds_no_torch_and_its_ranks_do(server: LiveServer) -> None:
+    def maps_torch(pid: int) -> bool:
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")
+
+    assert not maps_torch(server.pid)
+    assert all(maps_torch(pid) for pid in server.rank_pids())
+
+
+def test_health_info_and_calls_are_answered_while_the_ranks_load() -> None:
+    flags = ("--devices", "0", "--max-num-inference-steps", "5", "--max-guidance-scale", "2.5")
+    with running_server(*flags, wait=False) as loading:
+        with grpc.insecure_channel(loading.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            readiness = health.Check(health_pb2.HealthCheckRequest(service="hidream.v1.ImageGen"))
+            liveness = health.Check(health_pb2.HealthCheckRequest(service="liveness"))
+        info = loading.info()
+        with loading.stub() as stub, pytest.raises(grpc.RpcError) as refused:
+            follow(stub.Generate(request()))
+    assert loading.process.returncode == 0
+    # Asked at once after the address was told, seconds before the ranks are there.
+    assert readiness.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert liveness.status == health_pb2.HealthCheckResponse.SERVING
+    assert info.state == server_info_pb2.SERVER_STATE_STARTING
+    assert (info.generation, len(info.devices)) == (0, 0)
+    # An absent field never means more than the operator allows.
+    assert (info.defaults.num_inference_steps, info.defaults.guidance_scale) == (5, 2.5)
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+    status = rpc_status.from_call(refused.value)
+    retry = error_details_pb2.RetryInfo()
+    assert status is not None
+    assert status.details[0].Unpack(retry)
+    assert retry.retry_delay.ToTimedelta().total_seconds() > 0

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from hidream_grpc.logs import FACTS, LogConfig, configure_logging
+
+
+@contextmanager
+def configured(config: LogConfig) -> Iterator[None]:
+    """Log as configured; afterwards the root logger is as it was."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    root.handlers.clear()
+    configure_logging(config)
+    try:
+        yield
+    finally:
+        for handler in root.handlers:
+            handler.close()
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        logging.captureWarnings(False)
+
+
+logger = logging.getLogger("hidream_grpc.piece")
+
+
+def test_a_text_line_has_time_level_logger_message_and_facts(capsys: pytest.CaptureFixture[str]) -> None:
+    with configured(LogConfig()):
+        logger.warning("a rank is slow", extra={"rank": 0, "job_id": "j1", "request_id": ""})
+    date, time, rest = capsys.readouterr().err.split(" ", 2)
+    assert len(date.split("-")) == 3
+    assert len(time.split(":")) == 3
+    assert rest == "WARNING hidream_grpc.piece: a rank is slow rank=0 job_id=j1\n"
+
+
+def test_facts_stand_before_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with configured(LogConfig()):
+        try:
+            raise ValueError("why")
+        except ValueError:
+            logger.exception("it failed", extra={"error_id": "e1"})
+    first, *traceback = capsys.readouterr().err.splitlines()
+    assert first.endswith("it failed error_id=e1")
+    assert traceback[-1] == "ValueError: why"
+
+
+def test_a_json_line_is_an_object_with_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
+    with configured(LogConfig(format="json")):
+        facts = {name: f"value of {name}" for name in FACTS}
+        logger.info("a job %s", "ended", extra=facts)
+        logger.error("two\nlines")
+    first, second = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert {name: first[name] for name in FACTS} == facts
+    assert (first["level"], first["logger"], first["message"]) == (
+        "INFO",
+        "hidream_grpc.piece",
+        "a job ended",
+    )
+    assert first["time"]
+    assert second["message"] == "two\nlines"
+
+
+def test_a_traceback_is_part_of_its_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+    with configured(LogConfig(format="json")):
+        try:
+            raise ValueError("why")
+        except ValueError:
+            logger.exception("it failed")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "ValueError: why" in json.loads(line)["exc_info"]
+
+
+@pytest.mark.parametrize("level", ["DEBUG", "INFO", "WARNING", "ERROR"])
+def test_nothing_below_the_level_is_logged(capsys: pytest.CaptureFixture[str], level: str) -> None:
+    with configured(LogConfig(level=level)):
+        for name in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            logger.log(logging.getLevelNamesMapping()[name], "message of %s", name)
+    logged = [line.rpartition(" ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert logged == ["DEBUG", "INFO", "WARNING", "ERROR"][-len(logged) :]
+    assert logged[0] == level
+
+
+def test_the_file_gets_the_lines_of_the_terminal_after_those_that_it_has(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "logs" / "server.log"
+    file.parent.mkdir()
+    file.write_text("an older line\n", encoding="utf-8")
+    with configured(LogConfig(file=file)):
+        logger.info("红色圆形")
+    assert file.read_text(encoding="utf-8") == "an older line\n" + capsys.readouterr().err
+
+
+def test_the_folder_of_the_file_is_made(tmp_path: Path) -> None:
+    with configured(LogConfig(file=tmp_path / "new" / "logs" / "server.log")):
+        logger.info("first line")
+    assert (tmp_path / "new" / "logs" / "server.log").read_text(encoding="utf-8").endswith("first line\n")

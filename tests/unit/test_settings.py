@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from hidream_grpc.cli import app
+from hidream_grpc.errors import ConfigurationError
+from hidream_grpc.jobs.limits import RequestLimits
+from hidream_grpc.settings import ENVIRONMENT_PREFIX, Settings, flag_name, load_settings
+
+# Adding or renaming a flag changes what operators have in their scripts.
+FLAGS = {
+    "-d",
+    "-e",
+    "-m",
+    "-t",
+    "--chunk-bytes",
+    "--collective-timeout-seconds",
+    "--config",
+    "--data-dir",
+    "--device-type",
+    "--devices",
+    "--drain-delay-seconds",
+    "--extra-model-path",
+    "--grace-seconds",
+    "--help",
+    "--listen",
+    "--load-timeout-seconds",
+    "--log-file",
+    "--log-format",
+    "--log-level",
+    "--max-guidance-scale",
+    "--max-num-images",
+    "--max-num-inference-steps",
+    "--max-prompt-bytes",
+    "--max-queued-jobs",
+    "--max-receive-message-bytes",
+    "--max-retained-jobs",
+    "--max-running-jobs",
+    "--max-step-pixels",
+    "--max-streams",
+    "--metrics-port",
+    "--model-path",
+    "--replace",
+    "--retention-seconds",
+    "--threads-per-rank",
+}
+# They bound what the server does, not what a request may ask for.
+LIMITS_OF_THE_SERVER_ALONE = {"max_step_pixels", "max_retained_jobs"}
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(ENVIRONMENT_PREFIX + name.upper(), raising=False)
+
+
+def test_these_are_all_flags_of_the_serve_command() -> None:
+    result = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout)
+    assert set(re.findall(r"(?m)(?<=[\s│])--?[a-z][a-z-]*(?=[\s,])", text)) == FLAGS
+
+
+def test_every_setting_has_a_flag_and_a_description() -> None:
+    assert {flag_name(name) for name in Settings.model_fields} <= FLAGS
+    assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_every_limit_that_an_operator_sets_for_requests_is_shown_to_callers() -> None:
+    limits = {name for name in Settings.model_fields if name.startswith("max_") or name == "chunk_bytes"}
+    shown = {field.name for field in dataclasses.fields(RequestLimits)}
+    assert limits - LIMITS_OF_THE_SERVER_ALONE <= shown
+
+
+def test_a_flag_goes_before_the_environment_the_environment_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_file = tmp_path / "hidream.toml"
+    config_file.write_text("max_queued_jobs = 1\nmax_running_jobs = 1\nmax_streams = 1\n", encoding="utf-8")
+    monkeypatch.setenv("HIDREAM_MAX_QUEUED_JOBS", "2")
+    monkeypatch.setenv("HIDREAM_MAX_RUNNING_JOBS", "2")
+    settings = load_settings({"max_queued_jobs": 3}, config_file)
+    assert (settings.max_queued_jobs, settings.max_running_jobs, settings.max_streams) == (3, 2, 1)
+    assert settings.chunk_bytes == Settings.model_fields["chunk_bytes"].default
+
+
+OUT_OF_RANGE = {
+    "max_queued_jobs": "0",
+    "max_running_jobs": "0",
+    "max_streams": "-1",
+    "max_num_images": "65",
+    "max_num_inference_steps": "many",
+    "max_guidance_scale": "nan",
+    "max_prompt_bytes": "1",
+    "chunk_bytes": "4194304",
+    "metrics_port": "65536",
+    "retention_seconds": "-1",
+    "grace_seconds": "inf",
+    "replace": "some",
+    "log_level": "LOUD",
+    "log_format": "xml",
+    "threads_per_rank": "0",
+}
+
+
+@pytest.mark.parametrize(("field", "value"), OUT_OF_RANGE.items(), ids=list(OUT_OF_RANGE))
+def test_a_value_out_of_range_is_told_with_its_flag_or_its_variable(
+    field: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings({field: value}, None)
+    assert refused.value.name == flag_name(field)
+    assert refused.value.reason
+    monkeypatch.setenv(ENVIRONMENT_PREFIX + field.upper(), value)
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings({}, None)
+    assert refused.value.name == ENVIRONMENT_PREFIX + field.upper()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"max_queued_jobs = 'some'", "max_queued_jobs"),
+        (b"max_qeued_jobs = 3", "max_qeued_jobs"),
+        (b"max_queued_jobs =", "hidream.toml"),
+        (b"\xff\xfe", "hidream.toml"),
+    ],
+    ids=["wrong type", "unknown key", "no TOML", "no text"],
+)
+def test_a_bad_file_is_told_in_one_line_that_names_it(tmp_path: Path, content: bytes, words: str) -> None:
+    config_file = tmp_path / "hidream.toml"
+    config_file.write_bytes(content)
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings({}, config_file)
+    assert words in str(refused.value)
+    assert str(config_file) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_settings_do_not_change_once_the_server_has_them() -> None:
+    settings = load_settings({}, None)
+    with pytest.raises(ValueError, match="frozen"):
+        settings.max_queued_jobs = 5
