@@ -28,6 +28,7 @@ MAX_RESOLUTION = (128, 128)
 LLAMA_LAYER_OF_BLOCK = (0, 1, 2, 2, 2, 2)
 NUM_DOUBLE_BLOCKS = 4
 _GATE_START = 0.3
+_ROWS_MULTIPLE = 128
 
 
 def new_transformer() -> HiDreamImageTransformer2DModel:
@@ -185,7 +186,11 @@ def _experts(module: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     output = _swiglu(module.shared_experts, tokens).float()
     for index, expert in enumerate(module.experts):
         rows = chosen[:, index].nonzero()[:, 0]
+        # oneDNN compiles a kernel for every new number of rows: fill up with the first row, weighing nothing.
+        num_filling = -len(rows) % _ROWS_MULTIPLE
+        rows = functional.pad(rows, (0, num_filling))
         weights = scores[:, index, None].index_select(0, rows)
+        weights = weights * (torch.arange(len(rows))[:, None] < len(rows) - num_filling)
         output = output.index_add(0, rows, weights * _swiglu(expert, tokens.index_select(0, rows)))
     return output.view_as(hidden), balance
 
