@@ -102,21 +102,21 @@ type ImageGenClient interface {
 	//
 	// Status codes, besides those of the service:
 	//
-	// * `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
-	// * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
+	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	BatchSubmitJobs(ctx context.Context, in *BatchSubmitJobsRequest, opts ...grpc.CallOption) (*BatchSubmitJobsResponse, error)
 	// Returns a job as it is now.
 	//
 	// Status codes, besides those of the service:
 	//
-	// * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-	// * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	GetJob(ctx context.Context, in *GetJobRequest, opts ...grpc.CallOption) (*Job, error)
 	// Lists the caller's jobs, newest first. A page token stays valid while jobs come and go.
 	//
 	// Status codes, besides those of the service:
 	//
-	// * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	ListJobs(ctx context.Context, in *ListJobsRequest, opts ...grpc.CallOption) (*ListJobsResponse, error)
 	// Streams the events of one job, from any point, to its end: the same events as `Generate`.
 	// Closing the stream does not touch the job. A job's failure or cancellation is its last event,
@@ -124,44 +124,44 @@ type ImageGenClient interface {
 	//
 	// Status codes, besides those of the service:
 	//
-	// * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-	// * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-	// * `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
-	// * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
+	//   - `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
+	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	WatchJob(ctx context.Context, in *WatchJobRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchJobResponse], error)
 	// Cancels a job; a running one stops at its next step. Returns the job as it is then. Cancelling
 	// a job that has ended changes nothing and is no error.
 	//
 	// Status codes, besides those of the service:
 	//
-	// * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-	// * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	CancelJob(ctx context.Context, in *CancelJobRequest, opts ...grpc.CallOption) (*Job, error)
 	// Deletes a job that has ended, and its images.
 	//
 	// Status codes, besides those of the service:
 	//
-	// * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-	// * `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
-	// * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+	//   - `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
+	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	DeleteJob(ctx context.Context, in *DeleteJobRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
 	// Streams the bytes of one finished image, from an offset.
 	//
 	// Status codes, besides those of the service:
 	//
-	// * `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
-	// * `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
-	// * `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
-	// * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
+	//   - `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
+	//   - `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
+	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	DownloadImage(ctx context.Context, in *DownloadImageRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DownloadImageResponse], error)
 	// Streams every change of state of the caller's jobs, for dashboards and autoscalers: first the
 	// jobs that match now, then each change as it happens, until the caller closes it.
 	//
 	// Status codes, besides those of the service:
 	//
-	// * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-	// * `UNAVAILABLE`: the server is going away; watch again.
-	// * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
+	//   - `UNAVAILABLE`: the server is going away; watch again.
+	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	WatchJobs(ctx context.Context, in *WatchJobsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchJobsResponse], error)
 	// Describes the server: model, devices, layout, load, versions, and every limit that a request is
 	// checked against. Answers while the model loads, too.
@@ -389,21 +389,21 @@ type ImageGenServer interface {
 	//
 	// Status codes, besides those of the service:
 	//
-	// * `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
-	// * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
+	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	BatchSubmitJobs(context.Context, *BatchSubmitJobsRequest) (*BatchSubmitJobsResponse, error)
 	// Returns a job as it is now.
 	//
 	// Status codes, besides those of the service:
 	//
-	// * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-	// * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	GetJob(context.Context, *GetJobRequest) (*Job, error)
 	// Lists the caller's jobs, newest first. A page token stays valid while jobs come and go.
 	//
 	// Status codes, besides those of the service:
 	//
-	// * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	ListJobs(context.Context, *ListJobsRequest) (*ListJobsResponse, error)
 	// Streams the events of one job, from any point, to its end: the same events as `Generate`.
 	// Closing the stream does not touch the job. A job's failure or cancellation is its last event,
@@ -411,44 +411,44 @@ type ImageGenServer interface {
 	//
 	// Status codes, besides those of the service:
 	//
-	// * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-	// * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-	// * `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
-	// * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
+	//   - `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
+	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	WatchJob(*WatchJobRequest, grpc.ServerStreamingServer[WatchJobResponse]) error
 	// Cancels a job; a running one stops at its next step. Returns the job as it is then. Cancelling
 	// a job that has ended changes nothing and is no error.
 	//
 	// Status codes, besides those of the service:
 	//
-	// * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-	// * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	CancelJob(context.Context, *CancelJobRequest) (*Job, error)
 	// Deletes a job that has ended, and its images.
 	//
 	// Status codes, besides those of the service:
 	//
-	// * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-	// * `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
-	// * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+	//   - `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
+	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	DeleteJob(context.Context, *DeleteJobRequest) (*emptypb.Empty, error)
 	// Streams the bytes of one finished image, from an offset.
 	//
 	// Status codes, besides those of the service:
 	//
-	// * `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
-	// * `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
-	// * `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
-	// * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
+	//   - `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
+	//   - `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
+	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	DownloadImage(*DownloadImageRequest, grpc.ServerStreamingServer[DownloadImageResponse]) error
 	// Streams every change of state of the caller's jobs, for dashboards and autoscalers: first the
 	// jobs that match now, then each change as it happens, until the caller closes it.
 	//
 	// Status codes, besides those of the service:
 	//
-	// * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-	// * `UNAVAILABLE`: the server is going away; watch again.
-	// * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
+	//   - `UNAVAILABLE`: the server is going away; watch again.
+	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	WatchJobs(*WatchJobsRequest, grpc.ServerStreamingServer[WatchJobsResponse]) error
 	// Describes the server: model, devices, layout, load, versions, and every limit that a request is
 	// checked against. Answers while the model loads, too.

@@ -41,15 +41,15 @@ class ImageGenStub:
 
     Every error is a `google.rpc.Status` with details. Those that any RPC may answer:
 
-    * `INVALID_ARGUMENT` (`BadRequest`): one or more fields are wrong; every one of them is named,
+    - `INVALID_ARGUMENT` (`BadRequest`): one or more fields are wrong; every one of them is named,
     with the limit that it breaks. The same limits stand in `ServerInfo.limits`. Do not retry.
-    * `UNAUTHENTICATED`: the server asks for a bearer token and got none that it knows. Do not retry.
-    * `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
-    * `RESOURCE_EXHAUSTED`: the request message is larger than
+    - `UNAUTHENTICATED`: the server asks for a bearer token and got none that it knows. Do not retry.
+    - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
+    - `RESOURCE_EXHAUSTED`: the request message is larger than
     `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-    * `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
+    - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
     was accepted; retry after the delay, on any server.
-    * `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
+    - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
     server; its log has a line with the same id. Retry once, then report the id.
 
     Each RPC lists what it may answer besides.
@@ -131,15 +131,15 @@ class ImageGenServicer:
 
     Every error is a `google.rpc.Status` with details. Those that any RPC may answer:
 
-    * `INVALID_ARGUMENT` (`BadRequest`): one or more fields are wrong; every one of them is named,
+    - `INVALID_ARGUMENT` (`BadRequest`): one or more fields are wrong; every one of them is named,
     with the limit that it breaks. The same limits stand in `ServerInfo.limits`. Do not retry.
-    * `UNAUTHENTICATED`: the server asks for a bearer token and got none that it knows. Do not retry.
-    * `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
-    * `RESOURCE_EXHAUSTED`: the request message is larger than
+    - `UNAUTHENTICATED`: the server asks for a bearer token and got none that it knows. Do not retry.
+    - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
+    - `RESOURCE_EXHAUSTED`: the request message is larger than
     `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-    * `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
+    - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
     was accepted; retry after the delay, on any server.
-    * `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
+    - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
     server; its log has a line with the same id. Retry once, then report the id.
 
     Each RPC lists what it may answer besides.
@@ -160,15 +160,15 @@ class ImageGenServicer:
 
         Status codes, besides those of the service:
 
-        * `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request. Do not
+        - `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request. Do not
         retry.
-        * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or too many streams
+        - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or too many streams
         are open. Nothing was accepted; retry after the delay.
-        * `RESOURCE_EXHAUSTED` (`QuotaFailure`): the job does not fit the device's memory even alone, or
+        - `RESOURCE_EXHAUSTED` (`QuotaFailure`): the job does not fit the device's memory even alone, or
         the images do not fit the server's storage. Retrying the same request rarely helps.
-        * `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
-        * `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
-        * `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
+        - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
+        - `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
+        - `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
         Retry after the delay, on any server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -180,10 +180,10 @@ class ImageGenServicer:
 
         Status codes, besides those of the service:
 
-        * `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request.
-        * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
+        - `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request.
+        - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
         up its share. Nothing was accepted; retry after the delay.
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -194,8 +194,8 @@ class ImageGenServicer:
 
         Status codes, besides those of the service:
 
-        * `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+        - `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
+        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -206,8 +206,8 @@ class ImageGenServicer:
 
         Status codes, besides those of the service:
 
-        * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+        - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -218,7 +218,7 @@ class ImageGenServicer:
 
         Status codes, besides those of the service:
 
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -231,10 +231,10 @@ class ImageGenServicer:
 
         Status codes, besides those of the service:
 
-        * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-        * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-        * `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+        - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+        - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
+        - `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
+        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -246,8 +246,8 @@ class ImageGenServicer:
 
         Status codes, besides those of the service:
 
-        * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+        - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -258,9 +258,9 @@ class ImageGenServicer:
 
         Status codes, besides those of the service:
 
-        * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-        * `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+        - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+        - `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
+        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -271,10 +271,10 @@ class ImageGenServicer:
 
         Status codes, besides those of the service:
 
-        * `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
-        * `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
-        * `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+        - `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
+        - `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
+        - `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
+        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -286,9 +286,9 @@ class ImageGenServicer:
 
         Status codes, besides those of the service:
 
-        * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-        * `UNAVAILABLE`: the server is going away; watch again.
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+        - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
+        - `UNAVAILABLE`: the server is going away; watch again.
+        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -381,15 +381,15 @@ class ImageGen:
 
     Every error is a `google.rpc.Status` with details. Those that any RPC may answer:
 
-    * `INVALID_ARGUMENT` (`BadRequest`): one or more fields are wrong; every one of them is named,
+    - `INVALID_ARGUMENT` (`BadRequest`): one or more fields are wrong; every one of them is named,
     with the limit that it breaks. The same limits stand in `ServerInfo.limits`. Do not retry.
-    * `UNAUTHENTICATED`: the server asks for a bearer token and got none that it knows. Do not retry.
-    * `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
-    * `RESOURCE_EXHAUSTED`: the request message is larger than
+    - `UNAUTHENTICATED`: the server asks for a bearer token and got none that it knows. Do not retry.
+    - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
+    - `RESOURCE_EXHAUSTED`: the request message is larger than
     `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-    * `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
+    - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
     was accepted; retry after the delay, on any server.
-    * `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
+    - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
     server; its log has a line with the same id. Retry once, then report the id.
 
     Each RPC lists what it may answer besides.

@@ -42,16 +42,16 @@ class ImageGenStub:
 
     Every error is a `google.rpc.Status` with details. Those that any RPC may answer:
 
-    * `INVALID_ARGUMENT` (`BadRequest`): one or more fields are wrong; every one of them is named,
-      with the limit that it breaks. The same limits stand in `ServerInfo.limits`. Do not retry.
-    * `UNAUTHENTICATED`: the server asks for a bearer token and got none that it knows. Do not retry.
-    * `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
-    * `RESOURCE_EXHAUSTED`: the request message is larger than
-      `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-    * `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
-      was accepted; retry after the delay, on any server.
-    * `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
-      server; its log has a line with the same id. Retry once, then report the id.
+      - `INVALID_ARGUMENT` (`BadRequest`): one or more fields are wrong; every one of them is named,
+        with the limit that it breaks. The same limits stand in `ServerInfo.limits`. Do not retry.
+      - `UNAUTHENTICATED`: the server asks for a bearer token and got none that it knows. Do not retry.
+      - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
+      - `RESOURCE_EXHAUSTED`: the request message is larger than
+        `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
+      - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
+        was accepted; retry after the delay, on any server.
+      - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
+        server; its log has a line with the same id. Retry once, then report the id.
 
     Each RPC lists what it may answer besides.
     """
@@ -75,49 +75,49 @@ class ImageGenStub:
 
     Status codes, besides those of the service:
 
-    * `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request. Do not
-      retry.
-    * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or too many streams
-      are open. Nothing was accepted; retry after the delay.
-    * `RESOURCE_EXHAUSTED` (`QuotaFailure`): the job does not fit the device's memory even alone, or
-      the images do not fit the server's storage. Retrying the same request rarely helps.
-    * `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
-    * `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
-    * `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
-      Retry after the delay, on any server.
+      - `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request. Do not
+        retry.
+      - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or too many streams
+        are open. Nothing was accepted; retry after the delay.
+      - `RESOURCE_EXHAUSTED` (`QuotaFailure`): the job does not fit the device's memory even alone, or
+        the images do not fit the server's storage. Retrying the same request rarely helps.
+      - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
+      - `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
+      - `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
+        Retry after the delay, on any server.
     """
     SubmitJob: _grpc.UnaryUnaryMultiCallable[_image_gen_pb2.SubmitJobRequest, _job_pb2.Job]
     """Queues a job and returns it at once. What was returned survives a restart of the server.
 
     Status codes, besides those of the service:
 
-    * `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request.
-    * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
-      up its share. Nothing was accepted; retry after the delay.
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request.
+      - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
+        up its share. Nothing was accepted; retry after the delay.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     BatchSubmitJobs: _grpc.UnaryUnaryMultiCallable[_image_gen_pb2.BatchSubmitJobsRequest, _image_gen_pb2.BatchSubmitJobsResponse]
     """Queues many jobs: all of them, or none.
 
     Status codes, besides those of the service:
 
-    * `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     GetJob: _grpc.UnaryUnaryMultiCallable[_image_gen_pb2.GetJobRequest, _job_pb2.Job]
     """Returns a job as it is now.
 
     Status codes, besides those of the service:
 
-    * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     ListJobs: _grpc.UnaryUnaryMultiCallable[_image_gen_pb2.ListJobsRequest, _image_gen_pb2.ListJobsResponse]
     """Lists the caller's jobs, newest first. A page token stays valid while jobs come and go.
 
     Status codes, besides those of the service:
 
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     WatchJob: _grpc.UnaryStreamMultiCallable[_image_gen_pb2.WatchJobRequest, _image_gen_pb2.WatchJobResponse]
     """Streams the events of one job, from any point, to its end: the same events as `Generate`.
@@ -126,10 +126,10 @@ class ImageGenStub:
 
     Status codes, besides those of the service:
 
-    * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-    * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-    * `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+      - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
+      - `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     CancelJob: _grpc.UnaryUnaryMultiCallable[_image_gen_pb2.CancelJobRequest, _job_pb2.Job]
     """Cancels a job; a running one stops at its next step. Returns the job as it is then. Cancelling
@@ -137,27 +137,27 @@ class ImageGenStub:
 
     Status codes, besides those of the service:
 
-    * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_image_gen_pb2.DeleteJobRequest, _empty_pb2.Empty]
     """Deletes a job that has ended, and its images.
 
     Status codes, besides those of the service:
 
-    * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-    * `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+      - `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     DownloadImage: _grpc.UnaryStreamMultiCallable[_image_gen_pb2.DownloadImageRequest, _image_gen_pb2.DownloadImageResponse]
     """Streams the bytes of one finished image, from an offset.
 
     Status codes, besides those of the service:
 
-    * `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
-    * `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
-    * `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
+      - `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
+      - `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     WatchJobs: _grpc.UnaryStreamMultiCallable[_image_gen_pb2.WatchJobsRequest, _image_gen_pb2.WatchJobsResponse]
     """Streams every change of state of the caller's jobs, for dashboards and autoscalers: first the
@@ -165,9 +165,9 @@ class ImageGenStub:
 
     Status codes, besides those of the service:
 
-    * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-    * `UNAVAILABLE`: the server is going away; watch again.
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
+      - `UNAVAILABLE`: the server is going away; watch again.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_image_gen_pb2.GetServerInfoRequest, _server_info_pb2.ServerInfo]
     """Describes the server: model, devices, layout, load, versions, and every limit that a request is
@@ -188,16 +188,16 @@ class ImageGenAsyncStub(ImageGenStub):
 
     Every error is a `google.rpc.Status` with details. Those that any RPC may answer:
 
-    * `INVALID_ARGUMENT` (`BadRequest`): one or more fields are wrong; every one of them is named,
-      with the limit that it breaks. The same limits stand in `ServerInfo.limits`. Do not retry.
-    * `UNAUTHENTICATED`: the server asks for a bearer token and got none that it knows. Do not retry.
-    * `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
-    * `RESOURCE_EXHAUSTED`: the request message is larger than
-      `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-    * `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
-      was accepted; retry after the delay, on any server.
-    * `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
-      server; its log has a line with the same id. Retry once, then report the id.
+      - `INVALID_ARGUMENT` (`BadRequest`): one or more fields are wrong; every one of them is named,
+        with the limit that it breaks. The same limits stand in `ServerInfo.limits`. Do not retry.
+      - `UNAUTHENTICATED`: the server asks for a bearer token and got none that it knows. Do not retry.
+      - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
+      - `RESOURCE_EXHAUSTED`: the request message is larger than
+        `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
+      - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
+        was accepted; retry after the delay, on any server.
+      - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
+        server; its log has a line with the same id. Retry once, then report the id.
 
     Each RPC lists what it may answer besides.
     """
@@ -218,49 +218,49 @@ class ImageGenAsyncStub(ImageGenStub):
 
     Status codes, besides those of the service:
 
-    * `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request. Do not
-      retry.
-    * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or too many streams
-      are open. Nothing was accepted; retry after the delay.
-    * `RESOURCE_EXHAUSTED` (`QuotaFailure`): the job does not fit the device's memory even alone, or
-      the images do not fit the server's storage. Retrying the same request rarely helps.
-    * `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
-    * `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
-    * `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
-      Retry after the delay, on any server.
+      - `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request. Do not
+        retry.
+      - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or too many streams
+        are open. Nothing was accepted; retry after the delay.
+      - `RESOURCE_EXHAUSTED` (`QuotaFailure`): the job does not fit the device's memory even alone, or
+        the images do not fit the server's storage. Retrying the same request rarely helps.
+      - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
+      - `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
+      - `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
+        Retry after the delay, on any server.
     """
     SubmitJob: _aio.UnaryUnaryMultiCallable[_image_gen_pb2.SubmitJobRequest, _job_pb2.Job]  # type: ignore[assignment]
     """Queues a job and returns it at once. What was returned survives a restart of the server.
 
     Status codes, besides those of the service:
 
-    * `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request.
-    * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
-      up its share. Nothing was accepted; retry after the delay.
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request.
+      - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
+        up its share. Nothing was accepted; retry after the delay.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     BatchSubmitJobs: _aio.UnaryUnaryMultiCallable[_image_gen_pb2.BatchSubmitJobsRequest, _image_gen_pb2.BatchSubmitJobsResponse]  # type: ignore[assignment]
     """Queues many jobs: all of them, or none.
 
     Status codes, besides those of the service:
 
-    * `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_image_gen_pb2.GetJobRequest, _job_pb2.Job]  # type: ignore[assignment]
     """Returns a job as it is now.
 
     Status codes, besides those of the service:
 
-    * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     ListJobs: _aio.UnaryUnaryMultiCallable[_image_gen_pb2.ListJobsRequest, _image_gen_pb2.ListJobsResponse]  # type: ignore[assignment]
     """Lists the caller's jobs, newest first. A page token stays valid while jobs come and go.
 
     Status codes, besides those of the service:
 
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     WatchJob: _aio.UnaryStreamMultiCallable[_image_gen_pb2.WatchJobRequest, _image_gen_pb2.WatchJobResponse]  # type: ignore[assignment]
     """Streams the events of one job, from any point, to its end: the same events as `Generate`.
@@ -269,10 +269,10 @@ class ImageGenAsyncStub(ImageGenStub):
 
     Status codes, besides those of the service:
 
-    * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-    * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-    * `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+      - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
+      - `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     CancelJob: _aio.UnaryUnaryMultiCallable[_image_gen_pb2.CancelJobRequest, _job_pb2.Job]  # type: ignore[assignment]
     """Cancels a job; a running one stops at its next step. Returns the job as it is then. Cancelling
@@ -280,27 +280,27 @@ class ImageGenAsyncStub(ImageGenStub):
 
     Status codes, besides those of the service:
 
-    * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     DeleteJob: _aio.UnaryUnaryMultiCallable[_image_gen_pb2.DeleteJobRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes a job that has ended, and its images.
 
     Status codes, besides those of the service:
 
-    * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-    * `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+      - `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     DownloadImage: _aio.UnaryStreamMultiCallable[_image_gen_pb2.DownloadImageRequest, _image_gen_pb2.DownloadImageResponse]  # type: ignore[assignment]
     """Streams the bytes of one finished image, from an offset.
 
     Status codes, besides those of the service:
 
-    * `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
-    * `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
-    * `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
+      - `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
+      - `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     WatchJobs: _aio.UnaryStreamMultiCallable[_image_gen_pb2.WatchJobsRequest, _image_gen_pb2.WatchJobsResponse]  # type: ignore[assignment]
     """Streams every change of state of the caller's jobs, for dashboards and autoscalers: first the
@@ -308,9 +308,9 @@ class ImageGenAsyncStub(ImageGenStub):
 
     Status codes, besides those of the service:
 
-    * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-    * `UNAVAILABLE`: the server is going away; watch again.
-    * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
+      - `UNAVAILABLE`: the server is going away; watch again.
+      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_image_gen_pb2.GetServerInfoRequest, _server_info_pb2.ServerInfo]  # type: ignore[assignment]
     """Describes the server: model, devices, layout, load, versions, and every limit that a request is
@@ -330,16 +330,16 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
 
     Every error is a `google.rpc.Status` with details. Those that any RPC may answer:
 
-    * `INVALID_ARGUMENT` (`BadRequest`): one or more fields are wrong; every one of them is named,
-      with the limit that it breaks. The same limits stand in `ServerInfo.limits`. Do not retry.
-    * `UNAUTHENTICATED`: the server asks for a bearer token and got none that it knows. Do not retry.
-    * `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
-    * `RESOURCE_EXHAUSTED`: the request message is larger than
-      `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-    * `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
-      was accepted; retry after the delay, on any server.
-    * `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
-      server; its log has a line with the same id. Retry once, then report the id.
+      - `INVALID_ARGUMENT` (`BadRequest`): one or more fields are wrong; every one of them is named,
+        with the limit that it breaks. The same limits stand in `ServerInfo.limits`. Do not retry.
+      - `UNAUTHENTICATED`: the server asks for a bearer token and got none that it knows. Do not retry.
+      - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
+      - `RESOURCE_EXHAUSTED`: the request message is larger than
+        `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
+      - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
+        was accepted; retry after the delay, on any server.
+      - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
+        server; its log has a line with the same id. Retry once, then report the id.
 
     Each RPC lists what it may answer besides.
     """
@@ -364,16 +364,16 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
 
         Status codes, besides those of the service:
 
-        * `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request. Do not
-          retry.
-        * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or too many streams
-          are open. Nothing was accepted; retry after the delay.
-        * `RESOURCE_EXHAUSTED` (`QuotaFailure`): the job does not fit the device's memory even alone, or
-          the images do not fit the server's storage. Retrying the same request rarely helps.
-        * `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
-        * `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
-        * `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
-          Retry after the delay, on any server.
+          - `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request. Do not
+            retry.
+          - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or too many streams
+            are open. Nothing was accepted; retry after the delay.
+          - `RESOURCE_EXHAUSTED` (`QuotaFailure`): the job does not fit the device's memory even alone, or
+            the images do not fit the server's storage. Retrying the same request rarely helps.
+          - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
+          - `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
+          - `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
+            Retry after the delay, on any server.
         """
 
     @_abc_1.abstractmethod
@@ -386,10 +386,10 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
 
         Status codes, besides those of the service:
 
-        * `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request.
-        * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
-          up its share. Nothing was accepted; retry after the delay.
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+          - `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request.
+          - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
+            up its share. Nothing was accepted; retry after the delay.
+          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
 
     @_abc_1.abstractmethod
@@ -402,8 +402,8 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
 
         Status codes, besides those of the service:
 
-        * `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+          - `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
+          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
 
     @_abc_1.abstractmethod
@@ -416,8 +416,8 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
 
         Status codes, besides those of the service:
 
-        * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+          - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
 
     @_abc_1.abstractmethod
@@ -430,7 +430,7 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
 
         Status codes, besides those of the service:
 
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
 
     @_abc_1.abstractmethod
@@ -445,10 +445,10 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
 
         Status codes, besides those of the service:
 
-        * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-        * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-        * `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+          - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+          - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
+          - `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
+          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
 
     @_abc_1.abstractmethod
@@ -462,8 +462,8 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
 
         Status codes, besides those of the service:
 
-        * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+          - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
 
     @_abc_1.abstractmethod
@@ -476,9 +476,9 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
 
         Status codes, besides those of the service:
 
-        * `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-        * `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+          - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
+          - `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
+          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
 
     @_abc_1.abstractmethod
@@ -491,10 +491,10 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
 
         Status codes, besides those of the service:
 
-        * `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
-        * `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
-        * `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+          - `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
+          - `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
+          - `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
+          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
 
     @_abc_1.abstractmethod
@@ -508,9 +508,9 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
 
         Status codes, besides those of the service:
 
-        * `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-        * `UNAVAILABLE`: the server is going away; watch again.
-        * `UNIMPLEMENTED`: this version of the server does not have this RPC.
+          - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
+          - `UNAVAILABLE`: the server is going away; watch again.
+          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
 
     @_abc_1.abstractmethod
