@@ -8,7 +8,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from hidream_grpc.engine.requests import (
@@ -34,25 +34,14 @@ from hidream_grpc.errors import (
     RequestIdConflictError,
 )
 from hidream_grpc.jobs.artifacts import ArtifactStore
-from hidream_grpc.jobs.events import (
-    Cancelled,
-    Failed,
-    JobEvent,
-    JobFeed,
-    Previewed,
-    Progressed,
-    Queued,
-    Restarted,
-    Started,
-    Succeeded,
-)
-from hidream_grpc.jobs.job import CancelReason, Execution, Job, JobState, Progress, Submission
+from hidream_grpc.jobs.events import JobEvent, JobFeed, Queued
+from hidream_grpc.jobs.job import CancelReason, Execution, Job, JobState, Submission
 from hidream_grpc.jobs.limits import RequestLimits
 from hidream_grpc.jobs.queue import JobQueue
+from hidream_grpc.jobs.record import JobRecord
 
 logger = logging.getLogger(__name__)
 
-PACE_STEPS = 8
 START_RETRY_SECONDS = 2.0
 
 
@@ -74,19 +63,6 @@ class RetentionPolicy:
     max_retained_jobs: int
 
 
-@dataclass(slots=True)
-class _Record:
-    job: Job
-    feed: JobFeed
-    deadline: asyncio.TimerHandle | None = None
-    expiry: asyncio.TimerHandle | None = None
-    step_times: deque[float] = field(default_factory=lambda: deque(maxlen=PACE_STEPS + 1))
-    denoise_start: float = 0.0
-    writes: set[asyncio.Task[None]] = field(default_factory=set)
-    num_readers: int = 0
-    is_forgotten: bool = False
-
-
 class JobService:
     """Owns every job from its acceptance to its removal. Belongs to the event loop's thread.
 
@@ -106,7 +82,7 @@ class JobService:
         self._artifacts = artifacts
         self._engine = engine
         self._describe_execution = describe_execution
-        self._records: dict[str, _Record] = {}
+        self._records: dict[str, JobRecord] = {}
         self._job_ids: dict[str, str] = {}
         self._ended: deque[str] = deque()
         self._removals: set[asyncio.Task[None]] = set()
@@ -177,7 +153,7 @@ class JobService:
         if self.num_queued >= self._limits.max_queued_jobs:
             raise QueueFullError(self._limits.max_queued_jobs, self.retry_after_seconds)
         job = Job(job_id=uuid.uuid4().hex, submission=submission, create_time=time.time())
-        record = _Record(job, JobFeed(self._limits.chunk_bytes))
+        record = JobRecord(job, JobFeed(self._limits.chunk_bytes))
         self._records[job.job_id] = record
         self._job_ids[submission.request_id] = job.job_id
         self._num_accepted += 1
@@ -221,15 +197,12 @@ class JobService:
     def cancel(self, job_id: str, reason: CancelReason) -> None:
         """Stop a job: a running one takes no further step. Nothing happens to one that has ended."""
         record = self._records.get(job_id)
-        if record is None or record.job.state.has_ended:
+        if record is None or record.has_ended:
             return
-        error = (
-            DeadlineExceededError(job_id) if reason is CancelReason.DEADLINE else JobCancelledError(job_id)
-        )
+        is_late = reason is CancelReason.DEADLINE
         self._stop_work(job_id)
-        record.job = record.job.ended(JobState.CANCELLED, time.time(), error)
+        record.cancel(reason, DeadlineExceededError(job_id) if is_late else JobCancelledError(job_id))
         self._close(record)
-        record.feed.publish(Cancelled(reason, error))
 
     async def drain(self, grace_seconds: float) -> None:
         """Accept nothing more, let accepted jobs end and be read; after the grace period fail the rest."""
@@ -239,7 +212,7 @@ class JobService:
                 await self._all_ended.wait()
                 await self._nobody_reads.wait()
         except TimeoutError:
-            for record in [r for r in self._records.values() if not r.job.state.has_ended]:
+            for record in [r for r in self._records.values() if not r.has_ended]:
                 self._fail(record, NotServingError("the server is shutting down", START_RETRY_SECONDS))
 
     # --- what the engine asks ---------------------------------------------------------------------
@@ -263,53 +236,28 @@ class JobService:
             on_event=lambda event: self._on_event(record, event),
         )
 
-    def _on_event(self, record: _Record, event: EngineEvent) -> None:
-        if record.job.state.has_ended:
+    def _on_event(self, record: JobRecord, event: EngineEvent) -> None:
+        if record.has_ended:
             return
         match event:
             case RequestStarted():
-                self._start(record)
+                record.start(self._describe_execution())
             case PromptsEncoded(encode_seconds):
-                record.job = record.job.encoded(encode_seconds)
+                record.encoded(encode_seconds)
             case StepFinished(step, step_seconds):
-                self._progress(record, step, step_seconds)
+                record.step_finished(step, step_seconds)
             case PreviewMade(step, data):
-                record.feed.publish(Previewed(step, data))
+                record.previewed(step, data)
             case RequestRestarted(attempt, reason, resumed_from_step):
-                record.step_times.clear()
-                record.job = record.job.restarted(attempt)
-                record.feed.publish(Restarted(attempt, reason, resumed_from_step))
+                record.restart(attempt, reason, resumed_from_step)
             case ImageFinished():
-                write = asyncio.create_task(self._store(record, event))
-                record.writes.add(write)
+                record.tasks.add(asyncio.create_task(self._store(record, event)))
             case RequestFinished():
-                finish = asyncio.create_task(self._succeed(record))
-                record.writes.add(finish)
+                record.tasks.add(asyncio.create_task(self._succeed(record)))
             case RequestFailed(error):
                 self._fail(record, error)
 
-    def _start(self, record: _Record) -> None:
-        record.job = record.job.started(self._describe_execution(), time.time())
-        job = record.job
-        assert job.execution is not None
-        record.feed.publish(Started(job.submission.parameters, job.execution, job.timings.queue_seconds))
-
-    def _progress(self, record: _Record, step: int, step_seconds: float) -> None:
-        now = time.monotonic()
-        if not record.step_times:
-            # An attempt's first step is told when it has ended.
-            record.denoise_start = now - step_seconds
-        record.step_times.append(now)
-        total_steps = record.job.submission.parameters.num_inference_steps
-        remaining = None
-        if len(record.step_times) > 1:
-            pace = (now - record.step_times[0]) / (len(record.step_times) - 1)
-            remaining = pace * (total_steps - step)
-        progress = Progress(step, total_steps, step_seconds, remaining)
-        record.job = record.job.progressed(progress, now - record.denoise_start)
-        record.feed.publish(Progressed(progress))
-
-    async def _store(self, record: _Record, event: ImageFinished) -> None:
+    async def _store(self, record: JobRecord, event: ImageFinished) -> None:
         job = record.job
         try:
             image = await self._artifacts.write(
@@ -331,26 +279,21 @@ class JobService:
             )
             self._fail(record, failure)
             return
-        if not record.job.state.has_ended:
-            record.job = record.job.with_image(image, event.decode_seconds)
-            record.feed.publish_image(image)
+        if not record.has_ended:
+            record.add_image(image, event.decode_seconds)
 
-    async def _succeed(self, record: _Record) -> None:
-        await asyncio.gather(*(write for write in record.writes if write is not asyncio.current_task()))
-        if record.job.state.has_ended:
-            return
-        record.job = record.job.ended(JobState.SUCCEEDED, time.time())
-        self._mean_job_seconds += 0.2 * (record.job.timings.total_seconds - self._mean_job_seconds)
-        self._close(record)
-        record.feed.publish(Succeeded(record.job))
+    async def _succeed(self, record: JobRecord) -> None:
+        await asyncio.gather(*(task for task in record.tasks if task is not asyncio.current_task()))
+        if not record.has_ended:
+            record.succeed()
+            self._mean_job_seconds += 0.2 * (record.job.timings.total_seconds - self._mean_job_seconds)
+            self._close(record)
 
-    def _fail(self, record: _Record, error: HiDreamError) -> None:
-        if record.job.state.has_ended:
-            return
-        self._stop_work(record.job.job_id)
-        record.job = record.job.ended(JobState.FAILED, time.time(), error)
-        self._close(record)
-        record.feed.publish(Failed(error))
+    def _fail(self, record: JobRecord, error: HiDreamError) -> None:
+        if not record.has_ended:
+            self._stop_work(record.job.job_id)
+            record.fail(error)
+            self._close(record)
 
     # --- the rest ---------------------------------------------------------------------------------
 
@@ -362,17 +305,17 @@ class JobService:
         if not self.takes_requests:
             raise NotServingError("the devices are not available", START_RETRY_SECONDS)
 
-    def _follow_up(self, record: _Record, submission: Submission) -> Job:
+    def _follow_up(self, record: JobRecord, submission: Submission) -> Job:
         job = record.job
         same = replace(submission, deadline_seconds=job.submission.deadline_seconds)
         if same != job.submission:
             raise RequestIdConflictError(submission.request_id, job.job_id)
-        if record.deadline is not None and not job.state.has_ended:
+        if record.deadline is not None and not record.has_ended:
             self._extend_deadline(record, record.deadline, submission.deadline_seconds)
         return job
 
     def _extend_deadline(
-        self, record: _Record, deadline: asyncio.TimerHandle, deadline_seconds: float | None
+        self, record: JobRecord, deadline: asyncio.TimerHandle, deadline_seconds: float | None
     ) -> None:
         """Of several callers the one with the latest deadline decides; None is for ever."""
         if deadline_seconds is None:
@@ -382,7 +325,7 @@ class JobService:
             deadline.cancel()
             self._stop_after(record, deadline_seconds)
 
-    def _stop_after(self, record: _Record, deadline_seconds: float) -> None:
+    def _stop_after(self, record: JobRecord, deadline_seconds: float) -> None:
         record.deadline = asyncio.get_running_loop().call_later(
             deadline_seconds, self.cancel, record.job.job_id, CancelReason.DEADLINE
         )
@@ -398,7 +341,7 @@ class JobService:
             record = self._records[job_id]
             record.feed.publish_if_new(Queued(position))
 
-    def _close(self, record: _Record) -> None:
+    def _close(self, record: JobRecord) -> None:
         """Book a job that has just ended, and see to its removal."""
         job = record.job
         self._counts[job.state] += 1
@@ -438,13 +381,13 @@ class JobService:
         if self._job_ids.get(job.submission.request_id) == job.job_id:
             del self._job_ids[job.submission.request_id]
 
-    def _remove_unread_images(self, record: _Record) -> None:
+    def _remove_unread_images(self, record: JobRecord) -> None:
         if record.num_readers == 0:
             removal = asyncio.create_task(self._remove_images(record))
             self._removals.add(removal)
             removal.add_done_callback(self._removals.discard)
 
-    async def _remove_images(self, record: _Record) -> None:
+    async def _remove_images(self, record: JobRecord) -> None:
         # A write that ends later would leave its file behind.
-        await asyncio.gather(*record.writes, return_exceptions=True)
+        await asyncio.gather(*record.tasks, return_exceptions=True)
         await self._artifacts.remove(record.job.job_id)
