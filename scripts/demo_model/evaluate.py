@@ -51,7 +51,7 @@ class Sampling:
 def load_pipeline(checkpoint: Path) -> HiDreamImagePipeline:
     """The checkpoint in the library's pipeline, float32, silent."""
     diffusers_logging.set_verbosity_error()
-    pipeline = HiDreamImagePipeline.from_pretrained(checkpoint, torch_dtype=torch.float32)
+    pipeline = HiDreamImagePipeline.from_pretrained(checkpoint, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -66,7 +66,6 @@ def sample(
     for start in range(0, len(prompts), sampling.batch_size):
         batch = prompts[start : start + sampling.batch_size]
         generators = [torch.Generator().manual_seed(seed + start + index) for index in range(len(batch))]
-        # T5 and Llama outputs keep their gradients off: the pipeline's call is under no_grad.
         images += pipeline(
             prompt=batch,
             height=sampling.size,

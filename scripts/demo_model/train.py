@@ -28,7 +28,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--vae-steps", type=int, default=1400)
     parser.add_argument("--text-steps", type=int, default=2100)
-    parser.add_argument("--transformer-steps", type=int, default=9000)
+    parser.add_argument("--transformer-steps", type=int, default=6000)
     parser.add_argument("--processes", type=int, default=2, help="single-threaded processes, one a core")
     parser.add_argument("--install-only", action="store_true")
     return parser.parse_args()

@@ -76,13 +76,6 @@ def patchify(latents: Tensor) -> Tensor:
     return tokens.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, PATCH * PATCH * channels)
 
 
-def unpatchify(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `patchify`; height and width in latent pixels."""
-    batch = len(tokens)
-    grid = tokens.view(batch, height // PATCH, width // PATCH, PATCH, PATCH, -1)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height, width)
-
-
 @dataclass(frozen=True)
 class TokenLayout:
     """What depends on sizes alone: positions, and how often the padding token counts.
