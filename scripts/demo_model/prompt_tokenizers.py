@@ -77,7 +77,12 @@ def _train_clip(captions: list[str]) -> CLIPTokenizer:
     pieces = alphabet + [f"{piece}</w>" for piece in alphabet] + [first + second for first, second in merges]
     pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_MAX_TOKENS)
+    # Pairs are what the tokenizers library takes; transformers' hint knows only text.
+    return CLIPTokenizer(
+        vocab=vocabulary,
+        merges=merges,  # type: ignore[arg-type]
+        model_max_length=CLIP_MAX_TOKENS,
+    )
 
 
 def _train_t5(captions: list[str]) -> T5Tokenizer:

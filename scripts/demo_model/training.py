@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from diffusers import HiDreamImageTransformer2DModel
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
 from scripts.demo_model.captions import caption_of
 from scripts.demo_model.checkpoints import load_state, rate_factor, save_state
@@ -202,9 +203,7 @@ def train_transformer(
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as meeting_place:
         store = str(Path(meeting_place) / "store")
-        torch.multiprocessing.spawn(
-            _train_rank, (num_processes, store, folder, encoders, num_steps, seed), nprocs=num_processes
-        )
+        spawn(_train_rank, (num_processes, store, folder, encoders, num_steps, seed), nprocs=num_processes)
 
 
 def averaged_transformer(folder: Path) -> HiDreamImageTransformer2DModel:
