@@ -33,6 +33,18 @@ def wait_until(condition: Callable[[], bool], timeout_seconds: float, what: str)
         time.sleep(0.01)
 
 
+def wait_until_serving(address: str) -> None:
+    """Follow grpc.health.v1 until the service takes requests."""
+    with grpc.insecure_channel(address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service="hidream.v1.ImageGen"), timeout=START_TIMEOUT_SECONDS
+        )
+        for response in watch:
+            if response.status == health_pb2.HealthCheckResponse.SERVING:
+                watch.cancel()
+                return
+
+
 @dataclass
 class LiveServer:
     """A running server: its process, its address, and what it has logged."""
@@ -66,15 +78,7 @@ class LiveServer:
             return stub.GetServerInfo(image_gen_pb2.GetServerInfoRequest())
 
     def wait_until_serving(self) -> None:
-        """Follow grpc.health.v1 until the service takes requests."""
-        with grpc.insecure_channel(self.address) as channel:
-            watch = health_pb2_grpc.HealthStub(channel).Watch(
-                health_pb2.HealthCheckRequest(service="hidream.v1.ImageGen"), timeout=START_TIMEOUT_SECONDS
-            )
-            for response in watch:
-                if response.status == health_pb2.HealthCheckResponse.SERVING:
-                    watch.cancel()
-                    return
+        wait_until_serving(self.address)
 
     def wait_until_idle(self) -> None:
         """Wait until no job is queued or running."""

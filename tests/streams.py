@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,3 +66,19 @@ class Stream:
 def follow(call: Iterator[image_gen_pb2.GenerateResponse]) -> Stream:
     """Read a stream to its end."""
     return Stream(list(call))
+
+
+def read_until(
+    call: Iterator[image_gen_pb2.GenerateResponse], condition: Callable[[job_pb2.JobEvent], bool]
+) -> list[image_gen_pb2.GenerateResponse]:
+    """Read a stream up to the first event that fulfils the condition; it must come."""
+    responses = []
+    for response in call:
+        responses.append(response)
+        if condition(response.event):
+            return responses
+    raise AssertionError(f"the stream ended after {Stream(responses).kinds} without the event")
+
+
+def is_progress(event: job_pb2.JobEvent) -> bool:
+    return event.HasField("progress")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, image_pb2, job_pb2
 from tests.live_server import LiveServer, wait_until
-from tests.streams import follow, request
+from tests.streams import follow, is_progress, read_until, request
 
 
 def test_a_stream_tells_every_stage_in_order_and_ends_with_the_image(
@@ -282,7 +282,4 @@ def pixels(data: bytes, size: tuple[int, int] | None = None) -> np.ndarray:
 
 def wait_for_progress(call: Iterator[image_gen_pb2.GenerateResponse]) -> int:
     """Read a stream up to its next step."""
-    for response in call:
-        if response.event.HasField("progress"):
-            return response.event.progress.step
-    raise AssertionError("the stream ended without a step")
+    return read_until(call, is_progress)[-1].event.progress.step

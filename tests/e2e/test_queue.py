@@ -10,9 +10,9 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from hidream.v1 import image_gen_pb2, job_pb2
+from hidream.v1 import job_pb2
 from tests.live_server import LiveServer, running_server
-from tests.streams import follow, request
+from tests.streams import follow, is_progress, read_until, request
 
 MAX_QUEUED_JOBS = 3
 
@@ -25,21 +25,10 @@ def narrow_server() -> Iterator[LiveServer]:
         yield server
 
 
-def read_until(
-    call: Iterator[image_gen_pb2.GenerateResponse], kind: str
-) -> list[image_gen_pb2.GenerateResponse]:
-    responses = []
-    for response in call:
-        responses.append(response)
-        if response.event.WhichOneof("event") == kind:
-            return responses
-    raise AssertionError(f"the stream ended without {kind}")
-
-
 def test_a_waiting_caller_sees_its_position_change_until_it_starts(narrow_server: LiveServer) -> None:
     with narrow_server.stub() as stub:
         running = stub.Generate(request(num_inference_steps=150))
-        read_until(running, "progress")
+        read_until(running, is_progress)
         waiting = [stub.Generate(request(num_inference_steps=2, seed=seed)) for seed in (1, 2, 3)]
         for position, call in enumerate(waiting, start=1):
             assert next(call).event.queued.queue_position == position
@@ -59,7 +48,7 @@ def test_a_full_queue_accepts_nothing_and_says_when_to_come_back(narrow_server: 
     with narrow_server.stub() as stub:
         calls = [stub.Generate(request(num_inference_steps=150))]
         # It waits, too, until the engine has taken it.
-        read_until(calls[0], "progress")
+        read_until(calls[0], is_progress)
         calls += [stub.Generate(request(num_inference_steps=150, seed=seed)) for seed in (1, 2, 3)]
         for call in calls[1:]:
             assert next(call).event.HasField("queued")
@@ -84,7 +73,7 @@ def test_a_full_queue_accepts_nothing_and_says_when_to_come_back(narrow_server: 
 def test_a_caller_that_leaves_the_queue_makes_room_for_those_behind_it(narrow_server: LiveServer) -> None:
     with narrow_server.stub() as stub:
         running = stub.Generate(request(num_inference_steps=150))
-        read_until(running, "progress")
+        read_until(running, is_progress)
         first, second = (stub.Generate(request(num_inference_steps=1, seed=seed)) for seed in (1, 2))
         assert next(first).event.queued.queue_position == 1
         assert next(second).event.queued.queue_position == 2
@@ -98,7 +87,7 @@ def test_a_caller_that_leaves_the_queue_makes_room_for_those_behind_it(narrow_se
 def test_a_job_whose_deadline_passes_in_the_queue_is_never_started(narrow_server: LiveServer) -> None:
     with narrow_server.stub() as stub:
         running = stub.Generate(request(num_inference_steps=150))
-        read_until(running, "progress")
+        read_until(running, is_progress)
         waiting = stub.Generate(request(num_inference_steps=1), timeout=0.5)
         kinds = []
         with pytest.raises(grpc.RpcError) as caught:
@@ -113,7 +102,7 @@ def test_a_job_whose_deadline_passes_in_the_queue_is_never_started(narrow_server
 def test_a_job_of_high_priority_goes_before_those_that_waited_longer(narrow_server: LiveServer) -> None:
     with narrow_server.stub() as stub:
         running = stub.Generate(request(num_inference_steps=150))
-        read_until(running, "progress")
+        read_until(running, is_progress)
         normal = stub.Generate(request(num_inference_steps=1))
         assert next(normal).event.queued.queue_position == 1
         high = stub.Generate(request(num_inference_steps=1, seed=1, priority=job_pb2.PRIORITY_HIGH))

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.live_server import wait_until_serving
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "scripts" / "start_service.sh"
@@ -62,21 +62,11 @@ def wait_for_address(process: subprocess.Popen[str]) -> str:
     raise AssertionError(f"the server ended: {''.join(output)}")
 
 
-def wait_until_serving(address: str, timeout_seconds: float) -> None:
-    with grpc.insecure_channel(address) as channel:
-        request = health_pb2.HealthCheckRequest()
-        watch = health_pb2_grpc.HealthStub(channel).Watch(request, timeout=timeout_seconds)
-        for response in watch:
-            if response.status == health_pb2.HealthCheckResponse.SERVING:
-                watch.cancel()
-                return
-
-
 def test_the_script_becomes_a_server_that_logs_to_its_file_and_ends_well_on_sigterm(
     started: subprocess.Popen[str], tmp_path: Path
 ) -> None:
     address = wait_for_address(started)
-    wait_until_serving(address, timeout_seconds=120)
+    wait_until_serving(address)
     started.send_signal(signal.SIGTERM)
     assert started.stdout is not None
     rest_of_terminal = started.stdout.read()  # to its end: no process holds the terminal any more

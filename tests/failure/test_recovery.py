@@ -11,9 +11,9 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from hidream.v1 import image_gen_pb2, job_pb2
+from hidream.v1 import job_pb2
 from tests.live_server import LiveServer, running_server, wait_until
-from tests.streams import Stream, follow, request
+from tests.streams import Stream, follow, read_until, request
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +31,6 @@ def rank_process(server: LiveServer, rank: int) -> psutil.Process:
     raise AssertionError(f"no process is rank {rank}")
 
 
-def read_to_step(
-    call: Iterator[image_gen_pb2.GenerateResponse], step: int
-) -> list[image_gen_pb2.GenerateResponse]:
-    responses = []
-    for response in call:
-        responses.append(response)
-        if response.event.progress.step >= step:
-            return responses
-    raise AssertionError(f"the stream ended before step {step}")
-
-
 @pytest.mark.parametrize("rank", [0, 1], ids=["rank-0", "rank-1"])
 def test_a_rank_killed_in_mid_picture_is_replaced_and_the_image_is_the_same(
     mortal_server: LiveServer, rank: int
@@ -53,7 +42,7 @@ def test_a_rank_killed_in_mid_picture_is_replaced_and_the_image_is_the_same(
         victim, survivor = (rank_process(mortal_server, r) for r in (rank, 1 - rank))
 
         call = stub.Generate(generate)
-        head = read_to_step(call, 5)
+        head = read_until(call, lambda event: event.progress.step >= 5)
         victim.send_signal(signal.SIGKILL)
         stream = Stream(head + list(call))
 
@@ -95,7 +84,7 @@ def test_all_requests_in_flight_survive_the_death_of_a_rank(mortal_server: LiveS
             stub.Generate(request(num_inference_steps=15, seed=seed, width=side, height=side))
             for seed, side in enumerate((128, 128, 64))
         ]
-        heads = [read_to_step(call, 2) for call in calls]
+        heads = [read_until(call, lambda event: event.progress.step >= 2) for call in calls]
         rank_process(mortal_server, 0).send_signal(signal.SIGKILL)
         streams = [Stream(head + list(call)) for head, call in zip(heads, calls, strict=True)]
     assert [stream.job.state for stream in streams] == [job_pb2.JOB_STATE_SUCCEEDED] * 3
@@ -107,7 +96,7 @@ def test_a_job_whose_group_is_lost_in_three_attempts_fails_alone(mortal_server: 
         call = stub.Generate(request(num_inference_steps=150))
         with pytest.raises(grpc.RpcError) as caught:
             for _ in range(3):
-                read_to_step(call, 1)
+                read_until(call, lambda event: event.progress.step >= 1)
                 rank_process(mortal_server, 0).send_signal(signal.SIGKILL)
             list(call)
         assert caught.value.code() == grpc.StatusCode.INTERNAL
@@ -128,7 +117,7 @@ def test_a_job_that_is_cancelled_while_a_rank_is_replaced_does_not_come_back(
 ) -> None:
     with mortal_server.stub() as stub:
         call = stub.Generate(request(num_inference_steps=150))
-        read_to_step(call, 2)
+        read_until(call, lambda event: event.progress.step >= 2)
         rank_process(mortal_server, 1).send_signal(signal.SIGKILL)
         assert any(response.event.HasField("restarted") for response in call)
         call.cancel()
@@ -145,7 +134,7 @@ def test_no_process_outlives_a_server_that_is_killed() -> None:
         assert len(descendants) == 4
         with server.stub() as stub:
             call = stub.Generate(request(num_inference_steps=150))
-            read_to_step(call, 1)
+            read_until(call, lambda event: event.progress.step >= 1)
             server.process.send_signal(signal.SIGKILL)
             server.process.wait(10)
             _, alive = psutil.wait_procs(descendants, timeout=10)
