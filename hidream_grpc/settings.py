@@ -18,9 +18,12 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from hidream_grpc.engine.supervisor import GroupTimeouts
 from hidream_grpc.errors import ConfigurationError
 
 ENVIRONMENT_PREFIX = "HIDREAM_"
+
+_TIMEOUTS = GroupTimeouts()
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0, le=86_400)]
@@ -48,10 +51,12 @@ class Settings(BaseSettings):
         Literal["one", "all"] | None,
         Field(description="which ranks to start anew when one dies: all on npu and cuda, one on cpu"),
     ] = None
-    load_timeout_seconds: Annotated[Seconds, Field(description="time for all ranks to load")] = 1800
+    load_timeout_seconds: Annotated[Seconds, Field(description="time for all ranks to load")] = (
+        _TIMEOUTS.load_seconds
+    )
     collective_timeout_seconds: Annotated[
         Seconds, Field(description="time for the ranks to exchange a step's results")
-    ] = 600
+    ] = _TIMEOUTS.collective_seconds
 
     listen: Annotated[str, Field(description="HOST:PORT to serve gRPC on; port 0 takes a free one")] = (
         "0.0.0.0:8088"

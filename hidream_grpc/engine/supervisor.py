@@ -52,7 +52,7 @@ class GroupTimeouts:
     load_seconds: float = 1800.0
     init_seconds: float = 5.0
     join_seconds: float = 120.0
-    collective_seconds: float = 300.0
+    collective_seconds: float = 600.0
     leave_seconds: float = 5.0
 
 
