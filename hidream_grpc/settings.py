@@ -44,6 +44,10 @@ class Settings(BaseSettings):
     devices: Annotated[
         str | None, Field(description="one rank each, such as 0,1,2,3 or 0-3; on a CPU any numbers")
     ] = None
+    layout: Annotated[
+        str | None,
+        Field(description="how the ranks share the work, such as tp=4,ep=2; planned when absent"),
+    ] = None
     threads_per_rank: Annotated[
         int | None, Field(ge=1, le=1024, description="CPU threads of each rank; cores ÷ ranks when absent")
     ] = None

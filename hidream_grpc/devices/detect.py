@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hidream_grpc.devices.base import CPU, CUDA, NPU, DeviceType
@@ -78,16 +78,27 @@ class DeviceSelection:
         device_type: of all of them.
         devices: of rank 0, 1, …, as asked: indices among the devices visible to the server.
         runtime_names: the same devices as the runtime names them; empty where it counts none.
+        idle_devices: also asked for, and without a rank.
     """
 
     device_type: DeviceType
     devices: tuple[int, ...]
     runtime_names: tuple[str, ...]
+    idle_devices: tuple[int, ...] = ()
 
     @property
     def num_ranks(self) -> int:
         """One rank for each device."""
         return len(self.devices)
+
+    def first(self, num_ranks: int) -> DeviceSelection:
+        """The first of these devices, one for each of so many ranks; the others stay idle."""
+        return replace(
+            self,
+            devices=self.devices[:num_ranks],
+            runtime_names=self.runtime_names[:num_ranks],
+            idle_devices=self.devices[num_ranks:] + self.idle_devices,
+        )
 
     def local_index(self, rank: int) -> int:
         """What `open_device` needs in the process of this rank."""
@@ -146,7 +157,7 @@ def detect(
 
 def select_devices(
     device_type: DeviceType,
-    devices: tuple[int, ...] | None = None,
+    devices: tuple[int, ...],
     flag: str = "--devices",
     machine: Machine | None = None,
 ) -> DeviceSelection:
@@ -154,16 +165,13 @@ def select_devices(
 
     Args:
         device_type: of the devices, from `detect`.
-        devices: one for each rank, from `parse_devices`; on a CPU any numbers, one a rank. None
-            takes the first ones, as many as the type has ranks by default.
+        devices: one for each rank, from `parse_devices`; on a CPU any numbers, one a rank.
         flag: what the operator used to ask, for the error's text.
         machine: what to look at; this machine by default.
 
     Raises:
         DeviceUnavailableError: a device does not exist.
     """
-    if devices is None:
-        devices = tuple(range(device_type.default_num_ranks))
     if device_type is CPU:
         return DeviceSelection(device_type, devices, ())
     visible = (machine or Machine()).visible_devices(device_type)

@@ -33,6 +33,7 @@ from hidream_grpc.model.checkpoint import CheckpointDescription, describe_checkp
 from hidream_grpc.model.checkpoint_files import EXTRA_MODEL_PATH_FLAG
 from hidream_grpc.model.demo import demo_checkpoint_path
 from hidream_grpc.model.parallel.layout import Layout
+from hidream_grpc.model.parallel.planner import LAYOUT_FLAG, ModelDivisions, choose_layout
 from hidream_grpc.model.prompt_tokens import PromptTokenCounter
 from hidream_grpc.model.sizes import MAX_PREVIEW_SIDE_PIXELS
 from hidream_grpc.server.health import IMAGE_GEN, HealthServicer
@@ -71,8 +72,7 @@ async def serve(settings: Settings) -> None:
         # Also where the checkpoint holds its own: a wrong path is not passed over in silence.
         raise ModelNotFoundError(EXTRA_MODEL_PATH_FLAG, settings.extra_model_path)
     checkpoint = describe_checkpoint(model_path, settings.extra_model_path)
-    devices = _select_devices(settings)
-    layout = Layout(data_parallel=devices.num_ranks)
+    devices, layout = _plan_ranks(settings, checkpoint)
     limits = _limits(settings, checkpoint)
     defaults = _defaults(limits, checkpoint)
     count_tokens = PromptTokenCounter.from_checkpoint(model_path, settings.extra_model_path).count
@@ -87,7 +87,7 @@ async def serve(settings: Settings) -> None:
         jobs.set_engine_state(state)
         health.mark_ready(state.takes_requests)
 
-    controller = Controller(group, scheduler, on_state, metrics.observe_step)
+    controller = Controller(group, scheduler, on_state, metrics.observe_step, metrics.observe_prompts)
     with _data_directory(settings.data_dir) as data_directory:
         jobs = JobService(
             limits,
@@ -102,9 +102,7 @@ async def serve(settings: Settings) -> None:
             num_rank_restarts=lambda: group.num_restarts,
             is_serving=lambda: jobs.takes_requests,
         )
-        describe_server = ServerDescription(
-            checkpoint, limits, defaults, devices.device_type.name, str(layout), group, jobs
-        )
+        describe_server = ServerDescription(checkpoint, limits, defaults, devices, str(layout), group, jobs)
         validator = RequestValidator(limits, defaults, count_tokens)
         # The stubs call every RPC abstract; those that are missing answer UNIMPLEMENTED.
         servicer = ImageGenServicer(  # type: ignore[abstract]
@@ -122,7 +120,12 @@ async def serve(settings: Settings) -> None:
         engine = asyncio.create_task(controller.run(jobs))
         try:
             await server.start()
-            logger.info("listening on %s:%d, loading model %s", host, port, checkpoint.name)
+            logger.info(
+                "listening on %s:%d, loading model %s, layout %s", host, port, checkpoint.name, layout
+            )
+            if devices.idle_devices:
+                idle = ", ".join(str(device) for device in devices.idle_devices)
+                logger.warning("layout %s leaves devices idle: %s", layout, idle)
             await _until_stopped(signals, engine)
             await _drain(settings, signals, health, jobs, engine)
         finally:
@@ -180,11 +183,21 @@ class _Signals:
         (self.second if self.first.is_set() else self.first).set()
 
 
-def _select_devices(settings: Settings) -> DeviceSelection:
+def _plan_ranks(settings: Settings, checkpoint: CheckpointDescription) -> tuple[DeviceSelection, Layout]:
+    """The devices of the ranks, and how these share the work; what was named beyond them stays idle."""
     device_type = detect(settings.device_type)
-    return select_devices(
-        device_type, parse_devices(settings.devices) if settings.devices is not None else None
+    named = parse_devices(settings.devices) if settings.devices is not None else None
+    layout = choose_layout(
+        settings.layout,
+        num_devices=len(named) if named is not None else None,
+        default=device_type.default_layout,
+        divisions=ModelDivisions(checkpoint.num_attention_heads, checkpoint.num_routed_experts),
     )
+    if named is not None:
+        devices = select_devices(device_type, named)
+    else:
+        devices = select_devices(device_type, tuple(range(layout.world_size)), LAYOUT_FLAG)
+    return devices.first(layout.world_size), layout
 
 
 def _group_config(

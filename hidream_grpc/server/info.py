@@ -8,6 +8,7 @@ import platform
 import time
 
 from hidream.v1 import server_info_pb2
+from hidream_grpc.devices.detect import DeviceSelection
 from hidream_grpc.engine.requests import EngineState
 from hidream_grpc.engine.supervisor import RankGroup
 from hidream_grpc.jobs.job import JobState
@@ -33,7 +34,7 @@ class ServerDescription:
         checkpoint: CheckpointDescription,
         limits: RequestLimits,
         defaults: RequestDefaults,
-        device_type: str,
+        devices: DeviceSelection,
         layout: str,
         group: RankGroup,
         jobs: JobService,
@@ -41,7 +42,7 @@ class ServerDescription:
         self._checkpoint = checkpoint
         self._limits = limits
         self._defaults = defaults
-        self._device_type = device_type
+        self._devices = devices
         self._layout = layout
         self._group = group
         self._jobs = jobs
@@ -73,7 +74,7 @@ class ServerDescription:
             devices=[
                 server_info_pb2.DeviceInfo(
                     rank=rank,
-                    device_type=self._device_type,
+                    device_type=self._devices.device_type.name,
                     name=facts.device.name,
                     total_memory_bytes=facts.device.total_memory_bytes,
                     free_memory_bytes=facts.device.free_memory_bytes,
@@ -98,4 +99,5 @@ class ServerDescription:
             start_time=convert.timestamp(self._start_time),
             generation=self._group.generation,
             num_rank_restarts=self._group.num_restarts,
+            idle_devices=self._devices.idle_devices,
         )

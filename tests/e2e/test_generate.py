@@ -60,7 +60,7 @@ def test_the_job_says_what_was_really_done_and_how_long_each_stage_took(
     assert job.spec.guidance_scale == pytest.approx(defaults.guidance_scale)
     assert (job.spec.num_images, job.spec.seed) == (1, 11)
     assert job.execution.scheduler == "UniPCMultistepScheduler"
-    assert (job.execution.layout, job.execution.attempt) == ("dp=2,tp=1,ep=1", 1)
+    assert (job.execution.layout, job.execution.attempt) == ("cfg=2", 1)
     timings = job.timings
     stages = [timings.encode, timings.denoise, timings.decode]
     assert all(stage.ToNanoseconds() > 0 for stage in stages)

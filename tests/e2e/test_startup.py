@@ -62,6 +62,15 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "unknown choice": (["--log-level", "LOUD"], ["--log-level", "DEBUG"]),
     "device list": (["-d", "0-x"], ["--devices", "0-x"]),
     "device twice": (["-d", "0,1,0"], ["--devices", "twice"]),
+    "no layout": (["--layout", "tp=2,sp=2"], ["--layout: 'sp=2'", "tp, ep, cfg, dp"]),
+    "layout that the model forbids": (
+        ["-d", "0-7", "--layout", "tp=8"],
+        ["--layout: tp=8 does not divide 4 attention heads; tp=4,ep=2 or tp=4 would work on 8 devices"],
+    ),
+    "layout for more devices": (
+        ["-d", "0,1", "--layout", "tp=2,cfg=2"],
+        ["--layout: tp=2,cfg=2 needs 4 devices, there are 2; cfg=2 or tp=2 would work on 2 devices"],
+    ),
     "unknown device type": (["-t", "tpu"], ["--device-type", "tpu", "npu, cuda, cpu"]),
     "listen without a port": (["--listen", "localhost"], ["--listen", "HOST:PORT"]),
     "listen with a broken IPv6 address": (["--listen", "[::1:80"], ["--listen", "brackets"]),
@@ -120,6 +129,14 @@ def test_the_running_server_holds_no_torch_and_its_ranks_do(server: LiveServer) 
 
     assert not maps_torch(server.pid)
     assert all(maps_torch(pid) for pid in server.rank_pids())
+
+
+def test_devices_that_no_layout_fits_are_told_and_stay_idle() -> None:
+    with running_server("--devices", "0-2", wait=False) as loading:
+        info = loading.info()
+    assert (info.layout, list(info.idle_devices)) == ("tp=2", [2])
+    assert "layout tp=2 leaves devices idle: 2" in loading.log
+    assert "rank 2 is process" not in loading.log
 
 
 def test_health_info_and_calls_are_answered_while_the_ranks_load() -> None:

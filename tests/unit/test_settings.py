@@ -28,6 +28,7 @@ FLAGS = {
     "--extra-model-path",
     "--grace-seconds",
     "--help",
+    "--layout",
     "--listen",
     "--load-timeout-seconds",
     "--log-file",

@@ -117,6 +117,7 @@ def _info_rows(info: server_info_pb2.ServerInfo) -> Iterator[tuple[str, str]]:
     yield "layout", info.layout
     for device in info.devices:
         yield f"rank {device.rank}", f"{device.device_type}: {device.name}{_memory(device)}"
+    yield "idle devices", ", ".join(str(device) for device in info.idle_devices)
     yield "rank group", f"generation {info.generation}, {info.num_rank_restarts} ranks replaced"
     yield (
         "jobs",

@@ -1,46 +1,101 @@
-"""How the ranks of a group share the work. Torch-free; validates itself."""
+"""How the ranks of a group share the work. Torch-free; validates itself.
+
+    world rank = ((cfg × data parallel + data) × expert parallel + expert) × tensor parallel + tensor
+
+Ranks with one cfg, data and expert index form a sample group: they compute the same rows of a step, each
+its share of every layer. The rows of a step are divided among the sample groups, unconditional rows
+first, so that two cfg groups get one half of the guidance each. The sample groups with one cfg and data
+index share the routed experts.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+AXIS_KEYS = {
+    "tp": "tensor_parallel",
+    "ep": "expert_parallel",
+    "cfg": "cfg_parallel",
+    "dp": "data_parallel",
+}
+"""The axes as operators write them, such as `tp=4,ep=2`."""
+
 
 @dataclass(frozen=True, slots=True)
+class Position:
+    """Where one rank stands in a layout.
+
+    Attributes:
+        sample_group: 0 to `Layout.num_sample_groups` - 1, which rows of a step it computes.
+        expert_index: 0 to expert_parallel - 1, which routed experts it holds.
+        tensor_index: 0 to tensor_parallel - 1, which share of each layer it holds.
+    """
+
+    sample_group: int
+    expert_index: int
+    tensor_index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """Sizes of the parallel axes; their product is the world size.
 
     Attributes:
-        data_parallel: ranks that hold the whole model and divide the samples of a step.
-        tensor_parallel: ranks that share each matrix.
-        expert_parallel: ranks that share the routed experts.
+        cfg_parallel: groups that take the halves of the guidance, 1 or 2.
+        data_parallel: groups that take different images.
+        expert_parallel: groups that take different samples, and share the routed experts.
+        tensor_parallel: ranks that share each layer of the same samples.
     """
 
+    cfg_parallel: int = 1
     data_parallel: int = 1
-    tensor_parallel: int = 1
     expert_parallel: int = 1
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
-        for axis in ("data_parallel", "tensor_parallel", "expert_parallel"):
+        for axis in AXIS_KEYS.values():
             if getattr(self, axis) < 1:
                 raise ValueError(f"{axis} must be at least 1, not {getattr(self, axis)}")
+        if self.cfg_parallel > 2:
+            raise ValueError(f"cfg_parallel must be 1 or 2, not {self.cfg_parallel}")
 
     @property
     def world_size(self) -> int:
         """Ranks in all."""
-        return self.data_parallel * self.tensor_parallel * self.expert_parallel
+        return self.num_sample_groups * self.tensor_parallel
+
+    @property
+    def num_sample_groups(self) -> int:
+        """Groups of ranks among which the rows of a step are divided."""
+        return self.cfg_parallel * self.data_parallel * self.expert_parallel
+
+    def position(self, rank: int) -> Position:
+        """Where a rank stands.
+
+        Raises:
+            ValueError: there is no such rank.
+        """
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} of {self.world_size}")
+        sample_group, tensor_index = divmod(rank, self.tensor_parallel)
+        return Position(sample_group, sample_group % self.expert_parallel, tensor_index)
 
     def __str__(self) -> str:
-        return f"dp={self.data_parallel},tp={self.tensor_parallel},ep={self.expert_parallel}"
+        sizes = {key: getattr(self, axis) for key, axis in AXIS_KEYS.items()}
+        return ",".join(f"{key}={size}" for key, size in sizes.items() if size > 1) or "tp=1"
 
 
-def sample_share(num_samples: int, rank: int, world_size: int) -> range:
-    """The samples of a step that one rank computes: contiguous, sizes differ by at most one.
+def share(count: int, index: int, size: int, multiple: int = 1) -> range:
+    """What one of `size` ranks holds or computes of `count` things: contiguous, as even as possible.
 
     Args:
-        num_samples: rows of the whole forward.
-        rank: 0 to world_size - 1.
-        world_size: ranks that divide the samples.
+        count: things in all.
+        index: 0 to size - 1.
+        size: ranks that divide them.
+        multiple: shares are multiples of it, but for the last one that is not empty.
     """
-    quotient, remainder = divmod(num_samples, world_size)
-    start = rank * quotient + min(rank, remainder)
-    return range(start, start + quotient + (1 if rank < remainder else 0))
+    num_units = -(-count // multiple)
+    quotient, remainder = divmod(num_units, size)
+    start = index * quotient + min(index, remainder)
+    stop = start + quotient + (1 if index < remainder else 0)
+    return range(min(start * multiple, count), min(stop * multiple, count))

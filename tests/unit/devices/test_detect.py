@@ -157,12 +157,6 @@ def test_a_variable_without_devices_makes_none(make_machine: MakeMachine) -> Non
     assert detect(machine=machine) is CPU
 
 
-def test_without_devices_named_a_group_has_the_default_number_of_ranks(make_machine: MakeMachine) -> None:
-    machine = make_machine(NVIDIA)
-    assert select_devices(CPU, machine=machine).devices == (0, 1)
-    assert select_devices(CUDA, machine=machine).devices == (0,)
-
-
 def test_a_cpu_gives_as_many_ranks_as_asked(make_machine: MakeMachine) -> None:
     selection = select_devices(CPU, (0, 1, 2, 700), machine=make_machine())
     assert selection.num_ranks == 4
@@ -181,6 +175,14 @@ def test_ranks_see_only_their_group_s_devices(make_machine: MakeMachine) -> None
     selection = select_devices(CUDA, (1, 3), machine=make_machine(NVIDIA))
     assert selection.environment({})["CUDA_VISIBLE_DEVICES"] == "1,3"
     assert [selection.local_index(rank) for rank in range(2)] == [0, 1]
+
+
+def test_devices_without_a_rank_are_told_and_no_rank_sees_them(make_machine: MakeMachine) -> None:
+    selection = select_devices(CUDA, (3, 0, 2), machine=make_machine(NVIDIA)).first(2)
+    assert (selection.devices, selection.idle_devices) == ((3, 0), (2,))
+    assert selection.num_ranks == 2
+    assert selection.environment({})["CUDA_VISIBLE_DEVICES"] == "0,3"
+    assert [selection.local_index(rank) for rank in range(2)] == [1, 0]
 
 
 def test_device_numbers_count_among_the_devices_that_the_server_was_given(make_machine: MakeMachine) -> None:

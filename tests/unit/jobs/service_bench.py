@@ -45,7 +45,7 @@ LIMITS = RequestLimits(
     chunk_bytes=1000,
     max_preview_side_pixels=128,
 )
-EXECUTION = Execution("demo", "UniPCMultistepScheduler", 3.0, "dp=2,tp=1,ep=1")
+EXECUTION = Execution("demo", "UniPCMultistepScheduler", 3.0, "tp=4,ep=2")
 DATA = bytes(range(250)) * 10
 TIMEOUT_SECONDS = 10
 

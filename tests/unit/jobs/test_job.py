@@ -12,7 +12,7 @@ from hidream_grpc.model.parameters import GenerationParameters
 PARAMETERS = GenerationParameters(
     prompt="a red circle", width=64, height=64, num_inference_steps=2, guidance_scale=5.0, seed=0
 )
-EXECUTION = Execution("demo", "UniPCMultistepScheduler", 3.0, "dp=2,tp=1,ep=1")
+EXECUTION = Execution("demo", "UniPCMultistepScheduler", 3.0, "tp=4,ep=2")
 ENDS = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 QUEUED = Job("j", Submission(PARAMETERS, "r", "caller"), create_time=100.0)

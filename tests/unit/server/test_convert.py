@@ -38,7 +38,7 @@ PARAMETERS = GenerationParameters(
     output_format=OutputFormat.JPEG,
     quality=80,
 )
-EXECUTION = Execution("demo", "UniPCMultistepScheduler", 3.0, "dp=2,tp=1,ep=1", attempt=2)
+EXECUTION = Execution("demo", "UniPCMultistepScheduler", 3.0, "tp=4,ep=2", attempt=2)
 IMAGE = StoredImage(1, 64, 128, 18, "image/jpeg", 1234, bytes(range(32)))
 PROGRESS = Progress(step=4, total_steps=9, step_seconds=0.25, estimated_remaining_seconds=1.5)
 
@@ -102,7 +102,7 @@ def test_a_job_tells_everything_that_is_known_of_it() -> None:
     job = job.started(EXECUTION, 1_700_000_002.0).encoded(0.5).progressed(PROGRESS, 1.25)
     running = convert.job(job.with_image(IMAGE, 0.75))
     assert (running.state, running.stage) == (job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STAGE_DENOISING)
-    assert (running.execution.layout, running.execution.attempt) == ("dp=2,tp=1,ep=1", 2)
+    assert (running.execution.layout, running.execution.attempt) == ("tp=4,ep=2", 2)
     assert running.progress.step == 4
     assert running.progress.estimated_remaining.ToTimedelta().total_seconds() == 1.5
     timings = running.timings

@@ -452,7 +452,7 @@ type Execution struct {
 	Scheduler string `protobuf:"bytes,2,opt,name=scheduler,proto3" json:"scheduler,omitempty"`
 	// The scheduler's timestep shift.
 	Shift float32 `protobuf:"fixed32,3,opt,name=shift,proto3" json:"shift,omitempty"`
-	// How the devices share the work, such as `dp=2,tp=1,ep=1`.
+	// How the ranks share the work, such as `tp=4,ep=2`: see `ServerInfo.layout`.
 	Layout string `protobuf:"bytes,4,opt,name=layout,proto3" json:"layout,omitempty"`
 	// 1 for the first attempt; one more each time that the rank group was lost and the job went on.
 	Attempt       int32 `protobuf:"varint,5,opt,name=attempt,proto3" json:"attempt,omitempty"`

@@ -96,7 +96,8 @@ type ServerInfo struct {
 	State ServerState `protobuf:"varint,1,opt,name=state,proto3,enum=hidream.v1.ServerState" json:"state,omitempty"`
 	// The checkpoint.
 	Model *ModelInfo `protobuf:"bytes,2,opt,name=model,proto3" json:"model,omitempty"`
-	// How the devices share the work, such as `dp=2,tp=1,ep=1`.
+	// How the ranks share the work, as `--layout` takes it, such as `tp=4,ep=2`: sizes of tensor (tp), expert
+	// (ep), guidance (cfg) and data (dp) parallel where they are above 1; `tp=1` for one rank.
 	Layout string `protobuf:"bytes,3,opt,name=layout,proto3" json:"layout,omitempty"`
 	// One entry a rank, by rank. Empty until the ranks have loaded.
 	Devices []*DeviceInfo `protobuf:"bytes,4,rep,name=devices,proto3" json:"devices,omitempty"`
@@ -116,8 +117,10 @@ type ServerInfo struct {
 	Generation int32 `protobuf:"varint,11,opt,name=generation,proto3" json:"generation,omitempty"`
 	// Rank processes replaced since the start.
 	NumRankRestarts int32 `protobuf:"varint,12,opt,name=num_rank_restarts,json=numRankRestarts,proto3" json:"num_rank_restarts,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Devices that the operator named and the layout does not use, by the operator's numbers.
+	IdleDevices   []int32 `protobuf:"varint,13,rep,packed,name=idle_devices,json=idleDevices,proto3" json:"idle_devices,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ServerInfo) Reset() {
@@ -232,6 +235,13 @@ func (x *ServerInfo) GetNumRankRestarts() int32 {
 		return x.NumRankRestarts
 	}
 	return 0
+}
+
+func (x *ServerInfo) GetIdleDevices() []int32 {
+	if x != nil {
+		return x.IdleDevices
+	}
+	return nil
 }
 
 // The loaded checkpoint.
@@ -930,7 +940,7 @@ var File_hidream_v1_server_info_proto protoreflect.FileDescriptor
 const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\n" +
 	"\x1chidream/v1/server_info.proto\x12\n" +
-	"hidream.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc6\x04\n" +
+	"hidream.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe9\x04\n" +
 	"\n" +
 	"ServerInfo\x12-\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x17.hidream.v1.ServerStateR\x05state\x12+\n" +
@@ -948,7 +958,8 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\n" +
 	"generation\x18\v \x01(\x05R\n" +
 	"generation\x12*\n" +
-	"\x11num_rank_restarts\x18\f \x01(\x05R\x0fnumRankRestarts\"\x94\x01\n" +
+	"\x11num_rank_restarts\x18\f \x01(\x05R\x0fnumRankRestarts\x12!\n" +
+	"\fidle_devices\x18\r \x03(\x05R\vidleDevices\"\x94\x01\n" +
 	"\tModelInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\avariant\x18\x02 \x01(\tR\avariant\x12\x1c\n" +

@@ -283,7 +283,7 @@ class Execution(_message.Message):
     shift: _builtins.float
     """The scheduler's timestep shift."""
     layout: _builtins.str
-    """How the devices share the work, such as `dp=2,tp=1,ep=1`."""
+    """How the ranks share the work, such as `tp=4,ep=2`: see `ServerInfo.layout`."""
     attempt: _builtins.int
     """1 for the first attempt; one more each time that the rank group was lost and the job went on."""
     def __init__(

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1chidream/v1/server_info.proto\x12\nhidream.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xcb\x03\n\nServerInfo\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.hidream.v1.ServerState\x12$\n\x05model\x18\x02 \x01(\x0b\x32\x15.hidream.v1.ModelInfo\x12\x0e\n\x06layout\x18\x03 \x01(\t\x12\'\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x16.hidream.v1.DeviceInfo\x12-\n\x08\x64\x65\x66\x61ults\x18\x05 \x01(\x0b\x32\x1b.hidream.v1.RequestDefaults\x12)\n\x06limits\x18\x06 \x01(\x0b\x32\x19.hidream.v1.RequestLimits\x12\x30\n\x11recommended_sizes\x18\x07 \x03(\x0b\x32\x15.hidream.v1.ImageSize\x12#\n\x04jobs\x18\x08 \x01(\x0b\x32\x15.hidream.v1.JobCounts\x12&\n\x08versions\x18\t \x01(\x0b\x32\x14.hidream.v1.Versions\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\ngeneration\x18\x0b \x01(\x05\x12\x19\n\x11num_rank_restarts\x18\x0c \x01(\x05\"d\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07variant\x18\x02 \x01(\t\x12\x11\n\tscheduler\x18\x03 \x01(\t\x12\r\n\x05shift\x18\x04 \x01(\x02\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x03\"t\n\nDeviceInfo\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x13\n\x0b\x64\x65vice_type\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x1a\n\x12total_memory_bytes\x18\x04 \x01(\x03\x12\x19\n\x11\x66ree_memory_bytes\x18\x05 \x01(\x03\"*\n\tImageSize\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\"\x8a\x01\n\x0fRequestDefaults\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\x1b\n\x13num_inference_steps\x18\x03 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\x04 \x01(\x02\x12\x12\n\nnum_images\x18\x05 \x01(\x05\x12\x0f\n\x07quality\x18\x06 \x01(\x05\"\xdb\x03\n\rRequestLimits\x12\x19\n\x11max_prompt_tokens\x18\x01 \x01(\x05\x12\x18\n\x10max_prompt_bytes\x18\x02 \x01(\x05\x12\x15\n\rsize_multiple\x18\x03 \x01(\x05\x12\x17\n\x0fmin_side_pixels\x18\x04 \x01(\x05\x12\x12\n\nmax_pixels\x18\x05 \x01(\x03\x12\x1f\n\x17max_num_inference_steps\x18\x06 \x01(\x05\x12\x1a\n\x12max_guidance_scale\x18\x07 \x01(\x02\x12\x16\n\x0emax_num_images\x18\x08 \x01(\x05\x12\x17\n\x0fmax_queued_jobs\x18\t \x01(\x05\x12\x18\n\x10max_running_jobs\x18\n \x01(\x05\x12\x13\n\x0bmax_streams\x18\x0b \x01(\x05\x12\x1c\n\x14max_request_id_bytes\x18\x0c \x01(\x05\x12\x12\n\nmax_labels\x18\r \x01(\x05\x12\x17\n\x0fmax_label_bytes\x18\x0e \x01(\x05\x12!\n\x19max_receive_message_bytes\x18\x0f \x01(\x05\x12\x13\n\x0b\x63hunk_bytes\x18\x10 \x01(\x05\x12\x1f\n\x17max_preview_side_pixels\x18\x11 \x01(\x05\x12\x10\n\x08max_seed\x18\x12 \x01(\x03\"q\n\tJobCounts\x12\x0e\n\x06queued\x18\x01 \x01(\x05\x12\x0f\n\x07running\x18\x02 \x01(\x05\x12\x11\n\tsucceeded\x18\x03 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\x03\x12\x11\n\tcancelled\x18\x05 \x01(\x03\x12\r\n\x05total\x18\x06 \x01(\x03\"r\n\x08Versions\x12\x0e\n\x06server\x18\x01 \x01(\t\x12\x0e\n\x06python\x18\x02 \x01(\t\x12\x0e\n\x06grpcio\x18\x03 \x01(\t\x12\r\n\x05torch\x18\x04 \x01(\t\x12\x11\n\tdiffusers\x18\x05 \x01(\t\x12\x14\n\x0ctransformers\x18\x06 \x01(\t*\xb1\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x18\n\x14SERVER_STATE_SERVING\x10\x02\x12\x1b\n\x17SERVER_STATE_RECOVERING\x10\x03\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x04\x12\x17\n\x13SERVER_STATE_FAILED\x10\x05\x42\x46ZDgithub.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1;hidreamv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1chidream/v1/server_info.proto\x12\nhidream.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe1\x03\n\nServerInfo\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.hidream.v1.ServerState\x12$\n\x05model\x18\x02 \x01(\x0b\x32\x15.hidream.v1.ModelInfo\x12\x0e\n\x06layout\x18\x03 \x01(\t\x12\'\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x16.hidream.v1.DeviceInfo\x12-\n\x08\x64\x65\x66\x61ults\x18\x05 \x01(\x0b\x32\x1b.hidream.v1.RequestDefaults\x12)\n\x06limits\x18\x06 \x01(\x0b\x32\x19.hidream.v1.RequestLimits\x12\x30\n\x11recommended_sizes\x18\x07 \x03(\x0b\x32\x15.hidream.v1.ImageSize\x12#\n\x04jobs\x18\x08 \x01(\x0b\x32\x15.hidream.v1.JobCounts\x12&\n\x08versions\x18\t \x01(\x0b\x32\x14.hidream.v1.Versions\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\ngeneration\x18\x0b \x01(\x05\x12\x19\n\x11num_rank_restarts\x18\x0c \x01(\x05\x12\x14\n\x0cidle_devices\x18\r \x03(\x05\"d\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07variant\x18\x02 \x01(\t\x12\x11\n\tscheduler\x18\x03 \x01(\t\x12\r\n\x05shift\x18\x04 \x01(\x02\x12\x16\n\x0enum_parameters\x18\x05 \x01(\x03\"t\n\nDeviceInfo\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x13\n\x0b\x64\x65vice_type\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x1a\n\x12total_memory_bytes\x18\x04 \x01(\x03\x12\x19\n\x11\x66ree_memory_bytes\x18\x05 \x01(\x03\"*\n\tImageSize\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\"\x8a\x01\n\x0fRequestDefaults\x12\r\n\x05width\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\x1b\n\x13num_inference_steps\x18\x03 \x01(\x05\x12\x16\n\x0eguidance_scale\x18\x04 \x01(\x02\x12\x12\n\nnum_images\x18\x05 \x01(\x05\x12\x0f\n\x07quality\x18\x06 \x01(\x05\"\xdb\x03\n\rRequestLimits\x12\x19\n\x11max_prompt_tokens\x18\x01 \x01(\x05\x12\x18\n\x10max_prompt_bytes\x18\x02 \x01(\x05\x12\x15\n\rsize_multiple\x18\x03 \x01(\x05\x12\x17\n\x0fmin_side_pixels\x18\x04 \x01(\x05\x12\x12\n\nmax_pixels\x18\x05 \x01(\x03\x12\x1f\n\x17max_num_inference_steps\x18\x06 \x01(\x05\x12\x1a\n\x12max_guidance_scale\x18\x07 \x01(\x02\x12\x16\n\x0emax_num_images\x18\x08 \x01(\x05\x12\x17\n\x0fmax_queued_jobs\x18\t \x01(\x05\x12\x18\n\x10max_running_jobs\x18\n \x01(\x05\x12\x13\n\x0bmax_streams\x18\x0b \x01(\x05\x12\x1c\n\x14max_request_id_bytes\x18\x0c \x01(\x05\x12\x12\n\nmax_labels\x18\r \x01(\x05\x12\x17\n\x0fmax_label_bytes\x18\x0e \x01(\x05\x12!\n\x19max_receive_message_bytes\x18\x0f \x01(\x05\x12\x13\n\x0b\x63hunk_bytes\x18\x10 \x01(\x05\x12\x1f\n\x17max_preview_side_pixels\x18\x11 \x01(\x05\x12\x10\n\x08max_seed\x18\x12 \x01(\x03\"q\n\tJobCounts\x12\x0e\n\x06queued\x18\x01 \x01(\x05\x12\x0f\n\x07running\x18\x02 \x01(\x05\x12\x11\n\tsucceeded\x18\x03 \x01(\x03\x12\x0e\n\x06\x66\x61iled\x18\x04 \x01(\x03\x12\x11\n\tcancelled\x18\x05 \x01(\x03\x12\r\n\x05total\x18\x06 \x01(\x03\"r\n\x08Versions\x12\x0e\n\x06server\x18\x01 \x01(\t\x12\x0e\n\x06python\x18\x02 \x01(\t\x12\x0e\n\x06grpcio\x18\x03 \x01(\t\x12\r\n\x05torch\x18\x04 \x01(\t\x12\x11\n\tdiffusers\x18\x05 \x01(\t\x12\x14\n\x0ctransformers\x18\x06 \x01(\t*\xb1\x01\n\x0bServerState\x12\x1c\n\x18SERVER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15SERVER_STATE_STARTING\x10\x01\x12\x18\n\x14SERVER_STATE_SERVING\x10\x02\x12\x1b\n\x17SERVER_STATE_RECOVERING\x10\x03\x12\x19\n\x15SERVER_STATE_DRAINING\x10\x04\x12\x17\n\x13SERVER_STATE_FAILED\x10\x05\x42\x46ZDgithub.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1;hidreamv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,22 +33,22 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hidream.v1.server_info_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'ZDgithub.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1;hidreamv1'
-  _globals['_SERVERSTATE']._serialized_start=1654
-  _globals['_SERVERSTATE']._serialized_end=1831
+  _globals['_SERVERSTATE']._serialized_start=1676
+  _globals['_SERVERSTATE']._serialized_end=1853
   _globals['_SERVERINFO']._serialized_start=78
-  _globals['_SERVERINFO']._serialized_end=537
-  _globals['_MODELINFO']._serialized_start=539
-  _globals['_MODELINFO']._serialized_end=639
-  _globals['_DEVICEINFO']._serialized_start=641
-  _globals['_DEVICEINFO']._serialized_end=757
-  _globals['_IMAGESIZE']._serialized_start=759
-  _globals['_IMAGESIZE']._serialized_end=801
-  _globals['_REQUESTDEFAULTS']._serialized_start=804
-  _globals['_REQUESTDEFAULTS']._serialized_end=942
-  _globals['_REQUESTLIMITS']._serialized_start=945
-  _globals['_REQUESTLIMITS']._serialized_end=1420
-  _globals['_JOBCOUNTS']._serialized_start=1422
-  _globals['_JOBCOUNTS']._serialized_end=1535
-  _globals['_VERSIONS']._serialized_start=1537
-  _globals['_VERSIONS']._serialized_end=1651
+  _globals['_SERVERINFO']._serialized_end=559
+  _globals['_MODELINFO']._serialized_start=561
+  _globals['_MODELINFO']._serialized_end=661
+  _globals['_DEVICEINFO']._serialized_start=663
+  _globals['_DEVICEINFO']._serialized_end=779
+  _globals['_IMAGESIZE']._serialized_start=781
+  _globals['_IMAGESIZE']._serialized_end=823
+  _globals['_REQUESTDEFAULTS']._serialized_start=826
+  _globals['_REQUESTDEFAULTS']._serialized_end=964
+  _globals['_REQUESTLIMITS']._serialized_start=967
+  _globals['_REQUESTLIMITS']._serialized_end=1442
+  _globals['_JOBCOUNTS']._serialized_start=1444
+  _globals['_JOBCOUNTS']._serialized_end=1557
+  _globals['_VERSIONS']._serialized_start=1559
+  _globals['_VERSIONS']._serialized_end=1673
 # @@protoc_insertion_point(module_scope)

@@ -74,10 +74,13 @@ class ServerInfo(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     NUM_RANK_RESTARTS_FIELD_NUMBER: _builtins.int
+    IDLE_DEVICES_FIELD_NUMBER: _builtins.int
     state: Global___ServerState.ValueType
     """Whether it takes requests."""
     layout: _builtins.str
-    """How the devices share the work, such as `dp=2,tp=1,ep=1`."""
+    """How the ranks share the work, as `--layout` takes it, such as `tp=4,ep=2`: sizes of tensor (tp), expert
+    (ep), guidance (cfg) and data (dp) parallel where they are above 1; `tp=1` for one rank.
+    """
     generation: _builtins.int
     """Number of the rank group, from 1; it grows when ranks are replaced. 0 until the first is up."""
     num_rank_restarts: _builtins.int
@@ -114,6 +117,10 @@ class ServerInfo(_message.Message):
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When the server started."""
 
+    @_builtins.property
+    def idle_devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Devices that the operator named and the layout does not use, by the operator's numbers."""
+
     def __init__(
         self,
         *,
@@ -129,10 +136,11 @@ class ServerInfo(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         generation: _builtins.int = ...,
         num_rank_restarts: _builtins.int = ...,
+        idle_devices: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "jobs", b"jobs", "limits", b"limits", "model", b"model", "start_time", b"start_time", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "devices", b"devices", "generation", b"generation", "jobs", b"jobs", "layout", b"layout", "limits", b"limits", "model", b"model", "num_rank_restarts", b"num_rank_restarts", "recommended_sizes", b"recommended_sizes", "start_time", b"start_time", "state", b"state", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "devices", b"devices", "generation", b"generation", "idle_devices", b"idle_devices", "jobs", b"jobs", "layout", b"layout", "limits", b"limits", "model", b"model", "num_rank_restarts", b"num_rank_restarts", "recommended_sizes", b"recommended_sizes", "start_time", b"start_time", "state", b"state", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
