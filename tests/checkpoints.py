@@ -115,23 +115,53 @@ def write_variant(source: Path, folder: Path, scheduler: str) -> Path:
     return folder
 
 
-def _transformer() -> HiDreamImageTransformer2DModel:
-    return HiDreamImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        caption_channels=[WIDTH, WIDTH],
-        text_emb_dim=40,
-        num_routed_experts=4,
-        num_activated_experts=2,
-        axes_dims_rope=(2, 2, 4),
-        max_resolution=(16, 16),
-        llama_layers=list(LLAMA_LAYERS_READ),
-    )
+def write_reshaped(source: Path, folder: Path, **transformer: object) -> Path:
+    """Write a checkpoint with another transformer, the other components of another one (linked).
+
+    Its weights are large, so that every part of the transformer has a say in the picture.
+
+    Args:
+        source: the other checkpoint.
+        folder: of the new one; made.
+        transformer: what differs from the tiny checkpoint's configuration.
+
+    Returns:
+        `folder`.
+    """
+    folder.mkdir(parents=True)
+    for part in source.iterdir():
+        if part.name != "transformer":
+            (folder / part.name).symlink_to(part.resolve())
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = _transformer(**transformer)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
+            else:
+                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.5)
+        model.save_pretrained(folder / "transformer")
+    return folder
+
+
+def _transformer(**changes: object) -> HiDreamImageTransformer2DModel:
+    config: dict[str, object] = {
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "caption_channels": [WIDTH, WIDTH],
+        "text_emb_dim": 40,
+        "num_routed_experts": 4,
+        "num_activated_experts": 2,
+        "axes_dims_rope": (2, 2, 4),
+        "max_resolution": (16, 16),
+        "llama_layers": list(LLAMA_LAYERS_READ),
+    }
+    return HiDreamImageTransformer2DModel(**(config | changes))
 
 
 def _vae() -> AutoencoderKL:

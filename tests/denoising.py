@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hidream_grpc.model.denoising import DenoisingState
+from hidream_grpc.model.denoising import DenoisingState, StepBatch
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.pipeline import HiDreamModel
 
@@ -23,8 +23,8 @@ def parameters(prompt: str = "a red circle", **changes: object) -> GenerationPar
 
 def take_step(model: HiDreamModel, states: Sequence[DenoisingState]) -> None:
     """One denoising step of all states in one forward."""
-    batch = model.collect(states)
-    model.advance(states, batch, model.predict(batch, range(batch.num_samples)))
+    batch = StepBatch.collect(states)
+    model.advance(states, batch, model.predict(batch))
 
 
 def denoise(model: HiDreamModel, request: GenerationParameters) -> DenoisingState:

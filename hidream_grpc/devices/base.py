@@ -31,7 +31,8 @@ class DeviceType:
         name: as in `--device-type`.
         backend: of torch.distributed.
         start_method: FORK where a fork of an unopened runtime works, EXEC where that is not known.
-        default_num_ranks: ranks where the operator names no devices.
+        default_layout: where the operator names neither devices nor a layout, as `--layout` takes it;
+            one that every model allows.
         visible_devices_variable: environment variable that hides devices from the runtime; None
             where devices are not counted and any number of ranks may be asked for.
         device_node_prefix: device N of this type is the file `/dev/<prefix>N`.
@@ -41,7 +42,7 @@ class DeviceType:
     name: str
     backend: str
     start_method: StartMethod
-    default_num_ranks: int
+    default_layout: str
     visible_devices_variable: str | None
     device_node_prefix: str
     rank_environment: Callable[[int], dict[str, str]]
@@ -85,7 +86,8 @@ CPU = DeviceType(
     name="cpu",
     backend="gloo",
     start_method=StartMethod.FORK,
-    default_num_ranks=2,
+    # Over gloo the all-reduces of tensor parallel cost more than its shares save: docs/decisions/0004.
+    default_layout="cfg=2",
     visible_devices_variable=None,
     device_node_prefix="",
     rank_environment=lambda _num_ranks: {},
@@ -95,7 +97,7 @@ CUDA = DeviceType(
     backend="nccl",
     # CUDA survives a fork as long as the parent has not initialised it.
     start_method=StartMethod.FORK,
-    default_num_ranks=1,
+    default_layout="tp=1",
     visible_devices_variable="CUDA_VISIBLE_DEVICES",
     device_node_prefix="nvidia",
     rank_environment=_cuda_environment,
@@ -105,7 +107,7 @@ NPU = DeviceType(
     backend="hccl",
     # CANN documents no fork, not even of a process that has not opened a device.
     start_method=StartMethod.EXEC,
-    default_num_ranks=1,
+    default_layout="tp=1",
     visible_devices_variable="ASCEND_RT_VISIBLE_DEVICES",
     device_node_prefix="davinci",
     rank_environment=_npu_environment,
@@ -150,6 +152,43 @@ class Device(Protocol):
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether the error says that this device had no room, so that less work may fit."""
+
+    def attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, first_key_count: int
+    ) -> torch.Tensor:
+        """Softmax attention without a mask.
+
+        Args:
+            query: (B, T, H, C).
+            key, value: (B, S, H, C).
+            first_key_count: how often key 0 counts; more than once only where it is all zeros.
+
+        Returns:
+            (B, T, H, C).
+        """
+
+    def rotate(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+        """Rotary position embedding of neighbouring channel pairs; computed in float32 at least.
+
+        Args:
+            x: (B, T, H, C); channels beyond the rotated ones stay as they are.
+            cosines, sines: (T, half the rotated channels).
+
+        Returns:
+            Shape and dtype of x.
+        """
+
+    def grouped_linear(self, rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Multiply groups of consecutive rows with a matrix each.
+
+        Args:
+            rows: (R, K).
+            weights: (G, N, K).
+            ends: (G,), int32, where each group ends; never read by the host on an accelerator.
+
+        Returns:
+            (R, N); rows after the last end are undefined.
+        """
 
 
 def open_device(device_type: str, local_index: int) -> Device:

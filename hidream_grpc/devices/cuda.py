@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
+from hidream_grpc.devices import kernels
 from hidream_grpc.devices.base import CUDA, Device, DeviceMemory
 
 # Libraries that allocate outside torch's allocator report it in words only.
@@ -43,6 +46,23 @@ class CudaDevice:
         return isinstance(error, torch.OutOfMemoryError) or (
             isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
         )
+
+    rotate = staticmethod(kernels.rotate_pairs)
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, first_key_count: int) -> Tensor:
+        """The flash kernel, which takes no bias: a key that counts more often is merged afterwards."""
+        if first_key_count == 1:
+            return kernels.attention(query, key, value, first_key_count)
+        attended, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            query.transpose(1, 2), key[:, 1:].transpose(1, 2), value[:, 1:].transpose(1, 2)
+        )
+        return kernels.add_zero_key(
+            attended.transpose(1, 2), logsumexp.transpose(1, 2), value[:, :1], first_key_count
+        )
+
+    def grouped_linear(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        """One kernel for all groups; from SM90 on it reads the ends on the device."""
+        return functional.grouped_mm(rows, weights.transpose(-2, -1), offs=ends)
 
 
 def open_device(local_index: int) -> Device:

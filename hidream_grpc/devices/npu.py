@@ -6,9 +6,13 @@ backend with torch.distributed.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch_npu
+from torch import Tensor
 
+from hidream_grpc.devices import kernels
 from hidream_grpc.devices.base import NPU, Device, DeviceMemory
 
 # What torch_npu's allocators say, and CANN's code for the same: some raise a plain RuntimeError with it.
@@ -44,6 +48,44 @@ class NpuDevice:
         return isinstance(error, torch.OutOfMemoryError) or (
             isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)
         )
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, first_key_count: int) -> Tensor:
+        """The fused kernel, which takes no bias: a key that counts more often is merged afterwards."""
+        first_key = 0 if first_key_count == 1 else 1
+        attended, softmax_max, softmax_sum, *_ = torch_npu.npu_fusion_attention(
+            query,
+            key[:, first_key:].contiguous(),
+            value[:, first_key:].contiguous(),
+            query.shape[2],
+            "BSND",
+            scale=query.shape[-1] ** -0.5,
+        )
+        if first_key_count == 1:
+            return cast(Tensor, attended)
+        # Both come as (B, H, T, 8), eight times the same.
+        logsumexp = (softmax_max + softmax_sum.log())[..., 0].transpose(1, 2)
+        return kernels.add_zero_key(attended, logsumexp, value[:, :1], first_key_count)
+
+    def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """The fused kernel, in float32."""
+        num_rotated = 2 * cosines.shape[-1]
+        cosines, sines = (of_pair.repeat_interleave(2, dim=-1)[None, :, None] for of_pair in (cosines, sines))
+        rotated = torch_npu.npu_rotary_mul(
+            x[..., :num_rotated].float(), cosines, sines, rotary_mode="interleave"
+        )
+        return torch.cat((rotated.to(x.dtype), x[..., num_rotated:]), dim=-1)
+
+    def grouped_linear(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        """One kernel for all groups; ends as a tensor stay on the device, as a list they would not."""
+        outputs: Tensor = torch_npu.npu_grouped_matmul(
+            [rows],
+            [weights.transpose(-2, -1)],
+            group_list=ends.to(torch.int64),
+            split_item=3,
+            group_type=0,
+            group_list_type=0,
+        )[0]
+        return outputs
 
 
 def open_device(local_index: int) -> Device:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
+from safetensors import safe_open
 
 from hidream_grpc.errors import ModelNotFoundError
 
@@ -17,6 +19,9 @@ LLAMA_TOKENIZER = "tokenizer_4"
 
 # The pipeline's default max_sequence_length: every prompt is padded to so many tokens.
 MAX_SEQUENCE_LENGTH = 128
+
+# What transformers and diffusers call the weights of a component that is one file.
+_WEIGHT_FILE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 
 _Positive = Annotated[int, msgspec.Meta(gt=0)]
 
@@ -35,17 +40,37 @@ class SchedulerConfig(msgspec.Struct, frozen=True):
 
 
 class TransformerConfig(msgspec.Struct, frozen=True):
-    """transformer/config.json, the part that others must fit."""
+    """transformer/config.json: the sizes of the transformer."""
 
     patch_size: _Positive
+    in_channels: _Positive
     num_layers: int
     num_single_layers: int
     num_attention_heads: _Positive
-    num_routed_experts: int
+    attention_head_dim: _Positive
+    num_routed_experts: _Positive
+    num_activated_experts: _Positive
     text_emb_dim: int
     caption_channels: tuple[int, int]
+    axes_dims_rope: tuple[int, ...]
     max_resolution: tuple[_Positive, _Positive]
     llama_layers: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
+    out_channels: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of both kinds."""
+        return self.num_layers + self.num_single_layers
+
+    @property
+    def max_tokens(self) -> int:
+        """Image tokens that latents which are not square are padded to."""
+        return self.max_resolution[0] * self.max_resolution[1] // self.patch_size**2
 
 
 class VaeConfig(msgspec.Struct, frozen=True):
@@ -153,13 +178,41 @@ def check_component(folder: Path, flag: str) -> None:
     Raises:
         ModelNotFoundError: there are none, or one that the index names is missing.
     """
-    for index_path in sorted(folder.glob("*.safetensors.index.json")):
-        for name in sorted(set(read_json(index_path, _WeightIndex, flag).weight_map.values())):
-            if not (folder / name).is_file():
-                raise ModelNotFoundError(flag, folder / name, "no such file")
-        return
-    if not any(folder.glob("*.safetensors")):
+    files = weight_files(folder, flag)
+    if not files:
         raise ModelNotFoundError(flag, folder, "no weights (*.safetensors)")
+    for path in files:
+        if not path.is_file():
+            raise ModelNotFoundError(flag, path, "no such file")
+
+
+def weight_files(folder: Path, flag: str = MODEL_PATH_FLAG) -> tuple[Path, ...]:
+    """Files that hold the weights of one component: those that its index names, or else what lies there."""
+    for index_path in sorted(folder.glob("*.safetensors.index.json")):
+        names = set(read_json(index_path, _WeightIndex, flag).weight_map.values())
+        return tuple(folder / name for name in sorted(names))
+    # A folder may hold the same weights in another precision too, as model.fp16.safetensors.
+    standard = tuple(path for name in _WEIGHT_FILE_NAMES if (path := folder / name).is_file())
+    return standard or tuple(sorted(folder.glob("*.safetensors")))
+
+
+def num_weights(folder: Path, left_out: str | None = None) -> int:
+    """How many numbers the weights of one component are, as its files' headers tell.
+
+    Args:
+        folder: of the component.
+        left_out: beginning of the names of tensors that are not counted.
+    """
+    total = 0
+    for path in weight_files(folder):
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                tensor = file.get_slice(name)
+                # Integers are constants, such as the position ids of older CLIPs.
+                is_weight = "F" in tensor.get_dtype()
+                if is_weight and not (left_out and name.startswith(left_out)):
+                    total += math.prod(tensor.get_shape())
+    return total
 
 
 def check_tokenizer(folder: Path, flag: str, with_vocabulary_files: bool = False) -> None:

@@ -6,14 +6,15 @@ those of the latents, an eighth of the image's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from hidream_grpc.model.conditioning import Conditioning
 from hidream_grpc.model.parameters import GenerationParameters
-from hidream_grpc.model.text_encoders import PromptEmbeds
 
 
 @dataclass(slots=True)
@@ -25,8 +26,9 @@ class DenoisingState:
         latents: (N, C, H, W), model dtype, on the model's device.
         scheduler: this request's own.
         generators: one per image, on the CPU, so that a seed means the same on every device.
-        prompt_embeds: of the prompt.
-        negative_prompt_embeds: of the negative prompt; None without guidance.
+        timestep_embeds: (steps, D), what each step adds to the pooled prompt.
+        conditioning: of the prompt.
+        negative_conditioning: of the negative prompt; None without guidance.
         step: denoising steps done.
     """
 
@@ -34,8 +36,9 @@ class DenoisingState:
     latents: Tensor
     scheduler: SchedulerMixin
     generators: tuple[torch.Generator, ...]
-    prompt_embeds: PromptEmbeds
-    negative_prompt_embeds: PromptEmbeds | None
+    timestep_embeds: Tensor
+    conditioning: Conditioning
+    negative_conditioning: Conditioning | None
     step: int = 0
 
     @property
@@ -52,31 +55,74 @@ class DenoisingState:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """All rows of one denoising step, those of one request next to each other.
+    """All rows of one denoising step.
 
-    With guidance a request has two rows per image: all unconditional ones, then all conditional ones.
+    With guidance a request has two rows per image. The unconditional rows of all requests come first, in
+    the order of the requests, so that ranks that divide the rows divide the halves of the guidance.
 
     Attributes:
         latents: (B, C, H, W), model dtype.
-        timesteps: (B,), float32, scheduler units (0 to 1000).
-        prompt_embeds: of each row.
+        time_and_prompt: (B, D), timestep embedding plus pooled prompt.
+        conditioning: of each row.
     """
 
     latents: Tensor
-    timesteps: Tensor
-    prompt_embeds: tuple[PromptEmbeds, ...]
+    time_and_prompt: Tensor
+    conditioning: tuple[Conditioning, ...]
+
+    @classmethod
+    def collect(cls, states: Sequence[DenoisingState]) -> StepBatch:
+        """Gather the rows of the next step of some requests.
+
+        Args:
+            states: at least one, all of one size, each at its own step.
+
+        Raises:
+            ValueError: they differ in size.
+        """
+        if len({state.latents.shape[1:] for state in states}) != 1:
+            raise ValueError("requests of one step must have one size")
+        halves = [(s, s.negative_conditioning) for s in states if s.negative_conditioning]
+        halves += [(state, state.conditioning) for state in states]
+        return cls(
+            latents=torch.cat([state.latents for state, _ in halves]),
+            time_and_prompt=torch.cat(
+                [
+                    (state.timestep_embeds[state.step] + conditioning.pooled).expand(len(state.latents), -1)
+                    for state, conditioning in halves
+                ]
+            ),
+            conditioning=tuple(
+                conditioning for state, conditioning in halves for _ in range(len(state.latents))
+            ),
+        )
+
+    def by_request(
+        self, states: Sequence[DenoisingState], rows: Tensor
+    ) -> Iterator[tuple[Tensor | None, Tensor]]:
+        """Sort a result of these rows by request.
+
+        Args:
+            states: those that the batch was collected from, in the same order.
+            rows: (B, ...).
+
+        Yields:
+            For each request its unconditional rows, None without guidance, and its conditional ones.
+
+        Raises:
+            ValueError: rows is not of this batch.
+        """
+        if rows.shape[0] != self.num_samples:
+            raise ValueError(f"{rows.shape[0]} rows for a batch of {self.num_samples}")
+        guided = [len(state.latents) for state in states if state.negative_conditioning]
+        unconditional, conditional = rows[: sum(guided)], rows[sum(guided) :]
+        of_guided = iter(torch.split(unconditional, guided))
+        for state, of_prompt in zip(
+            states, torch.split(conditional, [len(state.latents) for state in states]), strict=True
+        ):
+            yield next(of_guided) if state.negative_conditioning else None, of_prompt
 
     @property
     def num_samples(self) -> int:
         """B."""
-        return len(self.prompt_embeds)
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """(C, H, W)."""
-        return tuple(self.latents.shape[1:])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of latents and noise predictions."""
-        return self.latents.dtype
+        return len(self.conditioning)

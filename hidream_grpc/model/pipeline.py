@@ -1,7 +1,7 @@
-"""HiDream-I1 on one device: encode, denoise step by step, decode.
+"""HiDream-I1 on one rank or many: encode, denoise step by step, decode.
 
-A denoising step is `collect`, `predict`, `advance`. Between the first two and the last, ranks divide
-the rows among themselves; nothing here knows of ranks.
+A denoising step is `StepBatch.collect`, `predict`, `advance`. Every rank holds all states and all rows;
+only in `predict` do the ranks divide the work.
 
 Legend of shapes: N images of a request, B rows of a batch (samples), C latent channels; H and W are
 those of the latents, an eighth of the image's.
@@ -14,18 +14,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, HiDreamImageTransformer2DModel, SchedulerMixin
+from diffusers import AutoencoderKL, SchedulerMixin
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hidream_grpc.devices.base import Device
+from hidream_grpc.model.checkpoint_files import MODEL_PATH_FLAG, TransformerConfig, num_weights, read_json
 from hidream_grpc.model.denoising import DenoisingState, StepBatch
 from hidream_grpc.model.images import encode_image
 from hidream_grpc.model.loading import load_module, load_scheduler, quieten_libraries
+from hidream_grpc.model.parallel.groups import ParallelGroups
+from hidream_grpc.model.parallel.layout import Layout
+from hidream_grpc.model.parallel.rows import divide_rows, gather_rows
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 from hidream_grpc.model.preview import LatentPreview
+from hidream_grpc.model.prompt_encoding import EncodedPrompts, PromptEncoder
 from hidream_grpc.model.schedulers import new_scheduler, scheduler_step
 from hidream_grpc.model.text_encoders import TextEncoders
+from hidream_grpc.model.transformer import HiDreamTransformer, RankRows
+from hidream_grpc.model.vae import ImageDecoding
+from hidream_grpc.model.weights import load_share
 
 _PREVIEW_QUALITY = 80
 
@@ -41,61 +49,85 @@ class HiDreamModel:
 
     def __init__(
         self,
-        text_encoders: TextEncoders,
-        transformer: HiDreamImageTransformer2DModel,
+        prompt_encoder: PromptEncoder,
+        transformer: HiDreamTransformer,
         vae: AutoencoderKL,
         scheduler: SchedulerMixin,
         device: Device,
+        groups: ParallelGroups,
+        num_parameters: int,
     ) -> None:
         self.scheduler_name = type(scheduler).__name__
         self.shift = float(getattr(scheduler.config, "flow_shift", None) or scheduler.config.shift)
-        self.num_parameters = sum(
-            parameter.numel()
-            for module in (*text_encoders.modules(), transformer, vae)
-            for parameter in module.parameters()
-        )
-        self._text_encoders = text_encoders
+        self.num_parameters = num_parameters
+        self._prompt_encoder = prompt_encoder
         self._transformer = transformer
         self._vae = vae
         self._vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self._scheduler = scheduler
         self._device = device
-        self._llama_layers = _distinct_llama_layers(transformer)
+        self._groups = groups
         self._preview = LatentPreview.fit(vae)
 
     @classmethod
-    def from_pretrained(cls, model_path: Path, extra_model_path: Path | None, device: Device) -> HiDreamModel:
-        """Load a checkpoint that `describe_checkpoint` has accepted, from local files alone.
+    def from_pretrained(
+        cls,
+        model_path: Path,
+        extra_model_path: Path | None,
+        device: Device,
+        groups: ParallelGroups | None = None,
+    ) -> HiDreamModel:
+        """Load a rank's share of a checkpoint that `describe_checkpoint` has accepted, from local files.
 
         Args:
             model_path: a HiDream-I1 in diffusers format.
             extra_model_path: the Llama folder, where the checkpoint holds none.
             device: where it runs, and in which dtype.
+            groups: of the rank; None for one rank that has the whole model.
         """
         quieten_libraries()
-        transformer = load_module(HiDreamImageTransformer2DModel, model_path / "transformer", device)
+        groups = groups or ParallelGroups(Layout())
+        config = read_json(model_path / "transformer" / "config.json", TransformerConfig, MODEL_PATH_FLAG)
+        with torch.device("meta"):
+            transformer = HiDreamTransformer(config, groups, device)
+        load_share(transformer, model_path / "transformer", device)
+        vae = load_module(AutoencoderKL, model_path / "vae", device)
+        # Last: they go where the others leave room.
+        text_encoders = TextEncoders.from_pretrained(
+            model_path, extra_model_path, tuple(sorted(set(config.llama_layers))), device, groups.world
+        )
         return cls(
-            text_encoders=TextEncoders.from_pretrained(
-                model_path, extra_model_path, _distinct_llama_layers(transformer), device
-            ),
+            prompt_encoder=PromptEncoder(text_encoders, transformer, groups.world, device),
             transformer=transformer,
-            vae=load_module(AutoencoderKL, model_path / "vae", device),
+            vae=vae,
             scheduler=load_scheduler(model_path / "scheduler"),
             device=device,
+            groups=groups,
+            num_parameters=num_weights(model_path / "transformer")
+            + num_weights(model_path / "vae")
+            + text_encoders.num_parameters,
         )
 
+    def encode(self, prompts: Sequence[str]) -> EncodedPrompts:
+        """Encode prompts, each once while it is among the latest; see `PromptEncoder.encode`."""
+        return self._prompt_encoder.encode(prompts)
+
     @torch.inference_mode()
-    def begin(self, parameters: GenerationParameters) -> DenoisingState:
-        """Encode the prompts of a request and draw its first latents.
+    def begin(
+        self, parameters: GenerationParameters, encoded: EncodedPrompts | None = None
+    ) -> DenoisingState:
+        """Start a request: draw its first latents.
 
         Image i is drawn from seed + i, whatever else is in the request. (torch's generator on a CPU
         takes the lower 32 bits of a seed.)
 
         Args:
             parameters: of the request; its size is drawn exactly.
+            encoded: its prompts, among others; where None they are encoded here.
 
         Raises:
             ValueError: width or height is not a multiple of a token's side.
+            Exception: a prompt could not be encoded.
         """
         token_side = self._vae_scale_factor * self._transformer.config.patch_size
         if parameters.width % token_side or parameters.height % token_side:
@@ -112,74 +144,49 @@ class HiDreamModel:
             parameters.width // self._vae_scale_factor,
         )
         latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        encode = self._text_encoders.encode
+        conditionings = (encoded or self.encode(parameters.prompts)).require(parameters.prompts)
+        scheduler = new_scheduler(
+            self._scheduler, parameters.num_inference_steps, self._transformer.config.max_tokens
+        )
         return DenoisingState(
             parameters=parameters,
             latents=latents.to(self._device.torch_device, self._device.dtype),
-            scheduler=new_scheduler(
-                self._scheduler, parameters.num_inference_steps, self._transformer.max_seq
-            ),
+            scheduler=scheduler,
             generators=generators,
-            prompt_embeds=encode(parameters.prompt),
-            negative_prompt_embeds=encode(parameters.negative_prompt) if parameters.uses_guidance else None,
+            timestep_embeds=self._transformer.embed_timesteps(
+                scheduler.timesteps.float().to(self._device.torch_device)
+            ),
+            conditioning=conditionings[0],
+            negative_conditioning=conditionings[1] if parameters.uses_guidance else None,
         )
 
     @torch.inference_mode()
-    def collect(self, states: Sequence[DenoisingState]) -> StepBatch:
-        """Gather the rows of the next step of some requests.
-
-        Args:
-            states: at least one, all of one size, each at its own step.
-
-        Raises:
-            ValueError: they differ in size.
-        """
-        if len({state.latents.shape[1:] for state in states}) != 1:
-            raise ValueError("requests of one step must have one size")
-        latents, timesteps, prompt_embeds = [], [], []
-        for state in states:
-            for embeds in (state.negative_prompt_embeds, state.prompt_embeds):
-                if embeds is not None:
-                    latents.append(state.latents)
-                    timesteps.append(state.timestep.float().expand(len(state.latents)))
-                    prompt_embeds.extend([embeds] * len(state.latents))
-        return StepBatch(
-            latents=torch.cat(latents),
-            timesteps=torch.cat(timesteps).to(self._device.torch_device),
-            prompt_embeds=tuple(prompt_embeds),
-        )
-
-    @torch.inference_mode()
-    def predict(self, batch: StepBatch, rows: range) -> Tensor:
-        """Predict the noise in some rows of a batch: one forward of the transformer.
+    def predict(self, batch: StepBatch) -> Tensor:
+        """Predict the noise in all rows of a batch; each rank computes its share of them.
 
         Rows may stand at different steps; each gives what it would give alone.
 
-        Args:
-            batch: of one step.
-            rows: which of them, contiguous; may be empty.
-
         Returns:
-            (len(rows), C, H, W), model dtype.
+            (B, C, H, W), model dtype, the same on every rank.
+
+        Raises:
+            CollectiveError: a rank is gone.
 
         Source: diffusers 0.42.1 pipeline_hidream_image.py, the loop of `__call__` (its sign change of
             the output is done here).
         """
-        latents = batch.latents[rows.start : rows.stop]
-        if not rows:
-            return torch.empty_like(latents)
-        prompt_embeds = batch.prompt_embeds[rows.start : rows.stop]
-        llama = torch.stack([embeds.llama for embeds in prompt_embeds], dim=1)
-        velocity: Tensor = self._transformer(
-            hidden_states=latents,
-            timesteps=batch.timesteps[rows.start : rows.stop],
-            encoder_hidden_states_t5=torch.stack([embeds.t5 for embeds in prompt_embeds]),
-            # The transformer looks layers up by their number; those that it never reads are not kept.
-            encoder_hidden_states_llama3=dict(zip(self._llama_layers, llama, strict=True)),
-            pooled_embeds=torch.stack([embeds.pooled for embeds in prompt_embeds]),
-            return_dict=False,
-        )[0]
-        return -velocity
+        rows = divide_rows(batch.num_samples, self._groups)
+        latents = batch.latents[list(rows.own)]
+        if rows.own:
+            latents = self._transformer(
+                RankRows(
+                    latents=latents,
+                    time_and_prompt=batch.time_and_prompt[list(rows.model)],
+                    conditioning=tuple(batch.conditioning[row] for row in rows.own),
+                    real_samples=rows.real_samples,
+                )
+            )
+        return -gather_rows(latents[: rows.num_real], batch.num_samples, self._groups)
 
     @torch.inference_mode()
     def advance(self, states: Sequence[DenoisingState], batch: StepBatch, noise_prediction: Tensor) -> None:
@@ -193,19 +200,16 @@ class HiDreamModel:
         Raises:
             ValueError: the prediction is not one of this batch.
         """
-        if noise_prediction.shape != batch.latents.shape:
-            raise ValueError(f"{tuple(noise_prediction.shape)} for {tuple(batch.latents.shape)} latents")
-        num_samples = [state.parameters.num_samples for state in states]
-        for state, prediction in zip(states, torch.split(noise_prediction, num_samples), strict=True):
-            if state.parameters.uses_guidance:
-                unconditional, conditional = prediction.chunk(2)
-                prediction = unconditional + state.parameters.guidance_scale * (conditional - unconditional)
+        predictions = batch.by_request(states, noise_prediction)
+        for state, (unconditional, prediction) in zip(states, predictions, strict=True):
+            if unconditional is not None:
+                guidance_scale = state.parameters.guidance_scale
+                prediction = unconditional + guidance_scale * (prediction - unconditional)
             state.latents = scheduler_step(
                 state.scheduler, prediction, state.timestep, state.latents, state.generators
             )
             state.step += 1
 
-    @torch.inference_mode()
     def decode(self, state: DenoisingState, image_index: int) -> NDArray[np.uint8]:
         """Turn the latents of one image into pixels.
 
@@ -215,19 +219,28 @@ class HiDreamModel:
 
         Returns:
             (height, width, 3), RGB.
+
+        Raises:
+            IndexError: the request has no such image.
         """
-        latents = state.latents[image_index : image_index + 1]
-        latents = latents / self._vae.config.scaling_factor + (self._vae.config.shift_factor or 0.0)
-        image = self._vae.decode(latents, return_dict=False)[0][0]
-        image = (image * 0.5 + 0.5).clamp(0.0, 1.0).movedim(0, -1).float().cpu()
-        pixels: NDArray[np.uint8] = (image * 255.0).round().to(torch.uint8).numpy()
-        return pixels
+        decoding = self.start_decoding(state, image_index)
+        while not decoding.is_finished:
+            decoding.advance()
+        return decoding.pixels()
+
+    @torch.inference_mode()
+    def start_decoding(self, state: DenoisingState, image_index: int) -> ImageDecoding:
+        """Begin to turn the latents of one image into pixels; `decode` does it in one go.
+
+        Args:
+            state: of a request, fully denoised or not; later steps do not change this image.
+            image_index: 0 to num_images - 1.
+
+        Raises:
+            IndexError: the request has no such image.
+        """
+        return ImageDecoding(self._vae, state.latents[image_index].unsqueeze(0))
 
     def preview(self, state: DenoisingState) -> bytes:
         """A small JPEG of the current latents of image 0."""
         return encode_image(self._preview.draw(state.latents[0]), OutputFormat.JPEG, _PREVIEW_QUALITY)
-
-
-def _distinct_llama_layers(transformer: HiDreamImageTransformer2DModel) -> tuple[int, ...]:
-    """Layers of Llama that the transformer reads, each once; many blocks read the last one."""
-    return tuple(sorted(set(transformer.config.llama_layers)))

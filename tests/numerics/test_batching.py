@@ -1,4 +1,4 @@
-"""What a request gets does not depend on who else is in its batch, nor on how ranks divide the rows."""
+"""What a request gets does not depend on who else is in its batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hidream_grpc.model.denoising import DenoisingState
+from hidream_grpc.model.denoising import DenoisingState, StepBatch
 from hidream_grpc.model.pipeline import HiDreamModel
 from tests.denoising import denoise, parameters, take_step
 from tests.numerics.conftest import LoadModel
@@ -50,20 +50,6 @@ def test_a_request_in_a_mixed_batch_is_the_request_alone(
         assert_same(state, denoise(model, state.parameters))
 
 
-@pytest.mark.parametrize("split", range(7))
-def test_rows_predicted_in_two_parts_are_those_of_one_forward(split: int, model_of: LoadModel) -> None:
-    model = model_of("full")
-    late = model.begin(parameters("a star", num_images=2, seed=3))
-    take_step(model, [late])
-    batch = model.collect([late, model.begin(parameters("a blue ring"))])
-    assert batch.num_samples == 6
-    assert batch.timesteps.unique().numel() == 2
-    parts = torch.cat([model.predict(batch, range(split)), model.predict(batch, range(split, 6))])
-    assert parts.shape == (6, *batch.sample_shape)
-    assert parts.dtype == batch.dtype
-    torch.testing.assert_close(parts, model.predict(batch, range(6)), rtol=0, atol=BATCHING_TOLERANCE)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_image_i_of_a_request_is_what_seed_plus_i_draws_alone(variant: str, model_of: LoadModel) -> None:
     model = model_of(variant)
@@ -100,7 +86,7 @@ def test_what_a_request_says_changes_the_picture(
 def test_requests_of_two_sizes_are_refused_in_one_batch(model_of: LoadModel) -> None:
     model = model_of("full")
     with pytest.raises(ValueError, match="one size"):
-        model.collect([model.begin(parameters()), model.begin(parameters(width=96))])
+        StepBatch.collect([model.begin(parameters()), model.begin(parameters(width=96))])
 
 
 def test_a_size_between_two_tokens_is_refused_not_rounded(model_of: LoadModel) -> None:

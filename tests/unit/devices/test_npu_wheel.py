@@ -7,6 +7,7 @@ It is always the one for CPython 3.11 on x86-64: its Python sources are the same
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tempfile
@@ -68,7 +69,26 @@ class PackageSource:
     def find(self, dotted_name: str) -> ast.AST | None:
         """The module, or the statement that defines a name such as `torch_npu.npu.synchronize`."""
         module_name, _, name = dotted_name.rpartition(".")
-        return self._parsed(dotted_name) or self._find_in_module(module_name, name)
+        return (
+            self._parsed(dotted_name)
+            or self._find_in_module(module_name, name)
+            or self._find_operator(dotted_name)
+        )
+
+    def _find_operator(self, dotted_name: str) -> ast.AST | None:
+        """An operator of the compiled library, by the signature that its documentation begins with."""
+        documentation = self._sources["torch_npu/_op_plugin_docs.py"].decode()
+        name = dotted_name.removeprefix("torch_npu.")
+        signature = re.search(rf"^(?:torch_npu\.)?{re.escape(name)}\((.*)\) -> ", documentation, re.MULTILINE)
+        if signature is None:
+            return None
+        parameters = []
+        for parameter in signature[1].split(", "):
+            declared, _, default = parameter.partition("=")
+            is_optional = bool(default) or "?" in declared
+            parameters.append(declared.split()[-1] + ("=None" if is_optional else ""))
+        (definition,) = ast.parse(f"def {name}({', '.join(parameters)}): ...").body
+        return definition
 
     def _find_in_module(self, module_name: str, name: str) -> ast.AST | None:
         module = self._parsed(module_name)
@@ -165,6 +185,7 @@ def test_every_torch_npu_function_takes_the_arguments_that_we_give_it(
 def test_a_name_that_the_wheel_does_not_have_is_noticed(torch_npu_source: PackageSource) -> None:
     assert torch_npu_source.find("torch_npu.npu.memory_of_device") is None
     assert torch_npu_source.find("torch_npu.cuda.synchronize") is None
+    assert torch_npu_source.find("torch_npu.npu_fused_attention") is None
     synchronize = torch_npu_source.find("torch_npu.npu.synchronize")
     assert isinstance(synchronize, ast.FunctionDef)
     for call, expected in (("f()", True), ("f(d)", True), ("f(d, e)", False), ("f(stream=s)", False)):

@@ -1,0 +1,124 @@
+"""Routed experts: each rank of the expert axis holds some, each rank of the tensor axis a share of those.
+
+Legend: B samples of this rank, T tokens of a sample, D width, E experts, K of them active for a token,
+R rows of tokens that are routed together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hidream_grpc.model.parallel.groups import Axis
+from hidream_grpc.model.parallel.linear import HIDDEN_UNITS_MULTIPLE
+from hidream_grpc.model.parallel.shards import TensorSlice
+
+GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class RoutedExperts(nn.Module):
+    """SwiGLU experts behind a softmax gate of which each token takes the K best.
+
+    Args:
+        name: in the checkpoint, of the module that has the gate and the experts.
+        tensor_axis: whose ranks divide the hidden units of every expert.
+        expert_axis: whose ranks divide the experts, and have different samples.
+        width: D.
+        num_hidden: units of one expert.
+        num_experts: E.
+        num_active: K.
+        grouped_linear: the device's product of groups of rows with a matrix each.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensor_axis: Axis,
+        expert_axis: Axis,
+        *,
+        width: int,
+        num_hidden: int,
+        num_experts: int,
+        num_active: int,
+        grouped_linear: GroupedLinear,
+    ) -> None:
+        super().__init__()
+        self._name = name
+        self._expert_axis = expert_axis
+        self._num_experts = num_experts
+        self._num_active = num_active
+        self._experts = expert_axis.share(num_experts)
+        self._hidden = tensor_axis.share(num_hidden, HIDDEN_UNITS_MULTIPLE)
+        self._grouped_linear = grouped_linear
+        self.gate = nn.Parameter(torch.empty(num_experts, width), requires_grad=False)
+        shape = (len(self._experts), 2 * len(self._hidden), width)
+        self.gate_and_up = nn.Parameter(torch.empty(shape), requires_grad=False)
+        self.down = nn.Parameter(torch.empty(shape[0], width, len(self._hidden)), requires_grad=False)
+
+    def forward(self, tokens: Tensor, real_samples: tuple[int, ...] | None) -> Tensor:
+        """What the active experts make of each token, weighted and summed.
+
+        Args:
+            tokens: of this rank's samples; B and T are the same on every rank of the expert axis.
+            real_samples: which samples count, of those of all ranks of the expert axis one after
+                another; None for all. The others only fill up B.
+
+        Returns:
+            (B, T, D), this rank's part of the sum over the tensor axis.
+
+        Source: DeepSeek-V3's gate as in diffusers 0.42.1 transformer_hidream_image.py, MoEGate and
+            moe_infer, without its copy of the counts to the host.
+        """
+        if self._expert_axis.size == 1:
+            return self._route(tokens.flatten(0, 1)).view_as(tokens)
+        num_tokens = tokens.shape[1]
+        everywhere = self._expert_axis.all_gather(tokens).flatten(0, 1)
+        real = everywhere if real_samples is None else everywhere[list(real_samples)]
+        routed = self._route(real.flatten(0, 1)).view(-1, num_tokens, tokens.shape[-1])
+        if real_samples is not None:
+            everywhere = torch.zeros_like(everywhere)
+            everywhere[list(real_samples)] = routed
+            routed = everywhere
+        return self._expert_axis.reduce_scatter(routed.view(self._expert_axis.size, *tokens.shape))
+
+    def _route(self, rows: Tensor) -> Tensor:
+        """(R, D) to (R, D), what this rank's experts add. Counts of tokens stay on the device."""
+        weights, experts = (
+            functional.linear(rows, self.gate).softmax(dim=-1).topk(self._num_active, dim=-1, sorted=False)
+        )
+        # This rank's experts first, so that their tokens are the first rows.
+        own_first = (experts.flatten() - self._experts.start) % self._num_experts
+        order = own_first.argsort(stable=True)
+        ends = torch.zeros(self._num_experts, dtype=torch.int64, device=rows.device)
+        ends = ends.scatter_add(0, own_first, torch.ones_like(own_first)).cumsum(0)
+        ends = ends[: len(self._experts)].to(torch.int32)
+        gate, up = self._grouped_linear(rows[order // self._num_active], self.gate_and_up, ends).chunk(
+            2, dim=-1
+        )
+        output = self._grouped_linear(functional.silu(gate) * up, self.down, ends)
+        output = output * weights.flatten()[order][:, None]
+        if len(self._experts) < self._num_experts:
+            # Rows of other ranks' experts hold whatever the memory held.
+            is_own = torch.arange(len(order), device=ends.device) < ends[-1]
+            output = torch.where(is_own[:, None], output, 0.0)
+        # Each token's rows next to each other again: a sum in a fixed order, unlike an atomic add.
+        unsorted = torch.empty_like(output).index_copy_(0, order, output)
+        return unsorted.view(-1, self._num_active, rows.shape[-1]).sum(1)
+
+    def slices(self) -> dict[str, tuple[TensorSlice, ...]]:
+        """See `Sharded`."""
+        return {
+            "gate": (TensorSlice(f"{self._name}.gate.weight"),),
+            "gate_and_up": tuple(
+                TensorSlice(f"{self._name}.experts.{expert}.{name}.weight", rows=self._hidden)
+                for expert in self._experts
+                for name in ("w1", "w3")
+            ),
+            "down": tuple(
+                TensorSlice(f"{self._name}.experts.{expert}.w2.weight", columns=self._hidden)
+                for expert in self._experts
+            ),
+        }

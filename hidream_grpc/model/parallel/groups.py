@@ -1,0 +1,250 @@
+"""The axes of a layout as torch.distributed groups, and the collectives that the layers need.
+
+An axis lives as long as its rank; its group lives one generation. Only the axis refers to the group,
+and drops it before the group is destroyed: a reference that is kept anywhere, in a traceback too, keeps
+the old group's sockets open, and ranks that are not neighbours of a dead one then wait for it for ever
+(gloo, torch 2.13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+from hidream_grpc.model.parallel.layout import Layout, share
+
+
+class CollectiveError(Exception):
+    """A collective failed: another rank died, left, or was too late. The group is of no more use."""
+
+
+@contextmanager
+def collective(doing: str) -> Iterator[None]:
+    """Turn what torch raises inside into a CollectiveError that says what was being done."""
+    try:
+        yield
+    except RuntimeError as error:
+        first_sentence = str(error).splitlines()[0].partition(". ")[0]
+        raise CollectiveError(f"{doing}: {first_sentence}") from error
+
+
+class Axis:
+    """Ranks among which something is divided, seen from one of them.
+
+    Collectives of an axis of size 1 do nothing. All raise CollectiveError when a rank is gone.
+
+    Attributes:
+        name: in error messages.
+        ranks: world ranks, in the order of their index.
+        rank: of this one in the world.
+        index: of this one on the axis.
+    """
+
+    def __init__(self, name: str, ranks: Sequence[int] = (0,), rank: int = 0) -> None:
+        self.name = name
+        self.ranks = tuple(ranks)
+        self.rank = rank
+        self.index = self.ranks.index(rank)
+        self._group: dist.ProcessGroup | None = None
+        self._is_rehearsing = False
+
+    @property
+    def size(self) -> int:
+        """Ranks of this axis."""
+        return len(self.ranks)
+
+    def share(self, count: int, multiple: int = 1) -> range:
+        """This rank's share of `count` things; see `layout.share`."""
+        return share(count, self.index, self.size, multiple)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over the axis, in place.
+
+        Returns:
+            `tensor`, the same on every rank.
+        """
+        if self.size > 1:
+            self._exchange("summing", dist.all_reduce, tensor)
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Put together one tensor of each rank, all of one shape.
+
+        Returns:
+            (size, *tensor.shape), in the order of the axis.
+        """
+        if self.size == 1:
+            return tensor[None]
+        gathered = tensor.new_empty((self.size, *tensor.shape))
+        self._exchange("gathering", dist.all_gather_single, gathered, tensor)
+        return gathered
+
+    def all_gather_shares(self, tensor: Tensor, count: int, dim: int) -> Tensor:
+        """Put together the ranks' shares of one dimension, which need not be equal.
+
+        Args:
+            tensor: len(share(count)) in that dimension.
+            count: of all shares together.
+            dim: which dimension.
+
+        Returns:
+            `tensor`'s shape but for `dim`, which is `count`.
+        """
+        if self.size == 1:
+            return tensor
+        lengths = [len(share(count, index, self.size)) for index in range(self.size)]
+        # A collective wants equal sizes; the first share is the largest.
+        padded_shape = list(tensor.shape)
+        padded_shape[dim] = lengths[0]
+        padded = tensor.new_zeros(padded_shape)
+        padded.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+        gathered = self.all_gather(padded)
+        return torch.cat(
+            [part.narrow(dim, 0, length) for part, length in zip(gathered, lengths, strict=True)], dim=dim
+        )
+
+    def reduce_scatter(self, tensor: Tensor) -> Tensor:
+        """Sum over the axis; each rank gets its row.
+
+        Args:
+            tensor: (size, ...).
+
+        Returns:
+            (...), the sum of row `index` of every rank's tensor.
+        """
+        if self.size == 1:
+            return tensor[0]
+        scattered = tensor.new_empty(tensor.shape[1:])
+        self._exchange("scattering", dist.reduce_scatter_single, scattered, tensor)
+        return scattered
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """Overwrite `tensor` with that of the rank whose index is `source`; same shape on all ranks.
+
+        Returns:
+            `tensor`, the same on every rank.
+        """
+        if self.size > 1:
+            self._exchange("broadcasting", dist.broadcast, tensor, src=self.ranks[source])
+        return tensor
+
+    def all_true(self, values: Sequence[bool], device: torch.device) -> list[bool]:
+        """For each value, whether it is true on all ranks; the answer is the same on every rank."""
+        if self.size == 1 or not values:
+            return list(values)
+        flags = torch.tensor(values, dtype=torch.int32, device=device)
+        self._exchange("agreeing", dist.all_reduce, flags, op=dist.ReduceOp.MIN)
+        return [bool(flag) for flag in flags.tolist()]
+
+    def connect(self, group: dist.ProcessGroup | None) -> None:
+        """Use the group of a new generation; None is torch's default group."""
+        self._group = group
+
+    def disconnect(self) -> None:
+        """Let go of the group, which is about to be destroyed."""
+        self._group = None
+
+    def rehearse(self, is_rehearsing: bool) -> None:
+        """See `ParallelGroups.rehearsal`."""
+        self._is_rehearsing = is_rehearsing
+
+    # A compiled graph lives as long as its rank, a group one generation: no graph may hold one.
+    @torch.compiler.disable
+    def _exchange(
+        self, doing: str, exchange: Callable[..., object], result: Tensor, *inputs: Tensor, **options: object
+    ) -> None:
+        """Have one of torch's collectives fill `result`."""
+        if self._is_rehearsing:
+            result.zero_()
+            return
+        with collective(f"{doing} over the {self.name} axis"):
+            exchange(
+                result.view(-1),
+                *(tensor.contiguous().view(-1) for tensor in inputs),
+                group=self._group,
+                **options,
+            )
+
+
+class ParallelGroups:
+    """The axes of one rank of a layout.
+
+    Attributes:
+        layout: of the group.
+        tensor: ranks with the same samples and experts; they divide each layer.
+        expert: ranks with the same share of each layer; they divide the routed experts.
+        model: the product of these two: ranks that hold one whole model together.
+        samples: ranks with the same share of each layer; they divide the rows of a step.
+        world: all ranks.
+    """
+
+    def __init__(self, layout: Layout, rank: int = 0) -> None:
+        self.layout = layout
+        self._members = {name: tuple(groups) for name, groups in _axis_ranks(layout).items()}
+        self.tensor, self.expert, self.model, self.samples, self.world = (
+            Axis(name, next(ranks for ranks in groups if rank in ranks), rank)
+            for name, groups in self._members.items()
+        )
+
+    def connect(self, init_timeout: timedelta, collective_timeout: timedelta) -> None:
+        """Make the groups of a generation, inside torch's default group; every rank must call it.
+
+        Args:
+            init_timeout: of each group's making.
+            collective_timeout: of each collective thereafter.
+
+        Raises:
+            CollectiveError: a rank is gone.
+        """
+        axes = {axis.name: axis for axis in self._axes()}
+        made: dict[tuple[int, ...], dist.ProcessGroup | None] = {self.world.ranks: None}
+        for name, groups in self._members.items():
+            # Every rank makes every group, in one order, also those it is not a member of.
+            for ranks in groups:
+                if len(ranks) > 1 and ranks not in made:
+                    with collective(f"making the groups of the {name} axis"):
+                        made[ranks] = dist.new_group(list(ranks), timeout=init_timeout)
+            axis = axes[name]
+            axis.connect(made.get(axis.ranks))
+        for ranks, group in made.items():
+            if group is not None and self.world.rank in ranks:
+                distributed_c10d._set_pg_timeout(collective_timeout, group)
+
+    def disconnect(self) -> None:
+        """Let go of all groups, which are about to be destroyed."""
+        for axis in self._axes():
+            axis.disconnect()
+
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Let all collectives inside give zeros of the right shape, without a group and other ranks."""
+        for axis in self._axes():
+            axis.rehearse(True)
+        try:
+            yield
+        finally:
+            for axis in self._axes():
+                axis.rehearse(False)
+
+    def _axes(self) -> tuple[Axis, ...]:
+        return self.tensor, self.expert, self.model, self.samples, self.world
+
+
+def _axis_ranks(layout: Layout) -> dict[str, list[tuple[int, ...]]]:
+    """The ranks of every group of every axis."""
+    world_size, tensor_size = layout.world_size, layout.tensor_parallel
+    model_size = layout.expert_parallel * tensor_size
+    models = [tuple(range(first, first + model_size)) for first in range(0, world_size, model_size)]
+    return {
+        "tensor": [tuple(range(first, first + tensor_size)) for first in range(0, world_size, tensor_size)],
+        "expert": [ranks[index::tensor_size] for ranks in models for index in range(tensor_size)],
+        "model": models,
+        "samples": [tuple(range(index, world_size, tensor_size)) for index in range(tensor_size)],
+        "world": [tuple(range(world_size))],
+    }

@@ -1,0 +1,151 @@
+"""Linear layers of which a rank holds a share, and the feed-forward made of them. Knows no model.
+
+None of these sums over the axis: what a row-parallel layer gives is a partial result, so that a caller
+can sum several of them in one all-reduce.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hidream_grpc.model.parallel.groups import Axis
+from hidream_grpc.model.parallel.shards import TensorSlice
+
+# Matrix kernels of accelerators want rows of a multiple of 16 bytes.
+HIDDEN_UNITS_MULTIPLE = 16
+
+
+class ColumnParallelLinear(nn.Module):
+    """Several layers with one input as one matrix; this rank computes some outputs of each.
+
+    Args:
+        names: of the layers in the checkpoint.
+        in_features: of each.
+        outputs: of each layer, those that this rank computes.
+        bias: whether they have one.
+    """
+
+    def __init__(self, names: Sequence[str], in_features: int, outputs: range, *, bias: bool) -> None:
+        super().__init__()
+        self._names = tuple(names)
+        self._outputs = outputs
+        self.weight = _parameter(len(names) * len(outputs), in_features)
+        self.bias = _parameter(len(names) * len(outputs)) if bias else None
+
+    def forward(self, inputs: Tensor, first_layer: int = 0) -> tuple[Tensor, ...]:
+        """Outputs of the layers from `first_layer` on: (..., in_features) to (..., len(outputs)) each."""
+        first_row = first_layer * len(self._outputs)
+        bias = None if self.bias is None else self.bias[first_row:]
+        outputs = functional.linear(inputs, self.weight[first_row:], bias)
+        return torch.split(outputs, len(self._outputs), dim=-1)
+
+    def slices(self) -> dict[str, tuple[TensorSlice, ...]]:
+        """See `Sharded`."""
+        kinds = ("weight",) if self.bias is None else ("weight", "bias")
+        return {
+            kind: tuple(TensorSlice(f"{name}.{kind}", rows=self._outputs) for name in self._names)
+            for kind in kinds
+        }
+
+
+class RowParallelLinear(nn.Module):
+    """A layer that sees this rank's inputs only: its sum over the axis is the whole layer's output.
+
+    Args:
+        name: of the layer in the checkpoint.
+        axis: whose ranks divide the inputs. The first one adds the bias.
+        inputs: those that this rank has.
+        out_features: all of them.
+        bias: whether the layer has one.
+    """
+
+    def __init__(self, name: str, axis: Axis, inputs: range, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self._name = name
+        self._inputs = inputs
+        self.weight = _parameter(out_features, len(inputs))
+        self.bias = _parameter(out_features) if bias and axis.index == 0 else None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., len(inputs)) to (..., out_features), this rank's part of the sum."""
+        return functional.linear(inputs, self.weight, self.bias)
+
+    def slices(self) -> dict[str, tuple[TensorSlice, ...]]:
+        """See `Sharded`."""
+        slices = {"weight": (TensorSlice(f"{self._name}.weight", columns=self._inputs),)}
+        if self.bias is not None:
+            slices["bias"] = (TensorSlice(f"{self._name}.bias"),)
+        return dict(slices)
+
+
+class GatheredLinear(nn.Module):
+    """Many layers with one input as one matrix; each rank computes a share of all outputs, then all meet.
+
+    Args:
+        axis: whose ranks divide the outputs.
+        names: of the layers in the checkpoint.
+        in_features: of each.
+        out_features: of each.
+    """
+
+    def __init__(
+        self, axis: Axis, names: Sequence[str], in_features: int, out_features: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self._axis = axis
+        self._layers = tuple(zip(names, out_features, strict=True))
+        self._total = sum(out_features)
+        self._outputs = axis.share(self._total)
+        self.weight = _parameter(len(self._outputs), in_features)
+        self.bias = _parameter(len(self._outputs))
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """(B, in_features), the same on every rank, to (B, out_features) of each layer."""
+        outputs = functional.linear(inputs, self.weight, self.bias)
+        gathered = self._axis.all_gather_shares(outputs, self._total, dim=-1)
+        return torch.split(gathered, [out_features for _, out_features in self._layers], dim=-1)
+
+    def slices(self) -> dict[str, tuple[TensorSlice, ...]]:
+        """See `Sharded`."""
+        rows_of, first = [], 0
+        for name, out_features in self._layers:
+            start = max(self._outputs.start - first, 0)
+            stop = min(self._outputs.stop - first, out_features)
+            if start < stop:
+                rows_of.append((name, range(start, stop)))
+            first += out_features
+        return {
+            kind: tuple(TensorSlice(f"{name}.{kind}", rows=rows) for name, rows in rows_of)
+            for kind in ("weight", "bias")
+        }
+
+
+class SwiGLU(nn.Module):
+    """A gated feed-forward with SiLU; ranks divide its hidden units.
+
+    Args:
+        name: in the checkpoint.
+        axis: whose ranks divide the hidden units.
+        width: of inputs and outputs.
+        num_hidden: units in all.
+    """
+
+    def __init__(self, name: str, axis: Axis, width: int, num_hidden: int) -> None:
+        super().__init__()
+        hidden = axis.share(num_hidden, HIDDEN_UNITS_MULTIPLE)
+        self.gate_and_up = ColumnParallelLinear((f"{name}.w1", f"{name}.w3"), width, hidden, bias=False)
+        self.down = RowParallelLinear(f"{name}.w2", axis, hidden, width, bias=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., width) to (..., width), this rank's part of the sum."""
+        gate, up = self.gate_and_up(inputs)
+        partial: Tensor = self.down(functional.silu(gate) * up)
+        return partial
+
+
+def _parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape), requires_grad=False)

@@ -1,0 +1,123 @@
+"""A module's share of a checkpoint from its files: only the bytes that it holds are read."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from hidream_grpc.devices.base import Device
+from hidream_grpc.model.parallel.shards import TensorSlice, parameter_slices
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+class _Index(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
+
+
+class SafetensorsFolder:
+    """The weights of one component, in one file or several. Use it in a `with` block.
+
+    Attributes:
+        bytes_read: of all slices so far.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.bytes_read = 0
+        self._folder = folder
+        self._stack = ExitStack()
+        self._file_of_tensor: dict[str, Any] = {}
+
+    def __enter__(self) -> SafetensorsFolder:
+        index = self._folder / f"{_WEIGHTS}.index.json"
+        names = [_WEIGHTS]
+        if index.is_file():
+            names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
+        for name in names:
+            file = self._stack.enter_context(safe_open(self._folder / name, framework="pt"))
+            self._file_of_tensor |= dict.fromkeys(file.keys(), file)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()
+
+    def names(self) -> set[str]:
+        """Of all tensors."""
+        return set(self._file_of_tensor)
+
+    def num_elements(self, name: str) -> int:
+        """Of one tensor; only the file's header is read."""
+        return math.prod(self._file_of_tensor[name].get_slice(name).get_shape())
+
+    def read(self, part: TensorSlice) -> Tensor:
+        """One slice, in the file's dtype, on the CPU.
+
+        Raises:
+            ValueError: there is no such tensor.
+        """
+        if part.name not in self._file_of_tensor:
+            raise ValueError(f"{self._folder} holds no tensor {part.name}")
+        tensor = self._file_of_tensor[part.name].get_slice(part.name)
+        rows = slice(None) if part.rows is None else slice(part.rows.start, part.rows.stop)
+        if part.columns is None:
+            read: Tensor = tensor[rows]
+        else:
+            read = tensor[rows, part.columns.start : part.columns.stop]
+        self.bytes_read += read.nbytes
+        return read
+
+
+def load_share(module: nn.Module, folder: Path, device: Device) -> int:
+    """Fill a module that was made on the meta device with its share of a checkpoint.
+
+    At most one slice is in memory beside what the module holds.
+
+    Args:
+        module: whose parameters are `Sharded`, or are called what the checkpoint calls them.
+        folder: of the component.
+        device: where the parameters go, and in which dtype.
+
+    Returns:
+        Bytes read from the files.
+
+    Raises:
+        ValueError: the files hold other tensors, or ones of other shapes, than the module is made of.
+    """
+    slices = parameter_slices(module)
+    with SafetensorsFolder(folder) as weights:
+        missing = {part.name for parts in slices.values() for part in parts} - weights.names()
+        if missing:
+            raise ValueError(f"{folder} holds no tensor {min(missing)} ({len(missing)} are missing)")
+        for path, parts in slices.items():
+            owner_path, _, name = path.rpartition(".")
+            owner = module.get_submodule(owner_path)
+            shape = owner.get_parameter(name).shape
+            owner.register_parameter(name, _read_parameter(weights, parts, shape, path, device))
+        return weights.bytes_read
+
+
+def _read_parameter(
+    weights: SafetensorsFolder, parts: tuple[TensorSlice, ...], shape: torch.Size, path: str, device: Device
+) -> nn.Parameter:
+    parameter = torch.empty(shape, dtype=device.dtype, device=device.torch_device)
+    # Slices lie one under another: (G, N, K) is read as (G × N, K).
+    flat = parameter.flatten(0, -2) if parameter.dim() > 2 else parameter
+    start = 0
+    for part in parts:
+        read = weights.read(part)
+        stop = start + read.shape[0]
+        if flat[start:stop].shape != read.shape:
+            sizes = f"{tuple(read.shape)} of {part.name} for {tuple(shape)}"
+            raise ValueError(f"tensors do not fit into {path}: {sizes}")
+        flat[start:stop] = read
+        start = stop
+    if start != flat.shape[0]:
+        raise ValueError(f"the tensors of {path} give {start} rows, {flat.shape[0]} are needed")
+    return nn.Parameter(parameter, requires_grad=False)

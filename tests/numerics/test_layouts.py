@@ -1,0 +1,155 @@
+"""Every layout draws the picture of one device, on real gloo ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hidream_grpc.model.parallel.layout import Layout
+from hidream_grpc.model.parallel.planner import parse_layout
+from tests.checkpoints import write_reshaped
+from tests.numerics.rank_worlds import Case, Drawing, Drawn, RankWorlds
+
+# Without rounding that could flip a token's experts, final latents agree to this, relative.
+FLOAT64_TOLERANCE = 1e-8
+# One forward; over many steps a flipped expert may show.
+FLOAT32_TOLERANCE = 1e-4
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "4 heads, 4 experts": {"num_layers": 1, "num_single_layers": 2, "llama_layers": [0, 2, 2]},
+    "6 heads, 6 experts": {
+        "num_layers": 2,
+        "llama_layers": [2, 0, 2],
+        "num_attention_heads": 6,
+        "num_routed_experts": 6,
+        "num_activated_experts": 3,
+    },
+    "8 heads, 8 experts": {
+        "num_attention_heads": 8,
+        "attention_head_dim": 16,
+        "axes_dims_rope": (4, 6, 6),
+        "num_routed_experts": 8,
+        "num_activated_experts": 3,
+    },
+    "5 heads, 4 experts": {"num_attention_heads": 5},
+}
+
+LAYOUTS: list[tuple[str, str]] = [
+    ("4 heads, 4 experts", "tp=2"),
+    ("4 heads, 4 experts", "ep=2"),
+    ("4 heads, 4 experts", "cfg=2"),
+    ("4 heads, 4 experts", "dp=2"),
+    ("4 heads, 4 experts", "tp=4"),
+    ("4 heads, 4 experts", "tp=2,ep=2"),
+    ("4 heads, 4 experts", "cfg=2,dp=2"),
+    ("4 heads, 4 experts", "tp=4,ep=2"),
+    ("4 heads, 4 experts", "cfg=2,ep=2,tp=2"),
+    ("6 heads, 6 experts", "tp=3"),
+    ("6 heads, 6 experts", "ep=3"),
+    ("6 heads, 6 experts", "dp=3"),
+    ("6 heads, 6 experts", "tp=2,ep=2"),
+    ("8 heads, 8 experts", "tp=8"),
+    ("8 heads, 8 experts", "ep=8"),
+    ("8 heads, 8 experts", "cfg=2,dp=2,ep=2"),
+    ("5 heads, 4 experts", "tp=5"),
+]
+
+_SQUARE = {"prompt": "a red circle", "width": 64, "height": 64, "num_inference_steps": 3, "seed": 7}
+_WIDE = _SQUARE | {"width": 96, "prompt": "two blue squares", "seed": 8}
+CASES = (
+    Case("guided square", (_SQUARE | {"guidance_scale": 4.0},)),
+    Case("unguided square", (_SQUARE | {"guidance_scale": 0.0},)),
+    Case("guided wide", (_WIDE | {"guidance_scale": 4.0},)),
+    Case("unguided wide", (_WIDE | {"guidance_scale": 0.0},)),
+    Case(
+        "mixed batch",
+        (
+            _WIDE | {"guidance_scale": 4.0},
+            _WIDE | {"guidance_scale": 0.0, "num_images": 3, "seed": 9},
+            _WIDE | {"guidance_scale": 2.0, "negative_prompt": "red", "seed": 20},
+        ),
+    ),
+)
+
+Draw = Callable[..., list[Drawn]]
+
+
+@pytest.fixture(scope="module")
+def rank_worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankWorlds]:
+    worlds = RankWorlds(tmp_path_factory.mktemp("worlds"))
+    yield worlds
+    worlds.close()
+
+
+@pytest.fixture(scope="module")
+def draw(rank_worlds: RankWorlds, tiny_checkpoint: Path) -> Draw:
+    """Draw the cases with a checkpoint of one of `SHAPES` in a layout; answers are kept."""
+
+    @cache
+    def checkpoint(shape: str) -> Path:
+        return write_reshaped(
+            tiny_checkpoint, tiny_checkpoint.parent / shape.replace(", ", "_"), **SHAPES[shape]
+        )
+
+    @cache
+    def draw(
+        shape: str, layout: str, dtype: str = "float64", left_out: tuple[str, int] | None = None
+    ) -> list[Drawn]:
+        parsed = parse_layout(layout)
+        axes = {name: getattr(parsed, name) for name in Layout.__dataclass_fields__}
+        return rank_worlds.draw(Drawing(axes, str(checkpoint(shape)), CASES, dtype, left_out))
+
+    return draw
+
+
+def largest_error(drawn: Drawn, expected: Drawn) -> float:
+    """Of all cases' final latents, relative to the largest value."""
+    return max(
+        relative_error(mine, other)
+        for case in CASES
+        for mine, other in zip(drawn.latents[case.name], expected.latents[case.name], strict=True)
+    )
+
+
+def relative_error(mine: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((mine - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize(("shape", "layout"), LAYOUTS, ids=lambda value: str(value))
+def test_final_latents_are_those_of_one_device(shape: str, layout: str, draw: Draw) -> None:
+    (alone,) = draw(shape, "tp=1")
+    for drawn in draw(shape, layout):
+        assert largest_error(drawn, alone) <= FLOAT64_TOLERANCE
+
+
+@pytest.mark.parametrize(("shape", "layout"), LAYOUTS, ids=lambda value: str(value))
+def test_in_float32_one_forward_is_that_of_one_device(shape: str, layout: str, draw: Draw) -> None:
+    (alone,) = draw(shape, "tp=1", "float32")
+    for drawn in draw(shape, layout, "float32"):
+        for case in CASES:
+            error = relative_error(drawn.first_predictions[case.name], alone.first_predictions[case.name])
+            assert error <= FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize(("shape", "layout"), LAYOUTS, ids=lambda value: str(value))
+def test_all_ranks_hold_the_same_latents_bit_for_bit(shape: str, layout: str, draw: Draw) -> None:
+    first, *others = draw(shape, layout, "float32")
+    for other in others:
+        for case in CASES:
+            for mine, its in zip(first.latents[case.name], other.latents[case.name], strict=True):
+                assert torch.equal(mine, its)
+
+
+def test_no_collective_can_be_left_out(draw: Draw) -> None:
+    shape, layout = "4 heads, 4 experts", "cfg=2,ep=2,tp=2"
+    (alone,) = draw(shape, "tp=1")
+    collectives = draw(shape, layout)[0].collectives
+    assert len(collectives) == 10, collectives
+    for collective in collectives:
+        errors = [largest_error(drawn, alone) for drawn in draw(shape, layout, left_out=collective)]
+        assert max(errors) > 1e-3, collective
