@@ -54,6 +54,11 @@ class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
         return self.guidance_scale > 1.0
 
     @property
+    def prompts(self) -> tuple[str, ...]:
+        """Prompts that the transformer is told of: with guidance also the negative one, after the other."""
+        return (self.prompt, self.negative_prompt) if self.uses_guidance else (self.prompt,)
+
+    @property
     def num_samples(self) -> int:
         """Rows that this request adds to one forward of the transformer."""
         return self.num_images * (2 if self.uses_guidance else 1)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from hidream_grpc.engine.controller import StepReport
+from hidream_grpc.engine.controller import PromptReport, StepReport
 from hidream_grpc.errors import AddressInUseError, ConfigurationError
 
 _CALL_BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
@@ -38,6 +38,16 @@ class Metrics:
         self._step_samples = Counter(
             "hidream_step_samples_total", "Samples denoised by one step.", registry=self.registry
         )
+        self._prompt_cache_hits = Counter(
+            "hidream_prompt_cache_hits_total",
+            "Prompts that were encoded already; the empty one not counted.",
+            registry=self.registry,
+        )
+        self._prompt_cache_misses = Counter(
+            "hidream_prompt_cache_misses_total",
+            "Prompts for which the text encoders ran.",
+            registry=self.registry,
+        )
 
     def observe_call(self, method: str, code: str, call_seconds: float) -> None:
         """Count a call that ended."""
@@ -48,6 +58,11 @@ class Metrics:
         """Count a denoising step that ended."""
         self._step_seconds.observe(report.step_seconds)
         self._step_samples.inc(report.num_samples)
+
+    def observe_prompts(self, report: PromptReport) -> None:
+        """Count the prompts of requests that started."""
+        self._prompt_cache_hits.inc(report.num_cache_hits)
+        self._prompt_cache_misses.inc(report.num_cache_misses)
 
     def watch(
         self,

@@ -95,6 +95,25 @@ def test_every_step_of_a_batch_is_measured_and_its_samples_are_counted(
     assert moved("hidream_step_seconds_sum") >= told_seconds * 0.99 > 0
 
 
+def test_prompts_that_were_encoded_already_are_counted_as_hits(
+    server: LiveServer, stub: image_gen_pb2_grpc.ImageGenStub
+) -> None:
+    server.wait_until_idle()
+    before = scrape(server)
+
+    def moved() -> tuple[float, float]:
+        after = scrape(server)
+        names = ("hidream_prompt_cache_hits_total", "hidream_prompt_cache_misses_total")
+        return tuple(after.value(name) - before.value(name) for name in names)  # type: ignore[return-value]
+
+    prompt = "a prompt that no other test has"
+    follow(stub.Generate(request(prompt, num_inference_steps=1)))
+    # Guidance also takes the empty prompt, which is always there and counts for nothing.
+    assert moved() == (0, 1)
+    follow(stub.Generate(request(prompt, num_inference_steps=1, negative_prompt="neither has any this one")))
+    assert moved() == (1, 2)
+
+
 @pytest.fixture(scope="module")
 def single_file_server() -> Iterator[LiveServer]:
     """A server of its own, which draws one job at a time, on one rank that a test may kill."""

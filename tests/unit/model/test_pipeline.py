@@ -9,38 +9,60 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import HiDreamImagePipeline
 from PIL import Image
 
 from hidream_grpc.devices.base import open_device
-from hidream_grpc.model import text_encoders
 from hidream_grpc.model.demo import demo_checkpoint_path
+from hidream_grpc.model.denoising import StepBatch
+from hidream_grpc.model.parallel.groups import ParallelGroups
+from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.pipeline import HiDreamModel
+from hidream_grpc.model.prompt_encoding import EMPTY_PROMPT, MAX_CACHED_PROMPTS
+from hidream_grpc.model.text_encoder_files import TextEncoderName
+from hidream_grpc.model.text_encoders import TextEncoders
 from tests.denoising import denoise, parameters, take_step
 
 
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Path) -> HiDreamModel:
-    return HiDreamModel.from_pretrained(tiny_checkpoint, None, open_device("cpu", 0))
+    model = HiDreamModel.from_pretrained(tiny_checkpoint, None, open_device("cpu", 0))
+    # As a rank does when it has joined its group.
+    model.encode([EMPTY_PROMPT])
+    return model
 
 
 @pytest.fixture
 def encoder_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Prompts that the text encoders really ran for."""
     prompts: list[str] = []
-    encode = text_encoders.TextEncoders._encode
+    encode = TextEncoders.encode
 
-    def recording(self: text_encoders.TextEncoders, prompt: str) -> text_encoders.PromptEmbeds:
+    def recording(self: TextEncoders, prompt: str) -> dict[TextEncoderName, torch.Tensor]:
         prompts.append(prompt)
         return encode(self, prompt)
 
-    monkeypatch.setattr(text_encoders.TextEncoders, "_encode", recording)
+    monkeypatch.setattr(TextEncoders, "encode", recording)
     yield prompts
 
 
 def test_a_model_says_what_it_is(model: HiDreamModel) -> None:
     assert model.scheduler_name == "UniPCMultistepScheduler"
     assert model.shift == 3.0
-    assert model.num_parameters > 400_000
+
+
+def test_all_parameters_are_counted_though_ranks_hold_parts(
+    model: HiDreamModel, tiny_checkpoint: Path
+) -> None:
+    pipeline = HiDreamImagePipeline.from_pretrained(tiny_checkpoint, local_files_only=True)
+    components = ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae")
+    expected = sum(getattr(pipeline, name).num_parameters() for name in components)
+    # Without the head that turns states into words.
+    expected += pipeline.text_encoder_4.model.num_parameters()
+    assert model.num_parameters == expected
+    second = ParallelGroups(Layout(tensor_parallel=2), rank=1)
+    share = HiDreamModel.from_pretrained(tiny_checkpoint, None, open_device("cpu", 0), second)
+    assert share.num_parameters == expected
 
 
 def test_a_llama_folder_of_its_own_gives_the_same_picture(
@@ -55,7 +77,7 @@ def test_a_prompt_is_encoded_once_while_it_is_among_the_latest(
     model: HiDreamModel, encoder_runs: list[str]
 ) -> None:
     model.begin(parameters("first"))
-    for index in range(text_encoders.MAX_CACHED_PROMPTS - 1):
+    for index in range(MAX_CACHED_PROMPTS - 1):
         model.begin(parameters(f"prompt {index}"))
     model.begin(parameters("first"))
     assert encoder_runs.count("first") == 1
@@ -68,7 +90,7 @@ def test_a_prompt_is_encoded_once_while_it_is_among_the_latest(
 def test_the_empty_negative_prompt_never_costs_an_encoder_run(
     model: HiDreamModel, encoder_runs: list[str]
 ) -> None:
-    for index in range(text_encoders.MAX_CACHED_PROMPTS + 2):
+    for index in range(MAX_CACHED_PROMPTS + 2):
         model.begin(parameters(f"unlike any other {index}"))
     assert "" not in encoder_runs
 
@@ -78,7 +100,7 @@ def test_a_request_without_guidance_never_encodes_its_negative_prompt(
 ) -> None:
     state = model.begin(parameters("only me", negative_prompt="not me", guidance_scale=0.0))
     assert encoder_runs == ["only me"]
-    assert model.collect([state]).num_samples == 1
+    assert StepBatch.collect([state]).num_samples == 1
 
 
 def test_equal_timesteps_of_a_long_schedule_do_not_skip_a_step(model: HiDreamModel) -> None:
@@ -92,36 +114,26 @@ def test_equal_timesteps_of_a_long_schedule_do_not_skip_a_step(model: HiDreamMod
 
 def test_a_request_of_a_thousand_steps_ends(model: HiDreamModel) -> None:
     state = model.begin(parameters(num_inference_steps=1000, guidance_scale=0.0))
-    batch = model.collect([state])
+    batch = StepBatch.collect([state])
     noise = torch.zeros_like(batch.latents)
     while not state.is_denoised:
         model.advance([state], batch, noise)
     assert state.latents.isfinite().all()
 
 
-def test_no_rows_give_no_prediction_and_no_error(model: HiDreamModel) -> None:
-    batch = model.collect([model.begin(parameters())])
-    for rows in (range(0), range(2, 2), range(1, 1)):
-        prediction = model.predict(batch, rows)
-        assert prediction.shape == (0, *batch.sample_shape)
-        assert prediction.dtype == batch.dtype
-
-
 def test_a_prediction_of_another_batch_is_refused(model: HiDreamModel) -> None:
     state = model.begin(parameters())
-    batch = model.collect([state])
-    with pytest.raises(ValueError, match=r"\(1, 16, 8, 8\) for \(2, 16, 8, 8\) latents"):
-        model.advance([state], batch, model.predict(batch, range(1)))
+    batch = StepBatch.collect([state])
+    with pytest.raises(ValueError, match="1 rows for a batch of 2"):
+        model.advance([state], batch, model.predict(batch)[:1])
     assert state.step == 0
 
 
 def test_predictions_gathered_outside_of_inference_mode_can_be_used(model: HiDreamModel) -> None:
     # A rank copies its rows into a buffer that the collective fills.
     state = model.begin(parameters())
-    batch = model.collect([state])
-    gathered = torch.empty(batch.num_samples, *batch.sample_shape, dtype=batch.dtype)
-    for rows in (range(1), range(1, 2)):
-        gathered[rows.start : rows.stop].copy_(model.predict(batch, rows))
+    batch = StepBatch.collect([state])
+    gathered = torch.empty_like(batch.latents).copy_(model.predict(batch))
     model.advance([state], batch, gathered)
     assert state.step == 1
 
@@ -161,7 +173,8 @@ def test_loading_and_drawing_write_nothing_to_the_terminal(tiny_checkpoint: Path
 
 
 def test_what_the_server_imports_of_the_model_is_free_of_torch() -> None:
-    modules = ["checkpoint", "demo", "images", "parameters", "prompt_tokens", "sizes", "variants"]
+    modules = ["checkpoint", "demo", "images", "parameters", "placement", "prompt_tokens", "sizes"]
+    modules += ["text_encoder_files", "variants"]
     program = f"import sys, {', '.join(f'hidream_grpc.model.{module}' for module in modules)}\n"
     program += "print([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
     done = subprocess.run(

@@ -1,0 +1,43 @@
+"""Which rank holds which text encoder, and whether it fits the rank's device. Torch-free, pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from hidream_grpc.devices.base import DeviceMemory
+
+_MIN_RESERVE_BYTES = 4 * 1024**3
+_RESERVE_FRACTION = 8
+
+_Name = TypeVar("_Name", bound=str)
+
+
+def place(sizes_bytes: Mapping[_Name, int], world_size: int) -> dict[_Name, int]:
+    """Spread components over ranks that are equally full: the largest first, onto the emptiest rank.
+
+    Every rank comes to the same result from the same sizes.
+
+    Args:
+        sizes_bytes: of each component, by its name.
+        world_size: ranks.
+
+    Returns:
+        The rank of each component, in the order of `sizes_bytes`.
+    """
+    load_bytes = [0] * world_size
+    ranks: dict[_Name, int] = {}
+    for name in sorted(sizes_bytes, key=lambda name: (-sizes_bytes[name], name)):
+        ranks[name] = min(range(world_size), key=lambda rank: (load_bytes[rank], rank))
+        load_bytes[ranks[name]] += sizes_bytes[name]
+    return {name: ranks[name] for name in sizes_bytes}
+
+
+def activation_reserve_bytes(memory: DeviceMemory) -> int:
+    """What must stay free on a device for denoising, decoding and cached prompts, beside all weights."""
+    return max(_MIN_RESERVE_BYTES, memory.total_bytes // _RESERVE_FRACTION)
+
+
+def fits(size_bytes: int, memory: DeviceMemory) -> bool:
+    """Whether a device with this memory, now, has room for so many bytes of weights and the reserve."""
+    return memory.free_bytes - size_bytes >= activation_reserve_bytes(memory)
