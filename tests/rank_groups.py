@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import psutil
@@ -85,3 +87,15 @@ def is_alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+@contextmanager
+def little_memory(pid: int, spare_bytes: int = 32 * 1024 * 1024) -> Iterator[None]:
+    """Let a process allocate next to nothing more."""
+    process = psutil.Process(pid)
+    limits = process.rlimit(resource.RLIMIT_AS)
+    process.rlimit(resource.RLIMIT_AS, (process.memory_info().vms + spare_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        process.rlimit(resource.RLIMIT_AS, limits)

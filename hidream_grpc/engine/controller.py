@@ -35,6 +35,8 @@ RECOVERY_PAUSE_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 class _Active:
     request: EngineRequest
     attempt: int = 1
+    # Of its latest step.
+    step_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,19 @@ class StepReport:
 
     step_seconds: float
     num_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReport:
+    """How the prompts of requests that started came to be encoded, for whoever counts.
+
+    Attributes:
+        num_cache_hits: prompts that were encoded already; the empty one, which always is, not counted.
+        num_cache_misses: prompts for which the text encoders ran.
+    """
+
+    num_cache_hits: int
+    num_cache_misses: int
 
 
 class Controller:
@@ -58,11 +73,13 @@ class Controller:
         scheduler: StepScheduler,
         on_state: Callable[[EngineState], None],
         on_step: Callable[[StepReport], None],
+        on_prompts: Callable[[PromptReport], None],
     ) -> None:
         self._group = group
         self._scheduler = scheduler
         self._on_state = on_state
         self._on_step = on_step
+        self._on_prompts = on_prompts
         self._active: dict[str, _Active] = {}
         # Jobs that the ranks must start from their seed in the next plan.
         self._admissions: list[str] = []
@@ -70,6 +87,8 @@ class Controller:
         self._held: set[str] = set()
         self._wake = asyncio.Event()
         self._next_plan_id = 1
+        # Of the latest step of any job.
+        self._step_seconds: float | None = None
 
     def notify(self) -> None:
         """Say that the backlog has a request."""
@@ -119,7 +138,7 @@ class Controller:
         releases = tuple(job_id for job_id in self._held if job_id not in self._active or job_id in started)
         step_jobs = self._scheduler.next_step()
         decodes = self._scheduler.next_decodes(self._group.world_size)
-        if not (step_jobs or decodes or releases):
+        if not (step_jobs or decodes or releases or self._scheduler.is_decoding):
             return None
         plan = StepPlan(
             plan_id=self._next_plan_id,
@@ -127,12 +146,21 @@ class Controller:
             admissions=admissions,
             step_jobs=step_jobs,
             decodes=decodes,
+            decode_budget_seconds=self._decode_budget_seconds(step_jobs),
         )
         self._next_plan_id += 1
         self._scheduler.planned(decodes)
         self._held |= started
         self._admissions.clear()
         return plan
+
+    def _decode_budget_seconds(self, step_jobs: tuple[str, ...]) -> float | None:
+        """One step time of those that step, so that a decode at most doubles their wait, but for a slice.
+
+        A round without a step has a budget too: a request may arrive meanwhile.
+        """
+        known = (self._active[job_id].step_seconds for job_id in step_jobs)
+        return min((seconds for seconds in known if seconds is not None), default=self._step_seconds)
 
     def _start(self, request: EngineRequest) -> None:
         self._active[request.job_id] = _Active(request)
@@ -160,6 +188,10 @@ class Controller:
     def _apply(self, plan: StepPlan, answers: tuple[PlanDone, ...]) -> None:
         """Tell each request what the round brought it."""
         self._held -= set(plan.releases) - {admission.job_id for admission in plan.admissions}
+        if plan.admissions:
+            # Every rank counts the same prompts.
+            counts = answers[0]
+            self._on_prompts(PromptReport(counts.num_prompt_cache_hits, counts.num_prompt_cache_misses))
         encode_seconds = max(answer.encode_seconds for answer in answers)
         for admission in plan.admissions:
             if active := self._active.get(admission.job_id):
@@ -178,12 +210,14 @@ class Controller:
     def _apply_step(self, plan: StepPlan, answers: tuple[PlanDone, ...]) -> None:
         step_seconds = max(answer.step_seconds for answer in answers)
         previews = {preview.job_id: preview.data for answer in answers for preview in answer.previews}
+        self._step_seconds = step_seconds
         self._scheduler.stepped(plan.step_jobs)
         num_samples = 0
         for job_id in plan.step_jobs:
             if active := self._active.get(job_id):
                 step = self._scheduler.step_of(job_id)
                 num_samples += active.request.parameters.num_samples
+                active.step_seconds = step_seconds
                 active.request.on_event(StepFinished(step, step_seconds))
                 if job_id in previews:
                     active.request.on_event(PreviewMade(step, previews[job_id]))

@@ -12,9 +12,10 @@ import msgspec
 
 from hidream_grpc.devices.base import StartMethod
 from hidream_grpc.logs import LogConfig
+from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -93,6 +94,7 @@ class Load(_Message, frozen=True):
 
     model_path: Path
     extra_model_path: Path | None
+    layout: Layout
     device_type: str
     local_index: int
     num_threads: int
@@ -125,7 +127,7 @@ class Admission(_Message, frozen=True):
 
 
 class Decode(_Message, frozen=True):
-    """Turn one image of a fully denoised request into a file, on one rank."""
+    """Turn one image of a fully denoised request into a file, on a rank that is at no other."""
 
     job_id: str
     image_index: int
@@ -136,7 +138,9 @@ class StepPlan(_Message, frozen=True):
     """One round of work. Every rank gets the same plan and does its share of it.
 
     In this order: forget `releases`, start `admissions`, one denoising step of `step_jobs`
-    (all of one width and height, each at its own step), then `decodes`.
+    (all of one width and height, each at its own step), then start `decodes`, and go on with those of
+    this plan and of earlier ones until `decode_budget_seconds` are spent (None for no limit). A rank
+    decodes one image at a time; it is in the `PlanDone` of the plan that it is finished in.
     """
 
     plan_id: int
@@ -144,6 +148,7 @@ class StepPlan(_Message, frozen=True):
     admissions: tuple[Admission, ...] = ()
     step_jobs: tuple[str, ...] = ()
     decodes: tuple[Decode, ...] = ()
+    decode_budget_seconds: float | None = None
 
 
 class Leave(_Message, frozen=True):
@@ -220,7 +225,7 @@ class Preview(_Message, frozen=True):
 
 
 class DecodedImage(_Message, frozen=True):
-    """One finished image as the bytes of a file."""
+    """One finished image as the bytes of a file; decode_seconds is the time that the decoder ran."""
 
     job_id: str
     image_index: int
@@ -229,11 +234,17 @@ class DecodedImage(_Message, frozen=True):
 
 
 class PlanDone(_Message, frozen=True):
-    """This rank finished its share of the plan; the times are this rank's own."""
+    """This rank finished its share of the plan; the times are this rank's own.
+
+    The prompts of the plan's admissions, and whether they had to be encoded, are counted alike on
+    every rank; see `model.prompt_encoding.EncodedPrompts`.
+    """
 
     plan_id: int
     encode_seconds: float
     step_seconds: float
+    num_prompt_cache_hits: int = 0
+    num_prompt_cache_misses: int = 0
     previews: tuple[Preview, ...] = ()
     images: tuple[DecodedImage, ...] = ()
     faults: tuple[JobFault, ...] = ()

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hidream_grpc.devices.base import Device
+from hidream_grpc.engine.decoding import RunningDecode
 from hidream_grpc.engine.messages import (
     Admission,
     Decode,
@@ -23,11 +24,9 @@ from hidream_grpc.engine.messages import (
     Preview,
     StepPlan,
 )
-from hidream_grpc.engine.process_group import all_gather_shares, true_on_every_rank
 from hidream_grpc.errors import JobInternalError, OutOfDeviceMemoryError
-from hidream_grpc.model.denoising import DenoisingState
-from hidream_grpc.model.images import encode_image
-from hidream_grpc.model.parallel.layout import sample_share
+from hidream_grpc.model.denoising import DenoisingState, StepBatch
+from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.pipeline import HiDreamModel
 
 logger = logging.getLogger(__name__)
@@ -41,21 +40,28 @@ class _RunningJob:
     state: DenoisingState
 
 
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    encode_seconds: float = 0.0
+    num_prompt_cache_hits: int = 0
+    num_prompt_cache_misses: int = 0
+
+
 class Runner:
     """Runs the plans of one generation; starts with no request.
 
     Args:
-        model: on `device`; the same weights on every rank.
+        model: on `device`, this rank's share.
         device: of this rank.
-        rank, world_size: of this generation's group, which this process has joined.
+        world: all ranks of this generation's group, which this process has joined.
     """
 
-    def __init__(self, model: HiDreamModel, device: Device, rank: int, world_size: int) -> None:
+    def __init__(self, model: HiDreamModel, device: Device, world: Axis) -> None:
         self._model = model
         self._device = device
-        self._rank = rank
-        self._world_size = world_size
+        self._world = world
         self._jobs: dict[str, _RunningJob] = {}
+        self._decoding: RunningDecode | None = None
 
     def run(self, plan: StepPlan) -> PlanDone:
         """Do this rank's share of a plan.
@@ -69,37 +75,49 @@ class Runner:
                 others wait for it.
         """
         faults: list[JobFault] = []
-        for job_id in plan.releases:
-            self._jobs.pop(job_id, None)
-        encode_seconds = self._admit(plan.admissions, faults)
+        self._release(plan.releases)
+        admitted = self._admit(plan.admissions, faults)
         stepped = [self._jobs[job_id] for job_id in self._still_there(plan)]
         step_seconds = self._denoise_step(stepped)
         return PlanDone(
             plan_id=plan.plan_id,
-            encode_seconds=encode_seconds,
+            encode_seconds=admitted.encode_seconds,
             step_seconds=step_seconds,
+            num_prompt_cache_hits=admitted.num_prompt_cache_hits,
+            num_prompt_cache_misses=admitted.num_prompt_cache_misses,
             previews=tuple(self._make_previews(stepped, faults)),
-            images=tuple(self._decode_images(plan.decodes, faults)),
+            images=self._decode(plan, faults),
             faults=tuple(faults),
         )
 
-    def _admit(self, admissions: Sequence[Admission], faults: list[JobFault]) -> float:
-        """Start requests; returns the seconds that their prompts took."""
+    def _release(self, job_ids: Sequence[str]) -> None:
+        """Forget requests, and the image of one of them that this rank may be at."""
+        for job_id in job_ids:
+            self._jobs.pop(job_id, None)
+        if self._decoding is not None and self._decoding.admission.job_id in job_ids:
+            self._decoding = None
+
+    def _admit(self, admissions: Sequence[Admission], faults: list[JobFault]) -> _Admitted:
+        """Start requests: all ranks encode the prompts of all of them together, then begin each."""
         if not admissions:
-            return 0.0
+            return _Admitted()
         started = time.monotonic()
+        encoded = self._model.encode([prompt for a in admissions for prompt in a.parameters.prompts])
         for admission in admissions:
             logger.debug("starting", extra={"job_id": admission.job_id, "request_id": admission.request_id})
             with self._own_work_of(admission, faults):
-                self._jobs[admission.job_id] = _RunningJob(admission, self._model.begin(admission.parameters))
+                # What fails on another rank is that rank's to report.
+                if encoded.has_all_of(admission.parameters.prompts):
+                    state = self._model.begin(admission.parameters, encoded)
+                    self._jobs[admission.job_id] = _RunningJob(admission, state)
         self._device.synchronize()
         encode_seconds = time.monotonic() - started
         succeeded_here = [admission.job_id in self._jobs for admission in admissions]
-        succeeded = true_on_every_rank(succeeded_here, self._device.torch_device)
+        succeeded = self._world.all_true(succeeded_here, self._device.torch_device)
         for admission, is_admitted in zip(admissions, succeeded, strict=True):
             if not is_admitted:
                 self._jobs.pop(admission.job_id, None)
-        return encode_seconds
+        return _Admitted(encode_seconds, encoded.num_cache_hits, encoded.num_cache_misses)
 
     def _still_there(self, plan: StepPlan) -> list[str]:
         """The plan's step jobs but for those whose admission, in this very plan, was refused."""
@@ -112,39 +130,41 @@ class Runner:
             return 0.0
         started = time.monotonic()
         states = [job.state for job in jobs]
-        batch = self._model.collect(states)
-        rows = sample_share(batch.num_samples, self._rank, self._world_size)
-        noise_prediction = all_gather_shares(self._model.predict(batch, rows), batch.num_samples)
-        self._model.advance(states, batch, noise_prediction)
+        batch = StepBatch.collect(states)
+        self._model.advance(states, batch, self._model.predict(batch))
         self._device.synchronize()
         return time.monotonic() - started
 
     def _make_previews(self, jobs: Sequence[_RunningJob], faults: list[JobFault]) -> Iterator[Preview]:
-        if self._rank != PREVIEW_RANK:
+        if self._world.index != PREVIEW_RANK:
             return
         for job in jobs:
             if job.admission.parameters.with_previews:
                 with self._own_work_of(job.admission, faults):
                     yield Preview(job_id=job.admission.job_id, data=self._model.preview(job.state))
 
-    def _decode_images(self, decodes: Sequence[Decode], faults: list[JobFault]) -> Iterator[DecodedImage]:
-        for decode in decodes:
-            if decode.rank == self._rank:
-                job = self._jobs[decode.job_id]
-                with self._own_work_of(job.admission, faults):
-                    yield self._decode_image(job, decode.image_index)
+    def _decode(self, plan: StepPlan, faults: list[JobFault]) -> tuple[DecodedImage, ...]:
+        """Go on with the image that this rank decodes, as far as the plan's budget goes."""
+        for decode in plan.decodes:
+            if decode.rank == self._world.index:
+                self._start_decoding(decode, faults)
+        current, self._decoding = self._decoding, None
+        if current is None:
+            return ()
+        with self._own_work_of(current.admission, faults):
+            image = current.advance(plan.decode_budget_seconds, waits_for_file=not plan.step_jobs)
+            if image is not None:
+                return (image,)
+            self._decoding = current
+        return ()
 
-    def _decode_image(self, job: _RunningJob, image_index: int) -> DecodedImage:
-        started = time.monotonic()
-        parameters = job.admission.parameters
-        pixels = self._model.decode(job.state, image_index)
-        data = encode_image(pixels, parameters.output_format, parameters.quality)
-        return DecodedImage(
-            job_id=job.admission.job_id,
-            image_index=image_index,
-            data=data,
-            decode_seconds=time.monotonic() - started,
-        )
+    def _start_decoding(self, decode: Decode, faults: list[JobFault]) -> None:
+        if self._decoding is not None:
+            raise ValueError("a rank decodes one image at a time")
+        job = self._jobs[decode.job_id]
+        with self._own_work_of(job.admission, faults):
+            decoding = self._model.start_decoding(job.state, decode.image_index)
+            self._decoding = RunningDecode(job.admission, decode.image_index, decoding, self._device)
 
     @contextmanager
     def _own_work_of(self, admission: Admission, faults: list[JobFault]) -> Iterator[None]:

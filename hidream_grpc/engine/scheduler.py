@@ -28,11 +28,16 @@ class _Running:
     last_turn: int
     step: int = 0
     undecoded: set[int] = field(default_factory=set)
-    decoding: set[int] = field(default_factory=set)
+    # Image index to the rank that is at it.
+    decoding: dict[int, int] = field(default_factory=dict)
 
     @property
     def size(self) -> tuple[int, int]:
         return self.parameters.width, self.parameters.height
+
+    @property
+    def is_denoised(self) -> bool:
+        return self.step == self.parameters.num_inference_steps
 
     @property
     def step_pixels(self) -> int:
@@ -70,21 +75,20 @@ class StepScheduler:
         self._running[job_id] = _Running(parameters, last_turn, undecoded=set(range(parameters.num_images)))
 
     def release(self, job_id: str) -> None:
-        """Forget a request that ended, or was cancelled."""
+        """Forget a request that ended, or was cancelled; a rank that is at one of its images is free."""
         self._running.pop(job_id, None)
 
     def restart(self, job_id: str) -> None:
-        """Put a request back to its first step; images that are decoded stay decoded."""
+        """Put a request back to its first step; images that are decoded stay decoded, others are given up."""
         request = self._running[job_id]
         request.step = 0
         request.last_turn = -1
-        request.undecoded |= request.decoding
         request.decoding.clear()
 
     def next_step(self) -> tuple[str, ...]:
         """The requests of the next forward: one size, longest waiting first; empty when none is due."""
         waiting = sorted(
-            ((job_id, r) for job_id, r in self._running.items() if r.step < r.parameters.num_inference_steps),
+            ((job_id, r) for job_id, r in self._running.items() if not r.is_denoised),
             key=lambda item: item[1].last_turn,
         )
         if not waiting:
@@ -99,21 +103,29 @@ class StepScheduler:
         return tuple(chosen)
 
     def next_decodes(self, world_size: int) -> tuple[Decode, ...]:
-        """One image to decode for each rank at most, oldest request first."""
-        decodes: list[Decode] = []
-        for job_id, request in self._running.items():
-            if request.step < request.parameters.num_inference_steps:
-                continue
-            for image_index in sorted(request.undecoded - request.decoding):
-                if len(decodes) == world_size:
-                    return tuple(decodes)
-                decodes.append(Decode(job_id=job_id, image_index=image_index, rank=len(decodes)))
-        return tuple(decodes)
+        """New images to decode, oldest request first: one for each rank that is at none."""
+        busy = {rank for request in self._running.values() for rank in request.decoding.values()}
+        free = (rank for rank in range(world_size) if rank not in busy)
+        waiting = (
+            (job_id, image_index)
+            for job_id, request in self._running.items()
+            if request.is_denoised
+            for image_index in sorted(request.undecoded - request.decoding.keys())
+        )
+        return tuple(
+            Decode(job_id=job_id, image_index=image_index, rank=rank)
+            for rank, (job_id, image_index) in zip(free, waiting, strict=False)
+        )
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether a rank is at an image; it may take several rounds."""
+        return any(request.decoding for request in self._running.values())
 
     def planned(self, decodes: tuple[Decode, ...]) -> None:
-        """Note that these images are being decoded."""
+        """Note that these ranks are at these images, until they are decoded."""
         for decode in decodes:
-            self._running[decode.job_id].decoding.add(decode.image_index)
+            self._running[decode.job_id].decoding[decode.image_index] = decode.rank
 
     def stepped(self, job_ids: tuple[str, ...]) -> None:
         """Note that these requests took a step in one forward."""
@@ -127,7 +139,7 @@ class StepScheduler:
         """Note that an image is finished."""
         if job_id in self._running:
             self._running[job_id].undecoded.discard(image_index)
-            self._running[job_id].decoding.discard(image_index)
+            self._running[job_id].decoding.pop(image_index, None)
 
     def step_of(self, job_id: str) -> int:
         """Steps that a request has taken."""

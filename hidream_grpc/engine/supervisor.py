@@ -293,6 +293,7 @@ class RankGroup:
         return Load(
             model_path=self._config.model_path,
             extra_model_path=self._config.extra_model_path,
+            layout=self._config.layout,
             device_type=self._config.device_type,
             local_index=self._config.local_indices[rank],
             num_threads=self._config.threads_per_rank,

@@ -33,12 +33,14 @@ from hidream_grpc.engine.messages import (
     PlanDone,
     StepPlan,
 )
-from hidream_grpc.engine.process_group import CollectiveError, join_group, leave_group
+from hidream_grpc.engine.process_group import join_group, leave_group
 from hidream_grpc.engine.processes import die_with_parent, leave_signals_to_the_server
 from hidream_grpc.engine.runner import Runner
 from hidream_grpc.errors import HiDreamError, JobInternalError
 from hidream_grpc.logs import configure_logging
+from hidream_grpc.model.parallel.groups import CollectiveError, ParallelGroups
 from hidream_grpc.model.pipeline import HiDreamModel
+from hidream_grpc.model.prompt_encoding import EMPTY_PROMPT
 
 # By name, since this module is __main__ where the zygote execs.
 logger = logging.getLogger("hidream_grpc.engine.worker")
@@ -65,7 +67,7 @@ class Worker:
     Args:
         channel: to the server.
         rank: in every generation's group.
-        device, model: of this rank, kept for life.
+        device, model, groups: of this rank, kept for life.
         context: what its log lines carry.
     """
 
@@ -75,12 +77,14 @@ class Worker:
         rank: int,
         device: Device,
         model: HiDreamModel,
+        groups: ParallelGroups,
         context: RankContext,
     ) -> None:
         self._channel = channel
         self._rank = rank
         self._device = device
         self._model = model
+        self._groups = groups
         self._context = context
         self._runner: Runner | None = None
 
@@ -93,7 +97,7 @@ class Worker:
                     self._channel.send(self._answer(command))
                 case _:
                     break
-        leave_group()
+        leave_group(self._groups)
 
     def _answer(self, command: JoinGroup | StepPlan) -> Joined | PlanDone | GroupBroken:
         try:
@@ -108,15 +112,17 @@ class Worker:
             reason = str(internal_error)
         self._runner = None
         # Outside the except blocks, whose tracebacks would keep the group's sockets open.
-        leave_group()
+        leave_group(self._groups)
         return GroupBroken(generation=self._context.generation, reason=reason)
 
     def _join(self, command: JoinGroup) -> Joined:
         self._runner = None
-        leave_group()
+        leave_group(self._groups)
         self._context.generation = command.generation
-        join_group(command, self._rank, self._device.backend, self._device.torch_device)
-        self._runner = Runner(self._model, self._device, self._rank, command.world_size)
+        join_group(command, self._groups, self._rank, self._device.backend, self._device.torch_device)
+        self._runner = Runner(self._model, self._device, self._groups.world)
+        # Guidance needs it all the time; a rank that was replaced has it not.
+        self._model.encode([EMPTY_PROMPT])
         return Joined(generation=command.generation)
 
     def _run(self, plan: StepPlan) -> PlanDone:
@@ -150,7 +156,8 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
         started = time.monotonic()
         try:
             device = open_device(load.device_type, load.local_index)
-            model = HiDreamModel.from_pretrained(load.model_path, load.extra_model_path, device)
+            groups = ParallelGroups(load.layout, rank)
+            model = HiDreamModel.from_pretrained(load.model_path, load.extra_model_path, device, groups)
         except HiDreamError as error:
             channel.send(LoadFailed(reason=str(error)))
             sys.exit(1)
@@ -160,7 +167,7 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
             channel.send(LoadFailed(reason=f"rank {rank} cannot load: {type(error).__name__}: {summary}"))
             sys.exit(1)
         channel.send(_loaded(device, model, load_seconds=time.monotonic() - started))
-        Worker(channel, rank, device, model, context).serve()
+        Worker(channel, rank, device, model, groups, context).serve()
 
 
 def _loaded(device: Device, model: HiDreamModel, load_seconds: float) -> Loaded:

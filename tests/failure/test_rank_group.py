@@ -3,12 +3,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import resource
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,17 @@ from hidream_grpc.engine.messages import Decode
 from hidream_grpc.engine.supervisor import GroupTimeouts, RankGroup
 from hidream_grpc.errors import RankDiedError, StartupError
 from hidream_grpc.logs import LogConfig
-from tests.rank_groups import admission, decode, draw, group_config, is_alive, picture, plan, until
+from tests.rank_groups import (
+    admission,
+    decode,
+    draw,
+    group_config,
+    is_alive,
+    little_memory,
+    picture,
+    plan,
+    until,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -266,7 +274,7 @@ async def test_all_ranks_are_replaced_where_survivors_cannot_join_again(
 async def test_a_model_that_cannot_be_loaded_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     before = set(psutil.Process().children(recursive=True))
     group = RankGroup(group_config(1, model_path=tmp_path))
-    with pytest.raises(StartupError, match=r"^rank 0 cannot load: .+$"):
+    with pytest.raises(StartupError, match=r"^-m/--model-path: .+no such file$"):
         await group.start()
     assert set(psutil.Process().children(recursive=True)) <= before
 
@@ -308,15 +316,3 @@ async def until_busy(pid: int) -> None:
     process = psutil.Process(pid)
     before = process.cpu_times().user
     await until(lambda: process.cpu_times().user > before, f"process {pid} computes")
-
-
-@contextmanager
-def little_memory(pid: int, spare_bytes: int = 32 * 1024 * 1024) -> Iterator[None]:
-    """Let a process allocate next to nothing more."""
-    process = psutil.Process(pid)
-    limits = process.rlimit(resource.RLIMIT_AS)
-    process.rlimit(resource.RLIMIT_AS, (process.memory_info().vms + spare_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        process.rlimit(resource.RLIMIT_AS, limits)

@@ -33,6 +33,7 @@ from hidream_grpc.engine.messages import (
     StepPlan,
 )
 from hidream_grpc.logs import LogConfig
+from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 
 LENGTH_BYTES = 4
@@ -95,6 +96,7 @@ def plans(draw: st.DrawFn) -> StepPlan:
         admissions=tuple(draw(st.lists(admissions, max_size=3))),
         step_jobs=tuple(draw(st.lists(job_ids, max_size=3))),
         decodes=tuple(draw(st.lists(decodes, max_size=3))),
+        decode_budget_seconds=draw(st.none() | st.floats(0, 1000)),
     )
 
 
@@ -109,6 +111,7 @@ async def test_messages_cross_in_both_directions_and_in_order(pair: Pair) -> Non
     load = Load(
         model_path=Path("/models/HiDream"),
         extra_model_path=None,
+        layout=Layout(tensor_parallel=2, expert_parallel=2),
         device_type="cpu",
         local_index=3,
         num_threads=2,

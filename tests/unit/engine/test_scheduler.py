@@ -165,9 +165,49 @@ def test_an_image_that_is_being_decoded_is_not_planned_again() -> None:
     denoised(scheduler)
     (first,) = scheduler.next_decodes(world_size=1)
     scheduler.planned((first,))
-    (second,) = scheduler.next_decodes(world_size=1)
+    (second,) = scheduler.next_decodes(world_size=2)
     assert (first.image_index, second.image_index) == (0, 1)
     assert not scheduler.is_finished("a")
+
+
+def test_a_rank_gets_no_other_image_before_it_has_finished_its_own() -> None:
+    scheduler = StepScheduler(NO_BUDGET)
+    scheduler.admit("a", parameters(steps=1, num_images=4))
+    denoised(scheduler)
+    scheduler.planned(scheduler.next_decodes(world_size=2))
+    assert scheduler.is_decoding
+    assert scheduler.next_decodes(world_size=2) == ()
+    scheduler.decoded("a", 1)
+    next_decodes = scheduler.next_decodes(world_size=2)
+    assert next_decodes == (Decode(job_id="a", image_index=2, rank=1),)
+    scheduler.planned(next_decodes)
+    scheduler.decoded("a", 0)
+    assert scheduler.next_decodes(world_size=2) == (Decode(job_id="a", image_index=3, rank=0),)
+
+
+def test_the_ranks_of_a_cancelled_request_are_free_for_others() -> None:
+    scheduler = StepScheduler(NO_BUDGET)
+    scheduler.admit("cancelled", parameters(steps=1, num_images=2))
+    scheduler.admit("waits", parameters(steps=1, num_images=1))
+    denoised(scheduler)
+    scheduler.planned(scheduler.next_decodes(world_size=2))
+    assert scheduler.next_decodes(world_size=2) == ()
+    scheduler.release("cancelled")
+    assert not scheduler.is_decoding
+    assert scheduler.next_decodes(world_size=2) == (Decode(job_id="waits", image_index=0, rank=0),)
+
+
+def test_nothing_is_being_decoded_before_the_first_image_and_after_the_last() -> None:
+    scheduler = StepScheduler(NO_BUDGET)
+    scheduler.admit("a", parameters(steps=1))
+    seen = [scheduler.is_decoding]
+    denoised(scheduler)
+    seen.append(scheduler.is_decoding)
+    scheduler.planned(scheduler.next_decodes(world_size=2))
+    seen.append(scheduler.is_decoding)
+    scheduler.decoded("a", 0)
+    seen.append(scheduler.is_decoding)
+    assert seen == [False, False, True, False]
 
 
 def test_decoding_does_not_keep_other_requests_from_their_steps() -> None:
@@ -187,7 +227,7 @@ def test_a_restarted_request_takes_all_its_steps_again_and_keeps_what_is_decoded
     scheduler.planned(both)
     scheduler.decoded("a", 0)
     scheduler.restart("a")
-    assert (scheduler.step_of("a"), scheduler.next_decodes(2)) == (0, ())
+    assert (scheduler.step_of("a"), scheduler.next_decodes(2), scheduler.is_decoding) == (0, (), False)
     denoised(scheduler)
     assert scheduler.step_of("a") == 2
     assert [decode.image_index for decode in scheduler.next_decodes(2)] == [1]

@@ -1,0 +1,246 @@
+"""The controller's rounds, with ranks that only count: how images are decoded beside the steps of others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import cast
+
+from hidream_grpc.engine.controller import Controller, PromptReport
+from hidream_grpc.engine.messages import Decode, DecodedImage, PlanDone, StepPlan
+from hidream_grpc.engine.requests import (
+    EngineEvent,
+    EngineRequest,
+    ImageFinished,
+    RequestFinished,
+    RequestRestarted,
+    StepFinished,
+)
+from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
+from hidream_grpc.engine.supervisor import RankGroup
+from hidream_grpc.errors import RankDiedError
+from hidream_grpc.model.parameters import GenerationParameters
+
+ROUNDS_PER_IMAGE = 5
+STEP_SECONDS = {64: 0.5, 128: 4.0}
+
+
+@dataclass
+class CountingRanks:
+    """Ranks that take `ROUNDS_PER_IMAGE` plans for an image; a step's time depends on the width alone.
+
+    Attributes:
+        world_size: as of a `RankGroup`.
+        on_plan: called with each plan before it is done.
+        plans: all of them.
+        images: that each rank is at, with the rounds that are left.
+    """
+
+    world_size: int = 1
+    on_plan: Callable[[StepPlan], None] = lambda _plan: None
+    generation: int = 1
+    plans: list[StepPlan] = field(default_factory=list)
+    images: dict[int, tuple[Decode, int]] = field(default_factory=dict)
+    jobs: dict[str, GenerationParameters] = field(default_factory=dict)
+
+    async def start(self) -> None:
+        pass
+
+    async def stop(self) -> None:
+        pass
+
+    async def wait_for_loss(self) -> RankDiedError:
+        await asyncio.Event().wait()
+        raise AssertionError("no rank dies while nothing is to do")
+
+    async def recover(self) -> tuple[int, ...]:
+        self.jobs.clear()
+        self.images.clear()
+        return (0,)
+
+    async def execute(self, plan: StepPlan) -> tuple[PlanDone, ...]:
+        self.plans.append(plan)
+        self.on_plan(plan)
+        # As a group that computes: other tasks of the server run meanwhile.
+        await asyncio.sleep(0)
+        for job_id in plan.releases:
+            self.jobs.pop(job_id, None)
+            self.images = {r: image for r, image in self.images.items() if image[0].job_id != job_id}
+        self.jobs |= {admission.job_id: admission.parameters for admission in plan.admissions}
+        for decode in plan.decodes:
+            assert decode.rank not in self.images, "a rank decodes one image at a time"
+            assert decode.job_id in self.jobs
+            self.images[decode.rank] = (decode, ROUNDS_PER_IMAGE)
+        step_seconds = max((STEP_SECONDS[self.jobs[job_id].width] for job_id in plan.step_jobs), default=0.0)
+        return tuple(
+            PlanDone(
+                plan_id=plan.plan_id,
+                encode_seconds=0.0,
+                step_seconds=step_seconds,
+                num_prompt_cache_hits=len(plan.admissions),
+                num_prompt_cache_misses=2 * len(plan.admissions),
+                images=self._decode(rank),
+            )
+            for rank in range(self.world_size)
+        )
+
+    def _decode(self, rank: int) -> tuple[DecodedImage, ...]:
+        if rank not in self.images:
+            return ()
+        decode, rounds = self.images.pop(rank)
+        if rounds > 1:
+            self.images[rank] = (decode, rounds - 1)
+            return ()
+        return (
+            DecodedImage(job_id=decode.job_id, image_index=decode.image_index, data=b"", decode_seconds=1.0),
+        )
+
+
+class Service:
+    """A controller with its backlog, and everything that it tells."""
+
+    def __init__(self, ranks: CountingRanks) -> None:
+        self.events: list[tuple[str, EngineEvent]] = []
+        self.prompts: list[PromptReport] = []
+        self._waiting: deque[EngineRequest] = deque()
+        self._ended = asyncio.Event()
+        limits = BatchLimits(max_running_requests=10, max_step_pixels=2**40)
+        self.controller = Controller(
+            cast(RankGroup, ranks),
+            StepScheduler(limits),
+            on_state=lambda _state: None,
+            on_step=lambda _report: None,
+            on_prompts=self.prompts.append,
+        )
+
+    def take(self) -> EngineRequest | None:
+        return self._waiting.popleft() if self._waiting else None
+
+    def submit(self, job_id: str, num_inference_steps: int, **changes: object) -> None:
+        values: dict[str, object] = {
+            "prompt": "",
+            "width": 64,
+            "height": 64,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": 1.0,
+            "seed": 0,
+        }
+        parameters = GenerationParameters(**(values | changes))  # type: ignore[arg-type]
+        self._waiting.append(
+            EngineRequest(job_id, f"request of {job_id}", parameters, lambda event: self._note(job_id, event))
+        )
+        self.controller.notify()
+
+    async def run_until_ended(self, *job_ids: str) -> None:
+        """Run until these requests have finished."""
+        running = asyncio.create_task(self.controller.run(self))
+        try:
+            async with asyncio.timeout(10):
+                while not set(job_ids) <= set(self.jobs_with(RequestFinished)):
+                    self._ended.clear()
+                    ended = asyncio.create_task(self._ended.wait())
+                    await asyncio.wait((running, ended), return_when=asyncio.FIRST_COMPLETED)
+                    if running.done():
+                        running.result()
+        finally:
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
+
+    def jobs_with(self, kind: type[EngineEvent]) -> list[str]:
+        """The job of each event of a kind, in order."""
+        return [job_id for job_id, event in self.events if isinstance(event, kind)]
+
+    def _note(self, job_id: str, event: EngineEvent) -> None:
+        self.events.append((job_id, event))
+        if isinstance(event, RequestFinished):
+            self._ended.set()
+
+
+async def test_others_take_a_step_in_every_round_of_an_image() -> None:
+    ranks = CountingRanks()
+    service = Service(ranks)
+    service.submit("decodes", num_inference_steps=1, width=128, height=128)
+    service.submit("steps", num_inference_steps=20)
+    await service.run_until_ended("decodes", "steps")
+    started = next(number for number, plan in enumerate(ranks.plans) if plan.decodes)
+    assert all(plan.step_jobs == ("steps",) for plan in ranks.plans[started : started + ROUNDS_PER_IMAGE])
+    kinds = [(job_id, type(event)) for job_id, event in service.events]
+    between = kinds[kinds.index(("decodes", StepFinished)) : kinds.index(("decodes", ImageFinished))]
+    assert between.count(("steps", StepFinished)) >= ROUNDS_PER_IMAGE
+
+
+async def test_an_image_is_finished_where_nobody_takes_a_step_any_more() -> None:
+    ranks = CountingRanks(world_size=2)
+    service = Service(ranks)
+    service.submit("alone", num_inference_steps=1, num_images=3)
+    await service.run_until_ended("alone")
+    images = [event.image_index for _, event in service.events if isinstance(event, ImageFinished)]
+    assert images == [0, 1, 2]
+    assert sum(bool(plan.decodes) for plan in ranks.plans) == 2
+
+
+async def test_a_round_may_decode_for_one_step_time_of_those_that_step_in_it() -> None:
+    ranks = CountingRanks()
+    service = Service(ranks)
+    service.submit("large", num_inference_steps=2, width=128, height=128)
+    service.submit("small", num_inference_steps=9)
+    await service.run_until_ended("large", "small")
+    small, large = STEP_SECONDS[64], STEP_SECONDS[128]
+    budgets = [(plan.step_jobs, plan.decode_budget_seconds) for plan in ranks.plans]
+    assert budgets[:4] == [
+        (("large",), None),
+        # Its own time is not known yet.
+        (("small",), large),
+        (("large",), large),
+        (("small",), small),
+    ]
+    assert set(budgets[4:]) == {(("small",), small), ((), small)}
+
+
+async def test_a_cancelled_request_frees_the_rank_that_decodes_its_image() -> None:
+    ranks = CountingRanks()
+    service = Service(ranks)
+
+    def cancel_in_the_second_round(_plan: StepPlan) -> None:
+        if ranks.images.get(0, (None, 0))[1] == ROUNDS_PER_IMAGE - 1:
+            service.controller.cancel("leaves")
+
+    ranks.on_plan = cancel_in_the_second_round
+    service.submit("leaves", num_inference_steps=1)
+    service.submit("waits", num_inference_steps=1)
+    await service.run_until_ended("waits")
+    assert service.jobs_with(ImageFinished) == ["waits"]
+    released = next(plan for plan in ranks.plans if plan.releases)
+    assert released.releases == ("leaves",)
+    assert released.decodes == (Decode(job_id="waits", image_index=0, rank=0),)
+
+
+async def test_an_image_that_was_lost_with_its_rank_is_decoded_again() -> None:
+    ranks = CountingRanks()
+    service = Service(ranks)
+    losses = [RankDiedError((0,), "killed by SIGKILL")]
+
+    def die_in_the_second_round_of_the_second_image(_plan: StepPlan) -> None:
+        at_second = ranks.images.get(0) and ranks.images[0][0].image_index == 1
+        if losses and at_second and ranks.images[0][1] == ROUNDS_PER_IMAGE - 1:
+            raise losses.pop()
+
+    ranks.on_plan = die_in_the_second_round_of_the_second_image
+    service.submit("survives", num_inference_steps=2, num_images=2)
+    await service.run_until_ended("survives")
+    assert service.jobs_with(RequestRestarted) == ["survives"]
+    images = [event.image_index for _, event in service.events if isinstance(event, ImageFinished)]
+    assert images == [0, 1]
+    assert [event.step for _, event in service.events if isinstance(event, StepFinished)] == [1, 2, 1, 2]
+
+
+async def test_prompts_are_counted_once_for_a_plan_and_not_for_every_rank() -> None:
+    service = Service(CountingRanks(world_size=3))
+    for job_id in ("first", "second"):
+        service.submit(job_id, num_inference_steps=2)
+    await service.run_until_ended("first", "second")
+    assert service.prompts == [PromptReport(num_cache_hits=2, num_cache_misses=4)]
