@@ -1,0 +1,68 @@
+"""The table of docs/numerics.md: how far each layout is from one device, measured.
+
+python -m tests.numerics.parity_table
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from hidream_grpc.model.parallel.layout import Layout
+from hidream_grpc.model.parallel.planner import parse_layout
+from tests.checkpoints import write_reshaped, write_tiny_checkpoint
+from tests.numerics.rank_worlds import Drawing, Drawn, RankWorlds
+from tests.numerics.test_layouts import CASES, LAYOUTS, SHAPES, largest_error, relative_error
+
+DTYPES = ("float64", "float32", "bfloat16")
+
+
+def write_table(folder: Path, rank_worlds: RankWorlds) -> None:
+    """Write one row for each layout to the standard output."""
+    tiny = write_tiny_checkpoint(folder / "tiny")
+
+    @cache
+    def checkpoint(shape: str) -> Path:
+        return write_reshaped(tiny, folder / shape.replace(", ", "_"), **SHAPES[shape])
+
+    @cache
+    def draw(shape: str, layout: str, dtype: str) -> list[Drawn]:
+        parsed = parse_layout(layout)
+        axes = {name: getattr(parsed, name) for name in Layout.__dataclass_fields__}
+        return rank_worlds.draw(Drawing(axes, str(checkpoint(shape)), CASES, dtype))
+
+    columns = [f"{dtype} {what}" for dtype in DTYPES for what in ("forward", "latents")]
+    sys.stdout.write(f"| checkpoint | layout | {' | '.join(columns)} |\n")
+    sys.stdout.write("|---" * (2 + len(columns)) + "|\n")
+    for shape, layout in LAYOUTS:
+        cells = []
+        for dtype in DTYPES:
+            (alone,) = draw(shape, "tp=1", dtype)
+            ranks = draw(shape, layout, dtype)
+            cells.append(max(_largest_forward_error(drawn, alone) for drawn in ranks))
+            cells.append(max(largest_error(drawn, alone) for drawn in ranks))
+        row = " | ".join(f"{cell:.0e}" for cell in cells)
+        sys.stdout.write(f"| {shape} | `{layout}` | {row} |\n")
+
+
+def _largest_forward_error(drawn: Drawn, expected: Drawn) -> float:
+    return max(
+        relative_error(drawn.first_predictions[case.name], expected.first_predictions[case.name])
+        for case in CASES
+    )
+
+
+def main() -> None:
+    """Draw every case in every layout and dtype."""
+    with tempfile.TemporaryDirectory() as folder:
+        rank_worlds = RankWorlds(Path(folder))
+        try:
+            write_table(Path(folder), rank_worlds)
+        finally:
+            rank_worlds.close()
+
+
+if __name__ == "__main__":
+    main()
