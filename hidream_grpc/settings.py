@@ -51,11 +51,15 @@ class Settings(BaseSettings):
     threads_per_rank: Annotated[
         int | None, Field(ge=1, le=1024, description="CPU threads of each rank; cores ÷ ranks when absent")
     ] = None
+    compile_shapes: Annotated[
+        str | None,
+        Field(description="steps to compile for at boot, width x height x samples: 1024x1024x2,768x1360x2"),
+    ] = None
     replace: Annotated[
         Literal["one", "all"] | None,
         Field(description="which ranks to start anew when one dies: all on npu and cuda, one on cpu"),
     ] = None
-    load_timeout_seconds: Annotated[Seconds, Field(description="time for all ranks to load")] = (
+    load_timeout_seconds: Annotated[Seconds, Field(description="time for all ranks to load and compile")] = (
         _TIMEOUTS.load_seconds
     )
     collective_timeout_seconds: Annotated[

@@ -37,6 +37,7 @@ class DeviceType:
             where devices are not counted and any number of ranks may be asked for.
         device_node_prefix: device N of this type is the file `/dev/<prefix>N`.
         rank_environment: environment defaults of the ranks, by the number of ranks.
+        can_compile: whether torch.compile has been made to work on it here.
     """
 
     name: str
@@ -46,6 +47,7 @@ class DeviceType:
     visible_devices_variable: str | None
     device_node_prefix: str
     rank_environment: Callable[[int], dict[str, str]]
+    can_compile: bool
 
     def environment(self, num_ranks: int) -> dict[str, str]:
         """Environment defaults of the ranks; each applies only where the operator set nothing.
@@ -91,6 +93,7 @@ CPU = DeviceType(
     visible_devices_variable=None,
     device_node_prefix="",
     rank_environment=lambda _num_ranks: {},
+    can_compile=True,
 )
 CUDA = DeviceType(
     name="cuda",
@@ -101,6 +104,7 @@ CUDA = DeviceType(
     visible_devices_variable="CUDA_VISIBLE_DEVICES",
     device_node_prefix="nvidia",
     rank_environment=_cuda_environment,
+    can_compile=True,
 )
 NPU = DeviceType(
     name="npu",
@@ -111,6 +115,8 @@ NPU = DeviceType(
     visible_devices_variable="ASCEND_RT_VISIBLE_DEVICES",
     device_node_prefix="davinci",
     rank_environment=_npu_environment,
+    # torch_npu has two backends for graphs; neither has been run with this model: docs/decisions/0005.
+    can_compile=False,
 )
 
 

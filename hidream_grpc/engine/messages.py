@@ -14,6 +14,7 @@ from hidream_grpc.devices.base import StartMethod
 from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.model.step_shapes import StepShape
 
 PROTOCOL_VERSION = 2
 
@@ -90,7 +91,7 @@ ZygoteEvent = ZygoteReady | ProcessStarted | StartRefused | ProcessEnded
 
 
 class Load(_Message, frozen=True):
-    """First command of a rank: open the device, load the weights."""
+    """First command of a rank: open the device, load the weights, compile for the shapes of steps."""
 
     model_path: Path
     extra_model_path: Path | None
@@ -98,6 +99,7 @@ class Load(_Message, frozen=True):
     device_type: str
     local_index: int
     num_threads: int
+    compile_shapes: tuple[StepShape, ...]
     log: LogConfig
 
 

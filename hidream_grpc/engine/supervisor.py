@@ -24,6 +24,7 @@ from hidream_grpc.engine.zygote_link import ChildProcess, ZygoteLink
 from hidream_grpc.errors import RankDiedError, StartupError
 from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.parallel.layout import Layout
+from hidream_grpc.model.step_shapes import StepShape
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,8 @@ class GroupTimeouts:
     """How long the ranks may take, in seconds, before they count as dead.
 
     Attributes:
-        load_seconds: from the start of a process to its weights on the device; also of the zygote's
-            imports.
+        load_seconds: from the start of a process to its weights on the device, with whatever it compiles;
+            also of the zygote's imports.
         init_seconds: of each step of torch's init. A rank that dies meanwhile holds the others up
             for a few times this.
         join_seconds: from the command to join to the last rank's answer; also covers the work that a
@@ -70,6 +71,7 @@ class GroupConfig:
         start_method: how the zygote makes ranks.
         replace: who is started again when a rank died: the dead alone, or all. "one" is proven on gloo.
         threads_per_rank: of torch, on the CPU.
+        compile_shapes: of the steps that each rank compiles for when it has loaded.
         timeouts: of everything that is waited for.
         log: how zygote and ranks log.
     """
@@ -83,6 +85,7 @@ class GroupConfig:
     start_method: StartMethod = StartMethod.FORK
     replace: Literal["one", "all"] = "one"
     threads_per_rank: int = 1
+    compile_shapes: tuple[StepShape, ...] = ()
     timeouts: GroupTimeouts = field(default_factory=GroupTimeouts)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -297,6 +300,7 @@ class RankGroup:
             device_type=self._config.device_type,
             local_index=self._config.local_indices[rank],
             num_threads=self._config.threads_per_rank,
+            compile_shapes=self._config.compile_shapes,
             log=self._config.log,
         )
 

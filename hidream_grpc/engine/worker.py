@@ -158,6 +158,8 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
             device = open_device(load.device_type, load.local_index)
             groups = ParallelGroups(load.layout, rank)
             model = HiDreamModel.from_pretrained(load.model_path, load.extra_model_path, device, groups)
+            if load.compile_shapes:
+                model.compile(load.compile_shapes)
         except HiDreamError as error:
             channel.send(LoadFailed(reason=str(error)))
             sys.exit(1)

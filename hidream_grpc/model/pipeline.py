@@ -20,6 +20,8 @@ from torch import Tensor
 
 from hidream_grpc.devices.base import Device
 from hidream_grpc.model.checkpoint_files import MODEL_PATH_FLAG, TransformerConfig, num_weights, read_json
+from hidream_grpc.model.compilation import compile_blocks
+from hidream_grpc.model.conditioning import Conditioning
 from hidream_grpc.model.denoising import DenoisingState, StepBatch
 from hidream_grpc.model.images import encode_image
 from hidream_grpc.model.loading import load_module, load_scheduler, quieten_libraries
@@ -30,6 +32,7 @@ from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 from hidream_grpc.model.preview import LatentPreview
 from hidream_grpc.model.prompt_encoding import EncodedPrompts, PromptEncoder
 from hidream_grpc.model.schedulers import new_scheduler, scheduler_step
+from hidream_grpc.model.step_shapes import StepShape
 from hidream_grpc.model.text_encoders import TextEncoders
 from hidream_grpc.model.transformer import HiDreamTransformer, RankRows
 from hidream_grpc.model.vae import ImageDecoding
@@ -108,6 +111,27 @@ class HiDreamModel:
             + text_encoders.num_parameters,
         )
 
+    @torch.inference_mode()
+    def compile(self, shapes: Sequence[StepShape]) -> None:
+        """Compile the transformer's blocks for steps of these shapes; others run as without it.
+
+        Call it before the rank is in a group, which it does not need, and at most once in a process, in
+        which nothing is compiled thereafter.
+
+        Args:
+            shapes: of whole steps; each rank compiles for the rows that it has of them.
+
+        Raises:
+            Exception: the compiler's own, where it fails or is not there.
+        """
+        with self._groups.rehearsal():
+            conditioning = self._prompt_encoder.blank()
+            compile_blocks(
+                [*self._transformer.double_blocks, *self._transformer.single_blocks],
+                shapes,
+                lambda shape: self.predict(self._blank_batch(shape, conditioning)),
+            )
+
     def encode(self, prompts: Sequence[str]) -> EncodedPrompts:
         """Encode prompts, each once while it is among the latest; see `PromptEncoder.encode`."""
         return self._prompt_encoder.encode(prompts)
@@ -138,11 +162,7 @@ class HiDreamModel:
         generators = tuple(
             torch.Generator().manual_seed(parameters.seed + index) for index in range(parameters.num_images)
         )
-        shape = (
-            self._transformer.config.in_channels,
-            parameters.height // self._vae_scale_factor,
-            parameters.width // self._vae_scale_factor,
-        )
+        shape = self._latents_shape(parameters.width, parameters.height)
         latents = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         conditionings = (encoded or self.encode(parameters.prompts)).require(parameters.prompts)
         scheduler = new_scheduler(
@@ -244,3 +264,21 @@ class HiDreamModel:
     def preview(self, state: DenoisingState) -> bytes:
         """A small JPEG of the current latents of image 0."""
         return encode_image(self._preview.draw(state.latents[0]), OutputFormat.JPEG, _PREVIEW_QUALITY)
+
+    def _blank_batch(self, shape: StepShape, conditioning: Conditioning) -> StepBatch:
+        """A step of this shape, of nothing but zeros."""
+        device, dtype = self._device.torch_device, self._device.dtype
+        latents_shape = self._latents_shape(shape.width, shape.height)
+        return StepBatch(
+            latents=torch.zeros(shape.num_samples, *latents_shape, device=device, dtype=dtype),
+            time_and_prompt=conditioning.pooled.repeat(shape.num_samples, 1),
+            conditioning=(conditioning,) * shape.num_samples,
+        )
+
+    def _latents_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return (
+            self._transformer.config.in_channels,
+            height // self._vae_scale_factor,
+            width // self._vae_scale_factor,
+        )

@@ -158,6 +158,11 @@ class PromptEncoder:
         num_prompts = sum(prompt != EMPTY_PROMPT for prompt in prompts)
         return EncodedPrompts(conditionings, errors, num_prompts - num_misses, num_misses)
 
+    @torch.inference_mode()
+    def blank(self) -> Conditioning:
+        """A conditioning of the shape that every prompt's has; all ranks of a model must call it."""
+        return self._project(self._text_encoders.blank())
+
     def _encode(self, prompt: str, errors: dict[str, Exception]) -> Conditioning | None:
         """Encode one prompt; None where an encoder failed on any rank."""
         outputs: dict[TextEncoderName, Tensor] = {}
@@ -172,6 +177,10 @@ class PromptEncoder:
             return None
         for name, owner in self._text_encoders.owners.items():
             self._world.broadcast(outputs[name], owner)
+        return self._project(outputs)
+
+    def _project(self, outputs: Mapping[TextEncoderName, Tensor]) -> Conditioning:
+        """What the encoders gave, as the transformer's blocks take it."""
         embeds = PromptEmbeds.from_outputs(outputs)
         t5, llama = self._projector.project_captions(embeds.t5, embeds.llama)
         return Conditioning(self._projector.embed_pooled(embeds.pooled), t5, llama)

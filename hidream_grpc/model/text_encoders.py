@@ -147,6 +147,14 @@ class TextEncoders:
             for name, shape in self._output_shapes.items()
         }
 
+    def blank(self) -> dict[TextEncoderName, Tensor]:
+        """Zeros in the shapes of what the encoders give for any prompt."""
+        device, dtype = self._device.torch_device, self._device.dtype
+        return {
+            name: torch.zeros(shape, device=device, dtype=dtype)
+            for name, shape in self._output_shapes.items()
+        }
+
 
 class _ClipEncoder:
     def __init__(self, files: TextEncoderFiles, device: Device) -> None:

@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from hidream.v1 import image_gen_pb2_grpc
+from hidream_grpc.devices.base import DeviceType
 from hidream_grpc.devices.detect import DeviceSelection, detect, parse_devices, select_devices
 from hidream_grpc.engine.controller import Controller
 from hidream_grpc.engine.requests import EngineState
@@ -36,6 +37,7 @@ from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import LAYOUT_FLAG, ModelDivisions, choose_layout
 from hidream_grpc.model.prompt_tokens import PromptTokenCounter
 from hidream_grpc.model.sizes import MAX_PREVIEW_SIDE_PIXELS
+from hidream_grpc.model.step_shapes import COMPILE_SHAPES_FLAG, StepShape, parse_step_shapes
 from hidream_grpc.server.health import IMAGE_GEN, HealthServicer
 from hidream_grpc.server.image_gen import ImageGenServicer
 from hidream_grpc.server.info import ServerDescription
@@ -73,13 +75,14 @@ async def serve(settings: Settings) -> None:
         raise ModelNotFoundError(EXTRA_MODEL_PATH_FLAG, settings.extra_model_path)
     checkpoint = describe_checkpoint(model_path, settings.extra_model_path)
     devices, layout = _plan_ranks(settings, checkpoint)
+    compile_shapes = _compile_shapes(settings, checkpoint, devices.device_type)
     limits = _limits(settings, checkpoint)
     defaults = _defaults(limits, checkpoint)
     count_tokens = PromptTokenCounter.from_checkpoint(model_path, settings.extra_model_path).count
 
     metrics = Metrics()
     health = HealthServicer()
-    group = RankGroup(_group_config(settings, model_path, devices, layout))
+    group = RankGroup(_group_config(settings, model_path, devices, layout, compile_shapes))
     scheduler = StepScheduler(BatchLimits(settings.max_running_jobs, settings.max_step_pixels))
 
     def on_state(state: EngineState) -> None:
@@ -201,7 +204,11 @@ def _plan_ranks(settings: Settings, checkpoint: CheckpointDescription) -> tuple[
 
 
 def _group_config(
-    settings: Settings, model_path: Path, devices: DeviceSelection, layout: Layout
+    settings: Settings,
+    model_path: Path,
+    devices: DeviceSelection,
+    layout: Layout,
+    compile_shapes: tuple[StepShape, ...],
 ) -> GroupConfig:
     device_type = devices.device_type
     cores_per_rank = len(os.sched_getaffinity(0)) // devices.num_ranks
@@ -216,12 +223,23 @@ def _group_config(
         # Proven on gloo; an experiment where the backend holds state in the device.
         replace=settings.replace or ("one" if device_type.backend == "gloo" else "all"),
         threads_per_rank=settings.threads_per_rank or max(1, cores_per_rank),
+        compile_shapes=compile_shapes,
         timeouts=GroupTimeouts(
             load_seconds=settings.load_timeout_seconds,
             collective_seconds=settings.collective_timeout_seconds,
         ),
         log=LogConfig(settings.log_level, settings.log_format, settings.log_file),
     )
+
+
+def _compile_shapes(
+    settings: Settings, checkpoint: CheckpointDescription, device_type: DeviceType
+) -> tuple[StepShape, ...]:
+    if settings.compile_shapes is None:
+        return ()
+    if not device_type.can_compile:
+        raise ConfigurationError(COMPILE_SHAPES_FLAG, f"not supported on {device_type.name} yet")
+    return parse_step_shapes(settings.compile_shapes, checkpoint.size_limits)
 
 
 def _limits(settings: Settings, checkpoint: CheckpointDescription) -> RequestLimits:

@@ -12,7 +12,7 @@ import pytest_asyncio
 from diffusers import AutoencoderKL
 
 from hidream_grpc.engine.controller import Controller
-from hidream_grpc.engine.messages import Decode, DecodedImage
+from hidream_grpc.engine.messages import Decode, DecodedImage, JobFault
 from hidream_grpc.engine.requests import (
     EngineEvent,
     EngineRequest,
@@ -120,7 +120,7 @@ async def test_an_image_that_fails_halfway_fails_its_job_alone_and_frees_its_ran
     expected = (await decode(group, "large")).data
     pids, generation = group.rank_pids, group.generation
     assert not await step_and_decode(group, Decode(job_id="large", image_index=0, rank=1))
-    faults = []
+    faults: list[JobFault] = []
     with little_memory(pids[1], spare_bytes=LESS_THAN_A_SLICE_BYTES):
         while not faults:
             answers = await group.execute(plan(decode_budget_seconds=NO_TIME))

@@ -71,6 +71,14 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
         ["-d", "0,1", "--layout", "tp=2,cfg=2"],
         ["--layout: tp=2,cfg=2 needs 4 devices, there are 2; cfg=2 or tp=2 would work on 2 devices"],
     ),
+    "no shape to compile": (
+        ["--compile-shapes", "512x512"],
+        ["--compile-shapes: '512x512'", "width x height x samples, such as 1024x1024x2"],
+    ),
+    "a shape that the model forbids": (
+        ["--compile-shapes", "256x256x2,1000x1000x2"],
+        ["--compile-shapes: 1000x1000 cannot be drawn: both sides must be multiples of 16"],
+    ),
     "unknown device type": (["-t", "tpu"], ["--device-type", "tpu", "npu, cuda, cpu"]),
     "listen without a port": (["--listen", "localhost"], ["--listen", "HOST:PORT"]),
     "listen with a broken IPv6 address": (["--listen", "[::1:80"], ["--listen", "brackets"]),

@@ -20,6 +20,7 @@ FLAGS = {
     "-t",
     "--chunk-bytes",
     "--collective-timeout-seconds",
+    "--compile-shapes",
     "--config",
     "--data-dir",
     "--device-type",

@@ -155,7 +155,7 @@ class Axis:
         self._is_rehearsing = is_rehearsing
 
     # A compiled graph lives as long as its rank, a group one generation: no graph may hold one.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _exchange(
         self, doing: str, exchange: Callable[..., object], result: Tensor, *inputs: Tensor, **options: object
     ) -> None:

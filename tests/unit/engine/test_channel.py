@@ -35,6 +35,7 @@ from hidream_grpc.engine.messages import (
 from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
+from hidream_grpc.model.step_shapes import StepShape
 
 LENGTH_BYTES = 4
 
@@ -115,6 +116,7 @@ async def test_messages_cross_in_both_directions_and_in_order(pair: Pair) -> Non
         device_type="cpu",
         local_index=3,
         num_threads=2,
+        compile_shapes=(StepShape(width=1024, height=768, num_samples=2),),
         log=LogConfig(level="DEBUG", format="json", file=Path("a.log")),
     )
     await pair.server.send(load)
