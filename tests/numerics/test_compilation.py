@@ -1,0 +1,84 @@
+"""What is compiled at boot: used by the steps that it was named for, and nothing is compiled on a request."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hidream_grpc.model.parallel.planner import parse_layout
+from tests.checkpoints import write_reshaped
+from tests.numerics.compiled_ranks import OF_THE_NAMED_SHAPE, CompiledRank, Step
+
+LAYOUT = "tp=2"
+NUM_BLOCKS = 2
+RELATIVE_TOLERANCE = 1e-5
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
+
+
+@pytest.fixture(scope="module")
+def compiled_ranks(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[CompiledRank]:
+    """Every rank of a layout whose blocks have collectives inside."""
+    folder = tmp_path_factory.mktemp("compiled")
+    # Blocks of one kind only: the compiler takes half a second for each kernel.
+    checkpoint = write_reshaped(
+        tiny_checkpoint,
+        folder / "checkpoint",
+        num_layers=NUM_BLOCKS,
+        num_single_layers=0,
+        llama_layers=[2] * NUM_BLOCKS,
+    )
+    compiler = {
+        "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        # Not to spend six seconds on trying instructions that the processor has.
+        "TORCHINDUCTOR_VEC_ISA_OK": "1",
+    }
+    subprocess.run(
+        [sys.executable, "-m", "tests.numerics.compiled_ranks", checkpoint, LAYOUT, folder],
+        env=os.environ | compiler,
+        check=True,
+    )
+    ranks = []
+    for rank in range(parse_layout(LAYOUT).world_size):
+        answer = json.loads((folder / f"{rank}.json").read_text())
+        steps = {name: Step(**step) for name, step in answer.pop("steps").items()}
+        ranks.append(CompiledRank(**answer, steps=steps))
+    return ranks
+
+
+def test_a_rank_compiles_without_a_group_and_without_the_other_ranks(
+    compiled_ranks: list[CompiledRank],
+) -> None:
+    assert not any(rank.had_group for rank in compiled_ranks)
+    assert all(rank.num_compiled > 0 for rank in compiled_ranks)
+
+
+def test_steps_of_a_named_shape_run_compiled_code_and_give_what_they_give_without(
+    compiled_ranks: list[CompiledRank],
+) -> None:
+    for rank in compiled_ranks:
+        for name in OF_THE_NAMED_SHAPE:
+            step = rank.steps[name]
+            # All that was compiled at boot, once for each block: nothing of a block is left out.
+            assert step.num_compiled_calls == NUM_BLOCKS * rank.num_compiled, name
+            assert step.relative_difference < RELATIVE_TOLERANCE, name
+
+
+def test_steps_of_another_shape_run_as_without_the_compiler(compiled_ranks: list[CompiledRank]) -> None:
+    for rank in compiled_ranks:
+        for name, step in rank.steps.items():
+            if name not in OF_THE_NAMED_SHAPE:
+                assert (step.num_compiled_calls, step.relative_difference) == (0, 0.0), name
+
+
+def test_nothing_is_compiled_on_a_request(compiled_ranks: list[CompiledRank]) -> None:
+    assert not any(step.num_compiled for rank in compiled_ranks for step in rank.steps.values())
