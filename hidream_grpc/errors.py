@@ -5,20 +5,30 @@
     │   ├── ConfigurationError          a flag or variable is out of its range
     │   ├── AddressInUseError           another process listens there
     │   ├── ModelNotFoundError          a model folder is missing or incomplete
-    │   └── DeviceUnavailableError      the device type or one of the devices is not there
+    │   ├── DeviceUnavailableError      the device type or one of the devices is not there
+    │   ├── StoreInUseError             another server has the job store open
+    │   └── StoreVersionError           a newer server has written the job store
     ├── RequestError                    the caller is told; the table is `server/status.py`
     │   ├── InvalidRequestError         one or more fields, all named
     │   ├── RequestIdConflictError      the request id was used with another request
+    │   ├── JobNotFoundError            no such job, or it is another's
+    │   ├── JobNotEndedError            only a job that has ended can be deleted
     │   ├── QueueFullError              nothing was accepted
+    │   ├── CallerQueueFullError        nothing was accepted: the caller's own share is used up
+    │   ├── StoreUnavailableError       the database of the jobs does not answer
+    │   ├── StoreFullError              the database of the jobs has no room
     │   ├── TooManyReadersError         the caller follows too many jobs at once
     │   ├── NotServingError             starting, draining, or the devices are lost
+    │   ├── ArtifactUnavailableError    images cannot be stored or read now
+    │   ├── ImageNotFoundError          the job has no such image, or has it no longer
     │   ├── DeadlineExceededError       the caller's deadline passed before the job ended
     │   └── JobCancelledError           somebody cancelled the job
     ├── JobError                        a job that was accepted failed; the same table
     │   ├── StorageFullError            no room for the images
     │   ├── OutOfDeviceMemoryError      too large for the device, even alone
     │   └── JobInternalError            our fault; the log has the error id
-    └── RankDiedError                   the rank group was lost; the engine recovers, no caller sees it
+    ├── RankDiedError                   the rank group was lost; the engine recovers, no caller sees it
+    └── ClaimLostError                  the job is another replica's by now, or has ended; no caller sees it
 
 Facts are attributes, so that what handles an error never reads its text.
 """
@@ -27,6 +37,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 
@@ -75,6 +86,22 @@ class DeviceUnavailableError(StartupError):
         self.reason = reason
 
 
+class StoreInUseError(StartupError):
+    """Another server has the file of the job store open."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path} is in use by another server")
+        self.path = path
+
+
+class StoreVersionError(StartupError):
+    """The job store was written by a newer version of this service."""
+
+    def __init__(self, store: str) -> None:
+        super().__init__(f"{store} was written by a newer version of this service")
+        self.store = store
+
+
 class RequestError(HiDreamError):
     """The caller asked for something that it cannot have (now, or at all)."""
 
@@ -104,12 +131,55 @@ class RequestIdConflictError(RequestError):
         self.job_id = job_id
 
 
+class JobNotFoundError(RequestError):
+    """No such job, or it belongs to another caller."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"no job {job_id}")
+        self.job_id = job_id
+
+
+class JobNotEndedError(RequestError):
+    """The job is queued or running, and must not be."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"job {job_id} has not ended; cancel it first")
+        self.job_id = job_id
+
+
 class QueueFullError(RequestError):
     """The queue holds as many jobs as it may; nothing was accepted."""
 
     def __init__(self, max_queued_jobs: int, retry_after_seconds: float) -> None:
         super().__init__(f"the queue is full: max_queued_jobs is {max_queued_jobs}")
         self.max_queued_jobs = max_queued_jobs
+        self.retry_after_seconds = retry_after_seconds
+
+
+class CallerQueueFullError(RequestError):
+    """As many jobs of this caller wait as may; nothing was accepted."""
+
+    def __init__(self, max_queued_jobs_of_caller: int, retry_after_seconds: float) -> None:
+        super().__init__(
+            f"too many of your jobs wait: max_queued_jobs_of_caller is {max_queued_jobs_of_caller}"
+        )
+        self.max_queued_jobs_of_caller = max_queued_jobs_of_caller
+        self.retry_after_seconds = retry_after_seconds
+
+
+class StoreUnavailableError(RequestError):
+    """The database of the jobs does not answer; whether the change was made is not known."""
+
+    def __init__(self, retry_after_seconds: float) -> None:
+        super().__init__("the job store does not answer")
+        self.retry_after_seconds = retry_after_seconds
+
+
+class StoreFullError(RequestError):
+    """The database of the jobs has no room; nothing was changed."""
+
+    def __init__(self, retry_after_seconds: float) -> None:
+        super().__init__("the job store has no room")
         self.retry_after_seconds = retry_after_seconds
 
 
@@ -128,6 +198,23 @@ class NotServingError(RequestError):
     def __init__(self, reason: str, retry_after_seconds: float) -> None:
         super().__init__(reason)
         self.retry_after_seconds = retry_after_seconds
+
+
+class ArtifactUnavailableError(RequestError):
+    """The artifact store does not answer, or refuses us; the log says why."""
+
+    def __init__(self, retry_after_seconds: float) -> None:
+        super().__init__("the artifact store is not available")
+        self.retry_after_seconds = retry_after_seconds
+
+
+class ImageNotFoundError(RequestError):
+    """The artifact store does not have the image."""
+
+    def __init__(self, job_id: str, index: int) -> None:
+        super().__init__(f"image {index} of job {job_id} is not there")
+        self.job_id = job_id
+        self.index = index
 
 
 class DeadlineExceededError(RequestError):
@@ -180,10 +267,33 @@ class JobInternalError(JobError):
         return cls(uuid.uuid4().hex)
 
 
-class RankDiedError(HiDreamError):
-    """The rank group was lost while it worked; ranks names who died or hung."""
+class LossCause(StrEnum):
+    """What broke a rank group; whether the work that it was at may have done it."""
 
-    def __init__(self, ranks: tuple[int, ...], reason: str) -> None:
+    OUTSIDE = "outside"
+    """Somebody killed or stopped a process, or a connection was lost: no job can be blamed."""
+    FAULT = "fault"
+    """A rank crashed, ended, raised an error or hung at its work."""
+    OUT_OF_MEMORY = "out of memory"
+    """The work did not fit the memory of a device, or the kernel killed a rank for its memory."""
+
+
+class RankDiedError(HiDreamError):
+    """The rank group was lost while it worked; ranks names who died or hung, cause whether of its work."""
+
+    def __init__(
+        self, ranks: tuple[int, ...], reason: str, cause: LossCause = LossCause.OUTSIDE
+    ) -> None:
         super().__init__(f"rank {', '.join(map(str, ranks))}: {reason}" if ranks else reason)
         self.ranks = ranks
         self.reason = reason
+        self.cause = cause
+
+
+class ClaimLostError(HiDreamError):
+    """Whoever says so does not have the job any more: another replica has it, or it has ended."""
+
+    def __init__(self, job_id: str, claim_number: int) -> None:
+        super().__init__(f"claim {claim_number} of job {job_id} is lost")
+        self.job_id = job_id
+        self.claim_number = claim_number

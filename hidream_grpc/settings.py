@@ -77,6 +77,11 @@ class Settings(BaseSettings):
         Field(description="where images are kept meanwhile; a temporary folder when absent"),
     ] = None
 
+    artifacts: Annotated[
+        str | None,
+        Field(description="s3://BUCKET/PREFIX or file:///FOLDER for images; in --data-dir when absent"),
+    ] = None
+
     max_queued_jobs: Annotated[int, Field(ge=1, le=1_000_000, description="jobs that may wait")] = 64
     max_running_jobs: Annotated[int, Field(ge=1, le=1024, description="jobs drawn at the same time")] = 16
     max_step_pixels: Annotated[
@@ -98,6 +103,13 @@ class Settings(BaseSettings):
         Seconds, Field(description="how long a job that has ended is kept, with its images")
     ] = 3600
     max_retained_jobs: Annotated[PositiveInt, Field(description="jobs that have ended, kept at most")] = 1000
+    max_retained_bytes: Annotated[
+        PositiveInt | None,
+        Field(description="images of jobs that have ended, kept at most; any number of bytes when absent"),
+    ] = None
+    retention_dry_run: Annotated[
+        bool, Field(description="log which jobs would be removed (true or false), and keep them")
+    ] = False
     grace_seconds: Annotated[Seconds, Field(description="time for accepted jobs to end on SIGTERM")] = 60
     drain_delay_seconds: Annotated[
         Seconds, Field(description="time to take new calls after health says NOT_SERVING on SIGTERM")

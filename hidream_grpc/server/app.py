@@ -18,7 +18,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from hidream.v1 import image_gen_pb2_grpc
-from hidream_grpc.devices.base import DeviceType
 from hidream_grpc.devices.detect import DeviceSelection, detect, parse_devices, select_devices
 from hidream_grpc.engine.controller import Controller
 from hidream_grpc.engine.requests import EngineState
@@ -37,7 +36,7 @@ from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import LAYOUT_FLAG, ModelDivisions, choose_layout
 from hidream_grpc.model.prompt_tokens import PromptTokenCounter
 from hidream_grpc.model.sizes import MAX_PREVIEW_SIDE_PIXELS
-from hidream_grpc.model.step_shapes import COMPILE_SHAPES_FLAG, StepShape, parse_step_shapes
+from hidream_grpc.model.step_shapes import StepShape, choose_compile_shapes
 from hidream_grpc.server.health import IMAGE_GEN, HealthServicer
 from hidream_grpc.server.image_gen import ImageGenServicer
 from hidream_grpc.server.info import ServerDescription
@@ -75,7 +74,9 @@ async def serve(settings: Settings) -> None:
         raise ModelNotFoundError(EXTRA_MODEL_PATH_FLAG, settings.extra_model_path)
     checkpoint = describe_checkpoint(model_path, settings.extra_model_path)
     devices, layout = _plan_ranks(settings, checkpoint)
-    compile_shapes = _compile_shapes(settings, checkpoint, devices.device_type)
+    compile_shapes = choose_compile_shapes(
+        settings.compile_shapes, devices.device_type, checkpoint.size_limits
+    )
     limits = _limits(settings, checkpoint)
     defaults = _defaults(limits, checkpoint)
     count_tokens = PromptTokenCounter.from_checkpoint(model_path, settings.extra_model_path).count
@@ -95,7 +96,7 @@ async def serve(settings: Settings) -> None:
         jobs = JobService(
             limits,
             RetentionPolicy(settings.retention_seconds, settings.max_retained_jobs),
-            ArtifactStore(data_directory / "artifacts"),
+            ArtifactStore(settings.artifacts or data_directory / "artifacts"),
             controller,
             lambda: Execution(checkpoint.name, checkpoint.scheduler_name, checkpoint.shift, str(layout)),
         )
@@ -230,16 +231,6 @@ def _group_config(
         ),
         log=LogConfig(settings.log_level, settings.log_format, settings.log_file),
     )
-
-
-def _compile_shapes(
-    settings: Settings, checkpoint: CheckpointDescription, device_type: DeviceType
-) -> tuple[StepShape, ...]:
-    if settings.compile_shapes is None:
-        return ()
-    if not device_type.can_compile:
-        raise ConfigurationError(COMPILE_SHAPES_FLAG, f"not supported on {device_type.name} yet")
-    return parse_step_shapes(settings.compile_shapes, checkpoint.size_limits)
 
 
 def _limits(settings: Settings, checkpoint: CheckpointDescription) -> RequestLimits:

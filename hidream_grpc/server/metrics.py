@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from hidream_grpc.engine.controller import PromptReport, StepReport
 from hidream_grpc.errors import AddressInUseError, ConfigurationError
+from hidream_grpc.jobs.retention import RemovalReason, RetentionReport
 
 _CALL_BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 _STEP_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 30)
@@ -49,6 +50,18 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._retained_jobs = Gauge(
+            "hidream_retained_jobs", "Jobs that have ended and are kept.", registry=self.registry
+        )
+        self._retained_bytes = Gauge(
+            "hidream_retained_bytes", "Image bytes of those jobs.", registry=self.registry
+        )
+        self._removed_jobs = Counter(
+            "hidream_removed_jobs_total", "Jobs removed by retention.", ["reason"], registry=self.registry
+        )
+        for reason in RemovalReason:
+            self._removed_jobs.labels(reason.value)
+
     def observe_call(self, method: str, code: str, call_seconds: float) -> None:
         """Count a call that ended."""
         self._calls.labels(method, code).inc()
@@ -63,6 +76,13 @@ class Metrics:
         """Count the prompts of requests that started."""
         self._prompt_cache_hits.inc(report.num_cache_hits)
         self._prompt_cache_misses.inc(report.num_cache_misses)
+
+    def observe_retention(self, report: RetentionReport) -> None:
+        """Note what retention left and count what it removed."""
+        self._retained_jobs.set(report.num_retained_jobs)
+        self._retained_bytes.set(report.retained_bytes)
+        for reason, num_removed in report.num_removed.items():
+            self._removed_jobs.labels(reason.value).inc(num_removed)
 
     def watch(
         self,

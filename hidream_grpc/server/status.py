@@ -44,6 +44,13 @@ def _job(job_id: str, error: errors.HiDreamError) -> error_details_pb2.ResourceI
     return error_details_pb2.ResourceInfo(resource_type="Job", resource_name=job_id, description=str(error))
 
 
+def _not_ended(error: errors.JobNotEndedError) -> list[Message]:
+    violation = error_details_pb2.PreconditionFailure.Violation(
+        type="JOB_ENDED", subject=error.job_id, description=str(error)
+    )
+    return [error_details_pb2.PreconditionFailure(violations=[violation])]
+
+
 def _internal(error: errors.JobInternalError) -> list[Message]:
     metadata = {"error_id": error.error_id}
     return [error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata=metadata)]
@@ -52,15 +59,27 @@ def _internal(error: errors.JobInternalError) -> list[Message]:
 TABLE: dict[type[errors.HiDreamError], _Row] = {
     errors.InvalidRequestError: _Row(code_pb2.INVALID_ARGUMENT, _bad_request),
     errors.RequestIdConflictError: _Row(code_pb2.ALREADY_EXISTS, lambda e: [_job(e.job_id, e)]),
+    errors.JobNotFoundError: _Row(code_pb2.NOT_FOUND, lambda e: [_job(e.job_id, e)]),
+    errors.JobNotEndedError: _Row(code_pb2.FAILED_PRECONDITION, _not_ended),
     errors.QueueFullError: _Row(
         code_pb2.RESOURCE_EXHAUSTED,
         lambda e: [_quota("max_queued_jobs", e), _retry(e.retry_after_seconds)],
+    ),
+    errors.CallerQueueFullError: _Row(
+        code_pb2.RESOURCE_EXHAUSTED,
+        lambda e: [_quota("max_queued_jobs_of_caller", e), _retry(e.retry_after_seconds)],
+    ),
+    errors.StoreUnavailableError: _Row(code_pb2.UNAVAILABLE, lambda e: [_retry(e.retry_after_seconds)]),
+    errors.StoreFullError: _Row(
+        code_pb2.RESOURCE_EXHAUSTED, lambda e: [_quota("job_store", e), _retry(e.retry_after_seconds)]
     ),
     errors.TooManyReadersError: _Row(
         code_pb2.RESOURCE_EXHAUSTED,
         lambda e: [_quota("max_streams", e), _retry(e.retry_after_seconds)],
     ),
     errors.NotServingError: _Row(code_pb2.UNAVAILABLE, lambda e: [_retry(e.retry_after_seconds)]),
+    errors.ArtifactUnavailableError: _Row(code_pb2.UNAVAILABLE, lambda e: [_retry(e.retry_after_seconds)]),
+    errors.ImageNotFoundError: _Row(code_pb2.NOT_FOUND, lambda e: [_job(e.job_id, e)]),
     errors.DeadlineExceededError: _Row(code_pb2.DEADLINE_EXCEEDED, lambda e: [_job(e.job_id, e)]),
     errors.JobCancelledError: _Row(code_pb2.CANCELLED, lambda e: [_job(e.job_id, e)]),
     errors.StorageFullError: _Row(

@@ -18,6 +18,7 @@ FLAGS = {
     "-e",
     "-m",
     "-t",
+    "--artifacts",
     "--chunk-bytes",
     "--collective-timeout-seconds",
     "--compile-shapes",
@@ -41,6 +42,7 @@ FLAGS = {
     "--max-prompt-bytes",
     "--max-queued-jobs",
     "--max-receive-message-bytes",
+    "--max-retained-bytes",
     "--max-retained-jobs",
     "--max-running-jobs",
     "--max-step-pixels",
@@ -48,11 +50,12 @@ FLAGS = {
     "--metrics-port",
     "--model-path",
     "--replace",
+    "--retention-dry-run",
     "--retention-seconds",
     "--threads-per-rank",
 }
 # They bound what the server does, not what a request may ask for.
-LIMITS_OF_THE_SERVER_ALONE = {"max_step_pixels", "max_retained_jobs"}
+LIMITS_OF_THE_SERVER_ALONE = {"max_step_pixels", "max_retained_bytes", "max_retained_jobs"}
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +105,8 @@ OUT_OF_RANGE = {
     "chunk_bytes": "4194304",
     "metrics_port": "65536",
     "retention_seconds": "-1",
+    "max_retained_bytes": "0",
+    "retention_dry_run": "perhaps",
     "grace_seconds": "inf",
     "replace": "some",
     "log_level": "LOUD",

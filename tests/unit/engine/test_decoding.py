@@ -92,7 +92,7 @@ def test_pieces_give_the_image_that_one_piece_gives(vae: AutoencoderKL, slices: 
         pass
     assert image == whole
     assert image == DecodedImage(
-        job_id="job", image_index=3, data=expected_file(vae), decode_seconds=float(slices.num_slices)
+        job_id="job", image_index=3, data=expected_file(vae), decode_seconds=in_pieces.now_seconds
     )
 
 
@@ -102,9 +102,10 @@ def test_a_round_with_steps_does_not_wait_for_the_file(
     monkeypatch.setattr("hidream_grpc.engine.decoding.encode_image", held := HeldFile())
     decode = running(slices)
     try:
-        for _ in range(slices.num_slices + 3):
+        while not slices.is_finished:
             assert decode.advance(1.0, waits_for_file=False) is None
-        assert slices.is_finished
+        for _ in range(3):
+            assert decode.advance(1.0, waits_for_file=False) is None
     finally:
         held.may_end.set()
     while (image := decode.advance(1.0, waits_for_file=True)) is None:

@@ -227,7 +227,7 @@ async def test_a_cancelled_job_that_runs_leaves_the_engine_and_reports_nothing_m
     draw(request)
     assert kinds(await bench.events(job.job_id))[-2:] == ["Progressed", "Cancelled"]
     assert (bench.service.num_running, bench.service.num_ended(JobState.CANCELLED)) == (0, 1)
-    assert not (bench.directory / job.job_id).exists()
+    assert not (bench.directory / "images").exists()
 
 
 async def test_cancelling_a_job_that_has_ended_or_never_was_changes_nothing(bench: Bench) -> None:

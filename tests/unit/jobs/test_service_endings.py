@@ -13,6 +13,7 @@ from hidream_grpc.engine.requests import (
     ImageFinished,
 )
 from hidream_grpc.errors import (
+    ArtifactUnavailableError,
     JobInternalError,
     NotServingError,
     StorageFullError,
@@ -36,15 +37,12 @@ from tests.unit.jobs.service_bench import (
 
 
 class FullStore(ArtifactStore):
-    """A real store on a disk that is full: the kernel's /dev/full stands in for the file."""
+    """A store that says what `contract/test_artifact_store.py` shows a real one to say on a full disk."""
 
-    def _path(self, job_id: str, index: int) -> Path:
-        path = super()._path(job_id, index)
-        path.parent.mkdir(exist_ok=True)
-        partial = path.with_suffix(".partial")
-        if not partial.is_symlink():
-            partial.symlink_to("/dev/full")
-        return path
+    async def write(
+        self, job_id: str, index: int, parameters: GenerationParameters, data: bytes
+    ) -> StoredImage:
+        raise StorageFullError(job_id, len(data))
 
 
 async def test_a_full_disk_fails_the_job_and_tells_how_much_had_no_room(tmp_path: Path) -> None:
@@ -59,13 +57,27 @@ async def test_a_full_disk_fails_the_job_and_tells_how_much_had_no_room(tmp_path
     assert bench.service.num_ended(JobState.FAILED) == 1
 
 
-async def test_a_store_that_is_gone_fails_the_job_with_an_error_id_that_the_log_has(
-    bench: Bench, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_store_that_is_gone_fails_the_job_with_an_error_that_may_be_retried(bench: Bench) -> None:
     job = bench.service.submit(submission())
-    request = bench.take()
-    bench.directory.rmdir()
-    draw(request)
+    (bench.directory / "images").write_bytes(b"a file in the folder's place")
+    draw(bench.take())
+    end = await bench.end(job.job_id)
+    assert isinstance(end, Failed)
+    assert isinstance(end.error, ArtifactUnavailableError)
+
+
+async def test_a_store_with_a_defect_fails_the_job_with_an_error_id_that_the_log_has(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class DefectiveStore(ArtifactStore):
+        async def write(
+            self, job_id: str, index: int, parameters: GenerationParameters, data: bytes
+        ) -> StoredImage:
+            raise KeyError(job_id)
+
+    bench = bench_in(tmp_path, store=DefectiveStore(tmp_path))
+    job = bench.service.submit(submission())
+    draw(bench.take())
     end = await bench.end(job.job_id)
     assert isinstance(end, Failed)
     assert isinstance(end.error, JobInternalError)
@@ -133,7 +145,8 @@ async def is_known(service: JobService, job_id: str) -> bool:
 
 
 def names_in(directory: Path) -> set[str]:
-    return {path.name for path in directory.iterdir()}
+    images = directory / "images"
+    return {path.name for path in images.iterdir()} if images.exists() else set()
 
 
 async def test_a_job_and_its_images_go_when_their_time_is_over(tmp_path: Path) -> None:

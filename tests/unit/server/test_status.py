@@ -7,7 +7,14 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from hidream_grpc import errors
-from hidream_grpc.errors import FieldViolation, HiDreamError, JobError, RankDiedError, RequestError
+from hidream_grpc.errors import (
+    ClaimLostError,
+    FieldViolation,
+    HiDreamError,
+    JobError,
+    RankDiedError,
+    RequestError,
+)
 from hidream_grpc.server.status import TABLE, to_status
 
 DETAIL_TYPES = {
@@ -15,6 +22,7 @@ DETAIL_TYPES = {
     for message in (
         error_details_pb2.BadRequest,
         error_details_pb2.ErrorInfo,
+        error_details_pb2.PreconditionFailure,
         error_details_pb2.QuotaFailure,
         error_details_pb2.ResourceInfo,
         error_details_pb2.RetryInfo,
@@ -26,9 +34,16 @@ EXAMPLES: dict[type[HiDreamError], HiDreamError] = {
     for error in (
         errors.InvalidRequestError((FieldViolation("spec.width", "is odd"), FieldViolation("labels", "no"))),
         errors.RequestIdConflictError("r1", "j1"),
+        errors.JobNotFoundError("j1"),
+        errors.JobNotEndedError("j1"),
         errors.QueueFullError(64, 2.5),
+        errors.CallerQueueFullError(8, 2.5),
+        errors.StoreUnavailableError(1.0),
+        errors.StoreFullError(5.0),
         errors.TooManyReadersError(1000, 1.5),
         errors.NotServingError("the model is loading", 2.0),
+        errors.ArtifactUnavailableError(5.0),
+        errors.ImageNotFoundError("j1", 3),
         errors.DeadlineExceededError("j1"),
         errors.JobCancelledError("j1"),
         errors.StorageFullError("j1", 12345),
@@ -56,7 +71,7 @@ def details(status: status_pb2.Status) -> dict[str, Any]:
 
 def test_every_error_that_can_reach_a_caller_has_a_row_and_nothing_else_has() -> None:
     assert set(TABLE) == below(RequestError) | below(JobError)
-    assert RankDiedError not in TABLE
+    assert TABLE.keys().isdisjoint({RankDiedError, ClaimLostError})
 
 
 def test_there_is_an_example_of_every_row_here() -> None:
@@ -76,9 +91,16 @@ def test_every_status_has_a_code_a_text_and_details(error: HiDreamError) -> None
     [
         (errors.InvalidRequestError, "INVALID_ARGUMENT", {"BadRequest"}),
         (errors.RequestIdConflictError, "ALREADY_EXISTS", {"ResourceInfo"}),
+        (errors.JobNotFoundError, "NOT_FOUND", {"ResourceInfo"}),
+        (errors.JobNotEndedError, "FAILED_PRECONDITION", {"PreconditionFailure"}),
         (errors.QueueFullError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "RetryInfo"}),
+        (errors.CallerQueueFullError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "RetryInfo"}),
+        (errors.StoreUnavailableError, "UNAVAILABLE", {"RetryInfo"}),
+        (errors.StoreFullError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "RetryInfo"}),
         (errors.TooManyReadersError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "RetryInfo"}),
         (errors.NotServingError, "UNAVAILABLE", {"RetryInfo"}),
+        (errors.ArtifactUnavailableError, "UNAVAILABLE", {"RetryInfo"}),
+        (errors.ImageNotFoundError, "NOT_FOUND", {"ResourceInfo"}),
         (errors.DeadlineExceededError, "DEADLINE_EXCEEDED", {"ResourceInfo"}),
         (errors.JobCancelledError, "CANCELLED", {"ResourceInfo"}),
         (errors.StorageFullError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "ResourceInfo"}),

@@ -1,0 +1,158 @@
+"""Objects in an S3 bucket or a folder, whole or not at all. Every call blocks: call from a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore, S3Store
+
+from hidream_grpc.errors import ConfigurationError
+
+ARTIFACTS_FLAG = "--artifacts"
+MAX_RETRIES = 4
+
+_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# obstore tells these in its text alone; the last three are what MinIO and Ceph answer.
+_FULL = re.compile(
+    rf"\(os error ({'|'.join(map(str, _FULL_ERRNOS))})\)"
+    r"|\b(507 Insufficient Storage|XMinioStorageFull|QuotaExceeded)\b"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactTimeouts:
+    """How long a store may take to connect, to answer one request, and for a call with its retries."""
+
+    connect_seconds: float = 3.0
+    request_seconds: float = 15.0
+    call_seconds: float = 30.0
+
+
+class Objects:
+    """A bucket. Errors are obstore's, and FileNotFoundError for an object that is not there."""
+
+    def __init__(self, store: S3Store | LocalStore) -> None:
+        self._store = store
+
+    def put(self, key: str, data: bytes) -> None:
+        """Make an object, or replace it at once; it is durable when this returns."""
+        # One request: the parts of a multipart upload would stay behind if we were killed.
+        obstore.put(self._store, key, data, use_multipart=False)
+
+    def get(self, key: str) -> bytes:
+        """All bytes of an object."""
+        return bytes(obstore.get(self._store, key).bytes())
+
+    def get_range(self, key: str, offset: int, length: int) -> bytes:
+        """Up to length bytes from offset on; none beyond the end."""
+        try:
+            if length > 0:
+                return bytes(obstore.get_range(self._store, key, start=offset, length=length))
+        except BaseError:
+            # A range that begins at the end is an error to stores, without a type of its own.
+            if offset < obstore.head(self._store, key)["size"]:
+                raise
+        return b""
+
+    def remove_below(self, folder: str) -> None:
+        """Remove all objects of a folder, if there are any."""
+        for found in obstore.list(self._store, folder):
+            obstore.delete(self._store, [item["path"] for item in found])
+
+
+class FolderObjects(Objects):
+    """A folder: obstore writes into a staged file beside the object, and renames it."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(LocalStore(directory, mkdir=True))
+        self._directory = directory.resolve()
+
+    def put(self, key: str, data: bytes) -> None:
+        """Make an object, or replace it at once; it is durable when this returns."""
+        super().put(key, data)
+        path = self._directory / key
+        try:
+            # obstore does not sync. The last is the folder that has the entry of a new job.
+            for each in (path, path.parent, path.parent.parent):
+                _sync(each)
+        except OSError:
+            # A network file system may tell only now that it had no room.
+            path.unlink(missing_ok=True)
+            raise
+
+    def remove_below(self, folder: str) -> None:
+        """Remove all objects of a folder, and staged files of writers that were killed."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self._directory / folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_objects(location: Path | str, timeouts: ArtifactTimeouts) -> Objects:
+    """A folder by path or file:// URL, or a bucket by s3://bucket/prefix; does not connect.
+
+    Raises:
+        ConfigurationError: the URL names neither, or the folder cannot be made.
+    """
+    if isinstance(location, Path):
+        return _open_folder(location)
+    url = urlsplit(location)
+    if url.scheme == "file" and url.netloc in ("", "localhost") and url.path.startswith("/"):
+        return _open_folder(Path(unquote(url.path)))
+    if url.scheme != "s3" or not url.netloc:
+        raise ConfigurationError(
+            ARTIFACTS_FLAG, f"{location!r} is neither file:///FOLDER nor s3://BUCKET/PREFIX"
+        )
+    try:
+        store = S3Store.from_url(
+            location,
+            client_options={
+                # Whoever names an http:// endpoint wants it.
+                "allow_http": True,
+                "connect_timeout": timedelta(seconds=timeouts.connect_seconds),
+                "timeout": timedelta(seconds=timeouts.request_seconds),
+            },
+            retry_config={
+                "max_retries": MAX_RETRIES,
+                "retry_timeout": timedelta(seconds=timeouts.request_seconds),
+            },
+        )
+    except (BaseError, ValueError) as error:
+        raise ConfigurationError(ARTIFACTS_FLAG, f"{location!r}: {first_line(error)}") from None
+    return Objects(store)
+
+
+def _open_folder(directory: Path) -> FolderObjects:
+    try:
+        return FolderObjects(directory)
+    except (BaseError, OSError) as error:
+        reason = f"cannot write to {directory}: {first_line(error)}"
+        raise ConfigurationError(ARTIFACTS_FLAG, reason) from None
+
+
+def is_full(error: BaseError | OSError) -> bool:
+    """Whether a store refused an object because it has no room, or the quota is used up."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL_ERRNOS
+    return _FULL.search(str(error)) is not None
+
+
+def first_line(error: Exception) -> str:
+    """What obstore says, without the dump of its data that follows."""
+    return str(error).partition("\n")[0]

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hidream_grpc.errors import ArtifactUnavailableError
+from hidream_grpc.jobs.retention import (
+    EndedJob,
+    RemovalReason,
+    Retention,
+    RetentionLimits,
+    RetentionReport,
+    choose_removals,
+)
+
+NOW = 1_000_000.0
+
+ended_jobs = st.lists(
+    st.builds(
+        EndedJob,
+        job_id=st.text("abcdef", min_size=1, max_size=4),
+        end_time=st.floats(NOW - 100, NOW + 10),
+        size_bytes=st.integers(0, 1000),
+    ),
+    unique_by=lambda job: job.job_id,
+    max_size=30,
+)
+limits = st.builds(
+    RetentionLimits,
+    retention_seconds=st.floats(0, 120),
+    max_retained_bytes=st.none() | st.integers(1, 5000),
+)
+
+
+def job(job_id: str, age_seconds: float, size_bytes: int = 10) -> EndedJob:
+    return EndedJob(job_id, NOW - age_seconds, size_bytes)
+
+
+def is_too_old(ended: EndedJob, limits: RetentionLimits) -> bool:
+    return NOW - ended.end_time > limits.retention_seconds
+
+
+@given(ended_jobs, limits)
+def test_what_is_kept_is_young_enough_and_small_enough(
+    ended: list[EndedJob], limits: RetentionLimits
+) -> None:
+    gone = {removal.job for removal in choose_removals(ended, limits, NOW)}
+    kept = [each for each in ended if each not in gone]
+    assert not any(is_too_old(each, limits) for each in kept)
+    if limits.max_retained_bytes is not None:
+        assert sum(each.size_bytes for each in kept) <= limits.max_retained_bytes
+
+
+@given(ended_jobs, limits)
+def test_no_job_goes_without_its_reason(ended: list[EndedJob], limits: RetentionLimits) -> None:
+    removals = choose_removals(ended, limits, NOW)
+    retained_bytes = sum(each.size_bytes for each in ended)
+    for removal in removals:
+        if removal.reason is RemovalReason.AGE:
+            assert is_too_old(removal.job, limits)
+        else:
+            assert not is_too_old(removal.job, limits)
+            assert limits.max_retained_bytes is not None
+            assert retained_bytes > limits.max_retained_bytes
+        retained_bytes -= removal.job.size_bytes
+
+
+@given(ended_jobs, limits)
+def test_jobs_go_once_and_oldest_first_and_none_before_an_older_one(
+    ended: list[EndedJob], limits: RetentionLimits
+) -> None:
+    gone = [removal.job for removal in choose_removals(ended, limits, NOW)]
+    assert gone == sorted(ended, key=lambda each: (each.end_time, each.job_id))[: len(gone)]
+
+
+@given(ended_jobs, limits, st.randoms(use_true_random=False))
+def test_the_order_in_which_jobs_are_listed_changes_nothing(
+    ended: list[EndedJob], limits: RetentionLimits, shuffle: random.Random
+) -> None:
+    shuffled = list(ended)
+    shuffle.shuffle(shuffled)
+    assert choose_removals(shuffled, limits, NOW) == choose_removals(ended, limits, NOW)
+
+
+@given(ended_jobs, limits)
+def test_after_a_removal_nothing_more_goes(ended: list[EndedJob], limits: RetentionLimits) -> None:
+    gone = {removal.job for removal in choose_removals(ended, limits, NOW)}
+    assert choose_removals([each for each in ended if each not in gone], limits, NOW) == ()
+
+
+def test_a_job_is_kept_for_its_whole_time_and_up_to_the_last_byte() -> None:
+    exactly = RetentionLimits(retention_seconds=60, max_retained_bytes=20)
+    assert choose_removals([job("a", 60), job("b", 59)], exactly, NOW) == ()
+    removals = choose_removals(
+        [job("new", 1), job("old", 60.5), job("b", 2, 11), job("c", 3, 0)], exactly, NOW
+    )
+    assert [(removal.job.job_id, removal.reason.value) for removal in removals] == [
+        ("old", "age"),
+        ("c", "bytes"),
+        ("b", "bytes"),
+    ]
+
+
+class Bench:
+    """Retention over jobs that are removed in fact from a dictionary, unless that fails."""
+
+    def __init__(self, limits: RetentionLimits, *ended: EndedJob) -> None:
+        self.jobs = {each.job_id: each for each in ended}
+        self.reports: list[RetentionReport] = []
+        self.failures: set[str] = set()
+        self.retention = Retention(limits, self._remove, self.reports.append)
+
+    async def _remove(self, job_id: str) -> None:
+        if job_id in self.failures:
+            raise ArtifactUnavailableError(1.0)
+        del self.jobs[job_id]
+
+    async def sweep(self, now: float = NOW) -> RetentionReport:
+        return await self.retention.sweep(self.jobs.values(), now)
+
+
+async def test_a_sweep_removes_what_goes_and_reports_what_is_left() -> None:
+    bench = Bench(
+        RetentionLimits(60, 25), job("a", 90), job("b", 70), job("c", 30), job("d", 20), job("e", 10)
+    )
+    report = await bench.sweep()
+    assert set(bench.jobs) == {"d", "e"}
+    assert report == RetentionReport(2, 20, {RemovalReason.AGE: 2, RemovalReason.BYTES: 1})
+    assert bench.reports == [report]
+    assert await bench.sweep() == RetentionReport(2, 20, {})
+
+
+async def test_a_dry_run_keeps_everything_and_says_once_of_each_job_that_it_would_go(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    bench = Bench(RetentionLimits(60, None, is_dry_run=True), job("a", 90), job("b", 30))
+    for now in (NOW, NOW + 1, NOW + 40):
+        report = await bench.sweep(now)
+        assert report == RetentionReport(2, 20, {})
+    assert set(bench.jobs) == {"a", "b"}
+    told = Counter(
+        (getattr(record, "job_id", ""), getattr(record, "reason", "")) for record in caplog.records
+    )
+    assert told == {("a", "age"): 1, ("b", "age"): 1}
+    assert all("dry run" in record.message for record in caplog.records)
+
+
+async def test_a_removal_that_fails_is_left_to_the_next_sweep_and_what_went_is_counted() -> None:
+    bench = Bench(RetentionLimits(60), job("a", 90), job("b", 80), job("c", 70), job("d", 10))
+    bench.failures = {"b"}
+    with pytest.raises(ArtifactUnavailableError):
+        await bench.sweep()
+    assert set(bench.jobs) == {"b", "c", "d"}
+    assert bench.reports == [RetentionReport(3, 30, {RemovalReason.AGE: 1})]
+    bench.failures = set()
+    assert (await bench.sweep()).num_removed == {RemovalReason.AGE: 2}
+    assert set(bench.jobs) == {"d"}
