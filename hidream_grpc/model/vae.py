@@ -5,49 +5,48 @@ Legend of shapes: C latent channels; H and W are those of the latents, an eighth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Generator, Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
+from diffusers.models.upsampling import Upsample2D
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-_Slice = Callable[[Tensor], Tensor]
+Slices = Generator[None, None, Tensor]
+"""Work that stops after every slice, and returns its result."""
+
+_MIN_SLICE_PIXELS = 2**15
+"""Less is not worth a stop: a step waits for a launch and a synchronisation of an accelerator."""
+_MAX_BANDS = 16
+"""Of rows, in one convolution."""
+_MAX_GROUP_CHUNKS = 4
+"""Of channel groups, in one normalization: a tenth of the convolution's work."""
 
 
 class ImageDecoding:
     """The decoding of one image, from its latents to its pixels, slice by slice.
 
-    A slice is one module of the library's decoder, and they run in the library's order: the pixels
-    are those of `AutoencoderKL.decode`, bit for bit. The largest slice of the released autoencoder at
-    1024×1024 takes 1.2 TFLOP, the whole decoder 10, a denoising step of one sample 78.
-
     Args:
         vae: whose decoder runs.
         latents: (1, C, H, W), model dtype, on the decoder's device, as the scheduler has them; not
             changed, and not read again.
-
-    Source: diffusers 0.42.1 autoencoder_kl.py `_decode`, vae.py `Decoder.forward`, and the forwards of
-        its blocks in unet_2d_blocks.py.
     """
 
     def __init__(self, vae: AutoencoderKL, latents: Tensor) -> None:
-        self._sample = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        self._slices = tuple(_decoder_slices(vae))
-        self._num_done = 0
-
-    @property
-    def num_slices(self) -> int:
-        """Calls of `advance` from the latents to the end."""
-        return len(self._slices)
+        sample = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        self._slices = self._decode(vae, sample)
+        self._pixels: NDArray[np.uint8] | None = None
 
     @property
     def is_finished(self) -> bool:
         """Whether all slices are done."""
-        return self._num_done == self.num_slices
+        return self._pixels is not None
 
     @torch.inference_mode()
     def advance(self) -> None:
@@ -56,10 +55,10 @@ class ImageDecoding:
         Raises:
             IndexError: there is none.
         """
-        self._sample = self._slices[self._num_done](self._sample)
-        self._num_done += 1
+        if self.is_finished:
+            raise IndexError("all slices are done")
+        next(self._slices, None)
 
-    @torch.inference_mode()
     def pixels(self) -> NDArray[np.uint8]:
         """The image.
 
@@ -69,40 +68,154 @@ class ImageDecoding:
         Raises:
             ValueError: slices are left.
         """
-        if not self.is_finished:
-            raise ValueError(f"{self._num_done} of {self.num_slices} slices are done")
-        image = (self._sample[0] * 0.5 + 0.5).clamp(0.0, 1.0).movedim(0, -1).float().cpu()
-        pixels: NDArray[np.uint8] = (image * 255.0).round().to(torch.uint8).numpy()
-        return pixels
+        if self._pixels is None:
+            raise ValueError("slices are left")
+        return self._pixels
+
+    def _decode(self, vae: AutoencoderKL, sample: Tensor) -> Iterator[None]:
+        sample = yield from decode_in_slices(vae, sample)
+        # The last slice, which ends the walk.
+        image = (sample[0] * 0.5 + 0.5).clamp_(0.0, 1.0).float()
+        self._pixels = image.mul_(255.0).round_().to(torch.uint8).cpu().movedim(0, -1).contiguous().numpy()
 
 
-def _decoder_slices(vae: AutoencoderKL) -> Iterator[_Slice]:
+def decode_in_slices(vae: AutoencoderKL, sample: Tensor) -> Slices:
+    """What `AutoencoderKL.decode` computes, by the same modules in the same order.
+
+    Large convolutions run in bands of rows, each of which reads a row more above and below, and large
+    normalizations in chunks of whole groups, which know nothing of each other. So no sum changes its
+    terms; the order of a sum is the kernel's.
+
+    Args:
+        vae: whose decoder runs.
+        sample: (1, C, H, W), unscaled.
+
+    Returns:
+        A walk that returns (1, 3, 8·H, 8·W), -1 to 1 but for what is to be clipped.
+
+    Source: diffusers 0.42.1 autoencoder_kl.py `_decode`, vae.py `Decoder.forward`, and the forwards of
+        its blocks in unet_2d_blocks.py.
+    """
+    for module in _modules_before_head(vae):
+        sample = yield from _run(module, sample)
+    decoder = vae.decoder
+    sample = yield from _normalize(decoder.conv_norm_out, sample, in_place=True)
+    head = nn.Sequential(decoder.conv_act, decoder.conv_out)
+    return (yield from _run_in_bands(head, sample, decoder.conv_out.out_channels))
+
+
+def _modules_before_head(vae: AutoencoderKL) -> Iterator[nn.Module]:
     decoder = vae.decoder
     if vae.post_quant_conv is not None:
         yield vae.post_quant_conv
     yield decoder.conv_in
     first, *others = decoder.mid_block.resnets
-    yield _without_time(first)
+    yield first
     for attention, resnet in zip(decoder.mid_block.attentions, others, strict=True):
         if attention is not None:
             yield attention
-        yield _without_time(resnet)
+        yield resnet
     for block in decoder.up_blocks:
-        yield from _up_block_slices(block)
-    yield decoder.conv_norm_out
-    yield decoder.conv_act
-    yield decoder.conv_out
+        if isinstance(block, UpDecoderBlock2D):
+            yield from block.resnets
+            yield from block.upsamplers or ()
+        else:
+            # A block of another kind, which no released checkpoint has, in one piece.
+            yield block
 
 
-def _up_block_slices(block: torch.nn.Module) -> Iterator[_Slice]:
-    if not isinstance(block, UpDecoderBlock2D):
-        # A block of another kind, which no released checkpoint has, in one piece.
-        yield _without_time(block)
-        return
-    yield from map(_without_time, block.resnets)
-    yield from block.upsamplers or ()
+def _run(module: nn.Module, sample: Tensor) -> Slices:
+    if isinstance(module, ResnetBlock2D):
+        return (yield from _run_resnet(module, sample))
+    if isinstance(module, Upsample2D):
+        return (yield from _run_in_bands(module, sample, module.out_channels, scale=2))
+    if isinstance(module, nn.Conv2d):
+        return (yield from _run_in_bands(module, sample, module.out_channels))
+    output: Tensor = module(sample)
+    yield
+    return output
 
 
-def _without_time(module: torch.nn.Module) -> _Slice:
-    """A module that also takes the embedding of a timestep, which an autoencoder has none of."""
-    return partial(module, temb=None)
+def _run_resnet(resnet: ResnetBlock2D, sample: Tensor) -> Slices:
+    """An autoencoder's kind, which neither resizes nor knows of timesteps.
+
+    Source: diffusers 0.42.1 resnet.py `ResnetBlock2D.forward`.
+    """
+    hidden = yield from _normalize(resnet.norm1, sample, in_place=False)
+    first = nn.Sequential(resnet.nonlinearity, resnet.conv1)
+    hidden = yield from _run_in_bands(first, hidden, resnet.conv1.out_channels)
+    hidden = yield from _normalize(resnet.norm2, hidden, in_place=True)
+    second = nn.Sequential(resnet.nonlinearity, resnet.dropout, resnet.conv2)
+    shortcut = nn.Identity() if resnet.conv_shortcut is None else resnet.conv_shortcut
+
+    def add_shortcut(branch: Tensor, rows: slice) -> Tensor:
+        output: Tensor = (shortcut(sample[:, :, rows]) + branch) / resnet.output_scale_factor
+        return output
+
+    return (yield from _run_in_bands(second, hidden, resnet.conv2.out_channels, ending=add_shortcut))
+
+
+def _normalize(norm: nn.GroupNorm, sample: Tensor, *, in_place: bool) -> Slices:
+    """Normalize some whole groups at a time."""
+    num_chunks = min(_num_slices(sample.shape[2] * sample.shape[3], _MAX_GROUP_CHUNKS), norm.num_groups)
+    if num_chunks == 1:
+        whole: Tensor = norm(sample)
+        yield
+        return whole
+    out = sample if in_place else torch.empty_like(sample)
+    group_channels = norm.num_channels // norm.num_groups
+    for first, end in _parts(norm.num_groups, num_chunks):
+        channels = slice(first * group_channels, end * group_channels)
+        out[:, channels] = functional.group_norm(
+            sample[:, channels], end - first, norm.weight[channels], norm.bias[channels], norm.eps
+        )
+        yield
+    return out
+
+
+def _run_in_bands(
+    module: nn.Module,
+    sample: Tensor,
+    num_channels: int,
+    *,
+    scale: int = 1,
+    ending: Callable[[Tensor, slice], Tensor] | None = None,
+) -> Slices:
+    """Run a module whose output rows depend on the input rows at the same place and on their neighbours.
+
+    Args:
+        module: from (1, c, rows, columns) to (1, num_channels, scale·rows, scale·columns).
+        sample: what it gets.
+        num_channels: that it gives.
+        scale: by which it enlarges.
+        ending: what is done to a band, which has these rows, at last.
+
+    Returns:
+        A walk that returns the output.
+    """
+    _, _, num_rows, num_columns = sample.shape
+    num_bands = min(_num_slices(scale * num_rows * scale * num_columns, _MAX_BANDS), num_rows)
+    if num_bands == 1:
+        whole: Tensor = module(sample)
+        whole = whole if ending is None else ending(whole, slice(None))
+        yield
+        return whole
+    output = sample.new_empty(1, num_channels, scale * num_rows, scale * num_columns)
+    for first, end in _parts(num_rows, num_bands):
+        above, below = max(first - 1, 0), min(end + 1, num_rows)
+        # The module pads with zeros all round: right at the image's edges, and elsewhere in rows to drop.
+        band = module(sample[:, :, above:below])
+        band = band[:, :, scale * (first - above) : scale * (end - above)]
+        rows = slice(scale * first, scale * end)
+        output[:, :, rows] = band if ending is None else ending(band, rows)
+        yield
+    return output
+
+
+def _num_slices(num_pixels: int, limit: int) -> int:
+    return max(1, min(limit, num_pixels // _MIN_SLICE_PIXELS))
+
+
+def _parts(length: int, num_parts: int) -> Iterator[tuple[int, int]]:
+    """First and end of nearly equal parts."""
+    return pairwise(length * part // num_parts for part in range(num_parts + 1))

@@ -40,9 +40,14 @@ LESS_THAN_A_SLICE_BYTES = 16 * 1024 * 1024
 
 @pytest.fixture(scope="module")
 def num_slices() -> int:
-    """Slices of the demo model's decoder."""
+    """Slices of the demo model's decoder, for "large"."""
     vae = AutoencoderKL.from_pretrained(demo_checkpoint_path() / "vae", local_files_only=True)
-    return ImageDecoding(vae, latents_of(vae, (2, 2))).num_slices
+    decoding = ImageDecoding(vae, latents_of(vae, (LARGE.height // 8, LARGE.width // 8)))
+    num_slices = 0
+    while not decoding.is_finished:
+        decoding.advance()
+        num_slices += 1
+    return num_slices
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -1,6 +1,8 @@
-"""An image that is decoded in slices is the library's, bit for bit."""
+"""An image that is decoded in slices is the library's: bit for bit, but for bands of odd sizes."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from hidream_grpc.model.vae import ImageDecoding
+from hidream_grpc.model.vae import ImageDecoding, decode_in_slices
 from tests.autoencoders import latents_of, small_vae
 
 VAES: dict[str, dict[str, object]] = {
@@ -21,15 +23,35 @@ VAES: dict[str, dict[str, object]] = {
     "no shift": {"shift_factor": None},
     "blocks of another kind": {"up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D") * 2},
 }
-# Of the latents: square, both ways not square, as small as one token, odd.
-SIZES = ((16, 16), (8, 24), (24, 8), (2, 2), (7, 5))
+# Of the latents: square, both ways not square, as small as one token, odd; too small to be cut.
+WHOLE_SIZES = ((16, 16), (8, 24), (24, 8), (2, 2), (7, 5))
+# Large enough that convolutions run in bands and normalizations in chunks, and bands are of one size.
+EVENLY_CUT_SIZES = ((48, 64), (64, 64))
+# Rows that do not divide, and more bands than the latents have rows.
+ODDLY_CUT_SIZES = ((46, 46), (33, 50), (3, 256))
+# Of the largest value. Where bands differ, the convolution's kernel may take another order of sums.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def decoded_by_the_library(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """(1, 3, H, W), -1 to 1 where nothing was clipped, as `HiDreamImagePipeline.__call__` has it."""
     with torch.inference_mode():
-        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        return vae.decode(latents, return_dict=False)[0]
+        return vae.decode(unscaled(vae, latents), return_dict=False)[0]
+
+
+def unscaled(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    return latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+
+
+@torch.inference_mode()
+def decoded_in_slices(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    def keep_result() -> Iterator[None]:
+        results.append((yield from decode_in_slices(vae, unscaled(vae, latents))))
+
+    results: list[Tensor] = []
+    for _ in keep_result():
+        pass
+    return results[0]
 
 
 def as_pixels(sample: Tensor) -> NDArray[np.uint8]:
@@ -49,14 +71,36 @@ def run_to_the_end(decoding: ImageDecoding) -> int:
 @pytest.mark.parametrize("kind", VAES)
 def test_slices_decode_what_the_library_decodes_bit_for_bit(kind: str, dtype: torch.dtype) -> None:
     vae = small_vae(dtype, **VAES[kind])
-    for size in SIZES:
+    # Attention over the pixels of a large image takes minutes.
+    sizes = WHOLE_SIZES if "up_block_types" in VAES[kind] else (*WHOLE_SIZES, *EVENLY_CUT_SIZES)
+    for size in sizes:
         latents = latents_of(vae, size)
         expected = decoded_by_the_library(vae, latents)
+        assert torch.equal(decoded_in_slices(vae, latents), expected), size
         decoding = ImageDecoding(vae, latents)
         run_to_the_end(decoding)
-        assert torch.equal(decoding._sample, expected), size
         assert np.array_equal(decoding.pixels(), as_pixels(expected)), size
         assert decoding.pixels().shape == (8 * size[0], 8 * size[1], 3)
+
+
+@pytest.mark.parametrize("size", ODDLY_CUT_SIZES)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "bfloat16"])
+def test_bands_of_odd_sizes_change_an_image_by_rounding_alone(
+    dtype: torch.dtype, size: tuple[int, int]
+) -> None:
+    vae = small_vae(dtype)
+    latents = latents_of(vae, size)
+    expected = decoded_by_the_library(vae, latents)
+    error = (decoded_in_slices(vae, latents) - expected).abs().max() / expected.abs().max()
+    assert error <= TOLERANCES[dtype]
+
+
+def test_a_large_image_is_cut_finer_than_a_small_one() -> None:
+    vae = small_vae()
+    small, medium, large = (
+        run_to_the_end(ImageDecoding(vae, latents_of(vae, size))) for size in ((16, 16), (32, 32), (64, 64))
+    )
+    assert small < medium < large
 
 
 def test_images_that_are_decoded_in_turns_do_not_mix() -> None:
@@ -80,7 +124,7 @@ def test_steps_that_follow_do_not_change_an_image_that_is_being_decoded() -> Non
     assert np.array_equal(decoding.pixels(), expected)
 
 
-def test_no_slice_of_the_released_autoencoder_is_more_than_an_eighth_of_its_work() -> None:
+def test_no_slice_of_the_released_autoencoder_is_more_than_an_eighteenth_of_its_work() -> None:
     # On the meta device: shapes alone, with torch's own counter.
     with torch.device("meta"):
         vae = AutoencoderKL(
@@ -92,24 +136,26 @@ def test_no_slice_of_the_released_autoencoder_is_more_than_an_eighth_of_its_work
             use_quant_conv=False,
             use_post_quant_conv=False,
         )
-        decoding = ImageDecoding(vae, torch.empty(1, 16, 128, 128))
+        slices = decode_in_slices(vae, torch.empty(1, 16, 128, 128))
     teraflops: list[float] = []
-    while not decoding.is_finished:
-        with FlopCounterMode(display=False) as counter:
-            decoding.advance()
+    is_finished = False
+    while not is_finished:
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            is_finished = next(slices, "end") == "end"
         teraflops.append(counter.get_total_flops() / 1e12)
-    assert sum(teraflops) == pytest.approx(10.47, abs=0.01)
-    assert max(teraflops) == pytest.approx(1.24, abs=0.01)
-    assert len(teraflops) == decoding.num_slices
+    # The library's 10.47, and 3 % for the rows that two bands read.
+    assert sum(teraflops) == pytest.approx(10.75, abs=0.01)
+    assert max(teraflops) == pytest.approx(0.584, abs=0.01)
+    assert len(teraflops) == 285
 
 
 def test_an_image_has_no_pixels_before_its_last_slice_and_no_slice_after_it() -> None:
     vae = small_vae()
     decoding = ImageDecoding(vae, latents_of(vae, (2, 2)))
-    for _ in range(decoding.num_slices - 1):
+    while not decoding.is_finished:
+        with pytest.raises(ValueError, match="slices are left"):
+            decoding.pixels()
         decoding.advance()
-    with pytest.raises(ValueError, match=rf"{decoding.num_slices - 1} of {decoding.num_slices} slices"):
-        decoding.pixels()
-    decoding.advance()
+    assert decoding.pixels().shape == (16, 16, 3)
     with pytest.raises(IndexError):
         decoding.advance()
