@@ -197,6 +197,7 @@ class NotServingError(RequestError):
 
     def __init__(self, reason: str, retry_after_seconds: float) -> None:
         super().__init__(reason)
+        self.reason = reason
         self.retry_after_seconds = retry_after_seconds
 
 
@@ -281,9 +282,7 @@ class LossCause(StrEnum):
 class RankDiedError(HiDreamError):
     """The rank group was lost while it worked; ranks names who died or hung, cause whether of its work."""
 
-    def __init__(
-        self, ranks: tuple[int, ...], reason: str, cause: LossCause = LossCause.OUTSIDE
-    ) -> None:
+    def __init__(self, ranks: tuple[int, ...], reason: str, cause: LossCause = LossCause.OUTSIDE) -> None:
         super().__init__(f"rank {', '.join(map(str, ranks))}: {reason}" if ranks else reason)
         self.ranks = ranks
         self.reason = reason

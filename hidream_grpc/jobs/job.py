@@ -6,8 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum, StrEnum
 
-from hidream_grpc.errors import HiDreamError
+from hidream_grpc.errors import DeadlineExceededError, HiDreamError, JobCancelledError
 from hidream_grpc.model.parameters import GenerationParameters
+
+CLAIM_SEQUENCE_BITS = 32
+
+
+def claim_sequence(claim_number: int, counter: int) -> int:
+    """The sequence of an event: it grows within a claim, and from claim to claim."""
+    return claim_number << CLAIM_SEQUENCE_BITS | counter
 
 
 class JobState(StrEnum):
@@ -102,7 +109,12 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """A finished image in the artifact store."""
+    """A finished image in the artifact store.
+
+    Attributes:
+        first_sequence: of the event of its first part.
+        time: when that event happened, in seconds since the epoch.
+    """
 
     index: int
     width: int
@@ -111,11 +123,24 @@ class StoredImage:
     mime_type: str
     size_bytes: int
     sha256: bytes
+    first_sequence: int = 0
+    time: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request for images as it is at one moment. Times are seconds since the epoch."""
+    """One request for images as it is at one moment. Times are seconds since the epoch.
+
+    Attributes:
+        owner: whose job it is; nobody else may see it.
+        claim_number: how often the job was taken by whoever draws or ends it; 0 while it waits for the
+            first time. Sequences of events grow with it.
+        started_sequence: of the newest `started` event; 0 for none.
+        last_sequence: of the newest event that is kept; of the last event of a job that has ended.
+        deadline_time: when the job stops; None for never.
+        cancel_reason: who or what stopped the job, or asks for it while the job still runs.
+        snapshot_step: the step that the newest snapshot was taken after; None without a snapshot.
+    """
 
     job_id: str
     submission: Submission
@@ -129,6 +154,13 @@ class Job:
     error: HiDreamError | None = None
     start_time: float | None = None
     end_time: float | None = None
+    owner: str = ""
+    claim_number: int = 0
+    started_sequence: int = 0
+    last_sequence: int = 0
+    deadline_time: float | None = None
+    cancel_reason: CancelReason | None = None
+    snapshot_step: int | None = None
 
     def started(self, execution: Execution, now: float) -> Job:
         """QUEUED → RUNNING."""
@@ -146,25 +178,31 @@ class Job:
         """The prompts were read; denoising begins."""
         self._expect(JobState.RUNNING)
         timings = replace(self.timings, encode_seconds=self.timings.encode_seconds + encode_seconds)
-        return replace(self, stage=JobStage.DENOISING, timings=timings)
+        return replace(self, stage=_stage_after(self.progress), timings=timings)
 
     def progressed(self, progress: Progress, denoise_seconds: float) -> Job:
         """A step ended."""
         self._expect(JobState.RUNNING)
-        is_last = progress.step == progress.total_steps
         return replace(
             self,
-            stage=JobStage.DECODING if is_last else JobStage.DENOISING,
+            stage=_stage_after(progress),
             progress=progress,
             timings=replace(self.timings, denoise_seconds=denoise_seconds),
         )
 
-    def restarted(self, attempt: int) -> Job:
-        """The rank group was lost; the job begins another attempt."""
+    def restarted(self, attempt: int, resumed_from_step: int) -> Job:
+        """The rank group was lost; the job goes on after a step, and its progress is what it was then."""
         self._expect(JobState.RUNNING)
         assert self.execution is not None
-        execution = replace(self.execution, attempt=attempt)
-        return replace(self, stage=JobStage.ENCODING, execution=execution, progress=None)
+        progress = None
+        if self.progress is not None and resumed_from_step > 0:
+            progress = replace(self.progress, step=resumed_from_step, estimated_remaining_seconds=None)
+        return replace(
+            self,
+            stage=JobStage.ENCODING,
+            execution=replace(self.execution, attempt=attempt),
+            progress=progress,
+        )
 
     def with_image(self, image: StoredImage, decode_seconds: float) -> Job:
         """An image is finished and stored."""
@@ -172,6 +210,23 @@ class Job:
         timings = replace(self.timings, decode_seconds=self.timings.decode_seconds + decode_seconds)
         images = tuple(sorted((*self.images, image), key=lambda i: i.index))
         return replace(self, images=images, timings=timings)
+
+    def requeued(self) -> Job:
+        """QUEUED or RUNNING → QUEUED: whoever had the job gives it back; images and snapshot stay."""
+        self._expect(JobState.QUEUED, JobState.RUNNING)
+        return replace(self, state=JobState.QUEUED, stage=None, progress=None)
+
+    def cancelled_unclaimed(self, reason: CancelReason, now: float) -> Job:
+        """QUEUED or RUNNING → CANCELLED while nobody has the job; counts as a claim of its own."""
+        is_late = reason is CancelReason.DEADLINE
+        error = DeadlineExceededError(self.job_id) if is_late else JobCancelledError(self.job_id)
+        claim_number = self.claim_number + 1
+        return replace(
+            self.ended(JobState.CANCELLED, now, error),
+            cancel_reason=reason,
+            claim_number=claim_number,
+            last_sequence=claim_sequence(claim_number, 1),
+        )
 
     def ended(self, state: JobState, now: float, error: HiDreamError | None = None) -> Job:
         """QUEUED or RUNNING → one of the states that a job never leaves."""
@@ -184,3 +239,9 @@ class Job:
     def _expect(self, *states: JobState) -> None:
         if self.state not in states:
             raise ValueError(f"job {self.job_id} is {self.state}, not {' or '.join(states)}")
+
+
+def _stage_after(progress: Progress | None) -> JobStage:
+    """What comes next once the prompts are read."""
+    is_denoised = progress is not None and progress.step == progress.total_steps
+    return JobStage.DECODING if is_denoised else JobStage.DENOISING

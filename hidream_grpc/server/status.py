@@ -48,7 +48,7 @@ def _not_ended(error: errors.JobNotEndedError) -> list[Message]:
     violation = error_details_pb2.PreconditionFailure.Violation(
         type="JOB_ENDED", subject=error.job_id, description=str(error)
     )
-    return [error_details_pb2.PreconditionFailure(violations=[violation])]
+    return [error_details_pb2.PreconditionFailure(violations=[violation]), _job(error.job_id, error)]
 
 
 def _internal(error: errors.JobInternalError) -> list[Message]:

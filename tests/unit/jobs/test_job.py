@@ -26,7 +26,7 @@ def image(index: int) -> StoredImage:
 CHANGES_OF_A_RUNNING_JOB: dict[str, Callable[[Job], Job]] = {
     "encoded": lambda job: job.encoded(0.1),
     "progressed": lambda job: job.progressed(Progress(1, 2, 0.1, None), 0.1),
-    "restarted": lambda job: job.restarted(2),
+    "restarted": lambda job: job.restarted(2, 0),
     "with_image": lambda job: job.with_image(image(0), 0.1),
 }
 
@@ -84,7 +84,19 @@ def test_a_job_that_ends_in_the_queue_has_waited_all_its_time() -> None:
 
 def test_another_attempt_forgets_the_progress_and_keeps_the_images() -> None:
     job = RUNNING.encoded(0.5).progressed(Progress(2, 2, 0.4, 0.0), 0.9).with_image(image(0), 0.2)
-    again = job.restarted(2)
+    again = job.restarted(2, resumed_from_step=0)
     assert (again.stage, again.progress) == (JobStage.ENCODING, None)
     assert again.execution == dataclasses.replace(EXECUTION, attempt=2)
     assert again.images == job.images
+
+
+def test_another_attempt_that_goes_on_after_a_step_has_the_progress_of_that_step() -> None:
+    job = RUNNING.encoded(0.5).progressed(Progress(7, 9, 0.4, 0.8), 2.9)
+    again = job.restarted(2, resumed_from_step=6)
+    assert (again.stage, again.progress) == (JobStage.ENCODING, Progress(6, 9, 0.4, None))
+    assert again.encoded(0.1).stage is JobStage.DENOISING
+
+
+def test_another_attempt_of_a_job_that_was_denoised_goes_on_decoding() -> None:
+    job = RUNNING.encoded(0.5).progressed(Progress(2, 2, 0.4, 0.0), 0.9)
+    assert job.restarted(2, resumed_from_step=2).encoded(0.1).stage is JobStage.DECODING

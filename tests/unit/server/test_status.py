@@ -92,7 +92,7 @@ def test_every_status_has_a_code_a_text_and_details(error: HiDreamError) -> None
         (errors.InvalidRequestError, "INVALID_ARGUMENT", {"BadRequest"}),
         (errors.RequestIdConflictError, "ALREADY_EXISTS", {"ResourceInfo"}),
         (errors.JobNotFoundError, "NOT_FOUND", {"ResourceInfo"}),
-        (errors.JobNotEndedError, "FAILED_PRECONDITION", {"PreconditionFailure"}),
+        (errors.JobNotEndedError, "FAILED_PRECONDITION", {"PreconditionFailure", "ResourceInfo"}),
         (errors.QueueFullError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "RetryInfo"}),
         (errors.CallerQueueFullError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "RetryInfo"}),
         (errors.StoreUnavailableError, "UNAVAILABLE", {"RetryInfo"}),

@@ -1,0 +1,73 @@
+"""Accepting jobs, all or none, within a transaction that is the only one of its kind."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from hidream_grpc.errors import CallerQueueFullError, QueueFullError, RequestIdConflictError
+from hidream_grpc.jobs.job import Job
+from hidream_grpc.jobs.store import queries
+from hidream_grpc.jobs.store.records import QueueLimits
+from hidream_grpc.jobs.store.rows import job_of, new_row, request_digest
+
+
+async def accept(
+    connection: AsyncConnection, new_jobs: Sequence[Job], limits: QueueLimits
+) -> tuple[Job, ...]:
+    """Insert the jobs whose request ids are free; see `SqlJobStore.add`."""
+    (owner,) = {job.owner for job in new_jobs}
+    request_ids = {job.submission.request_id for job in new_jobs}
+    rows = await connection.execute(queries.by_request_ids(owner, request_ids))
+    holders = {row.request_id: job_of(row) for row in rows}
+    earlier = frozenset(holders)
+    added: list[Job] = []
+    for job in new_jobs:
+        request_id = job.submission.request_id
+        holder = holders.setdefault(request_id, job)
+        if request_digest(holder.submission) != request_digest(job.submission):
+            raise RequestIdConflictError(request_id, holder.job_id)
+        if request_id in earlier:
+            holders[request_id] = await _with_later_deadline(connection, holder, job)
+        elif holder is job:
+            added.append(job)
+    if added:
+        await _check_limits(connection, added, limits)
+        await _insert(connection, added)
+    return tuple(holders[job.submission.request_id] for job in new_jobs)
+
+
+async def _with_later_deadline(connection: AsyncConnection, holder: Job, job: Job) -> Job:
+    """Of several callers of one request the one with the latest deadline decides; None is for ever."""
+    deadline_time = holder.deadline_time
+    if holder.state.has_ended or deadline_time is None:
+        return holder
+    later = None if job.deadline_time is None else max(deadline_time, job.deadline_time)
+    if later != deadline_time:
+        await connection.execute(queries.set_deadline(holder.job_id, later))
+    return replace(holder, deadline_time=later)
+
+
+async def _check_limits(connection: AsyncConnection, added: Collection[Job], limits: QueueLimits) -> None:
+    num_waiting = (await connection.execute(queries.num_waiting())).scalar_one()
+    if num_waiting + len(added) > limits.max_queued_jobs:
+        raise QueueFullError(limits.max_queued_jobs, limits.retry_after_seconds)
+    if limits.max_queued_jobs_of_caller is not None:
+        for caller, num_added in Counter(job.submission.caller for job in added).items():
+            num_waiting = (await connection.execute(queries.num_waiting(caller))).scalar_one()
+            if num_waiting + num_added > limits.max_queued_jobs_of_caller:
+                raise CallerQueueFullError(limits.max_queued_jobs_of_caller, limits.retry_after_seconds)
+
+
+async def _insert(connection: AsyncConnection, added: Collection[Job]) -> None:
+    numbers = (await connection.execute(queries.add_jobs(), [new_row(job) for job in added])).scalars().all()
+    labels = [
+        row
+        for number, job in zip(numbers, added, strict=True)
+        for row in queries.label_rows(number, job.submission.labels)
+    ]
+    if labels:
+        await connection.execute(queries.add_labels(), labels)

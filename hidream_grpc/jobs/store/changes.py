@@ -1,0 +1,176 @@
+"""What changes in the store, for all who want to know: within one process, or over PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import asyncpg
+import msgspec
+
+from hidream_grpc.errors import HiDreamError
+from hidream_grpc.jobs.store.database import Database
+from hidream_grpc.jobs.store.failures import translated
+
+logger = logging.getLogger(__name__)
+
+CHANNEL = "hidream_jobs"
+MAX_PAYLOAD_BYTES = 5_500
+"""PostgreSQL takes less than 8,000 bytes, and the payload travels as Base64 with a job id."""
+MAX_PENDING_CHANGES = 10_000
+RECONNECT_SECONDS = (0.05, 0.2, 1.0, 2.0)
+CHECK_SECONDS = 10.0
+CHECK_TIMEOUT_SECONDS = 5.0
+
+
+class ChangeKind(StrEnum):
+    """What happened."""
+
+    ADDED = "ADDED"
+    CHANGED = "CHANGED"
+    """Its row was written: claimed, started, an image, released, ended."""
+    CANCEL_REQUESTED = "CANCEL_REQUESTED"
+    """Whoever has the job is to stop it."""
+    DELETED = "DELETED"
+    PUBLISHED = "PUBLISHED"
+    """No row was written: the payload is what `SqlJobStore.publish` was given."""
+    ANYTHING = "ANYTHING"
+    """Changes were missed: everything may have changed. Names no job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Something happened to a job."""
+
+    kind: ChangeKind
+    job_id: str = ""
+    payload: bytes = b""
+
+
+_decoder = msgspec.json.Decoder(Change)
+
+
+class Subscription(AsyncIterator[Change]):
+    """Changes from its making on, in order; endless. A reader that is far behind gets ANYTHING instead."""
+
+    def __init__(self) -> None:
+        self._pending: deque[Change] = deque()
+        self._has_pending = asyncio.Event()
+
+    def put(self, change: Change) -> None:
+        """Hand over a change."""
+        if len(self._pending) >= MAX_PENDING_CHANGES:
+            self._pending.clear()
+            change = Change(ChangeKind.ANYTHING)
+        self._pending.append(change)
+        self._has_pending.set()
+
+    async def __anext__(self) -> Change:
+        while not self._pending:
+            self._has_pending.clear()
+            await self._has_pending.wait()
+        return self._pending.popleft()
+
+
+class ChangeHub:
+    """Hands changes to subscriptions. Belongs to the event loop's thread."""
+
+    def __init__(self) -> None:
+        self._subscriptions: set[Subscription] = set()
+
+    @contextmanager
+    def subscribe(self) -> Iterator[Subscription]:
+        """All changes from now on until the block ends."""
+        subscription = Subscription()
+        self._subscriptions.add(subscription)
+        try:
+            yield subscription
+        finally:
+            self._subscriptions.discard(subscription)
+
+    def tell(self, changes: Sequence[Change]) -> None:
+        """Hand changes to every subscription."""
+        for subscription in self._subscriptions:
+            for change in changes:
+                subscription.put(change)
+
+
+def to_text(change: Change) -> str:
+    """A change as PostgreSQL carries it."""
+    return msgspec.json.encode(change).decode()
+
+
+class PostgresListener:
+    """Hears what any replica changes, on a connection of its own that it opens again when it is lost."""
+
+    def __init__(self, database: Database, hub: ChangeHub) -> None:
+        self._database = database
+        self._hub = hub
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listen; every change that commits after this is heard, or made up for by ANYTHING.
+
+        Raises:
+            StoreUnavailableError: the first connection cannot be made.
+        """
+        listens: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._run(listens))
+        await listens
+
+    async def stop(self) -> None:
+        """Stop listening. May be called twice."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def _run(self, listens: asyncio.Future[None]) -> None:
+        num_failures = 0
+        while True:
+            try:
+                with translated():
+                    async for _ in self._listen():
+                        num_failures = 0
+                        if listens.done():
+                            self._hub.tell([Change(ChangeKind.ANYTHING)])
+                        else:
+                            listens.set_result(None)
+            except Exception as error:
+                # Whatever it is: replicas must not go deaf.
+                if not listens.done():
+                    listens.set_exception(error)
+                    return
+                is_known = isinstance(error, HiDreamError)
+                logger.warning("cannot hear of changes: %s", error, exc_info=not is_known)
+            else:
+                logger.warning("the connection that hears of changes is lost; opening another")
+            await asyncio.sleep(RECONNECT_SECONDS[min(num_failures, len(RECONNECT_SECONDS) - 1)])
+            num_failures += 1
+
+    async def _listen(self) -> AsyncIterator[None]:
+        """Yield once when the connection listens; return when it is lost."""
+        async with self._database.connect() as connection:
+            driver: Any = (await connection.get_raw_connection()).driver_connection
+            is_lost = asyncio.Event()
+            driver.add_termination_listener(lambda _: is_lost.set())
+            try:
+                await driver.add_listener(CHANNEL, self._on_notification)
+                yield
+                while not is_lost.is_set():
+                    try:
+                        await asyncio.wait_for(is_lost.wait(), CHECK_SECONDS)
+                    except TimeoutError:
+                        # A peer that vanished says nothing.
+                        await driver.execute("SELECT 1", timeout=CHECK_TIMEOUT_SECONDS)
+            finally:
+                await connection.invalidate()
+
+    def _on_notification(self, driver: asyncpg.Connection, pid: int, channel: str, text: str) -> None:
+        self._hub.tell([_decoder.decode(text)])

@@ -1,0 +1,159 @@
+"""Connections and transactions of the job store, on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import GenericFunction
+
+from hidream_grpc.errors import StoreInUseError
+from hidream_grpc.jobs.store.failures import translated
+from hidream_grpc.jobs.store.migrate import migrate
+
+BUSY_TIMEOUT_SECONDS = 5.0
+CONNECT_TIMEOUT_SECONDS = 5.0
+STATEMENT_TIMEOUT_SECONDS = 15.0
+_ADVISORY_LOCK = 0x68696472
+"""Of PostgreSQL, for what must not be done twice at once: accepting jobs, and migrations."""
+_IS_WRITE = "hidream_is_write"
+
+
+class now(GenericFunction[float]):  # noqa: N801  (read as SQL)
+    """Seconds since the epoch by the database's clock, which all replicas share."""
+
+    type = sa.Double()
+    name = "hidream_now"
+    inherit_cache = True
+
+
+@compiles(now, "postgresql")
+def _now_of_postgresql(element: now, compiler: Any, **_: Any) -> str:
+    return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
+
+
+@compiles(now, "sqlite")
+def _now_of_sqlite(element: now, compiler: Any, **_: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+class Database:
+    """One database that is brought to the newest schema when it is opened."""
+
+    def __init__(self, url: str) -> None:
+        """Know a database, without a connection to it.
+
+        Args:
+            url: `sqlite+aiosqlite:////folder/jobs.sqlite` or `postgresql+asyncpg://…`.
+        """
+        parsed = sa.make_url(url)
+        self.is_sqlite = parsed.get_backend_name() == "sqlite"
+        self._engine = _sqlite_engine(parsed) if self.is_sqlite else _postgresql_engine(parsed)
+        self._path = Path(parsed.database or "") if self.is_sqlite else None
+        self._lock_descriptor: int | None = None
+        # SQLite has one writer; waiting here costs nothing, waiting there is polling.
+        self._writer = asyncio.Lock()
+
+    async def open(self) -> None:
+        """Take the file, where it is one, and run the migrations that are missing."""
+        if self._path is not None:
+            self._lock(self._path)
+        try:
+            async with self.write() as connection:
+                await self.lock(connection)
+                await connection.run_sync(migrate)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Close all connections and give the file free. May be called twice."""
+        await self._engine.dispose()
+        if self._lock_descriptor is not None:
+            os.close(self._lock_descriptor)
+            self._lock_descriptor = None
+
+    @asynccontextmanager
+    async def read(self) -> AsyncGenerator[AsyncConnection]:
+        """A transaction that changes nothing."""
+        with translated():
+            async with self._engine.connect() as connection, connection.begin():
+                yield connection
+
+    @asynccontextmanager
+    async def write(self) -> AsyncGenerator[AsyncConnection]:
+        """A transaction; what it changed is durable when the block has ended without an error."""
+        with translated():
+            if self.is_sqlite:
+                async with self._writer, self._transaction() as connection:
+                    yield connection
+            else:
+                async with self._transaction() as connection:
+                    yield connection
+
+    async def lock(self, connection: AsyncConnection) -> None:
+        """Be the only one, over all replicas, until the transaction ends."""
+        if not self.is_sqlite:
+            await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncGenerator[AsyncConnection]:
+        """A connection of one's own, outside of any transaction."""
+        async with self._engine.connect() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncGenerator[AsyncConnection]:
+        async with self._engine.connect() as connection:
+            await connection.execution_options(**{_IS_WRITE: True})
+            async with connection.begin():
+                yield connection
+
+    def _lock(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(
+            path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise StoreInUseError(path) from error
+        self._lock_descriptor = descriptor
+
+
+def _postgresql_engine(url: sa.URL) -> AsyncEngine:
+    return create_async_engine(
+        url,
+        pool_pre_ping=True,
+        pool_timeout=STATEMENT_TIMEOUT_SECONDS,
+        connect_args={"timeout": CONNECT_TIMEOUT_SECONDS, "command_timeout": STATEMENT_TIMEOUT_SECONDS},
+    )
+
+
+def _sqlite_engine(url: sa.URL) -> AsyncEngine:
+    engine = create_async_engine(url, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
+
+    @sa.event.listens_for(engine.sync_engine, "connect")
+    def _prepare(connection: Any, record: Any) -> None:
+        # Transactions are begun below, where the driver would begin them too late.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @sa.event.listens_for(engine.sync_engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        is_write = connection.get_execution_options().get(_IS_WRITE, False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
+
+    return engine

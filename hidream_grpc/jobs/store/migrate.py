@@ -1,0 +1,25 @@
+"""Brings a database to the newest schema."""
+
+from __future__ import annotations
+
+from alembic.command import upgrade
+from alembic.config import Config
+from alembic.util import CommandError
+from sqlalchemy import Connection
+
+from hidream_grpc.errors import StoreVersionError
+
+
+def migrate(connection: Connection) -> None:
+    """Run the migrations that are missing, in the transaction of the connection.
+
+    Raises:
+        StoreVersionError: a newer version of the service has migrated the database.
+    """
+    config = Config()
+    config.set_main_option("script_location", "hidream_grpc.jobs.store:migrations")
+    config.attributes["connection"] = connection
+    try:
+        upgrade(config, "head")
+    except CommandError as error:
+        raise StoreVersionError(connection.engine.url.render_as_string(hide_password=True)) from error

@@ -1,0 +1,156 @@
+"""A job as a row, and back."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from sqlalchemy import Row
+
+from hidream_grpc import errors
+from hidream_grpc.errors import HiDreamError
+from hidream_grpc.jobs.job import (
+    CancelReason,
+    Execution,
+    Job,
+    JobStage,
+    JobState,
+    Progress,
+    StoredImage,
+    Submission,
+    Timings,
+)
+
+_KEPT_ERRORS: Mapping[str, type[HiDreamError]] = {
+    error_type.__name__: error_type
+    for error_type in (
+        errors.DeadlineExceededError,
+        errors.JobCancelledError,
+        errors.JobInternalError,
+        errors.NotServingError,
+        errors.OutOfDeviceMemoryError,
+        errors.StorageFullError,
+    )
+}
+"""What a job may end with. Their constructors take facts, which are attributes of the same names."""
+
+
+@dataclass(frozen=True, slots=True)
+class _ErrorDocument:
+    name: str
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _RunDocument:
+    """What no query asks for; a field that is added needs a default, for the rows that lack it."""
+
+    stage: JobStage | None = None
+    execution: Execution | None = None
+    progress: Progress | None = None
+    timings: Timings = field(default_factory=Timings)
+    images: tuple[StoredImage, ...] = ()
+    error: _ErrorDocument | None = None
+    start_time: float | None = None
+    started_sequence: int = 0
+    last_sequence: int = 0
+    snapshot_step: int | None = None
+
+
+_run_decoder = msgspec.json.Decoder(_RunDocument)
+_submission_decoder = msgspec.json.Decoder(Submission)
+
+
+def new_row(job: Job) -> dict[str, Any]:
+    """All columns of a job that is added, but for its number."""
+    submission = job.submission
+    return {
+        "job_id": job.job_id,
+        "owner": job.owner,
+        "request_id": submission.request_id,
+        "request_digest": request_digest(submission),
+        "caller": submission.caller,
+        "priority": submission.priority,
+        "create_time": job.create_time,
+        "deadline_time": job.deadline_time,
+        "submission": _json(submission),
+        "claim_number": job.claim_number,
+        **changed_columns(job),
+    }
+
+
+def changed_columns(job: Job) -> dict[str, Any]:
+    """The columns that change as a job runs and ends; the store alone changes the others."""
+    return {
+        "state": job.state,
+        "end_time": job.end_time,
+        "image_bytes": sum(image.size_bytes for image in job.images),
+        "run": _json(
+            _RunDocument(
+                stage=job.stage,
+                execution=job.execution,
+                progress=job.progress,
+                timings=job.timings,
+                images=job.images,
+                error=None if job.error is None else _error_document(job.error),
+                start_time=job.start_time,
+                started_sequence=job.started_sequence,
+                last_sequence=job.last_sequence,
+                snapshot_step=job.snapshot_step,
+            )
+        ),
+    }
+
+
+def job_of(row: Row[Any]) -> Job:
+    """The job that a row of the table `jobs` stands for."""
+    run = _run_decoder.decode(row.run)
+    return Job(
+        job_id=row.job_id,
+        submission=_submission_decoder.decode(row.submission),
+        create_time=row.create_time,
+        state=JobState(row.state),
+        stage=run.stage,
+        execution=run.execution,
+        progress=run.progress,
+        timings=run.timings,
+        images=run.images,
+        error=None if run.error is None else _error_of(run.error),
+        start_time=run.start_time,
+        end_time=row.end_time,
+        owner=row.owner,
+        claim_number=row.claim_number,
+        started_sequence=run.started_sequence,
+        last_sequence=run.last_sequence,
+        deadline_time=row.deadline_time,
+        cancel_reason=None if row.cancel_reason is None else CancelReason(row.cancel_reason),
+        snapshot_step=run.snapshot_step,
+    )
+
+
+def request_digest(submission: Submission) -> str:
+    """Of all that the caller asks for: the same for a retry from elsewhere with another deadline."""
+    asked = (submission.parameters, submission.priority, sorted(submission.labels.items()))
+    return hashlib.sha256(_json((*asked, submission.is_detached)).encode()).hexdigest()
+
+
+def label_digest(key: str, value: str) -> str:
+    """What a label is found by."""
+    return hashlib.sha256(_json((key, value)).encode()).hexdigest()
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _error_document(error: HiDreamError) -> _ErrorDocument:
+    names = inspect.signature(_KEPT_ERRORS[type(error).__name__]).parameters
+    return _ErrorDocument(type(error).__name__, {name: getattr(error, name) for name in names})
+
+
+def _error_of(document: _ErrorDocument) -> HiDreamError:
+    return _KEPT_ERRORS[document.name](**document.facts)

@@ -1,0 +1,91 @@
+"""The tables of the job store, the same in SQLite and PostgreSQL.
+
+A column is what a query asks for; all else of a job stands in two JSON documents (`rows.py`): the
+submission, which never changes, and the run. JSON is kept as text: PostgreSQL's own JSON refuses a NUL
+in a prompt.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+    }
+)
+
+_HAS_ENDED = sa.text("end_time IS NOT NULL")
+_HAS_NOT_ENDED = sa.text("end_time IS NULL")
+_HOLDS_ITS_REQUEST_ID = sa.text("state NOT IN ('FAILED', 'CANCELLED')")
+
+jobs = sa.Table(
+    "jobs",
+    metadata,
+    # By acceptance; never used twice, so that a page token stays valid.
+    sa.Column("number", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True),
+    sa.Column("job_id", sa.Text, nullable=False),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("request_id", sa.Text, nullable=False),
+    sa.Column("request_digest", sa.Text, nullable=False),
+    sa.Column("caller", sa.Text, nullable=False),
+    sa.Column("priority", sa.SmallInteger, nullable=False),
+    sa.Column("state", sa.Text, nullable=False),
+    sa.Column("create_time", sa.Double, nullable=False),
+    sa.Column("end_time", sa.Double),
+    sa.Column("deadline_time", sa.Double),
+    sa.Column("cancel_reason", sa.Text),
+    sa.Column("image_bytes", sa.BigInteger, nullable=False),
+    sa.Column("claim_number", sa.BigInteger, nullable=False),
+    # Both NULL while nobody has the job.
+    sa.Column("replica_id", sa.Text),
+    sa.Column("lease_end_time", sa.Double),
+    sa.Column("submission", sa.Text, nullable=False),
+    sa.Column("run", sa.Text, nullable=False),
+    sa.UniqueConstraint("job_id"),
+    sa.Index(
+        "ix_jobs_request_id",
+        "owner",
+        "request_id",
+        unique=True,
+        sqlite_where=_HOLDS_ITS_REQUEST_ID,
+        postgresql_where=_HOLDS_ITS_REQUEST_ID,
+    ),
+    sa.Index("ix_jobs_owner_number", "owner", "number"),
+    sa.Index("ix_jobs_caller", "caller"),
+    sa.Index(
+        "ix_jobs_not_ended",
+        "priority",
+        "number",
+        sqlite_where=_HAS_NOT_ENDED,
+        postgresql_where=_HAS_NOT_ENDED,
+    ),
+    sa.Index("ix_jobs_end_time", "end_time", sqlite_where=_HAS_ENDED, postgresql_where=_HAS_ENDED),
+    sqlite_autoincrement=True,
+)
+
+job_labels = sa.Table(
+    "job_labels",
+    metadata,
+    # Of key and value (`rows.label_digest`): of one length, whatever the label holds.
+    sa.Column("label_digest", sa.Text, primary_key=True),
+    sa.Column(
+        "job_number",
+        sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
+        sa.ForeignKey(jobs.c.number, ondelete="CASCADE"),
+        primary_key=True,
+    ),
+    sa.Index("ix_job_labels_job_number", "job_number"),
+)
+
+turns = sa.Table(
+    "turns",
+    metadata,
+    sa.Column("caller", sa.Text, primary_key=True),
+    # Grows from turn to turn, over all callers.
+    sa.Column("last_turn", sa.BigInteger, nullable=False),
+    sa.Index("ix_turns_last_turn", "last_turn"),
+)
+"""When each caller last had a turn."""

@@ -1,0 +1,405 @@
+"""The truth about jobs: what is in here survives every process."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import Row
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from hidream_grpc.errors import (
+    ClaimLostError,
+    JobNotEndedError,
+    JobNotFoundError,
+    StoreFullError,
+    StoreUnavailableError,
+)
+from hidream_grpc.jobs.job import CancelReason, Job, JobState
+from hidream_grpc.jobs.store import queries
+from hidream_grpc.jobs.store.acceptance import accept
+from hidream_grpc.jobs.store.changes import (
+    CHANNEL,
+    MAX_PAYLOAD_BYTES,
+    Change,
+    ChangeHub,
+    ChangeKind,
+    PostgresListener,
+    Subscription,
+    to_text,
+)
+from hidream_grpc.jobs.store.database import Database
+from hidream_grpc.jobs.store.order import WaitingJob, claim_order
+from hidream_grpc.jobs.store.page_token import decode_page_token, encode_page_token, filter_digest_of
+from hidream_grpc.jobs.store.records import EndedJob, HeldClaim, Page, QueueLimits, Usage
+from hidream_grpc.jobs.store.rows import job_of
+
+
+class SqlJobStore:
+    """Jobs in SQLite or PostgreSQL. What a method changed is durable when it returns.
+
+    Every method may raise StoreUnavailableError (after a write: whether it was made is not known) or
+    StoreFullError (nothing was changed); the store heals without being opened again.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Know a store, without a connection to it.
+
+        Args:
+            url: `sqlite+aiosqlite:////folder/jobs.sqlite` or `postgresql+asyncpg://…`.
+        """
+        self._database = Database(url)
+        self._hub = ChangeHub()
+        is_sqlite = self._database.is_sqlite
+        self._listener = None if is_sqlite else PostgresListener(self._database, self._hub)
+
+    async def open(self) -> None:
+        """Bring the database to the newest schema and listen for changes.
+
+        A SQLite file is this process's alone, so that all claims in it are of processes that are gone:
+        the jobs can be claimed at once.
+
+        Raises:
+            StoreInUseError: another server has the SQLite file open.
+            StoreVersionError: a newer version of the service wrote the database.
+        """
+        await self._database.open()
+        try:
+            if self._listener is not None:
+                await self._listener.start()
+            else:
+                async with self._database.write() as connection:
+                    await connection.execute(queries.forget_claims())
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Close all connections; claims stay until their leases run out. May be called twice."""
+        if self._listener is not None:
+            await self._listener.stop()
+        await self._database.close()
+
+    # --- for callers ------------------------------------------------------------------------------
+
+    async def add(self, new_jobs: Sequence[Job], limits: QueueLimits) -> tuple[Job, ...]:
+        """Accept all jobs of one owner, or none.
+
+        A job whose request id is held already stands for the one that holds it: that one is returned in
+        its place, whatever its state, and the later deadline of the two is its own. Jobs that FAILED or
+        were CANCELLED hold their request id no more.
+
+        Args:
+            new_jobs: QUEUED, of one owner, with job ids of their own.
+            limits: of what waits afterwards; jobs that were there do not count as new.
+
+        Returns:
+            A job for each one given: the same job id tells that it is new.
+
+        Raises:
+            RequestIdConflictError: a request id is held by a job that asks for something else.
+            QueueFullError, CallerQueueFullError: too many jobs wait.
+        """
+        if not new_jobs:
+            return ()
+        async with self._database.write() as connection:
+            await self._database.lock(connection)
+            accepted = await accept(connection, new_jobs, limits)
+            pairs = zip(new_jobs, accepted, strict=True)
+            changes = [Change(ChangeKind.ADDED, new.job_id) for new, job in pairs if new.job_id == job.job_id]
+            await self._tell(connection, changes)
+        self._committed(changes)
+        return accepted
+
+    async def get(self, owner: str | None, job_id: str) -> Job:
+        """A job as it is now; of anybody where the owner is None.
+
+        Raises:
+            JobNotFoundError: no such job, or it is another's.
+        """
+        async with self._database.read() as connection:
+            return job_of(await _row(connection, owner, job_id))
+
+    async def list(
+        self,
+        owner: str | None,
+        states: Collection[JobState] = (),
+        labels: Mapping[str, str] | None = None,
+        page_size: int = 100,
+        page_token: str = "",
+    ) -> Page:
+        """Jobs in one of the states (none: all) that carry all of the labels, newest first.
+
+        A page token stays valid, whatever is added or removed meanwhile.
+
+        Raises:
+            InvalidRequestError: the token is none of ours, or of another filter.
+        """
+        labels = labels or {}
+        filter_digest = filter_digest_of(owner, frozenset(states), labels)
+        before_number = decode_page_token(page_token, filter_digest) if page_token else None
+        async with self._database.read() as connection:
+            query = queries.page(owner, states, labels, before_number, page_size + 1)
+            rows = (await connection.execute(query)).all()
+        shown = rows[:page_size]
+        has_more = len(rows) > page_size
+        next_page_token = encode_page_token(shown[-1].number, filter_digest) if has_more else ""
+        return Page(tuple(map(job_of, shown)), next_page_token)
+
+    async def request_cancel(self, owner: str | None, job_id: str, reason: CancelReason) -> Job:
+        """End a job that nobody has; tell whoever has it to stop. Nothing happens to one that has ended.
+
+        Returns:
+            The job as it is then; one that runs has its `cancel_reason` set.
+
+        Raises:
+            JobNotFoundError: no such job, or it is another's.
+        """
+        async with self._database.write() as connection:
+            row = await _row(connection, owner, job_id, for_update=True)
+            job = job_of(row)
+            if job.state.has_ended:
+                return job
+            if row.is_unclaimed:
+                job = job.cancelled_unclaimed(job.cancel_reason or reason, time.time())
+                await connection.execute(queries.write_ended_unclaimed(row.number, job))
+                change = Change(ChangeKind.CHANGED, job_id)
+            else:
+                job = replace(job, cancel_reason=job.cancel_reason or reason)
+                await connection.execute(queries.ask_to_cancel(row.number, reason.value))
+                change = Change(ChangeKind.CANCEL_REQUESTED, job_id)
+            await self._tell(connection, [change])
+        self._committed([change])
+        return job
+
+    async def delete(self, owner: str | None, job_id: str) -> Job:
+        """Remove a job that has ended; its request id is free again.
+
+        Raises:
+            JobNotFoundError: no such job, or it is another's.
+            JobNotEndedError: it is queued or running.
+        """
+        change = Change(ChangeKind.DELETED, job_id)
+        async with self._database.write() as connection:
+            row = await _row(connection, owner, job_id, for_update=True)
+            job = job_of(row)
+            if not job.state.has_ended:
+                raise JobNotEndedError(job_id)
+            await connection.execute(queries.delete(row.number))
+            await connection.execute(queries.delete_idle_turn(row.caller))
+            await self._tell(connection, [change])
+        self._committed([change])
+        return job
+
+    async def counts(self, owner: str | None = None) -> Counter[JobState]:
+        """Jobs by state that are kept; of one owner only those that have not ended."""
+        query = queries.counts() if owner is None else queries.counts_of_owner(owner)
+        async with self._database.read() as connection:
+            return Counter({JobState(state): count for state, count in await connection.execute(query)})
+
+    async def queue_order(self) -> tuple[str, ...]:
+        """Ids of the jobs that wait, in the order in which they will be claimed."""
+        async with self._database.read() as connection:
+            waiting = [WaitingJob(*row) for row in await connection.execute(queries.waiting())]
+            turns = {row.caller: row.last_turn for row in await connection.execute(queries.last_turns())}
+        return tuple(claim_order(waiting, turns))
+
+    # --- for replicas -----------------------------------------------------------------------------
+
+    async def claim(
+        self,
+        replica_id: str,
+        lease_seconds: float,
+        limit: int,
+        max_running_jobs_of_caller: int | None = None,
+    ) -> tuple[Job, ...]:
+        """Take jobs to draw: those that lost their replica, then by priority, callers taking turns.
+
+        A claimed job is as it was left, QUEUED or RUNNING, with a claim number of its own. Jobs that are
+        to be cancelled, or too late, end here instead. When the store fails after some were claimed,
+        these are returned.
+        """
+        claimed: list[Job] = []
+        while len(claimed) < limit:
+            try:
+                job = await self._claim_next(replica_id, lease_seconds, max_running_jobs_of_caller)
+            except (StoreUnavailableError, StoreFullError):
+                if claimed:
+                    break
+                raise
+            if job is None:
+                break
+            if not job.state.has_ended:
+                claimed.append(job)
+        return tuple(claimed)
+
+    async def renew(
+        self, replica_id: str, job_ids: Collection[str], lease_seconds: float
+    ) -> tuple[HeldClaim, ...]:
+        """Prolong the leases of jobs that the replica draws.
+
+        Returns:
+            Those that it still has; of the others, or with another claim number, the claim is lost.
+        """
+        async with self._database.write() as connection:
+            await connection.execute(queries.renew(replica_id, job_ids, lease_seconds))
+            rows = (await connection.execute(queries.held(replica_id, job_ids))).all()
+        return tuple(
+            HeldClaim(
+                row.job_id,
+                row.claim_number,
+                None if row.cancel_reason is None else CancelReason(row.cancel_reason),
+                row.deadline_time,
+            )
+            for row in rows
+        )
+
+    async def save(self, job: Job) -> None:
+        """Write what whoever has the job made of it. With a job that has ended, the claim ends too.
+
+        `cancel_reason` and `deadline_time` of a job that has not ended are not written: they are others'.
+        To write the same end again, after a StoreUnavailableError, is no error.
+
+        Raises:
+            ClaimLostError: somebody else has the job, or it was given back, has ended or was deleted.
+        """
+        change = Change(ChangeKind.CHANGED, job.job_id)
+        write = queries.write_ended_claimed if job.state.has_ended else queries.write_claimed
+        async with self._database.write() as connection:
+            written = await connection.execute(write(job))
+            if written.rowcount == 0:
+                if await _is_written_end(connection, job):
+                    return
+                raise ClaimLostError(job.job_id, job.claim_number)
+            await self._tell(connection, [change])
+        self._committed([change])
+
+    async def release(self, job: Job) -> Job:
+        """Give a job back: QUEUED again, with its images and snapshot, or CANCELLED if that was asked for.
+
+        Raises:
+            ClaimLostError: as `save`.
+        """
+        change = Change(ChangeKind.CHANGED, job.job_id)
+        async with self._database.write() as connection:
+            query = queries.by_job_id(None, job.job_id, for_update=True)
+            row = (await connection.execute(query)).one_or_none()
+            is_held = row is not None and row.replica_id is not None and row.end_time is None
+            if row is None or not is_held or row.claim_number != job.claim_number:
+                raise ClaimLostError(job.job_id, job.claim_number)
+            kept = job_of(row)
+            released = replace(
+                job.requeued(), cancel_reason=kept.cancel_reason, deadline_time=kept.deadline_time
+            )
+            if released.cancel_reason is None:
+                await connection.execute(queries.write_released(row.number, released))
+            else:
+                released = released.cancelled_unclaimed(released.cancel_reason, time.time())
+                await connection.execute(queries.write_ended_unclaimed(row.number, released))
+            await self._tell(connection, [change])
+        self._committed([change])
+        return released
+
+    async def overdue(self, limit: int = 100) -> tuple[str, ...]:
+        """Ids of jobs whose deadline has passed: `request_cancel` each with CancelReason.DEADLINE."""
+        async with self._database.read() as connection:
+            return tuple((await connection.execute(queries.overdue(limit))).scalars())
+
+    # --- for retention ----------------------------------------------------------------------------
+
+    async def ended(self, before_time: float | None = None, limit: int = 100) -> tuple[EndedJob, ...]:
+        """Jobs that have ended (before a time, in seconds since the epoch), the oldest end first."""
+        async with self._database.read() as connection:
+            rows = await connection.execute(queries.ended(before_time, limit))
+            return tuple(EndedJob(*row) for row in rows)
+
+    async def usage(self) -> Usage:
+        """How much is kept of jobs that have ended."""
+        async with self._database.read() as connection:
+            num_ended_jobs, image_bytes = (await connection.execute(queries.usage())).one()
+        return Usage(num_ended_jobs, int(image_bytes))
+
+    async def known(self, job_ids: Sequence[str]) -> frozenset[str]:
+        """Those of the job ids that are there; artifacts of the others belong to nobody."""
+        async with self._database.read() as connection:
+            return frozenset((await connection.execute(queries.known(job_ids))).scalars())
+
+    # --- changes ----------------------------------------------------------------------------------
+
+    def subscribe(self) -> AbstractContextManager[Subscription]:
+        """`with store.subscribe() as changes: async for change in changes`: all that commits from now on.
+
+        Read what is there after subscribing, and nothing is missed.
+        """
+        return self._hub.subscribe()
+
+    async def publish(self, job_id: str, payload: bytes) -> None:
+        """Tell all subscribers, of all replicas, something that is kept nowhere.
+
+        Args:
+            job_id: what it is about.
+            payload: at most `changes.MAX_PAYLOAD_BYTES`.
+        """
+        if len(payload) > MAX_PAYLOAD_BYTES:
+            raise ValueError(f"payload: must be at most {MAX_PAYLOAD_BYTES} bytes, is {len(payload)}")
+        change = Change(ChangeKind.PUBLISHED, job_id, payload)
+        if not self._database.is_sqlite:
+            async with self._database.write() as connection:
+                await self._tell(connection, [change])
+        self._committed([change])
+
+    # --- the rest ---------------------------------------------------------------------------------
+
+    async def _claim_next(
+        self, replica_id: str, lease_seconds: float, max_running_jobs_of_caller: int | None
+    ) -> Job | None:
+        async with self._database.write() as connection:
+            row = (await connection.execute(queries.next_job(max_running_jobs_of_caller))).one_or_none()
+            if row is None:
+                return None
+            job = job_of(row)
+            change = Change(ChangeKind.CHANGED, job.job_id)
+            if row.is_late or job.cancel_reason is not None:
+                reason = job.cancel_reason or CancelReason.DEADLINE
+                job = job.cancelled_unclaimed(reason, time.time())
+                await connection.execute(queries.write_ended_unclaimed(row.number, job))
+            else:
+                await connection.execute(queries.claim(row.number, replica_id, lease_seconds))
+                if job.state is JobState.QUEUED:
+                    is_sqlite = self._database.is_sqlite
+                    await connection.execute(queries.take_turn(job.submission.caller, is_sqlite))
+                job = replace(job, claim_number=job.claim_number + 1)
+            await self._tell(connection, [change])
+        self._committed([change])
+        return job
+
+    async def _tell(self, connection: AsyncConnection, changes: Sequence[Change]) -> None:
+        """PostgreSQL tells everybody, this process included, when the transaction commits."""
+        if changes and not self._database.is_sqlite:
+            await connection.execute(queries.notify(CHANNEL, [to_text(change) for change in changes]))
+
+    def _committed(self, changes: Sequence[Change]) -> None:
+        """With SQLite nobody else is there to be told."""
+        if self._database.is_sqlite:
+            self._hub.tell(changes)
+
+
+async def _row(
+    connection: AsyncConnection, owner: str | None, job_id: str, for_update: bool = False
+) -> Row[Any]:
+    query = queries.by_job_id(owner, job_id, for_update)
+    row: Row[Any] | None = (await connection.execute(query)).one_or_none()
+    if row is None:
+        raise JobNotFoundError(job_id)
+    return row
+
+
+async def _is_written_end(connection: AsyncConnection, job: Job) -> bool:
+    row = (await connection.execute(queries.by_job_id(None, job.job_id))).one_or_none()
+    if row is None or row.end_time is None:
+        return False
+    return (row.claim_number, row.state, row.end_time) == (job.claim_number, job.state, job.end_time)

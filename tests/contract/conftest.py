@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from hidream_grpc.jobs.store.store import SqlJobStore
+from tests.job_stores import StoreDatabase
+from tests.postgres import PostgresServer, running_postgres
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def sqlite_database(tmp_path: Path) -> StoreDatabase:
+    """An empty file."""
+    return StoreDatabase(f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}", is_file=True)
+
+
+@pytest.fixture
+def postgres_database(postgres: PostgresServer) -> Iterator[StoreDatabase]:
+    """An empty database of the running server."""
+    with postgres.database() as url:
+        yield StoreDatabase(url, is_file=False)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest) -> StoreDatabase:
+    """An empty database of each kind."""
+    database: StoreDatabase = request.getfixturevalue(f"{request.param}_database")
+    return database
+
+
+@pytest_asyncio.fixture
+async def store(database: StoreDatabase) -> AsyncIterator[SqlJobStore]:
+    async with database.opened() as store:
+        yield store
+
+
+@pytest_asyncio.fixture
+async def other(database: StoreDatabase, store: SqlJobStore) -> AsyncIterator[SqlJobStore]:
+    """The store as another replica has it; a SQLite file has one process, so there it is the same."""
+    if database.is_file:
+        yield store
+    else:
+        async with database.opened() as other:
+            yield other

@@ -1,0 +1,112 @@
+"""Jobs for tests of the store, and the two databases that it runs on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from hidream_grpc.jobs.job import Execution, Job, JobState, Priority, StoredImage, Submission, claim_sequence
+from hidream_grpc.jobs.store.records import QueueLimits
+from hidream_grpc.jobs.store.store import SqlJobStore
+from hidream_grpc.model.parameters import GenerationParameters
+
+ROOMY = QueueLimits(max_queued_jobs=100_000)
+LEASE_SECONDS = 60.0
+OWNER = "anna"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StoreDatabase:
+    """Where a store keeps its jobs: a SQLite file, or a database of a PostgreSQL server."""
+
+    url: str
+    is_file: bool
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[SqlJobStore]:
+        store = SqlJobStore(self.url)
+        await store.open()
+        try:
+            yield store
+        finally:
+            await store.close()
+
+
+def new_job(
+    *,
+    owner: str = OWNER,
+    caller: str = "host-1",
+    request_id: str | None = None,
+    prompt: str = "a red circle",
+    priority: Priority = Priority.NORMAL,
+    labels: Mapping[str, str] | None = None,
+    deadline_time: float | None = None,
+) -> Job:
+    """A job that was just accepted."""
+    parameters = GenerationParameters(
+        prompt=prompt, width=64, height=32, num_inference_steps=4, guidance_scale=0.1, seed=7
+    )
+    submission = Submission(parameters, request_id or uuid.uuid4().hex, caller, priority, labels or {})
+    return Job(uuid.uuid4().hex, submission, time.time(), owner=owner, deadline_time=deadline_time)
+
+
+async def added(store: SqlJobStore, *jobs: Job) -> tuple[Job, ...]:
+    """Accept jobs whose number is not limited."""
+    return await store.add(jobs, ROOMY)
+
+
+async def claimed(store: SqlJobStore, replica_id: str = "replica-1", limit: int = 1) -> tuple[Job, ...]:
+    """Claim with a lease that outlives the test."""
+    return await store.claim(replica_id, LEASE_SECONDS, limit)
+
+
+def started(job: Job) -> Job:
+    """The job when its replica has begun to draw it."""
+    execution = Execution("demo", "FlowMatchLCMScheduler", 3.0, "tp=1")
+    sequence = claim_sequence(job.claim_number, 1)
+    begun = job.started(execution, time.time()) if job.state is JobState.QUEUED else job
+    return replace(begun, started_sequence=sequence, last_sequence=sequence)
+
+
+def with_image(job: Job, size_bytes: int = 1000) -> Job:
+    """The job with one image more."""
+    image = StoredImage(
+        index=len(job.images),
+        width=64,
+        height=32,
+        seed=7 + len(job.images),
+        mime_type="image/png",
+        size_bytes=size_bytes,
+        sha256=bytes(range(32)),
+        first_sequence=job.last_sequence + 1,
+        time=time.time(),
+    )
+    return replace(job.with_image(image, 0.25), last_sequence=job.last_sequence + 1)
+
+
+def succeeded(job: Job) -> Job:
+    """The job when all is done."""
+    ended = job.ended(JobState.SUCCEEDED, time.time())
+    return replace(ended, last_sequence=job.last_sequence + 1)
+
+
+async def finished(store: SqlJobStore, job: Job, size_bytes: int = 1000) -> Job:
+    """Draw a job that is claimed, to its end."""
+    done = succeeded(with_image(started(job), size_bytes))
+    await store.save(done)
+    return done
+
+
+async def eventually(attempt: Callable[[], Awaitable[T | None]], timeout_seconds: float = 20.0) -> T:
+    """The first result that is there; fail when none is in time."""
+    async with asyncio.timeout(timeout_seconds):
+        while True:
+            if result := await attempt():
+                return result
+            await asyncio.sleep(0.01)

