@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Set
 
-from hidream_grpc.engine.messages import Admission, JobFault, PlanDone, StepPlan
+from hidream_grpc.engine.admissions import Admissions
+from hidream_grpc.engine.messages import JobFault, PlanDone, StepPlan
+from hidream_grpc.engine.recovery import bring_back, committed_snapshots
+from hidream_grpc.engine.reports import PromptReport, StepReport
 from hidream_grpc.engine.requests import (
     Backlog,
     EngineRequest,
@@ -19,45 +22,19 @@ from hidream_grpc.engine.requests import (
     RequestFinished,
     RequestRestarted,
     RequestStarted,
+    SnapshotTaken,
     StepFinished,
 )
+from hidream_grpc.engine.running import RunningRequest, Snapshot
 from hidream_grpc.engine.scheduler import StepScheduler
+from hidream_grpc.engine.snapshot_pace import SnapshotPace
+from hidream_grpc.engine.strikes import Strikes
 from hidream_grpc.engine.supervisor import RankGroup
-from hidream_grpc.errors import JobError, JobInternalError, OutOfDeviceMemoryError, RankDiedError
+from hidream_grpc.errors import JobError, JobInternalError, LossCause, OutOfDeviceMemoryError, RankDiedError
 
 logger = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3
-RECOVERY_PAUSE_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
-
-
-@dataclass(slots=True)
-class _Active:
-    request: EngineRequest
-    attempt: int = 1
-    # Of its latest step.
-    step_seconds: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """One denoising step of a batch, for whoever counts."""
-
-    step_seconds: float
-    num_samples: int
-
-
-@dataclass(frozen=True, slots=True)
-class PromptReport:
-    """How the prompts of requests that started came to be encoded, for whoever counts.
-
-    Attributes:
-        num_cache_hits: prompts that were encoded already; the empty one, which always is, not counted.
-        num_cache_misses: prompts for which the text encoders ran.
-    """
-
-    num_cache_hits: int
-    num_cache_misses: int
+OUT_OF_MEMORY_REASON = "did not fit the memory of the device beside others"
 
 
 class Controller:
@@ -65,6 +42,9 @@ class Controller:
 
     All methods belong to the event loop's thread. `run` owns the group: it starts it, recovers it
     and stops it.
+
+    Attributes:
+        num_lost_steps: denoising steps that requests took again after the group was lost.
     """
 
     def __init__(
@@ -75,20 +55,21 @@ class Controller:
         on_step: Callable[[StepReport], None],
         on_prompts: Callable[[PromptReport], None],
     ) -> None:
+        self.num_lost_steps = 0
         self._group = group
         self._scheduler = scheduler
         self._on_state = on_state
         self._on_step = on_step
         self._on_prompts = on_prompts
-        self._active: dict[str, _Active] = {}
-        # Jobs that the ranks must start from their seed in the next plan.
-        self._admissions: list[str] = []
-        # Jobs that a rank may hold a state of: every one that was ever in a plan and not yet released.
-        self._held: set[str] = set()
+        self._strikes = Strikes()
+        self._pace = SnapshotPace()
+        self._active: dict[str, RunningRequest] = {}
+        self._admissions = Admissions()
         self._wake = asyncio.Event()
         self._next_plan_id = 1
         # Of the latest step of any job.
         self._step_seconds: float | None = None
+        self._round_start = 0.0
 
     def notify(self) -> None:
         """Say that the backlog has a request."""
@@ -117,42 +98,59 @@ class Controller:
             await self._group.stop()
 
     async def _round(self, backlog: Backlog) -> None:
+        self._round_start = time.monotonic()
         plan = self._plan(backlog)
+        # What is lost with the plan, and may have caused it.
+        at_work = self._at_work(plan)
         try:
             if plan is None:
                 await self._wait_for_work()
                 return
             answers = await self._group.execute(plan)
+            ran_out = self._apply(plan, answers)
+            for job_id in ran_out & self._active.keys():
+                await self._retry_alone(job_id, at_work)
         except RankDiedError as loss:
             lost = loss
         else:
-            self._apply(plan, answers)
             return
-        await self._recover(lost)
+        await self._recover(lost, plan, at_work)
+
+    # --- planning ---------------------------------------------------------------------------------
 
     def _plan(self, backlog: Backlog) -> StepPlan | None:
-        while self._scheduler.has_capacity and (request := backlog.take()) is not None:
+        suspect = self._strikes.suspect
+        while suspect is None and self._scheduler.has_capacity and (request := backlog.take()) is not None:
             self._start(request)
-        admissions = tuple(self._admission(job_id) for job_id in self._admissions if job_id in self._active)
-        started = {admission.job_id for admission in admissions}
-        releases = tuple(job_id for job_id in self._held if job_id not in self._active or job_id in started)
-        step_jobs = self._scheduler.next_step()
-        decodes = self._scheduler.next_decodes(self._group.world_size)
-        if not (step_jobs or decodes or releases or self._scheduler.is_decoding):
+        admissions = self._admissions.take(self._active, suspect)
+        releases = self._admissions.releases(self._active, admissions)
+        ready = self._admissions.ready(admissions)
+        if suspect is not None:
+            ready &= {suspect}
+        step_jobs = self._scheduler.next_step(ready)
+        decodes = self._scheduler.next_decodes(self._group.world_size, ready)
+        if not (step_jobs or decodes or releases or admissions or self._scheduler.decoding):
             return None
         plan = StepPlan(
             plan_id=self._next_plan_id,
             releases=releases,
             admissions=admissions,
             step_jobs=step_jobs,
+            snapshot_job=self._pace.next_job(step_jobs),
             decodes=decodes,
             decode_budget_seconds=self._decode_budget_seconds(step_jobs),
         )
         self._next_plan_id += 1
         self._scheduler.planned(decodes)
-        self._held |= started
-        self._admissions.clear()
+        self._admissions.planned(plan)
         return plan
+
+    def _at_work(self, plan: StepPlan | None) -> dict[str, int]:
+        """The progress of each job that the ranks do something for in a plan."""
+        if plan is None:
+            return {}
+        jobs = (*plan.step_jobs, *(a.job_id for a in plan.admissions), *self._scheduler.decoding)
+        return {job_id: self._scheduler.progress_of(job_id) for job_id in jobs}
 
     def _decode_budget_seconds(self, step_jobs: tuple[str, ...]) -> float | None:
         """One step time of those that step, so that a decode at most doubles their wait, but for a slice.
@@ -163,14 +161,11 @@ class Controller:
         return min((seconds for seconds in known if seconds is not None), default=self._step_seconds)
 
     def _start(self, request: EngineRequest) -> None:
-        self._active[request.job_id] = _Active(request)
-        self._scheduler.admit(request.job_id, request.parameters)
-        self._admissions.append(request.job_id)
+        active = RunningRequest.start(request)
+        self._active[request.job_id] = active
+        self._scheduler.admit(request.job_id, request.parameters, active.resume_step, request.finished_images)
+        self._admissions.ask(request.job_id)
         request.on_event(RequestStarted())
-
-    def _admission(self, job_id: str) -> Admission:
-        request = self._active[job_id].request
-        return Admission(job_id=job_id, request_id=request.request_id, parameters=request.parameters)
 
     async def _wait_for_work(self) -> None:
         """Sleep until the backlog has a request; raises RankDiedError when a rank dies meanwhile."""
@@ -185,9 +180,11 @@ class Controller:
             work.cancel()
             loss.cancel()
 
-    def _apply(self, plan: StepPlan, answers: tuple[PlanDone, ...]) -> None:
-        """Tell each request what the round brought it."""
-        self._held -= set(plan.releases) - {admission.job_id for admission in plan.admissions}
+    # --- what a round brought ---------------------------------------------------------------------
+
+    def _apply(self, plan: StepPlan, answers: tuple[PlanDone, ...]) -> set[str]:
+        """Tell each request what the round brought it; returns those that had no room on the device."""
+        self._admissions.done(plan)
         if plan.admissions:
             # Every rank counts the same prompts.
             counts = answers[0]
@@ -196,32 +193,72 @@ class Controller:
         for admission in plan.admissions:
             if active := self._active.get(admission.job_id):
                 active.request.on_event(PromptsEncoded(encode_seconds))
-        for fault in {f.job_id: f for answer in answers for f in answer.faults}.values():
-            self._fail(fault.job_id, _error_of(fault))
+        faults = {fault.job_id: fault for answer in answers for fault in answer.faults}
+        ran_out = {fault.job_id for fault in faults.values() if _is_out_of_memory(fault)}
+        for fault in faults.values():
+            if fault.job_id not in ran_out:
+                self._fail(fault.job_id, JobInternalError(fault.error_id))
         if plan.step_jobs:
-            self._apply_step(plan, answers)
+            self._apply_step(plan, answers, not_stepped=ran_out)
         for image in (image for answer in answers for image in answer.images):
             self._scheduler.decoded(image.job_id, image.image_index)
             if active := self._active.get(image.job_id):
+                self._note_progress(image.job_id)
                 active.request.on_event(ImageFinished(image.image_index, image.data, image.decode_seconds))
                 if self._scheduler.is_finished(image.job_id):
                     self._finish(image.job_id)
+        return ran_out
 
-    def _apply_step(self, plan: StepPlan, answers: tuple[PlanDone, ...]) -> None:
+    def _apply_step(self, plan: StepPlan, answers: tuple[PlanDone, ...], not_stepped: Set[str]) -> None:
         step_seconds = max(answer.step_seconds for answer in answers)
         previews = {preview.job_id: preview.data for answer in answers for preview in answer.previews}
+        stepped = tuple(j for j in plan.step_jobs if j in self._active and j not in not_stepped)
         self._step_seconds = step_seconds
-        self._scheduler.stepped(plan.step_jobs)
+        self._scheduler.stepped(stepped)
+        self._pace.stepped(stepped, step_seconds)
         num_samples = 0
-        for job_id in plan.step_jobs:
-            if active := self._active.get(job_id):
-                step = self._scheduler.step_of(job_id)
-                num_samples += active.request.parameters.num_samples
-                active.step_seconds = step_seconds
-                active.request.on_event(StepFinished(step, step_seconds))
-                if job_id in previews:
-                    active.request.on_event(PreviewMade(step, previews[job_id]))
-        self._on_step(StepReport(step_seconds, num_samples))
+        for job_id in stepped:
+            active = self._active[job_id]
+            step = self._scheduler.step_of(job_id)
+            num_samples += active.request.parameters.num_samples
+            active.step_seconds = step_seconds
+            self._note_progress(job_id)
+            active.request.on_event(StepFinished(step, step_seconds))
+            if job_id in previews:
+                active.request.on_event(PreviewMade(step, previews[job_id]))
+        if stepped:
+            parameters = self._active[stepped[0]].request.parameters
+            self._on_step(
+                StepReport(
+                    step_seconds=step_seconds,
+                    width=parameters.width,
+                    height=parameters.height,
+                    num_samples=num_samples,
+                    snapshot_seconds=self._apply_snapshot(answers),
+                    round_seconds=self._plain_round_seconds(plan),
+                )
+            )
+
+    def _plain_round_seconds(self, plan: StepPlan) -> float | None:
+        """How long the round has taken, if it was for a step alone."""
+        if plan.admissions or self._scheduler.decoding:
+            return None
+        return time.monotonic() - self._round_start
+
+    def _apply_snapshot(self, answers: tuple[PlanDone, ...]) -> float:
+        """Keep the snapshot that came with a step; returns what it cost, in seconds."""
+        cost_seconds = 0.0
+        for snapshot in filter(None, (answer.snapshot for answer in answers)):
+            if active := self._active.get(snapshot.job_id):
+                active.snapshot = Snapshot(snapshot.step, snapshot.data)
+                active.request.on_event(SnapshotTaken(snapshot.step, snapshot.data))
+                cost_seconds += self._pace.taken(
+                    snapshot.job_id, snapshot.snapshot_seconds, len(snapshot.data)
+                )
+        return cost_seconds
+
+    def _note_progress(self, job_id: str) -> None:
+        self._strikes.progressed(job_id, self._scheduler.progress_of(job_id))
 
     def _finish(self, job_id: str) -> None:
         active = self._active.pop(job_id)
@@ -235,57 +272,72 @@ class Controller:
 
     def _forget(self, job_id: str) -> None:
         self._scheduler.release(job_id)
+        self._strikes.forget(job_id)
+        self._pace.forget(job_id)
         # Even an idle group must be told, or the ranks keep the latents.
         self._wake.set()
 
-    async def _recover(self, loss: RankDiedError) -> None:
-        """Bring the group back, however long it takes, and start the running requests again."""
+    # --- when something went wrong ----------------------------------------------------------------
+
+    async def _retry_alone(self, job_id: str, at_work: dict[str, int]) -> None:
+        """Start a job again that had no room, without others beside it; fail one that was alone before."""
+        suspects = {job_id: at_work[job_id]}
+        logger.warning("job %s", OUT_OF_MEMORY_REASON, extra=self._active[job_id].log_fields)
+        self._judge(suspects, OUT_OF_MEMORY_REASON, LossCause.OUT_OF_MEMORY, was_alone=at_work == suspects)
+        await self._resume((job_id,), OUT_OF_MEMORY_REASON)
+
+    async def _recover(self, loss: RankDiedError, plan: StepPlan | None, at_work: dict[str, int]) -> None:
+        """Bring the group back, however long it takes, and let the running requests go on."""
         logger.warning("the rank group was lost: %s", loss)
         self._on_state(EngineState.RECOVERING)
-        # A survivor may hold states of the plan that failed: all ranks forget and start alike.
-        self._admissions.clear()
-        for job_id, active in list(self._active.items()):
-            active.attempt += 1
-            if active.attempt > MAX_ATTEMPTS:
-                error = JobInternalError.new()
-                logger.error(
-                    "job failed: the rank group was lost %d times while it ran: %s",
-                    MAX_ATTEMPTS,
-                    loss,
-                    extra={
-                        "job_id": job_id,
-                        "request_id": active.request.request_id,
-                        "error_id": error.error_id,
-                    },
-                )
-                self._fail(job_id, error)
-                continue
-            self._scheduler.restart(job_id)
-            self._admissions.append(job_id)
-            active.request.on_event(RequestRestarted(active.attempt, str(loss), 0))
-        await self._bring_back()
+        if plan is not None and loss.cause is LossCause.OUT_OF_MEMORY:
+            self._scheduler.lower_limit(plan.step_jobs)
+            logger.warning("a step may hold %d pixels from now on", self._scheduler.max_step_pixels)
+        suspects = {job_id: progress for job_id, progress in at_work.items() if job_id in self._active}
+        if suspects and loss.cause is not LossCause.OUTSIDE:
+            self._judge(suspects, str(loss), loss.cause, was_alone=len(at_work) == 1)
+        # A survivor may hold states of the plan that failed: all ranks forget, and start alike.
+        self._admissions.forget_all()
+        is_back = False
+        while not is_back:
+            await bring_back(self._group, self._on_state)
+            try:
+                await self._resume(tuple(self._active), str(loss))
+                is_back = True
+            except RankDiedError as another_loss:
+                logger.warning("the rank group was lost again: %s", another_loss)
         self._on_state(EngineState.SERVING)
 
-    async def _bring_back(self) -> None:
-        failures = 0
-        while True:
-            try:
-                replaced = await self._group.recover()
-            except RankDiedError as loss:
-                reason = str(loss)
-            else:
-                logger.info(
-                    "the rank group is back: generation %d, replaced %s", self._group.generation, replaced
-                )
-                return
-            self._on_state(EngineState.FAILED)
-            pause_seconds = RECOVERY_PAUSE_SECONDS[min(failures, len(RECOVERY_PAUSE_SECONDS) - 1)]
-            failures += 1
-            logger.error("the rank group does not come back: %s; next try in %g s", reason, pause_seconds)
-            await asyncio.sleep(pause_seconds)
+    def _judge(self, suspects: dict[str, int], reason: str, cause: LossCause, *, was_alone: bool) -> None:
+        """Find out whether a job is to blame for what went wrong, and fail it then."""
+        guilty = self._strikes.strike(suspects, was_alone=was_alone)
+        if guilty is None:
+            logger.warning("jobs that may have caused it go on one by one: %d", len(suspects))
+            return
+        internal_error = JobInternalError.new()
+        logger.error(
+            "job failed: the rank group was lost while it ran alone: %s",
+            reason,
+            extra=self._active[guilty].log_fields | {"error_id": internal_error.error_id},
+        )
+        is_out_of_memory = cause is LossCause.OUT_OF_MEMORY
+        self._fail(guilty, OutOfDeviceMemoryError(guilty) if is_out_of_memory else internal_error)
+
+    async def _resume(self, job_ids: tuple[str, ...], reason: str) -> None:
+        """Have jobs go on from where they are, as far as that is still known; raises RankDiedError."""
+        steps = {job_id: self._scheduler.step_of(job_id) for job_id in job_ids if job_id in self._active}
+        snapshots = await committed_snapshots(self._group, steps)
+        for job_id, step in steps.items():
+            active = self._active.get(job_id)
+            if active is None:
+                continue
+            active.snapshot = snapshots.get(job_id, active.snapshot)
+            active.attempt += 1
+            self.num_lost_steps += step - active.resume_step
+            self._scheduler.restart(job_id, active.resume_step)
+            self._admissions.ask(job_id)
+            active.request.on_event(RequestRestarted(active.attempt, reason, active.resume_step))
 
 
-def _error_of(fault: JobFault) -> JobError:
-    if fault.kind == OutOfDeviceMemoryError.__name__:
-        return OutOfDeviceMemoryError(fault.job_id)
-    return JobInternalError(fault.error_id)
+def _is_out_of_memory(fault: JobFault) -> bool:
+    return fault.kind == OutOfDeviceMemoryError.__name__

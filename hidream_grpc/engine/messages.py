@@ -11,12 +11,13 @@ from pathlib import Path
 import msgspec
 
 from hidream_grpc.devices.base import StartMethod
+from hidream_grpc.errors import LossCause
 from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.step_shapes import StepShape
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -107,7 +108,8 @@ class JoinGroup(_Message, frozen=True):
     """Leave the group of the generation before, if any, and join this one; forget all requests.
 
     Every survivor and every new rank gets the same generation; the store is at 127.0.0.1.
-    Weights stay; a request starts again with its next `Admission`.
+    Weights stay; a request goes on with its next `Admission`. Until the first plan of this generation
+    the rank still gives snapshots of the requests that it had.
     """
 
     generation: int
@@ -118,14 +120,15 @@ class JoinGroup(_Message, frozen=True):
 
 
 class Admission(_Message, frozen=True):
-    """Start a request from its seed: encode its prompts, draw its first latents.
+    """Start a request: encode its prompts, draw its first latents, or take those of a snapshot.
 
-    request_id is the caller's, for the log lines of the rank.
+    request_id is the caller's, for the log lines of the rank; snapshot is empty for a start from the seed.
     """
 
     job_id: str
     request_id: str
     parameters: GenerationParameters
+    snapshot: bytes = b""
 
 
 class Decode(_Message, frozen=True):
@@ -142,22 +145,35 @@ class StepPlan(_Message, frozen=True):
     In this order: forget `releases`, start `admissions`, one denoising step of `step_jobs`
     (all of one width and height, each at its own step), then start `decodes`, and go on with those of
     this plan and of earlier ones until `decode_budget_seconds` are spent (None for no limit). A rank
-    decodes one image at a time; it is in the `PlanDone` of the plan that it is finished in.
+    decodes one image at a time; it is in the `PlanDone` of the plan that it is finished in. Rank 0 hands up
+    a snapshot of `snapshot_job`, one of the `step_jobs`, after its step.
     """
 
     plan_id: int
     releases: tuple[str, ...] = ()
     admissions: tuple[Admission, ...] = ()
     step_jobs: tuple[str, ...] = ()
+    snapshot_job: str | None = None
     decodes: tuple[Decode, ...] = ()
     decode_budget_seconds: float | None = None
+
+
+class GiveSnapshot(_Message, frozen=True):
+    """Give a snapshot of a request as it was after a step; the answer is `SnapshotGiven`.
+
+    A rank that kept its process has the state after the latest plan that was done and, where it got so far
+    in the plan that was lost, the one after that too.
+    """
+
+    job_id: str
+    step: int
 
 
 class Leave(_Message, frozen=True):
     """Leave the group and exit 0."""
 
 
-Command = Load | JoinGroup | StepPlan | Leave
+Command = Load | JoinGroup | StepPlan | GiveSnapshot | Leave
 
 # --- rank → server ---------------------------------------------------------------------------
 
@@ -235,6 +251,15 @@ class DecodedImage(_Message, frozen=True):
     decode_seconds: float
 
 
+class StepSnapshot(_Message, frozen=True):
+    """A request after a step, as `model.snapshot_format` has it; snapshot_seconds is what making it took."""
+
+    job_id: str
+    step: int
+    data: bytes
+    snapshot_seconds: float
+
+
 class PlanDone(_Message, frozen=True):
     """This rank finished its share of the plan; the times are this rank's own.
 
@@ -248,6 +273,7 @@ class PlanDone(_Message, frozen=True):
     num_prompt_cache_hits: int = 0
     num_prompt_cache_misses: int = 0
     previews: tuple[Preview, ...] = ()
+    snapshot: StepSnapshot | None = None
     images: tuple[DecodedImage, ...] = ()
     faults: tuple[JobFault, ...] = ()
 
@@ -255,11 +281,21 @@ class PlanDone(_Message, frozen=True):
 class GroupBroken(_Message, frozen=True):
     """This rank has left the group and waits for the next `JoinGroup`.
 
-    A collective failed, or the work shared by all jobs did. reason holds no text of an exception.
+    A collective failed, or the work shared by all jobs did. reason holds no text of an exception; cause is
+    `OUTSIDE` where this rank only noticed that others had left.
     """
 
     generation: int
     reason: str
+    cause: LossCause = LossCause.OUTSIDE
 
 
-Event = Hello | Loaded | LoadFailed | Joined | PlanDone | GroupBroken
+class SnapshotGiven(_Message, frozen=True):
+    """The snapshot that was asked for; data is empty where this rank does not have it."""
+
+    job_id: str
+    step: int
+    data: bytes
+
+
+Event = Hello | Loaded | LoadFailed | Joined | PlanDone | GroupBroken | SnapshotGiven

@@ -9,6 +9,8 @@ import re
 import signal
 from pathlib import Path
 
+from hidream_grpc.errors import LossCause
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -49,6 +51,36 @@ def describe_exit(exit_code: int) -> str:
         return f"killed by {signal.Signals(-exit_code).name}"
     except ValueError:
         return f"killed by signal {-exit_code}"
+
+
+class OomKills:
+    """Whether the kernel has killed a process of this machine for its memory since `look`."""
+
+    def __init__(self) -> None:
+        self._num_seen = _num_oom_kills()
+
+    def look(self) -> None:
+        """Note how many there were up to now."""
+        self._num_seen = _num_oom_kills()
+
+    @property
+    def has_new(self) -> bool:
+        """Whether there was one more since."""
+        return _num_oom_kills() > self._num_seen
+
+
+def _num_oom_kills() -> int:
+    counters = Path("/proc/vmstat").read_text(encoding="ascii")
+    match = re.search(r"^oom_kill (\d+)$", counters, re.MULTILINE)
+    # Kernels before 4.13 do not count them.
+    return int(match[1]) if match else 0
+
+
+def cause_of_exit(exit_code: int, oom_kills: OomKills) -> LossCause:
+    """Whether what a process worked at may have ended it; SIGKILL comes from outside, or for its memory."""
+    if exit_code != -signal.SIGKILL:
+        return LossCause.FAULT
+    return LossCause.OUT_OF_MEMORY if oom_kills.has_new else LossCause.OUTSIDE
 
 
 async def wait_until_gone(pid: int) -> None:

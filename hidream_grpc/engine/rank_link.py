@@ -9,6 +9,7 @@ from hidream_grpc.engine.channel import AsyncChannel, FrameError
 from hidream_grpc.engine.listener import RankListener
 from hidream_grpc.engine.messages import (
     Event,
+    GiveSnapshot,
     GroupBroken,
     Joined,
     JoinGroup,
@@ -17,11 +18,12 @@ from hidream_grpc.engine.messages import (
     Loaded,
     LoadFailed,
     PlanDone,
+    SnapshotGiven,
     StepPlan,
 )
-from hidream_grpc.engine.processes import describe_exit
+from hidream_grpc.engine.processes import OomKills, cause_of_exit, describe_exit
 from hidream_grpc.engine.zygote_link import ChildProcess, ZygoteLink
-from hidream_grpc.errors import RankDiedError, StartupError
+from hidream_grpc.errors import LossCause, RankDiedError, StartupError
 
 EXIT_SECONDS = 1.0
 """A rank whose socket closed is given this long to end by itself, so that its exit code is its own."""
@@ -38,6 +40,7 @@ class RankLink:
         child: its process.
         loaded: what it reported after loading; None before.
         loss: how it died, in words; None while it lives.
+        loss_cause: whether its work may have done it.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class RankLink:
         self.child = child
         self.loaded: Loaded | None = None
         self.loss: str | None = None
+        self.loss_cause = LossCause.OUTSIDE
+        self._oom_kills = OomKills()
         self._channel = channel
         self._zygote = zygote
         self._generation = 0
@@ -107,13 +112,27 @@ class RankLink:
         Raises:
             RankDiedError: it died, or left the group.
         """
+        self._oom_kills.look()
         await self._channel.send(plan)
         while True:
             match await self._next_event():
                 case PlanDone(plan_id=plan.plan_id) as done:
                     return done
-                case GroupBroken(generation=self._generation, reason=reason):
-                    raise RankDiedError((self.rank,), reason)
+                case GroupBroken(generation=self._generation, reason=reason, cause=cause):
+                    raise RankDiedError((self.rank,), reason, cause)
+
+    async def snapshot_of(self, job_id: str, step: int) -> bytes:
+        """A request as it was after a step, or nothing where the rank does not have it.
+
+        Raises:
+            RankDiedError: it died.
+        """
+        await self._channel.send(GiveSnapshot(job_id=job_id, step=step))
+        while True:
+            match await self._next_event():
+                case SnapshotGiven(job_id=given_id, step=given_step, data=data):
+                    if (given_id, given_step) == (job_id, step):
+                        return data
 
     def watch(self, when_lost: Callable[[], None]) -> None:
         """Call back once when the rank is lost, or now when it is."""
@@ -142,7 +161,7 @@ class RankLink:
         event = await self._events.get()
         if event is None:
             self._events.put_nowait(None)
-            raise RankDiedError((self.rank,), self.loss or "lost")
+            raise RankDiedError((self.rank,), self.loss or "lost", self.loss_cause)
         return event
 
     async def _read(self) -> None:
@@ -151,9 +170,12 @@ class RankLink:
                 self._events.put_nowait(event)
         except FrameError as error:
             self.loss = f"sent what is no message: {error}"
+            self.loss_cause = LossCause.FAULT
         exit_code = await self._zygote.kill(self.child, EXIT_SECONDS)
         await self._channel.close()
-        self.loss = self.loss or describe_exit(exit_code)
+        if self.loss is None:
+            self.loss = describe_exit(exit_code)
+            self.loss_cause = cause_of_exit(exit_code, self._oom_kills)
         self._events.put_nowait(None)
         if self._when_lost is not None:
             self._when_lost()

@@ -60,6 +60,14 @@ class PreviewMade:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotTaken:
+    """The request can go on after this step from these bytes, on any rank group of the same checkpoint."""
+
+    step: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class ImageFinished:
     """One image of the request, as the bytes of a file."""
 
@@ -94,6 +102,7 @@ EngineEvent = (
     | PromptsEncoded
     | StepFinished
     | PreviewMade
+    | SnapshotTaken
     | ImageFinished
     | RequestRestarted
     | RequestFinished
@@ -110,12 +119,16 @@ class EngineRequest:
         request_id: the caller's name of it, for the logs.
         parameters: what to draw.
         on_event: called in the event loop, in order, for each event; must not block or raise.
+        snapshot: where the request goes on (`SnapshotTaken.data`); None for its seed.
+        finished_images: those that need not be decoded any more.
     """
 
     job_id: str
     request_id: str
     parameters: GenerationParameters
     on_event: Callable[[EngineEvent], None]
+    snapshot: bytes | None = None
+    finished_images: frozenset[int] = frozenset()
 
 
 class Backlog(Protocol):

@@ -23,21 +23,34 @@ from hidream_grpc.engine.messages import (
     PlanDone,
     Preview,
     StepPlan,
+    StepSnapshot,
 )
 from hidream_grpc.errors import JobInternalError, OutOfDeviceMemoryError
 from hidream_grpc.model.denoising import DenoisingState, StepBatch
 from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.pipeline import HiDreamModel
+from hidream_grpc.model.prompt_encoding import EncodedPrompts
+from hidream_grpc.model.snapshots import Snapshot
 
 logger = logging.getLogger(__name__)
 
 PREVIEW_RANK = 0
+SNAPSHOT_RANK = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _RunningJob:
     admission: Admission
     state: DenoisingState
+    # Before its latest step, which counts only once every rank has done it.
+    before: Snapshot | None = None
+
+    def after_step(self, step: int) -> Snapshot | None:
+        """The job as it was then, as far back as it is known."""
+        # First, since a step that failed half-way left the state between two steps.
+        if self.before is not None and self.before.step == step:
+            return self.before
+        return Snapshot.of(self.state) if self.state.step == step else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +90,9 @@ class Runner:
         faults: list[JobFault] = []
         self._release(plan.releases)
         admitted = self._admit(plan.admissions, faults)
-        stepped = [self._jobs[job_id] for job_id in self._still_there(plan)]
+        # Only they may be missing: refused in this very plan.
+        refused = {admission.job_id for admission in plan.admissions} - self._jobs.keys()
+        stepped = [self._jobs[job_id] for job_id in plan.step_jobs if job_id not in refused]
         step_seconds = self._denoise_step(stepped)
         return PlanDone(
             plan_id=plan.plan_id,
@@ -86,9 +101,24 @@ class Runner:
             num_prompt_cache_hits=admitted.num_prompt_cache_hits,
             num_prompt_cache_misses=admitted.num_prompt_cache_misses,
             previews=tuple(self._make_previews(stepped, faults)),
-            images=self._decode(plan, faults),
+            snapshot=next(self._take_snapshot(plan, faults), None),
+            images=self._decode(plan, refused, faults),
             faults=tuple(faults),
         )
+
+    def give_up(self) -> None:
+        """The group is lost: no plan will come any more, only `snapshot`."""
+        self._decoding = None
+
+    def snapshot(self, job_id: str, step: int) -> bytes:
+        """A request as it was after a step; empty where it is not known.
+
+        Raises:
+            Exception: of the device that the request's tensors are on.
+        """
+        job = self._jobs.get(job_id)
+        snapshot = job.after_step(step) if job else None
+        return snapshot.to_bytes() if snapshot else b""
 
     def _release(self, job_ids: Sequence[str]) -> None:
         """Forget requests, and the image of one of them that this rank may be at."""
@@ -108,7 +138,7 @@ class Runner:
             with self._own_work_of(admission, faults):
                 # What fails on another rank is that rank's to report.
                 if encoded.has_all_of(admission.parameters.prompts):
-                    state = self._model.begin(admission.parameters, encoded)
+                    state = self._begin(admission, encoded)
                     self._jobs[admission.job_id] = _RunningJob(admission, state)
         self._device.synchronize()
         encode_seconds = time.monotonic() - started
@@ -119,16 +149,18 @@ class Runner:
                 self._jobs.pop(admission.job_id, None)
         return _Admitted(encode_seconds, encoded.num_cache_hits, encoded.num_cache_misses)
 
-    def _still_there(self, plan: StepPlan) -> list[str]:
-        """The plan's step jobs but for those whose admission, in this very plan, was refused."""
-        refused = {a.job_id for a in plan.admissions if a.job_id not in self._jobs}
-        return [job_id for job_id in plan.step_jobs if job_id not in refused]
+    def _begin(self, admission: Admission, encoded: EncodedPrompts) -> DenoisingState:
+        if admission.snapshot:
+            return self._model.restore(admission.parameters, admission.snapshot, encoded)
+        return self._model.begin(admission.parameters, encoded)
 
     def _denoise_step(self, jobs: Sequence[_RunningJob]) -> float:
         """One denoising step of all these requests; returns its seconds, the exchange included."""
         if not jobs:
             return 0.0
         started = time.monotonic()
+        for job in jobs:
+            job.before = Snapshot.of(job.state)
         states = [job.state for job in jobs]
         batch = StepBatch.collect(states)
         self._model.advance(states, batch, self._model.predict(batch))
@@ -143,10 +175,23 @@ class Runner:
                 with self._own_work_of(job.admission, faults):
                     yield Preview(job_id=job.admission.job_id, data=self._model.preview(job.state))
 
-    def _decode(self, plan: StepPlan, faults: list[JobFault]) -> tuple[DecodedImage, ...]:
+    def _take_snapshot(self, plan: StepPlan, faults: list[JobFault]) -> Iterator[StepSnapshot]:
+        job = self._jobs.get(plan.snapshot_job) if plan.snapshot_job else None
+        if job is None or self._world.index != SNAPSHOT_RANK:
+            return
+        started = time.monotonic()
+        with self._own_work_of(job.admission, faults):
+            yield StepSnapshot(
+                job_id=job.admission.job_id,
+                step=job.state.step,
+                data=Snapshot.of(job.state).to_bytes(),
+                snapshot_seconds=time.monotonic() - started,
+            )
+
+    def _decode(self, plan: StepPlan, refused: set[str], faults: list[JobFault]) -> tuple[DecodedImage, ...]:
         """Go on with the image that this rank decodes, as far as the plan's budget goes."""
         for decode in plan.decodes:
-            if decode.rank == self._world.index:
+            if decode.rank == self._world.index and decode.job_id not in refused:
                 self._start_decoding(decode, faults)
         current, self._decoding = self._decoding, None
         if current is None:

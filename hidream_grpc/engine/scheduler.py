@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from hidream_grpc.engine.messages import Decode
@@ -54,6 +55,7 @@ class StepScheduler:
 
     def __init__(self, limits: BatchLimits) -> None:
         self._limits = limits
+        self._max_step_pixels = limits.max_step_pixels
         self._running: dict[str, _Running] = {}
         self._turn = 0
 
@@ -68,48 +70,79 @@ class StepScheduler:
         """Whether one more request may be admitted."""
         return len(self._running) < self._limits.max_running_requests
 
-    def admit(self, job_id: str, parameters: GenerationParameters) -> None:
-        """Add a request; it takes part in the next step of its size."""
+    @property
+    def max_step_pixels(self) -> int:
+        """How much one step may hold now; see `lower_limit`."""
+        return self._max_step_pixels
+
+    def lower_limit(self, job_ids: Iterable[str]) -> None:
+        """Note that the step of these requests together did not fit the device: half of it is the limit."""
+        step_pixels = sum(self._running[job_id].step_pixels for job_id in job_ids if job_id in self._running)
+        if step_pixels:
+            self._max_step_pixels = min(self._max_step_pixels, step_pixels // 2)
+
+    def admit(
+        self,
+        job_id: str,
+        parameters: GenerationParameters,
+        step: int = 0,
+        finished_images: frozenset[int] = frozenset(),
+    ) -> None:
+        """Add a request that has taken some steps; it takes part in the next step of its size."""
         # Before those that have just taken a step, behind those that wait: newcomers starve nobody.
         last_turn = self._turn - 1
-        self._running[job_id] = _Running(parameters, last_turn, undecoded=set(range(parameters.num_images)))
+        undecoded = set(range(parameters.num_images)) - finished_images
+        self._running[job_id] = _Running(parameters, last_turn, step, undecoded)
 
     def release(self, job_id: str) -> None:
         """Forget a request that ended, or was cancelled; a rank that is at one of its images is free."""
         self._running.pop(job_id, None)
 
-    def restart(self, job_id: str) -> None:
-        """Put a request back to its first step; images that are decoded stay decoded, others are given up."""
+    def restart(self, job_id: str, step: int = 0) -> None:
+        """Put a request back to a step; images that are decoded stay decoded, others are given up."""
         request = self._running[job_id]
-        request.step = 0
+        request.step = step
         request.last_turn = -1
         request.decoding.clear()
 
-    def next_step(self) -> tuple[str, ...]:
-        """The requests of the next forward: one size, longest waiting first; empty when none is due."""
+    def next_step(self, ready: Container[str] | None = None) -> tuple[str, ...]:
+        """The requests of the next forward: one size, longest waiting first; empty when none is due.
+
+        Args:
+            ready: those that may step; None for all.
+        """
         waiting = sorted(
-            ((job_id, r) for job_id, r in self._running.items() if not r.is_denoised),
+            (
+                (job_id, request)
+                for job_id, request in self._running.items()
+                if not request.is_denoised and (ready is None or job_id in ready)
+            ),
             key=lambda item: item[1].last_turn,
         )
         if not waiting:
             return ()
         size = waiting[0][1].size
         chosen: list[str] = []
-        room = self._limits.max_step_pixels
+        room = self._max_step_pixels
         for job_id, request in waiting:
             if request.size == size and (not chosen or request.step_pixels <= room):
                 chosen.append(job_id)
                 room -= request.step_pixels
         return tuple(chosen)
 
-    def next_decodes(self, world_size: int) -> tuple[Decode, ...]:
-        """New images to decode, oldest request first: one for each rank that is at none."""
+    def next_decodes(self, world_size: int, ready: Container[str] | None = None) -> tuple[Decode, ...]:
+        """New images to decode, oldest request first: one for each rank that is at none.
+
+        Args:
+            world_size: ranks of the group.
+            ready: requests that may be decoded; None for all.
+        """
         busy = {rank for request in self._running.values() for rank in request.decoding.values()}
         free = (rank for rank in range(world_size) if rank not in busy)
         waiting = (
             (job_id, image_index)
             for job_id, request in self._running.items()
-            if request.is_denoised
+            if request.is_denoised and (ready is None or job_id in ready)
             for image_index in sorted(request.undecoded - request.decoding.keys())
         )
         return tuple(
@@ -118,9 +151,9 @@ class StepScheduler:
         )
 
     @property
-    def is_decoding(self) -> bool:
-        """Whether a rank is at an image; it may take several rounds."""
-        return any(request.decoding for request in self._running.values())
+    def decoding(self) -> tuple[str, ...]:
+        """The requests that ranks are at images of; an image may take several rounds."""
+        return tuple(job_id for job_id, request in self._running.items() if request.decoding)
 
     def planned(self, decodes: tuple[Decode, ...]) -> None:
         """Note that these ranks are at these images, until they are decoded."""
@@ -144,6 +177,11 @@ class StepScheduler:
     def step_of(self, job_id: str) -> int:
         """Steps that a request has taken."""
         return self._running[job_id].step
+
+    def progress_of(self, job_id: str) -> int:
+        """A number that grows with every step and every image of a request."""
+        request = self._running[job_id]
+        return request.step + request.parameters.num_images - len(request.undecoded)
 
     def is_finished(self, job_id: str) -> bool:
         """Whether all images of the request are decoded."""

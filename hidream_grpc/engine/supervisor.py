@@ -21,7 +21,7 @@ from hidream_grpc.engine.messages import JoinGroup, Load, Loaded, PlanDone, Prep
 from hidream_grpc.engine.processes import describe_exit
 from hidream_grpc.engine.rank_link import RankLink
 from hidream_grpc.engine.zygote_link import ChildProcess, ZygoteLink
-from hidream_grpc.errors import RankDiedError, StartupError
+from hidream_grpc.errors import LossCause, RankDiedError, StartupError
 from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.step_shapes import StepShape
@@ -31,6 +31,12 @@ logger = logging.getLogger(__name__)
 MAX_RECOVERY_TRIES = 5
 DEATH_NOTICE_SECONDS = 1.0
 """A survivor may report the broken group before the news of the death that broke it is here."""
+
+SNAPSHOT_SECONDS = 30.0
+"""A rank copies a few megabytes from its device in milliseconds; one that takes this long is passed over."""
+
+_BLAME = (LossCause.OUT_OF_MEMORY, LossCause.FAULT, LossCause.OUTSIDE)
+"""Of several ranks that left: which one tells why, the first of these."""
 
 Result = TypeVar("Result")
 
@@ -169,16 +175,48 @@ class RankGroup:
         """
         if self._loss.is_set():
             raise self._loss_error()
+        running = [asyncio.create_task(rank.run(plan)) for rank in self._in_order()]
         try:
-            return tuple(await _all_of(rank.run(plan) for rank in self._in_order()))
-        except RankDiedError as error:
-            broken = error
+            await asyncio.wait(running, return_when=asyncio.FIRST_EXCEPTION)
+            if not _failures(running):
+                return tuple(task.result() for task in running)
+            await self._wait_for_blame(running)
+        finally:
+            for task in running:
+                task.cancel()
+        if self._loss.is_set():
+            raise self._loss_error()
+        raise min(_failures(running), key=lambda failure: _BLAME.index(failure.cause))
+
+    async def _wait_for_blame(self, running: list[asyncio.Task[PlanDone]]) -> None:
+        """Who only noticed that the group broke may say so before it is known who broke it."""
+        loss = asyncio.create_task(self._loss.wait())
+        answers = asyncio.create_task(asyncio.wait(running))
         try:
-            async with asyncio.timeout(DEATH_NOTICE_SECONDS):
-                await self._loss.wait()
-        except TimeoutError:
-            raise broken from None
-        raise self._loss_error()
+            await asyncio.wait(
+                (loss, answers), timeout=DEATH_NOTICE_SECONDS, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            loss.cancel()
+            answers.cancel()
+
+    async def snapshot_of(self, job_id: str, step: int) -> bytes | None:
+        """A request as it was after a step, from the lowest rank that has it so; None when none does.
+
+        After `recover` the ranks that kept their processes have the requests of the plan that was lost, as
+        they were before and after it, until the next plan.
+
+        Raises:
+            RankDiedError: a rank died; `recover` before the next plan.
+        """
+        for rank in self._in_order():
+            try:
+                async with asyncio.timeout(SNAPSHOT_SECONDS):
+                    if data := await rank.snapshot_of(job_id, step):
+                        return data
+            except TimeoutError:
+                logger.warning("rank %d gives no snapshot within %g s", rank.rank, SNAPSHOT_SECONDS)
+        return None
 
     async def wait_for_loss(self) -> RankDiedError:
         """Wait until a process of the group dies; returns at once while one is dead."""
@@ -314,7 +352,20 @@ class RankGroup:
         if not dead and self._store is not None and self._store.exited.done():
             return RankDiedError((), f"the store was lost: {describe_exit(self._store.exited.result())}")
         reasons = sorted({rank.loss for rank in dead if rank.loss is not None})
-        return RankDiedError(tuple(rank.rank for rank in dead), ", ".join(reasons))
+        cause = min((rank.loss_cause for rank in dead), key=_BLAME.index, default=LossCause.OUTSIDE)
+        return RankDiedError(tuple(rank.rank for rank in dead), ", ".join(reasons), cause)
+
+
+def _failures(running: list[asyncio.Task[PlanDone]]) -> list[RankDiedError]:
+    """The losses among tasks; raises what is no loss."""
+    failures = []
+    for task in running:
+        error = task.exception() if task.done() and not task.cancelled() else None
+        if isinstance(error, RankDiedError):
+            failures.append(error)
+        elif error is not None:
+            raise error
+    return failures
 
 
 async def _all_of(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:

@@ -1,9 +1,12 @@
 """A rank's process: opens its device, loads its weights once, then obeys the server for life.
 
-    connect → Hello → Load → Loaded → { JoinGroup → Joined | StepPlan → PlanDone }* → Leave
+    connect → Hello → Load → Loaded
+            → { JoinGroup → Joined | StepPlan → PlanDone | GiveSnapshot → SnapshotGiven }* → Leave
 
 Whatever breaks the group is answered with GroupBroken, and the rank waits for the next JoinGroup
-with its weights in place. An idle rank sits in a blocking read of its socket.
+with its weights in place. The states of its requests stay too, until the first plan of the next
+generation: ranks that are new have them not, so all go on from snapshots of one survivor.
+An idle rank sits in a blocking read of its socket.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from hidream_grpc.engine.channel import BlockingChannel
 from hidream_grpc.engine.messages import (
     Command,
     DeviceFacts,
+    GiveSnapshot,
     GroupBroken,
     Hello,
     Joined,
@@ -31,12 +35,13 @@ from hidream_grpc.engine.messages import (
     LoadFailed,
     ModelFacts,
     PlanDone,
+    SnapshotGiven,
     StepPlan,
 )
 from hidream_grpc.engine.process_group import join_group, leave_group
 from hidream_grpc.engine.processes import die_with_parent, leave_signals_to_the_server
 from hidream_grpc.engine.runner import Runner
-from hidream_grpc.errors import HiDreamError, JobInternalError
+from hidream_grpc.errors import HiDreamError, JobInternalError, LossCause
 from hidream_grpc.logs import configure_logging
 from hidream_grpc.model.parallel.groups import CollectiveError, ParallelGroups
 from hidream_grpc.model.pipeline import HiDreamModel
@@ -87,6 +92,8 @@ class Worker:
         self._groups = groups
         self._context = context
         self._runner: Runner | None = None
+        # Of the generation that was lost, until the first plan of the next one.
+        self._lost_runner: Runner | None = None
 
     def serve(self) -> None:
         """Obey until told to leave, or until the server is gone."""
@@ -95,6 +102,8 @@ class Worker:
             match command:
                 case JoinGroup() | StepPlan():
                     self._channel.send(self._answer(command))
+                case GiveSnapshot():
+                    self._channel.send(self._give_snapshot(command))
                 case _:
                     break
         leave_group(self._groups)
@@ -104,20 +113,30 @@ class Worker:
             return self._join(command) if isinstance(command, JoinGroup) else self._run(command)
         except CollectiveError as error:
             logger.warning("leaving the group: %s", error)
-            reason = "its group was lost"
-        except Exception:
+            reason, cause = "its group was lost", LossCause.OUTSIDE
+            if error.__cause__ is not None and self._device.is_out_of_memory(error.__cause__):
+                reason, cause = "no memory for an exchange", LossCause.OUT_OF_MEMORY
+        except Exception as error:
             # What all jobs share failed on this rank: leaving makes the others' collective fail at once.
             internal_error = JobInternalError.new()
             logger.exception("leaving the group", extra={"error_id": internal_error.error_id})
-            reason = str(internal_error)
-        self._runner = None
+            reason, cause = str(internal_error), LossCause.FAULT
+            if self._device.is_out_of_memory(error):
+                reason, cause = f"no memory for a step ({reason})", LossCause.OUT_OF_MEMORY
         # Outside the except blocks, whose tracebacks would keep the group's sockets open.
+        self._leave()
+        if cause is LossCause.OUT_OF_MEMORY:
+            self._device.empty_cache()
+        return GroupBroken(generation=self._context.generation, reason=reason, cause=cause)
+
+    def _leave(self) -> None:
+        if self._runner is not None:
+            self._runner.give_up()
+            self._lost_runner, self._runner = self._runner, None
         leave_group(self._groups)
-        return GroupBroken(generation=self._context.generation, reason=reason)
 
     def _join(self, command: JoinGroup) -> Joined:
-        self._runner = None
-        leave_group(self._groups)
+        self._leave()
         self._context.generation = command.generation
         join_group(command, self._groups, self._rank, self._device.backend, self._device.torch_device)
         self._runner = Runner(self._model, self._device, self._groups.world)
@@ -128,7 +147,19 @@ class Worker:
     def _run(self, plan: StepPlan) -> PlanDone:
         if self._runner is None:
             raise CollectiveError("a plan came before this rank joined the new group")
+        self._lost_runner = None
         return self._runner.run(plan)
+
+    def _give_snapshot(self, command: GiveSnapshot) -> SnapshotGiven:
+        runner = self._lost_runner or self._runner
+        data = b""
+        try:
+            if runner is not None:
+                data = runner.snapshot(command.job_id, command.step)
+        except Exception:
+            # The device may have failed with the plan: another rank, or an older snapshot, will do.
+            logger.exception("cannot give a snapshot", extra={"job_id": command.job_id})
+        return SnapshotGiven(job_id=command.job_id, step=command.step, data=data)
 
 
 def work(socket_path: Path, rank: int) -> None:

@@ -46,6 +46,8 @@ class JobRecord:
     is_forgotten: bool = False
     _step_times: deque[float] = field(default_factory=lambda: deque(maxlen=PACE_STEPS + 1))
     _denoise_start: float = 0.0
+    # Of the steps that another attempt goes on after.
+    _kept_denoise_seconds: float = 0.0
 
     @property
     def has_ended(self) -> bool:
@@ -74,7 +76,8 @@ class JobRecord:
             pace_seconds = (now - self._step_times[0]) / (len(self._step_times) - 1)
             remaining_seconds = pace_seconds * (total_steps - step)
         progress = Progress(step, total_steps, step_seconds, remaining_seconds)
-        self.job = self.job.progressed(progress, now - self._denoise_start)
+        denoise_seconds = self._kept_denoise_seconds + now - self._denoise_start
+        self.job = self.job.progressed(progress, denoise_seconds)
         self.feed.publish(Progressed(progress))
 
     def previewed(self, step: int, data: bytes) -> None:
@@ -84,7 +87,8 @@ class JobRecord:
     def restart(self, attempt: int, reason: str, resumed_from_step: int) -> None:
         """The rank group was lost, and the job goes on."""
         self._step_times.clear()
-        self.job = self.job.restarted(attempt)
+        self._kept_denoise_seconds = self.job.timings.denoise_seconds if resumed_from_step else 0.0
+        self.job = self.job.restarted(attempt, resumed_from_step)
         self.feed.publish(Restarted(attempt, reason, resumed_from_step))
 
     def add_image(self, image: StoredImage, decode_seconds: float) -> None:

@@ -32,6 +32,7 @@ from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 from hidream_grpc.model.preview import LatentPreview
 from hidream_grpc.model.prompt_encoding import EncodedPrompts, PromptEncoder
 from hidream_grpc.model.schedulers import new_scheduler, scheduler_step
+from hidream_grpc.model.snapshots import Snapshot
 from hidream_grpc.model.step_shapes import StepShape
 from hidream_grpc.model.text_encoders import TextEncoders
 from hidream_grpc.model.transformer import HiDreamTransformer, RankRows
@@ -179,6 +180,26 @@ class HiDreamModel:
             conditioning=conditionings[0],
             negative_conditioning=conditionings[1] if parameters.uses_guidance else None,
         )
+
+    @torch.inference_mode()
+    def restore(
+        self, parameters: GenerationParameters, snapshot: bytes, encoded: EncodedPrompts | None = None
+    ) -> DenoisingState:
+        """Start a request where a snapshot of it was taken, on this layout or another one.
+
+        Args:
+            parameters: of the request.
+            snapshot: what `Snapshot.to_bytes` gave; the steps that follow are those that would have
+                followed there, bit for bit where the layout is the same.
+            encoded: its prompts, among others; where None they are encoded here.
+
+        Raises:
+            SnapshotError: it is no snapshot of this request.
+            Exception: a prompt could not be encoded.
+        """
+        state = self.begin(parameters, encoded)
+        Snapshot.from_bytes(snapshot, self._device.torch_device).put_into(state)
+        return state
 
     @torch.inference_mode()
     def predict(self, batch: StepBatch) -> Tensor:

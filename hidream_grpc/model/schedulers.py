@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from diffusers import (
 )
 from diffusers.pipelines.hidream_image.pipeline_hidream_image import calculate_shift
 from torch import Tensor
+
+from hidream_grpc.model.snapshot_format import SnapshotError
 
 SCHEDULER_CLASSES = {
     scheduler_class.__name__: scheduler_class
@@ -64,3 +67,63 @@ def scheduler_step(
         arguments["generator"] = list(generators)
     next_latents: Tensor = scheduler.step(noise_prediction, timestep, latents, **arguments)[0]
     return next_latents.to(latents.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerHistory:
+    """What a scheduler remembers of the steps that it has taken, but for their number.
+
+    The flow-match schedulers remember nothing else.
+
+    Attributes:
+        scheduler_name: its class.
+        model_outputs: (N, C, H, W) each, oldest first; None before there were any. UniPC's.
+        last_sample: (N, C, H, W), what UniPC corrects in the next step.
+        lower_order_nums: steps that UniPC has taken, up to its order.
+        this_order: of UniPC's latest step.
+
+    Source: diffusers 0.42.1 scheduling_unipc_multistep.py, `step`.
+    """
+
+    scheduler_name: str
+    model_outputs: tuple[Tensor | None, ...] = ()
+    last_sample: Tensor | None = None
+    lower_order_nums: int = 0
+    this_order: int = 0
+
+    @classmethod
+    def of(cls, scheduler: SchedulerMixin) -> SchedulerHistory:
+        """The history as it is now; further steps leave it as it is."""
+        name = type(scheduler).__name__
+        if not isinstance(scheduler, UniPCMultistepScheduler):
+            return cls(name)
+        return cls(
+            scheduler_name=name,
+            model_outputs=tuple(scheduler.model_outputs),
+            last_sample=scheduler.last_sample,
+            lower_order_nums=scheduler.lower_order_nums,
+            # Not there before the first step.
+            this_order=getattr(scheduler, "this_order", 0),
+        )
+
+    def put_into(self, scheduler: SchedulerMixin, step: int) -> None:
+        """Bring a new scheduler, of the same timesteps, to where it was after `step` steps.
+
+        Raises:
+            SnapshotError: it is a scheduler of another class or order.
+        """
+        if type(scheduler).__name__ != self.scheduler_name:
+            raise SnapshotError(f"of a {self.scheduler_name}, not {type(scheduler).__name__}")
+        # None before the first step: the begin index then says where it is.
+        scheduler._step_index = step or None
+        if isinstance(scheduler, UniPCMultistepScheduler):
+            order = len(scheduler.model_outputs)
+            if len(self.model_outputs) != order:
+                raise SnapshotError(f"of order {len(self.model_outputs)}, not {order}")
+            scheduler.model_outputs = list(self.model_outputs)
+            scheduler.timestep_list = [
+                scheduler.timesteps[index] if index >= 0 else None for index in range(step - order, step)
+            ]
+            scheduler.last_sample = self.last_sample
+            scheduler.lower_order_nums = self.lower_order_nums
+            scheduler.this_order = self.this_order

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from hidream_grpc.engine.controller import PromptReport, StepReport
+from hidream_grpc.engine.reports import PromptReport, StepReport
 from hidream_grpc.errors import AddressInUseError, ConfigurationError
 from hidream_grpc.jobs.retention import RemovalReason, RetentionReport
 
@@ -38,6 +38,11 @@ class Metrics:
         )
         self._step_samples = Counter(
             "hidream_step_samples_total", "Samples denoised by one step.", registry=self.registry
+        )
+        self._snapshot_seconds = Counter(
+            "hidream_snapshot_seconds_total",
+            "Time that snapshots of running jobs took after steps; compare hidream_step_seconds_sum.",
+            registry=self.registry,
         )
         self._prompt_cache_hits = Counter(
             "hidream_prompt_cache_hits_total",
@@ -71,6 +76,7 @@ class Metrics:
         """Count a denoising step that ended."""
         self._step_seconds.observe(report.step_seconds)
         self._step_samples.inc(report.num_samples)
+        self._snapshot_seconds.inc(report.snapshot_seconds)
 
     def observe_prompts(self, report: PromptReport) -> None:
         """Count the prompts of requests that started."""
@@ -89,6 +95,8 @@ class Metrics:
         num_queued: Callable[[], float],
         num_running: Callable[[], float],
         num_rank_restarts: Callable[[], float],
+        num_lost_steps: Callable[[], float],
+        max_step_pixels: Callable[[], float],
         is_serving: Callable[[], float],
     ) -> None:
         """Read these whenever Prometheus asks."""
@@ -96,6 +104,12 @@ class Metrics:
             ("hidream_queued_jobs", "Jobs that wait.", num_queued),
             ("hidream_running_jobs", "Jobs that are being drawn.", num_running),
             ("hidream_rank_restarts", "Rank processes replaced since the start.", num_rank_restarts),
+            ("hidream_lost_steps", "Steps that jobs took again after a loss of ranks.", num_lost_steps),
+            (
+                "hidream_max_step_pixels",
+                "What one step may hold; less after a lack.",
+                max_step_pixels,
+            ),
             ("hidream_serving", "1 while requests are taken.", is_serving),
         ):
             Gauge(name, text, registry=self.registry).set_function(read)

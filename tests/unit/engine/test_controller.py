@@ -1,4 +1,4 @@
-"""The controller's rounds, with ranks that only count: how images are decoded beside the steps of others."""
+"""The controller's rounds, with ranks that only count: decoding beside steps, and what follows a loss."""
 
 from __future__ import annotations
 
@@ -9,19 +9,34 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import cast
 
-from hidream_grpc.engine.controller import Controller, PromptReport
-from hidream_grpc.engine.messages import Decode, DecodedImage, PlanDone, StepPlan
+from hidream_grpc.engine.controller import Controller
+from hidream_grpc.engine.messages import (
+    Decode,
+    DecodedImage,
+    JobFault,
+    PlanDone,
+    StepPlan,
+    StepSnapshot,
+)
+from hidream_grpc.engine.reports import PromptReport
 from hidream_grpc.engine.requests import (
     EngineEvent,
     EngineRequest,
     ImageFinished,
+    RequestFailed,
     RequestFinished,
     RequestRestarted,
     StepFinished,
 )
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
 from hidream_grpc.engine.supervisor import RankGroup
-from hidream_grpc.errors import RankDiedError
+from hidream_grpc.errors import (
+    JobError,
+    JobInternalError,
+    LossCause,
+    OutOfDeviceMemoryError,
+    RankDiedError,
+)
 from hidream_grpc.model.parameters import GenerationParameters
 
 ROUNDS_PER_IMAGE = 5
@@ -35,12 +50,16 @@ class CountingRanks:
     Attributes:
         world_size: as of a `RankGroup`.
         on_plan: called with each plan before it is done.
+        faults_of: what fails in a plan.
+        has_survivor: whether a rank still knows the states after a loss.
         plans: all of them.
         images: that each rank is at, with the rounds that are left.
     """
 
     world_size: int = 1
     on_plan: Callable[[StepPlan], None] = lambda _plan: None
+    faults_of: Callable[[StepPlan], tuple[JobFault, ...]] = lambda _plan: ()
+    has_survivor: bool = True
     generation: int = 1
     plans: list[StepPlan] = field(default_factory=list)
     images: dict[int, tuple[Decode, int]] = field(default_factory=dict)
@@ -61,6 +80,9 @@ class CountingRanks:
         self.images.clear()
         return (0,)
 
+    async def snapshot_of(self, job_id: str, step: int) -> bytes | None:
+        return f"{job_id} after {step}".encode() if self.has_survivor else None
+
     async def execute(self, plan: StepPlan) -> tuple[PlanDone, ...]:
         self.plans.append(plan)
         self.on_plan(plan)
@@ -74,6 +96,7 @@ class CountingRanks:
             assert decode.rank not in self.images, "a rank decodes one image at a time"
             assert decode.job_id in self.jobs
             self.images[decode.rank] = (decode, ROUNDS_PER_IMAGE)
+        faults = self.faults_of(plan)
         step_seconds = max((STEP_SECONDS[self.jobs[job_id].width] for job_id in plan.step_jobs), default=0.0)
         return tuple(
             PlanDone(
@@ -82,10 +105,17 @@ class CountingRanks:
                 step_seconds=step_seconds,
                 num_prompt_cache_hits=len(plan.admissions),
                 num_prompt_cache_misses=2 * len(plan.admissions),
+                snapshot=self._snapshot(plan) if rank == 0 else None,
+                faults=faults,
                 images=self._decode(rank),
             )
             for rank in range(self.world_size)
         )
+
+    def _snapshot(self, plan: StepPlan) -> StepSnapshot | None:
+        if plan.snapshot_job is None:
+            return None
+        return StepSnapshot(job_id=plan.snapshot_job, step=0, data=b"handed up", snapshot_seconds=0.0)
 
     def _decode(self, rank: int) -> tuple[DecodedImage, ...]:
         if rank not in self.images:
@@ -108,9 +138,10 @@ class Service:
         self._waiting: deque[EngineRequest] = deque()
         self._ended = asyncio.Event()
         limits = BatchLimits(max_running_requests=10, max_step_pixels=2**40)
+        self.scheduler = StepScheduler(limits)
         self.controller = Controller(
             cast(RankGroup, ranks),
-            StepScheduler(limits),
+            self.scheduler,
             on_state=lambda _state: None,
             on_step=lambda _report: None,
             on_prompts=self.prompts.append,
@@ -135,11 +166,14 @@ class Service:
         self.controller.notify()
 
     async def run_until_ended(self, *job_ids: str) -> None:
-        """Run until these requests have finished."""
+        """Run until these requests have finished or failed."""
         running = asyncio.create_task(self.controller.run(self))
         try:
             async with asyncio.timeout(10):
-                while not set(job_ids) <= set(self.jobs_with(RequestFinished)):
+                while not set(job_ids) <= {
+                    *self.jobs_with(RequestFinished),
+                    *self.jobs_with(RequestFailed),
+                }:
                     self._ended.clear()
                     ended = asyncio.create_task(self._ended.wait())
                     await asyncio.wait((running, ended), return_when=asyncio.FIRST_COMPLETED)
@@ -154,9 +188,18 @@ class Service:
         """The job of each event of a kind, in order."""
         return [job_id for job_id, event in self.events if isinstance(event, kind)]
 
+    def error_of(self, job_id: str) -> JobError | None:
+        """Why a job failed, if it did."""
+        errors = [e.error for j, e in self.events if j == job_id and isinstance(e, RequestFailed)]
+        return errors[0] if errors else None
+
+    def steps_of(self, job_id: str) -> list[int]:
+        """The steps that a job was told of, in order."""
+        return [e.step for j, e in self.events if j == job_id and isinstance(e, StepFinished)]
+
     def _note(self, job_id: str, event: EngineEvent) -> None:
         self.events.append((job_id, event))
-        if isinstance(event, RequestFinished):
+        if isinstance(event, (RequestFinished, RequestFailed)):
             self._ended.set()
 
 
@@ -235,7 +278,7 @@ async def test_an_image_that_was_lost_with_its_rank_is_decoded_again() -> None:
     assert service.jobs_with(RequestRestarted) == ["survives"]
     images = [event.image_index for _, event in service.events if isinstance(event, ImageFinished)]
     assert images == [0, 1]
-    assert [event.step for _, event in service.events if isinstance(event, StepFinished)] == [1, 2, 1, 2]
+    assert service.steps_of("survives") == [1, 2]
 
 
 async def test_prompts_are_counted_once_for_a_plan_and_not_for_every_rank() -> None:
@@ -244,3 +287,125 @@ async def test_prompts_are_counted_once_for_a_plan_and_not_for_every_rank() -> N
         service.submit(job_id, num_inference_steps=2)
     await service.run_until_ended("first", "second")
     assert service.prompts == [PromptReport(num_cache_hits=2, num_cache_misses=4)]
+
+
+def lost_in(
+    ranks: CountingRanks, breaks: Callable[[StepPlan], bool], cause: LossCause, times: int = 1
+) -> None:
+    """Lose the group in the first plans that break it."""
+    left = [RankDiedError((0,), "gone", cause)] * times
+
+    def on_plan(plan: StepPlan) -> None:
+        if left and breaks(plan):
+            raise left.pop()
+
+    ranks.on_plan = on_plan
+
+
+def has_step_of(*job_ids: str) -> Callable[[StepPlan], bool]:
+    return lambda plan: set(job_ids) <= set(plan.step_jobs)
+
+
+async def test_jobs_go_on_after_a_loss_from_what_a_survivor_knows() -> None:
+    ranks = CountingRanks()
+    service = Service(ranks)
+    service.submit("a", num_inference_steps=3)
+    lost_in(ranks, lambda plan: len(ranks.plans) == 3, LossCause.OUTSIDE)
+    await service.run_until_ended("a")
+    (again,) = (a for plan in ranks.plans[1:] for a in plan.admissions)
+    assert again.snapshot == b"a after 2"
+    assert service.steps_of("a") == [1, 2, 3]
+    assert [e for _, e in service.events if isinstance(e, RequestRestarted)] == [
+        RequestRestarted(2, "rank 0: gone", 2)
+    ]
+
+
+async def test_without_a_survivor_jobs_go_on_from_what_was_handed_up_or_their_seed() -> None:
+    ranks = CountingRanks(has_survivor=False)
+    service = Service(ranks)
+    service.submit("a", num_inference_steps=3)
+    lost_in(ranks, lambda plan: len(ranks.plans) == 3, LossCause.OUTSIDE)
+    await service.run_until_ended("a")
+    (again,) = (a for plan in ranks.plans[1:] for a in plan.admissions)
+    assert again.snapshot == b"handed up"
+    # The snapshot of these ranks is always one of step 0.
+    assert service.steps_of("a") == [1, 2, 1, 2, 3]
+    assert service.controller.num_lost_steps == 2
+
+
+async def test_while_suspects_run_alone_nobody_new_is_started() -> None:
+    ranks = CountingRanks()
+    service = Service(ranks)
+    for job_id in ("a", "b"):
+        service.submit(job_id, num_inference_steps=4)
+    lost_in(ranks, has_step_of("a", "b"), LossCause.FAULT)
+    ranks_on_plan = ranks.on_plan
+
+    def submit_when_lost(plan: StepPlan) -> None:
+        if len(ranks.plans) == 1:
+            service.submit("newcomer", num_inference_steps=1)
+        ranks_on_plan(plan)
+
+    ranks.on_plan = submit_when_lost
+    await service.run_until_ended("a", "b", "newcomer")
+    stepped = [set(plan.step_jobs) for plan in ranks.plans]
+    assert stepped[:4] == [{"a", "b"}, {"a"}, {"b"}, {"a", "b", "newcomer"}]
+    assert service.jobs_with(RequestFailed) == []
+
+
+async def test_a_job_that_is_lost_alone_again_fails_and_the_suspicion_ends() -> None:
+    ranks = CountingRanks()
+    service = Service(ranks)
+    for job_id in ("innocent", "guilty"):
+        service.submit(job_id, num_inference_steps=3)
+    lost_in(ranks, has_step_of("guilty"), LossCause.FAULT, times=9)
+    await service.run_until_ended("innocent", "guilty")
+    assert isinstance(service.error_of("guilty"), JobInternalError)
+    assert service.steps_of("innocent") == [1, 2, 3]
+
+
+async def test_a_lack_of_memory_lowers_what_a_step_may_hold() -> None:
+    ranks = CountingRanks()
+    service = Service(ranks)
+    for job_id in ("a", "b"):
+        service.submit(job_id, num_inference_steps=3)
+    lost_in(ranks, has_step_of("a", "b"), LossCause.OUT_OF_MEMORY)
+    await service.run_until_ended("a", "b")
+    assert service.scheduler.max_step_pixels == 64 * 64
+    assert [len(plan.step_jobs) for plan in ranks.plans if plan.step_jobs] == [2, 1, 1, 1, 1, 1, 1]
+    assert service.jobs_with(RequestFailed) == []
+
+
+async def test_a_job_that_has_no_room_beside_others_is_tried_alone() -> None:
+    ranks = CountingRanks()
+    service = Service(ranks)
+
+    def no_room_in_company(plan: StepPlan) -> tuple[JobFault, ...]:
+        is_large_started = any(admission.job_id == "large" for admission in plan.admissions)
+        if is_large_started and len(plan.step_jobs) > 1:
+            return (JobFault(job_id="large", kind=OutOfDeviceMemoryError.__name__, error_id=""),)
+        return ()
+
+    ranks.faults_of = no_room_in_company
+    for job_id in ("small", "large"):
+        service.submit(job_id, num_inference_steps=3)
+    await service.run_until_ended("small", "large")
+    assert service.jobs_with(RequestFailed) == []
+    assert [plan.step_jobs for plan in ranks.plans][1] == ("large",)
+    for job_id in ("small", "large"):
+        assert service.steps_of(job_id) == [1, 2, 3]
+
+
+async def test_a_job_that_has_no_room_alone_fails_for_want_of_memory() -> None:
+    ranks = CountingRanks()
+    ranks.faults_of = lambda plan: tuple(
+        JobFault(job_id=a.job_id, kind=OutOfDeviceMemoryError.__name__, error_id="")
+        for a in plan.admissions
+        if a.job_id == "large"
+    )
+    service = Service(ranks)
+    for job_id in ("small", "large"):
+        service.submit(job_id, num_inference_steps=3)
+    await service.run_until_ended("small", "large")
+    assert isinstance(service.error_of("large"), OutOfDeviceMemoryError)
+    assert service.steps_of("small") == [1, 2, 3]

@@ -175,7 +175,7 @@ def test_a_rank_gets_no_other_image_before_it_has_finished_its_own() -> None:
     scheduler.admit("a", parameters(steps=1, num_images=4))
     denoised(scheduler)
     scheduler.planned(scheduler.next_decodes(world_size=2))
-    assert scheduler.is_decoding
+    assert scheduler.decoding
     assert scheduler.next_decodes(world_size=2) == ()
     scheduler.decoded("a", 1)
     next_decodes = scheduler.next_decodes(world_size=2)
@@ -193,20 +193,20 @@ def test_the_ranks_of_a_cancelled_request_are_free_for_others() -> None:
     scheduler.planned(scheduler.next_decodes(world_size=2))
     assert scheduler.next_decodes(world_size=2) == ()
     scheduler.release("cancelled")
-    assert not scheduler.is_decoding
+    assert not scheduler.decoding
     assert scheduler.next_decodes(world_size=2) == (Decode(job_id="waits", image_index=0, rank=0),)
 
 
 def test_nothing_is_being_decoded_before_the_first_image_and_after_the_last() -> None:
     scheduler = StepScheduler(NO_BUDGET)
     scheduler.admit("a", parameters(steps=1))
-    seen = [scheduler.is_decoding]
+    seen = [bool(scheduler.decoding)]
     denoised(scheduler)
-    seen.append(scheduler.is_decoding)
+    seen.append(bool(scheduler.decoding))
     scheduler.planned(scheduler.next_decodes(world_size=2))
-    seen.append(scheduler.is_decoding)
+    seen.append(bool(scheduler.decoding))
     scheduler.decoded("a", 0)
-    seen.append(scheduler.is_decoding)
+    seen.append(bool(scheduler.decoding))
     assert seen == [False, False, True, False]
 
 
@@ -227,7 +227,7 @@ def test_a_restarted_request_takes_all_its_steps_again_and_keeps_what_is_decoded
     scheduler.planned(both)
     scheduler.decoded("a", 0)
     scheduler.restart("a")
-    assert (scheduler.step_of("a"), scheduler.next_decodes(2), scheduler.is_decoding) == (0, (), False)
+    assert (scheduler.step_of("a"), scheduler.next_decodes(2), scheduler.decoding) == (0, (), ())
     denoised(scheduler)
     assert scheduler.step_of("a") == 2
     assert [decode.image_index for decode in scheduler.next_decodes(2)] == [1]
@@ -239,3 +239,33 @@ def test_news_of_a_request_that_has_left_are_ignored() -> None:
     scheduler.stepped(("unknown",))
     scheduler.decoded("unknown", 0)
     assert scheduler.next_step() == ()
+
+
+def test_a_request_may_go_on_after_some_of_its_steps_and_images() -> None:
+    scheduler = StepScheduler(NO_BUDGET)
+    scheduler.admit("a", parameters(steps=4, num_images=3), step=3, finished_images=frozenset({1}))
+    denoised(scheduler)
+    assert scheduler.step_of("a") == 4
+    assert [decode.image_index for decode in scheduler.next_decodes(4)] == [0, 2]
+    assert scheduler.progress_of("a") == 5
+
+
+def test_only_those_that_are_ready_step_and_are_decoded() -> None:
+    scheduler = StepScheduler(NO_BUDGET)
+    for job_id in ("a", "b"):
+        scheduler.admit(job_id, parameters(steps=1))
+    assert scheduler.next_step({"b"}) == ("b",)
+    denoised(scheduler)
+    assert [decode.job_id for decode in scheduler.next_decodes(4, {"a"})] == ["a"]
+
+
+def test_what_did_not_fit_halves_the_limit_and_it_never_rises() -> None:
+    scheduler = StepScheduler(BatchLimits(10, max_step_pixels=10 * 64 * 64))
+    for job_id in ("a", "b"):
+        scheduler.admit(job_id, parameters(num_images=4))
+    scheduler.lower_limit(("a", "b"))
+    assert scheduler.max_step_pixels == 4 * 64 * 64
+    scheduler.lower_limit(("a", "b"))
+    scheduler.lower_limit(("gone",))
+    assert scheduler.max_step_pixels == 4 * 64 * 64
+    assert [len(step(scheduler)) for _ in range(2)] == [1, 1]
