@@ -1,0 +1,207 @@
+"""The engine in made-up time: the real scheduler, ranks whose every duration the test decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from statistics import median
+
+from hidream_grpc.engine.messages import Decode
+from hidream_grpc.engine.reports import StepReport
+from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
+from hidream_grpc.jobs.durations import MeasuredDurations
+from hidream_grpc.jobs.estimates import EngineCapacity, RemainingWork, foresee_ends, foresee_starts
+from hidream_grpc.model.parameters import GenerationParameters
+
+SLICE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Request:
+    job_id: str
+    caller: str
+    parameters: GenerationParameters
+
+
+@dataclass(frozen=True)
+class Times:
+    """What the ranks take; step_seconds gets width, height and samples."""
+
+    step_seconds: Callable[[int, int, int], float]
+    image_seconds: Callable[[int, int], float] = lambda _width, _height: 0.0
+    encode_seconds: float = 0.0
+    between_steps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What was foreseen of a job at one moment, and when that was."""
+
+    job_id: str
+    at_seconds: float
+    in_seconds: float
+
+
+@dataclass
+class SimulatedEngine:
+    """Runs requests as the controller does, measures, and foresees after every round.
+
+    Attributes:
+        starts, ends: of the jobs, in seconds.
+        waits, rests: every estimate of a job that waited or ran.
+    """
+
+    times: Times
+    capacity: EngineCapacity
+    durations: MeasuredDurations = field(default_factory=MeasuredDurations)
+    seconds: float = 0.0
+    starts: dict[str, float] = field(default_factory=dict)
+    ends: dict[str, float] = field(default_factory=dict)
+    waits: list[Estimate] = field(default_factory=list)
+    rests: list[Estimate] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        limits = BatchLimits(self.capacity.max_running_jobs, self.capacity.max_step_pixels)
+        self.scheduler = StepScheduler(limits)
+        self.waiting: list[Request] = []
+        self.running: dict[str, Request] = {}
+        self.images: dict[str, int] = {}
+        self.decodes: dict[int, tuple[Decode, float]] = {}
+
+    def run(self, arrivals: Iterable[tuple[float, Request]]) -> None:
+        """Run all of these requests to their ends."""
+        arriving = sorted(arrivals, key=lambda arrival: arrival[0])
+        while arriving or self.waiting or self.running:
+            if not (self.waiting or self.running):
+                self.seconds = max(self.seconds, arriving[0][0])
+            while arriving and arriving[0][0] <= self.seconds:
+                self.waiting.append(arriving.pop(0)[1])
+            self._round()
+
+    def foresee_starts(self) -> dict[str, float]:
+        return foresee_starts(self.durations, self.capacity, *self._work())
+
+    def foresee_ends(self) -> dict[str, float]:
+        return foresee_ends(self.durations, self.capacity, *self._work())
+
+    @property
+    def wait_errors(self) -> list[float]:
+        return self._errors(self.waits, self.starts)
+
+    @property
+    def rest_errors(self) -> list[float]:
+        return self._errors(self.rests, self.ends)
+
+    @staticmethod
+    def _errors(estimates: list[Estimate], moments: dict[str, float]) -> list[float]:
+        """Of estimate against what came, relative to what came."""
+        outcomes = [(e.in_seconds, moments[e.job_id] - e.at_seconds) for e in estimates]
+        return [abs(foreseen - actual) / actual for foreseen, actual in outcomes if actual > 0]
+
+    def _round(self) -> None:
+        admitted = self._admit()
+        if admitted:
+            self.seconds += self.times.encode_seconds
+            self.durations.note_prompts(self.times.encode_seconds)
+        stepped = self.scheduler.next_step()
+        decodes = self.scheduler.next_decodes(self.capacity.num_ranks)
+        self.scheduler.planned(decodes)
+        for decode in decodes:
+            size = self._size(decode.job_id)
+            self.decodes[decode.rank] = (decode, self.times.image_seconds(*size))
+        is_plain = not (admitted or self.decodes)
+        step_seconds = self._step(stepped) if stepped else None
+        self._decode(step_seconds)
+        self.seconds += self.times.between_steps
+        if step_seconds is not None:
+            self._report(stepped, step_seconds, is_plain)
+        for job_id in [job_id for job_id in self.running if self.scheduler.is_finished(job_id)]:
+            self.ends[job_id] = self.seconds
+            del self.running[job_id]
+            self.scheduler.release(job_id)
+        self.waits += [Estimate(j, self.seconds, seconds) for j, seconds in self.foresee_starts().items()]
+        self.rests += [Estimate(j, self.seconds, seconds) for j, seconds in self.foresee_ends().items()]
+
+    def _admit(self) -> bool:
+        admitted = False
+        while self.waiting and self.scheduler.has_capacity:
+            request = self.waiting.pop(0)
+            self.running[request.job_id] = request
+            self.images[request.job_id] = request.parameters.num_images
+            self.scheduler.admit(request.job_id, request.parameters)
+            self.starts[request.job_id] = self.seconds
+            admitted = True
+        return admitted
+
+    def _step(self, stepped: tuple[str, ...]) -> float:
+        samples = sum(self.running[job_id].parameters.num_samples for job_id in stepped)
+        step_seconds = self.times.step_seconds(*self._size(stepped[0]), samples)
+        self.seconds += step_seconds
+        self.scheduler.stepped(stepped)
+        return step_seconds
+
+    def _report(self, stepped: tuple[str, ...], step_seconds: float, is_plain: bool) -> None:
+        samples = sum(self.running[job_id].parameters.num_samples for job_id in stepped)
+        round_seconds = step_seconds + self.times.between_steps if is_plain else None
+        size = self._size(stepped[0])
+        self.durations.note_step(StepReport(step_seconds, *size, samples, round_seconds=round_seconds))
+
+    def _decode(self, budget_seconds: float | None) -> None:
+        """Every rank goes on with its image, in slices, until the budget is spent."""
+        spent: list[float] = [0.0]
+        for rank, (decode, left) in list(self.decodes.items()):
+            budget = left if budget_seconds is None else budget_seconds
+            done = min(left, max(SLICE_SECONDS, budget))
+            spent.append(done)
+            self.decodes[rank] = (decode, left - done)
+            if left - done <= 1e-9:
+                del self.decodes[rank]
+                self.durations.note_image(
+                    *self._size(decode.job_id), self.times.image_seconds(*self._size(decode.job_id))
+                )
+                self.scheduler.decoded(decode.job_id, decode.image_index)
+                self.images[decode.job_id] -= 1
+        self.seconds += max(spent)
+
+    def _size(self, job_id: str) -> tuple[int, int]:
+        parameters = self.running[job_id].parameters
+        return parameters.width, parameters.height
+
+    def _work(self) -> tuple[list[RemainingWork], list[RemainingWork]]:
+        """What runs and what waits."""
+        running = [self._remaining(r, self.scheduler.step_of(job_id)) for job_id, r in self.running.items()]
+        return running, [self._remaining(request, 0) for request in self.waiting]
+
+    def _remaining(self, request: Request, step: int) -> RemainingWork:
+        parameters = request.parameters
+        return RemainingWork(
+            job_id=request.job_id,
+            caller=request.caller,
+            width=parameters.width,
+            height=parameters.height,
+            num_samples=parameters.num_samples,
+            steps=parameters.num_inference_steps - step,
+            images=self.images.get(request.job_id, parameters.num_images),
+        )
+
+
+def request(
+    number: int, width: int = 512, steps: int = 20, images: int = 1, caller: str = "caller", height: int = 0
+) -> Request:
+    """A request without guidance: as many samples as images."""
+    parameters = GenerationParameters(
+        prompt="a red circle",
+        width=width,
+        height=height or width,
+        num_inference_steps=steps,
+        guidance_scale=1.0,
+        num_images=images,
+        seed=0,
+    )
+    return Request(f"job {number}", caller, parameters)
+
+
+def median_error(errors: list[float]) -> float:
+    """The median; there must be errors to speak of."""
+    assert len(errors) >= 10
+    return median(errors)
