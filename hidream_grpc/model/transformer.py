@@ -194,8 +194,8 @@ class DoubleBlock(nn.Module):
         shift_t, scale_t, gate_t, ff_shift_t, ff_scale_t, ff_gate_t = text_modulation.chunk(6, dim=-1)
         streams = [_modulated(image, shift, scale), _modulated(text, shift_t, scale_t)]
         of_image, of_text = self.attn1(streams, _modulated(llama, shift_t, scale_t), grid)
-        image = gate * of_image + image
-        text = gate_t * of_text + text
+        image = torch.addcmul(image, gate, of_image)
+        text = torch.addcmul(text, gate_t, of_text)
         partial = torch.cat(
             (
                 self.ff_i(_modulated(image, ff_shift, ff_scale), real_samples),
@@ -205,7 +205,7 @@ class DoubleBlock(nn.Module):
         )
         lengths = [image.shape[1], text.shape[1]]
         of_image, of_text = torch.split(self._axis.all_reduce(partial), lengths, dim=1)
-        return ff_gate * of_image + image, ff_gate_t * of_text + text
+        return torch.addcmul(image, ff_gate, of_image), torch.addcmul(text, ff_gate_t, of_text)
 
 
 class SingleBlock(nn.Module):
@@ -228,9 +228,9 @@ class SingleBlock(nn.Module):
         """(B, N + T, D) to the same; llama: (B, L, D); modulation: (B, 1, 6 D)."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.chunk(6, dim=-1)
         (attended,) = self.attn1([_modulated(hidden, shift, scale)], _modulated(llama, shift, scale), grid)
-        hidden = gate * attended + hidden
+        hidden = torch.addcmul(hidden, gate, attended)
         partial = self.ff_i(_modulated(hidden, ff_shift, ff_scale), real_samples)
-        return ff_gate * self._axis.all_reduce(partial) + hidden
+        return torch.addcmul(hidden, ff_gate, self._axis.all_reduce(partial))
 
 
 class Attention(nn.Module):
@@ -337,7 +337,7 @@ def swiglu_units(hidden_dim: int) -> int:
 
 
 def _modulated(hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return functional.layer_norm(hidden, hidden.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return torch.addcmul(shift, functional.layer_norm(hidden, hidden.shape[-1:], eps=1e-6), 1 + scale)
 
 
 def _modulations(config: TransformerConfig) -> tuple[list[str], int, list[int]]:

@@ -98,8 +98,8 @@ class RoutedExperts(nn.Module):
         gate, up = self._grouped_linear(rows[order // self._num_active], self.gate_and_up, ends).chunk(
             2, dim=-1
         )
-        output = self._grouped_linear(functional.silu(gate) * up, self.down, ends)
-        output = output * weights.flatten()[order][:, None]
+        output = self._grouped_linear(functional.silu(gate, inplace=True).mul_(up), self.down, ends)
+        output.mul_(weights.flatten()[order][:, None])
         if len(self._experts) < self._num_experts:
             # Rows of other ranks' experts hold whatever the memory held.
             is_own = torch.arange(len(order), device=ends.device) < ends[-1]

@@ -44,13 +44,23 @@ class Axis:
         ranks: world ranks, in the order of their index.
         rank: of this one in the world.
         index: of this one on the axis.
+
+    Args:
+        on_wait: called with True when a collective is entered, with False when it is left.
     """
 
-    def __init__(self, name: str, ranks: Sequence[int] = (0,), rank: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        ranks: Sequence[int] = (0,),
+        rank: int = 0,
+        on_wait: Callable[[bool], None] = lambda _is_waiting: None,
+    ) -> None:
         self.name = name
         self.ranks = tuple(ranks)
         self.rank = rank
         self.index = self.ranks.index(rank)
+        self._on_wait = on_wait
         self._group: dist.ProcessGroup | None = None
         self._is_rehearsing = False
 
@@ -163,13 +173,13 @@ class Axis:
         if self._is_rehearsing:
             result.zero_()
             return
+        flat = [tensor.contiguous().view(-1) for tensor in inputs]
         with collective(f"{doing} over the {self.name} axis"):
-            exchange(
-                result.view(-1),
-                *(tensor.contiguous().view(-1) for tensor in inputs),
-                group=self._group,
-                **options,
-            )
+            self._on_wait(True)
+            try:
+                exchange(result.view(-1), *flat, group=self._group, **options)
+            finally:
+                self._on_wait(False)
 
 
 class ParallelGroups:
@@ -182,13 +192,21 @@ class ParallelGroups:
         model: the product of these two: ranks that hold one whole model together.
         samples: ranks with the same share of each layer; they divide the rows of a step.
         world: all ranks.
+
+    Args:
+        on_wait: told of each collective, see `Axis`.
     """
 
-    def __init__(self, layout: Layout, rank: int = 0) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        rank: int = 0,
+        on_wait: Callable[[bool], None] = lambda _is_waiting: None,
+    ) -> None:
         self.layout = layout
         self._members = {name: tuple(groups) for name, groups in _axis_ranks(layout).items()}
         self.tensor, self.expert, self.model, self.samples, self.world = (
-            Axis(name, next(ranks for ranks in groups if rank in ranks), rank)
+            Axis(name, next(ranks for ranks in groups if rank in ranks), rank, on_wait)
             for name, groups in self._members.items()
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from hidream_grpc.devices.detect import MAX_DEVICE_INDEX
 from hidream_grpc.errors import ConfigurationError
@@ -115,6 +116,22 @@ def plan_layout(num_devices: int, divisions: ModelDivisions) -> Layout:
     )
 
 
+def smaller_layouts(full: Layout, divisions: ModelDivisions) -> tuple[Layout, ...]:
+    """What can serve instead of a layout when devices are lost, down to one device; most devices first.
+
+    Of the layouts with as many ranks the one that changes least: what a rank holds of the model, and so
+    needs of memory, grows no more than it must.
+
+    Args:
+        full: that was asked for.
+        divisions: of the model, which allow `full`.
+    """
+    by_size: dict[int, list[Layout]] = {}
+    for layout in _layouts(full.world_size - 1, divisions, full.cfg_parallel, full.data_parallel):
+        by_size.setdefault(layout.world_size, []).append(layout)
+    return tuple(min(by_size[size], key=partial(_change, full)) for size in sorted(by_size, reverse=True))
+
+
 def check_layout(
     layout: Layout, num_devices: int, divisions: ModelDivisions, flag: str = LAYOUT_FLAG
 ) -> None:
@@ -145,15 +162,17 @@ def _nearest(asked: Layout, num_devices: int, divisions: ModelDivisions) -> list
     """One or two that are allowed: that which uses most devices, that which changes least."""
     layouts = list(_layouts(num_devices, divisions, asked.cfg_parallel, asked.data_parallel))
 
-    def change(layout: Layout) -> tuple[float, ...]:
-        sizes = [(getattr(layout, axis), getattr(asked, axis)) for axis in AXIS_KEYS.values()]
-        ratios = [max(size / wanted, wanted / size) for size, wanted in sizes]
-        return (sum(ratio > 1 for ratio in ratios), sum(ratios), *(-value for value in _preference(layout)))
-
     def use(layout: Layout) -> tuple[float, ...]:
         return (layout.world_size, layout.cfg_parallel, layout.data_parallel, *_preference(layout))
 
-    return list(dict.fromkeys((max(layouts, key=use), min(layouts, key=change))))
+    return list(dict.fromkeys((max(layouts, key=use), min(layouts, key=partial(_change, asked)))))
+
+
+def _change(asked: Layout, layout: Layout) -> tuple[float, ...]:
+    """How much a layout differs from the one that was asked for."""
+    sizes = [(getattr(layout, axis), getattr(asked, axis)) for axis in AXIS_KEYS.values()]
+    ratios = [max(size / wanted, wanted / size) for size, wanted in sizes]
+    return (sum(ratio > 1 for ratio in ratios), sum(ratios), *(-value for value in _preference(layout)))
 
 
 def _layouts(
