@@ -1,0 +1,36 @@
+"""Each benchmark is one command that measures the real service and prints one JSON line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+TIMEOUT_SECONDS = 240
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "flags", "figure"),
+    [
+        ("overhead", ("--rounds", "1", "--steps", "2"), "service_cost"),
+        ("concurrency", ("--rounds", "1", "--steps", "2", "--callers", "1,3"), "concurrency"),
+        ("first_progress", ("--rounds", "2", "--busy", "2"), "first_progress"),
+    ],
+)
+def test_a_benchmark_of_the_service_prints_one_json_line(
+    benchmark: str, flags: tuple[str, ...], figure: str
+) -> None:
+    command = [sys.executable, "-m", f"scripts.bench.{benchmark}", "--side", "64", *flags]
+    finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=TIMEOUT_SECONDS)
+    (line,) = finished.stdout.splitlines()
+    measured = json.loads(line)
+    assert measured["figure"] == figure
+    assert measured["machine"]["device"]
+    ratios = (
+        [measured["ratio"]]
+        if "ratio" in measured
+        else [of_number["throughput_ratio"] for of_number in measured["callers"]]
+    )
+    assert all(ratio > 0 for ratio in ratios)
