@@ -175,8 +175,8 @@ def test_in_bfloat16_the_picture_is_the_pipelines_too(scheduler: str, checkpoint
     expected = run_pipeline(folder, request, initial)
     state = denoise(model, request)
     assert state.latents.dtype == torch.bfloat16
-    # Latents of magnitude 1 have steps of 2^-8 to 2^-7.
-    torch.testing.assert_close(state.latents, expected, rtol=0, atol=0.05)
+    # A value has steps of 2^-8 to 2^-7 of itself, and the last ones of many roundings differ.
+    torch.testing.assert_close(state.latents, expected, rtol=2**-7, atol=0.05)
     assert model.decode(state, 0).shape == (64, 64, 3)
     assert model.preview(state)
 
