@@ -6,15 +6,18 @@
     │   ├── AddressInUseError           another process listens there
     │   ├── ModelNotFoundError          a model folder is missing or incomplete
     │   ├── DeviceUnavailableError      the device type or one of the devices is not there
+    │   ├── DeviceFailedError           devices cannot be opened; the engine takes the others, while there are
     │   ├── StoreInUseError             another server has the job store open
     │   └── StoreVersionError           a newer server has written the job store
     ├── RequestError                    the caller is told; the table is `server/status.py`
+    │   ├── UnauthenticatedError        a token is asked for, and none that is known was given
     │   ├── InvalidRequestError         one or more fields, all named
     │   ├── RequestIdConflictError      the request id was used with another request
     │   ├── JobNotFoundError            no such job, or it is another's
     │   ├── JobNotEndedError            only a job that has ended can be deleted
     │   ├── QueueFullError              nothing was accepted
-    │   ├── CallerQueueFullError        nothing was accepted: the caller's own share is used up
+    │   ├── CallerQueueFullError        nothing was accepted: as many of the caller's jobs wait as may
+    │   ├── CallerQuotaError            nothing was accepted: the caller's work of this minute is used up
     │   ├── StoreUnavailableError       the database of the jobs does not answer
     │   ├── StoreFullError              the database of the jobs has no room
     │   ├── TooManyReadersError         the caller follows too many jobs at once
@@ -28,6 +31,7 @@
     │   ├── OutOfDeviceMemoryError      too large for the device, even alone
     │   └── JobInternalError            our fault; the log has the error id
     ├── RankDiedError                   the rank group was lost; the engine recovers, no caller sees it
+    │   └── RestartRequestedError       the ranks are to start anew; nothing is lost yet
     └── ClaimLostError                  the job is another replica's by now, or has ended; no caller sees it
 
 Facts are attributes, so that what handles an error never reads its text.
@@ -86,6 +90,19 @@ class DeviceUnavailableError(StartupError):
         self.reason = reason
 
 
+class DeviceFailedError(StartupError):
+    """The devices of these ranks cannot be opened, or not loaded onto; others may work.
+
+    took_too_long says that trying again would take as long again.
+    """
+
+    def __init__(self, ranks: tuple[int, ...], reason: str, *, took_too_long: bool = False) -> None:
+        super().__init__(reason)
+        self.ranks = ranks
+        self.reason = reason
+        self.took_too_long = took_too_long
+
+
 class StoreInUseError(StartupError):
     """Another server has the file of the job store open."""
 
@@ -104,6 +121,14 @@ class StoreVersionError(StartupError):
 
 class RequestError(HiDreamError):
     """The caller asked for something that it cannot have (now, or at all)."""
+
+
+class UnauthenticatedError(RequestError):
+    """The caller gave no bearer token, or none that is known; reason is a word for programs."""
+
+    def __init__(self, reason: str, description: str) -> None:
+        super().__init__(description)
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +184,32 @@ class QueueFullError(RequestError):
 class CallerQueueFullError(RequestError):
     """As many jobs of this caller wait as may; nothing was accepted."""
 
-    def __init__(self, max_queued_jobs_of_caller: int, retry_after_seconds: float) -> None:
+    def __init__(self, caller: str, max_queued_jobs_per_caller: int, retry_after_seconds: float) -> None:
         super().__init__(
-            f"too many of your jobs wait: max_queued_jobs_of_caller is {max_queued_jobs_of_caller}"
+            f"too many of your jobs wait: max_queued_jobs_per_caller is {max_queued_jobs_per_caller}"
         )
-        self.max_queued_jobs_of_caller = max_queued_jobs_of_caller
+        self.caller = caller
+        self.max_queued_jobs_per_caller = max_queued_jobs_per_caller
+        self.retry_after_seconds = retry_after_seconds
+
+
+class CallerQuotaError(RequestError):
+    """This caller asks for more work within a minute than it may; nothing was accepted."""
+
+    def __init__(
+        self,
+        caller: str,
+        pixel_steps: int,
+        max_pixel_steps_per_minute_per_caller: int,
+        retry_after_seconds: float,
+    ) -> None:
+        super().__init__(
+            f"width × height × num_inference_steps × num_images is {pixel_steps}, more than is left of "
+            f"max_pixel_steps_per_minute_per_caller, which is {max_pixel_steps_per_minute_per_caller}"
+        )
+        self.caller = caller
+        self.pixel_steps = pixel_steps
+        self.max_pixel_steps_per_minute_per_caller = max_pixel_steps_per_minute_per_caller
         self.retry_after_seconds = retry_after_seconds
 
 
@@ -287,6 +333,13 @@ class RankDiedError(HiDreamError):
         self.ranks = ranks
         self.reason = reason
         self.cause = cause
+
+
+class RestartRequestedError(RankDiedError):
+    """The operator wants the ranks on all devices again; they work, and know their requests until then."""
+
+    def __init__(self) -> None:
+        super().__init__((), "the operator asked for all devices")
 
 
 class ClaimLostError(HiDreamError):

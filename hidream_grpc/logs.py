@@ -18,6 +18,7 @@ FACTS = (
     "job_id",
     "error_id",
     "peer",
+    "caller",
     "call_seconds",
     "total_seconds",
 )

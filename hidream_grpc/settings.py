@@ -18,7 +18,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from hidream_grpc.engine.supervisor import GroupTimeouts
+from hidream_grpc.engine.group_config import GroupTimeouts
 from hidream_grpc.errors import ConfigurationError
 
 ENVIRONMENT_PREFIX = "HIDREAM_"
@@ -69,6 +69,10 @@ class Settings(BaseSettings):
     listen: Annotated[str, Field(description="HOST:PORT to serve gRPC on; port 0 takes a free one")] = (
         "0.0.0.0:8088"
     )
+    tokens_file: Annotated[
+        Path | None,
+        Field(description="callers, a name and a bearer token a line; everybody may call when absent"),
+    ] = None
     metrics_port: Annotated[
         int | None, Field(ge=0, le=65_535, description="port for Prometheus; none when absent")
     ] = None
@@ -84,6 +88,23 @@ class Settings(BaseSettings):
 
     max_queued_jobs: Annotated[int, Field(ge=1, le=1_000_000, description="jobs that may wait")] = 64
     max_running_jobs: Annotated[int, Field(ge=1, le=1024, description="jobs drawn at the same time")] = 16
+    max_queued_jobs_per_caller: Annotated[
+        int | None,
+        Field(ge=1, le=1_000_000, description="jobs of one caller that may wait; as all when absent"),
+    ] = None
+    max_running_jobs_per_caller: Annotated[
+        int | None,
+        Field(ge=1, le=1024, description="jobs of one caller drawn at the same time; as all when absent"),
+    ] = None
+    max_pixel_steps_per_minute_per_caller: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=2**63 - 1,
+            description="width × height × steps × images that one caller may ask for within any minute; "
+            "any number when absent",
+        ),
+    ] = None
     max_step_pixels: Annotated[
         int, Field(ge=4096, description="width × height × samples of one forward of the transformer")
     ] = 8 * 1024 * 1024

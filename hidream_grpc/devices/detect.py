@@ -93,17 +93,22 @@ class DeviceSelection:
 
     def first(self, num_ranks: int) -> DeviceSelection:
         """The first of these devices, one for each of so many ranks; the others stay idle."""
+        return self.only(self.devices[:num_ranks])
+
+    def only(self, devices: tuple[int, ...]) -> DeviceSelection:
+        """Some of these devices, one for each rank in this order; the others stay idle."""
+        positions = [self.devices.index(device) for device in devices]
         return replace(
             self,
-            devices=self.devices[:num_ranks],
-            runtime_names=self.runtime_names[:num_ranks],
-            idle_devices=self.devices[num_ranks:] + self.idle_devices,
+            devices=devices,
+            runtime_names=tuple(self.runtime_names[p] for p in positions if self.runtime_names),
+            idle_devices=tuple(d for d in self.devices if d not in devices) + self.idle_devices,
         )
 
     def local_index(self, rank: int) -> int:
         """What `open_device` needs in the process of this rank."""
         if not self.runtime_names:
-            return rank
+            return self.devices[rank]
         return self._visible_names().index(self.runtime_names[rank])
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:

@@ -30,7 +30,14 @@ from hidream_grpc.engine.scheduler import StepScheduler
 from hidream_grpc.engine.snapshot_pace import SnapshotPace
 from hidream_grpc.engine.strikes import Strikes
 from hidream_grpc.engine.supervisor import RankGroup
-from hidream_grpc.errors import JobError, JobInternalError, LossCause, OutOfDeviceMemoryError, RankDiedError
+from hidream_grpc.errors import (
+    JobError,
+    JobInternalError,
+    LossCause,
+    OutOfDeviceMemoryError,
+    RankDiedError,
+    RestartRequestedError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -290,6 +297,8 @@ class Controller:
         """Bring the group back, however long it takes, and let the running requests go on."""
         logger.warning("the rank group was lost: %s", loss)
         self._on_state(EngineState.RECOVERING)
+        if isinstance(loss, RestartRequestedError):
+            await self._keep_snapshots()
         if plan is not None and loss.cause is LossCause.OUT_OF_MEMORY:
             self._scheduler.lower_limit(plan.step_jobs)
             logger.warning("a step may hold %d pixels from now on", self._scheduler.max_step_pixels)
@@ -307,6 +316,16 @@ class Controller:
             except RankDiedError as another_loss:
                 logger.warning("the rank group was lost again: %s", another_loss)
         self._on_state(EngineState.SERVING)
+
+    async def _keep_snapshots(self) -> None:
+        """Take what the ranks have before they go."""
+        steps = {job_id: self._scheduler.step_of(job_id) for job_id in self._active}
+        try:
+            for job_id, snapshot in (await committed_snapshots(self._group, steps)).items():
+                if active := self._active.get(job_id):
+                    active.snapshot = snapshot
+        except RankDiedError as loss:
+            logger.warning("running jobs may lose steps: %s", loss)
 
     def _judge(self, suspects: dict[str, int], reason: str, cause: LossCause, *, was_alone: bool) -> None:
         """Find out whether a job is to blame for what went wrong, and fail it then."""

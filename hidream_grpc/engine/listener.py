@@ -30,11 +30,16 @@ class RankListener:
         self._arrivals: dict[int, asyncio.Future[AsyncChannel[Event]]] = {}
 
     @property
-    def socket_path(self) -> Path:
-        """Where to connect; valid between `start` and `stop`."""
+    def folder(self) -> Path:
+        """That only this user may enter; there between `start` and `stop`."""
         if self._folder is None:
             raise ValueError("the listener was not started")
-        return self._folder / "ranks"
+        return self._folder
+
+    @property
+    def socket_path(self) -> Path:
+        """Where to connect; valid between `start` and `stop`."""
+        return self.folder / "ranks"
 
     async def start(self) -> None:
         """Make the folder (mode 0700) and listen in it.

@@ -17,7 +17,7 @@ from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.step_shapes import StepShape
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -92,7 +92,10 @@ ZygoteEvent = ZygoteReady | ProcessStarted | StartRefused | ProcessEnded
 
 
 class Load(_Message, frozen=True):
-    """First command of a rank: open the device, load the weights, compile for the shapes of steps."""
+    """First command of a rank: open the device, load the weights, compile for the shapes of steps.
+
+    pulse_path is the page in which the rank says that it waits for others, see `engine/pulse.py`.
+    """
 
     model_path: Path
     extra_model_path: Path | None
@@ -101,6 +104,7 @@ class Load(_Message, frozen=True):
     local_index: int
     num_threads: int
     compile_shapes: tuple[StepShape, ...]
+    pulse_path: Path
     log: LogConfig
 
 
@@ -211,9 +215,13 @@ class Loaded(_Message, frozen=True):
 
 
 class LoadFailed(_Message, frozen=True):
-    """The rank cannot load and ends; reason is a line for the operator."""
+    """The rank cannot load and ends; reason is a line for the operator.
+
+    is_device says that its device is to blame: another one may work.
+    """
 
     reason: str
+    is_device: bool = False
 
 
 class Joined(_Message, frozen=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -28,7 +30,7 @@ def join_group(
     Raises:
         CollectiveError: not every rank came in time, or one of them died meanwhile.
     """
-    with collective("joining"):
+    with collective("joining"), _waiting(groups):
         init_timeout = timedelta(seconds=command.init_timeout_seconds)
         store = TCPStore(
             STORE_HOST, command.store_port, is_master=False, timeout=init_timeout, wait_for_workers=False
@@ -45,7 +47,17 @@ def join_group(
         dist.all_reduce(torch.ones(1, device=device))
         collective_timeout = timedelta(seconds=command.collective_timeout_seconds)
         distributed_c10d._set_pg_timeout(collective_timeout)
-    groups.connect(init_timeout, collective_timeout)
+    with _waiting(groups):
+        groups.connect(init_timeout, collective_timeout)
+
+
+@contextmanager
+def _waiting(groups: ParallelGroups) -> Iterator[None]:
+    groups.on_wait(True)
+    try:
+        yield
+    finally:
+        groups.on_wait(False)
 
 
 def leave_group(groups: ParallelGroups) -> None:

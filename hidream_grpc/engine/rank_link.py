@@ -1,9 +1,10 @@
-"""The server's end of one rank. Torch-free."""
+"""The server's end of one rank: its process, its socket, its pulse. Torch-free."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 
 from hidream_grpc.engine.channel import AsyncChannel, FrameError
 from hidream_grpc.engine.listener import RankListener
@@ -21,9 +22,12 @@ from hidream_grpc.engine.messages import (
     SnapshotGiven,
     StepPlan,
 )
-from hidream_grpc.engine.processes import OomKills, cause_of_exit, describe_exit
-from hidream_grpc.engine.zygote_link import ChildProcess, ZygoteLink
-from hidream_grpc.errors import LossCause, RankDiedError, StartupError
+from hidream_grpc.engine.process_looks import look_at
+from hidream_grpc.engine.processes import OomKills, cause_of_exit
+from hidream_grpc.engine.pulse import PulseReader
+from hidream_grpc.engine.watchdog import RankLook
+from hidream_grpc.engine.zygote_link import ChildProcess, Verdict, ZygoteLink
+from hidream_grpc.errors import DeviceFailedError, LossCause, RankDiedError, StartupError
 
 EXIT_SECONDS = 1.0
 """A rank whose socket closed is given this long to end by itself, so that its exit code is its own."""
@@ -39,21 +43,29 @@ class RankLink:
         rank: in every generation's group.
         child: its process.
         loaded: what it reported after loading; None before.
+        has_worked: whether it has done a plan, and so warmed up.
         loss: how it died, in words; None while it lives.
         loss_cause: whether its work may have done it.
     """
 
     def __init__(
-        self, rank: int, child: ChildProcess, channel: AsyncChannel[Event], zygote: ZygoteLink
+        self,
+        rank: int,
+        child: ChildProcess,
+        channel: AsyncChannel[Event],
+        zygote: ZygoteLink,
+        pulse: PulseReader,
     ) -> None:
         self.rank = rank
         self.child = child
         self.loaded: Loaded | None = None
+        self.has_worked = False
         self.loss: str | None = None
         self.loss_cause = LossCause.OUTSIDE
         self._oom_kills = OomKills()
         self._channel = channel
         self._zygote = zygote
+        self._pulse = pulse
         self._generation = 0
         self._when_lost: Callable[[], None] | None = None
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
@@ -61,28 +73,51 @@ class RankLink:
 
     @classmethod
     async def start(
-        cls, rank: int, load: Load, timeout_seconds: float, listener: RankListener, zygote: ZygoteLink
+        cls,
+        rank: int,
+        make_load: Callable[[Path], Load],
+        timeout_seconds: float,
+        listener: RankListener,
+        zygote: ZygoteLink,
     ) -> RankLink:
         """Start the process of a rank and have it load its weights.
 
+        Args:
+            rank: to start.
+            make_load: its first command, by the path of its pulse.
+            timeout_seconds: until it has loaded.
+            listener: that it connects to.
+            zygote: that starts it.
+
         Raises:
             StartupError: it cannot load them, or the zygote cannot start it.
-            RankDiedError: it died meanwhile, or took too long. Nothing of it is left then.
+            DeviceFailedError: its device cannot be opened or loaded onto, it crashed meanwhile, or took
+                too long.
+            RankDiedError: it was killed meanwhile. Nothing of it is left after any error.
         """
         child = await zygote.start_rank(rank)
         link: RankLink | None = None
+        pulse = PulseReader(listener.folder)
+        oom_kills = OomKills()
         try:
             async with asyncio.timeout(timeout_seconds):
                 channel = await listener.connection_of(child)
                 if channel is None:
-                    raise RankDiedError((rank,), describe_exit(child.exited.result()))
-                link = cls(rank, child, channel, zygote)
-                await link._load(load)
+                    end = _end_of(child, oom_kills)
+                    raise RankDiedError((rank,), end.reason, end.cause)
+                link = cls(rank, child, channel, zygote, pulse)
+                await link._load(make_load(pulse.path))
         except BaseException as error:
             await (link.end() if link else zygote.kill(child))
+            pulse.close()
             if isinstance(error, TimeoutError):
-                raise RankDiedError((rank,), f"did not load within {timeout_seconds:g} s") from None
+                reason = f"rank {rank} did not load within {timeout_seconds:g} s"
+                raise DeviceFailedError((rank,), reason, took_too_long=True) from None
+            if isinstance(error, RankDiedError) and error.cause is not LossCause.OUTSIDE:
+                raise DeviceFailedError((rank,), f"rank {rank} cannot load: {error.reason}") from None
             raise
+        finally:
+            pulse.forget_file()
         return link
 
     async def join(self, command: JoinGroup, timeout_seconds: float) -> None:
@@ -102,9 +137,9 @@ class RankLink:
                         case GroupBroken(generation=command.generation, reason=reason):
                             raise RankDiedError((self.rank,), reason)
         except TimeoutError:
-            self.loss = f"did not join within {timeout_seconds:g} s"
-            await self._zygote.kill(self.child)
-            raise RankDiedError((self.rank,), self.loss) from None
+            verdict = Verdict(f"did not join within {timeout_seconds:g} s", LossCause.OUTSIDE)
+            await self._zygote.condemn(self.child, verdict)
+            raise RankDiedError((self.rank,), verdict.reason) from None
 
     async def run(self, plan: StepPlan) -> PlanDone:
         """Have the rank do its share of a plan.
@@ -117,6 +152,7 @@ class RankLink:
         while True:
             match await self._next_event():
                 case PlanDone(plan_id=plan.plan_id) as done:
+                    self.has_worked = True
                     return done
                 case GroupBroken(generation=self._generation, reason=reason, cause=cause):
                     raise RankDiedError((self.rank,), reason, cause)
@@ -134,6 +170,23 @@ class RankLink:
                     if (given_id, given_step) == (job_id, step):
                         return data
 
+    def look(self) -> RankLook | None:
+        """How it is now; None when it is gone."""
+        process = look_at(self.child.pid)
+        if process is None:
+            return None
+        pulse = self._pulse.read()
+        return RankLook(
+            is_waiting=pulse.is_waiting,
+            num_collectives=pulse.num_entered + pulse.num_left,
+            is_runnable=process.is_runnable,
+            cpu_seconds=process.cpu_seconds,
+        )
+
+    async def condemn(self, reason: str) -> None:
+        """Kill the rank, which hangs at its work."""
+        await self._zygote.condemn(self.child, Verdict(reason, LossCause.FAULT))
+
     def watch(self, when_lost: Callable[[], None]) -> None:
         """Call back once when the rank is lost, or now when it is."""
         self._when_lost = when_lost
@@ -146,12 +199,15 @@ class RankLink:
         await self._channel.send(Leave())
         await self._zygote.kill(self.child, grace_seconds)
         await self._reader
+        self._pulse.close()
 
     async def _load(self, load: Load) -> None:
         await self._channel.send(load)
         match await self._next_event():
             case Loaded() as loaded:
                 self.loaded = loaded
+            case LoadFailed(reason=reason, is_device=True):
+                raise DeviceFailedError((self.rank,), reason)
             case LoadFailed(reason=reason):
                 raise StartupError(reason)
             case event:
@@ -171,11 +227,16 @@ class RankLink:
         except FrameError as error:
             self.loss = f"sent what is no message: {error}"
             self.loss_cause = LossCause.FAULT
-        exit_code = await self._zygote.kill(self.child, EXIT_SECONDS)
+        await self._zygote.kill(self.child, EXIT_SECONDS)
         await self._channel.close()
         if self.loss is None:
-            self.loss = describe_exit(exit_code)
-            self.loss_cause = cause_of_exit(exit_code, self._oom_kills)
+            end = _end_of(self.child, self._oom_kills)
+            self.loss, self.loss_cause = end.reason, end.cause
         self._events.put_nowait(None)
         if self._when_lost is not None:
             self._when_lost()
+
+
+def _end_of(child: ChildProcess, oom_kills: OomKills) -> Verdict:
+    """Why a process that is gone ended."""
+    return child.verdict or Verdict(child.end, cause_of_exit(child.exited.result(), oom_kills))

@@ -40,6 +40,7 @@ from hidream_grpc.engine.messages import (
 )
 from hidream_grpc.engine.process_group import join_group, leave_group
 from hidream_grpc.engine.processes import die_with_parent, leave_signals_to_the_server
+from hidream_grpc.engine.pulse import PulseWriter
 from hidream_grpc.engine.runner import Runner
 from hidream_grpc.errors import HiDreamError, JobInternalError, LossCause
 from hidream_grpc.logs import configure_logging
@@ -187,7 +188,7 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
         started = time.monotonic()
         try:
             device = open_device(load.device_type, load.local_index)
-            groups = ParallelGroups(load.layout, rank)
+            groups = ParallelGroups(load.layout, rank, PulseWriter(load.pulse_path))
             model = HiDreamModel.from_pretrained(load.model_path, load.extra_model_path, device, groups)
             if load.compile_shapes:
                 model.compile(load.compile_shapes)
@@ -197,9 +198,14 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
         except Exception as error:
             logger.exception("cannot load the model from %s", load.model_path)
             summary = (str(error).splitlines() or [""])[0]
-            channel.send(LoadFailed(reason=f"rank {rank} cannot load: {type(error).__name__}: {summary}"))
+            reason = f"rank {rank} cannot load: {type(error).__name__}: {summary}"
+            # The class that torch and the runtimes use; a bad file is an OSError or one of its library's.
+            is_device = isinstance(error, RuntimeError | MemoryError)
+            channel.send(LoadFailed(reason=reason, is_device=is_device))
             sys.exit(1)
-        channel.send(_loaded(device, model, load_seconds=time.monotonic() - started))
+        load_seconds = time.monotonic() - started
+        logger.info("loaded in %.3f s", load_seconds)
+        channel.send(_loaded(device, model, load_seconds))
         Worker(channel, rank, device, model, groups, context).serve()
 
 

@@ -24,16 +24,31 @@ from hidream_grpc.engine.messages import (
     ZygoteEvent,
     ZygoteReady,
 )
+from hidream_grpc.engine.process_looks import look_at
 from hidream_grpc.engine.processes import describe_exit, wait_until_gone
-from hidream_grpc.errors import RankDiedError, StartupError
+from hidream_grpc.engine.watchdog import StopWatch
+from hidream_grpc.errors import LossCause, RankDiedError, StartupError
 
 logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 30.0
 """A zygote forks in milliseconds; one that takes this long is stopped or stuck, and is killed."""
 
+LOOK_SECONDS = 1.0
+"""How often the watchdog looks at processes; some hundred microseconds each."""
+
+STOPPED = "stopped by a signal, and killed by the watchdog"
+
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """Why the server had a process killed, and whether its work was to blame."""
+
+    reason: str
+    cause: LossCause
+
+
+@dataclass(slots=True, eq=False)
 class ChildProcess:
     """A rank or a store host.
 
@@ -41,17 +56,40 @@ class ChildProcess:
         pid: of the process.
         exited: resolves once the process is gone, with its exit code, or minus its signal's number.
         store_port: on the loopback interface; 0 for a rank.
+        verdict: set before the server has it killed for hanging.
     """
 
     pid: int
     exited: asyncio.Future[int]
     store_port: int
+    verdict: Verdict | None = None
+
+    @property
+    def end(self) -> str:
+        """How it ended, in words; only once it is gone."""
+        return self.verdict.reason if self.verdict else describe_exit(self.exited.result())
 
 
 class ZygoteLink:
-    """One zygote and its children, from `start` until it is lost or stopped."""
+    """One zygote and its children, from `start` until it is lost or stopped.
 
-    def __init__(self, process: asyncio.subprocess.Process, channel: AsyncChannel[ZygoteEvent]) -> None:
+    Whoever of them is stopped (SIGSTOP) answers nothing and holds all others up: it is killed within two
+    looks, whatever it was at.
+
+    Attributes:
+        prepare: what it was made ready with.
+        pid: of the zygote.
+        lost: is set when it is gone, and its children with it.
+        loss: how it went, in words.
+    """
+
+    def __init__(
+        self,
+        prepare: PrepareZygote,
+        process: asyncio.subprocess.Process,
+        channel: AsyncChannel[ZygoteEvent],
+    ) -> None:
+        self.prepare = prepare
         self.pid = process.pid
         self.lost = asyncio.Event()
         self.loss = ""
@@ -61,6 +99,7 @@ class ZygoteLink:
         self._answers: asyncio.Queue[ZygoteReady | ChildProcess | StartRefused | None] = asyncio.Queue()
         self._one_question = asyncio.Lock()
         self._reader = asyncio.create_task(self._read())
+        self._watcher = asyncio.create_task(self._watch_for_stops())
 
     @classmethod
     async def start(cls, prepare: PrepareZygote, timeout_seconds: float) -> ZygoteLink:
@@ -89,7 +128,7 @@ class ZygoteLink:
             except BaseException:
                 await channel.close()
                 raise
-        link = cls(process, channel)
+        link = cls(prepare, process, channel)
         try:
             await link._ask(prepare, timeout_seconds)
         except BaseException:
@@ -124,10 +163,16 @@ class ZygoteLink:
             self._give_up(f"did not report the end of process {child.pid}")
         return await asyncio.shield(child.exited)
 
+    async def condemn(self, child: ChildProcess, verdict: Verdict) -> None:
+        """Kill a child that hangs, and have all who wait for it know why."""
+        child.verdict = child.verdict or verdict
+        logger.warning("killing process %d: %s", child.pid, child.verdict.reason)
+        await self.kill(child)
+
     async def stop(self) -> None:
         """Kill all children and the zygote, and wait until they are gone; may be called twice."""
         await asyncio.gather(*(self.kill(child) for child in list(self._children.values())))
-        self._give_up("stopped")
+        self._give_up("ended")
         await self._reader
 
     async def _start_child(self, command: StartRank | StartStore) -> ChildProcess:
@@ -164,6 +209,19 @@ class ZygoteLink:
             self.loss = self.loss or reason
             self._process.kill()
 
+    async def _watch_for_stops(self) -> None:
+        watch = StopWatch()
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            looks = {pid: look_at(pid) for pid in (self.pid, *self._children)}
+            hanging = watch.look(frozenset(pid for pid, look in looks.items() if look and look.is_stopped))
+            if self.pid in hanging:
+                self._give_up(STOPPED)
+                return
+            children = [self._children[pid] for pid in hanging if pid in self._children]
+            verdict = Verdict(STOPPED, LossCause.OUTSIDE)
+            await asyncio.gather(*(self.condemn(child, verdict) for child in children))
+
     async def _read(self) -> None:
         try:
             while (event := await self._channel.receive()) is not None:
@@ -171,6 +229,7 @@ class ZygoteLink:
         except FrameError as error:
             self._give_up(f"sent what is no message: {error}")
         exit_code = await self._process.wait()
+        self._watcher.cancel()
         self.loss = self.loss or describe_exit(exit_code)
         await self._channel.close()
         # The kernel kills the children along with their parent; nobody is left to report it.

@@ -16,12 +16,26 @@ from hidream_grpc.errors import HiDreamError
 from hidream_grpc.jobs.job import CancelReason, Execution, Job, Progress, StoredImage
 from hidream_grpc.model.parameters import GenerationParameters
 
+MIN_NEWS_SECONDS = 1.0
+MIN_NEWS_SHARE = 0.25
+"""An estimate that changes by less than both is not told again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The job waits; 1 is next."""
+    """The job waits; 1 is next. The wait is None where it cannot be told."""
 
     queue_position: int
+    estimated_wait_seconds: float | None = None
+
+    def is_news(self, told: Queued, elapsed_seconds: float) -> bool:
+        """Whether who was told something some time ago would want to know."""
+        wait_seconds, told_seconds = self.estimated_wait_seconds, told.estimated_wait_seconds
+        if self.queue_position != told.queue_position or wait_seconds is None or told_seconds is None:
+            return self != told
+        expected_seconds = max(0.0, told_seconds - elapsed_seconds)
+        difference_seconds = abs(wait_seconds - expected_seconds)
+        return difference_seconds > max(MIN_NEWS_SECONDS, MIN_NEWS_SHARE * expected_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +141,10 @@ class _StoredImageEvent:
         return JobEvent(part_sequence, self.time, ImagePart(self.image, offset, length))
 
 
+def _is_news(body: Queued, newest: JobEvent) -> bool:
+    return isinstance(newest.body, Queued) and body.is_news(newest.body, time.time() - newest.time)
+
+
 class JobFeed:
     """The events of one job. Belongs to the event loop's thread."""
 
@@ -149,10 +167,10 @@ class JobFeed:
         self._has_ended = event.is_last
         self._wake_readers()
 
-    def publish_if_new(self, body: Body) -> None:
-        """Make an event known unless it says what the newest of its kind says."""
-        newest = self._newest.get(type(body))
-        if newest is None or newest.body != body:
+    def publish_if_new(self, body: Queued) -> None:
+        """Make a place in the queue known, unless the newest event says much the same."""
+        newest = self._newest.get(Queued)
+        if newest is None or _is_news(body, newest):
             self.publish(body)
 
     def publish_image(self, image: StoredImage) -> None:

@@ -88,7 +88,7 @@ class Execution:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the denoising is; the remaining time is None until two steps have ended."""
+    """How far the denoising is; the remaining time, to the job's end, is None where it cannot be told."""
 
     step: int
     total_steps: int

@@ -12,7 +12,10 @@ MAX_TORCH_SEED = 2**32 - 1
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What a request is checked against; the fields are those of `hidream.v1.RequestLimits`."""
+    """What a request is checked against; the fields are those of `hidream.v1.RequestLimits`.
+
+    None is for no limit.
+    """
 
     max_prompt_tokens: int
     max_prompt_bytes: int
@@ -32,6 +35,9 @@ class RequestLimits:
     max_receive_message_bytes: int
     chunk_bytes: int
     max_preview_side_pixels: int
+    max_queued_jobs_per_caller: int | None = None
+    max_running_jobs_per_caller: int | None = None
+    max_pixel_steps_per_minute_per_caller: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

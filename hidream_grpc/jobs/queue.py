@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Callable
 
 from hidream_grpc.jobs.job import Priority
 
@@ -27,11 +28,12 @@ class JobQueue:
         self._callers[priority].setdefault(caller, deque()).append(job_id)
         self._places[job_id] = (priority, caller)
 
-    def pop(self) -> str | None:
-        """Remove and return the next job; its caller's turn is over."""
+    def pop(self, may_start: Callable[[str], bool] = lambda caller: True) -> str | None:
+        """Remove and return the next job of a caller of whom one may start; its turn is over."""
         for callers in self._callers.values():
-            if callers:
-                caller, jobs = next(iter(callers.items()))
+            caller = next(filter(may_start, callers), None)
+            if caller is not None:
+                jobs = callers[caller]
                 job_id = jobs.popleft()
                 del self._places[job_id]
                 if jobs:
@@ -40,6 +42,10 @@ class JobQueue:
                     del callers[caller]
                 return job_id
         return None
+
+    def num_waiting(self, caller: str) -> int:
+        """Jobs of a caller, whatever their priority."""
+        return sum(len(callers.get(caller, ())) for callers in self._callers.values())
 
     def remove(self, job_id: str) -> bool:
         """Take a job out, wherever it stands; False when it does not wait."""

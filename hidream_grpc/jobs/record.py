@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from dataclasses import dataclass, field
 
 from hidream_grpc.errors import HiDreamError
@@ -19,8 +18,6 @@ from hidream_grpc.jobs.events import (
     Succeeded,
 )
 from hidream_grpc.jobs.job import CancelReason, Execution, Job, JobState, Progress, StoredImage
-
-PACE_STEPS = 8
 
 
 @dataclass(slots=True)
@@ -44,8 +41,8 @@ class JobRecord:
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     num_readers: int = 0
     is_forgotten: bool = False
-    _step_times: deque[float] = field(default_factory=lambda: deque(maxlen=PACE_STEPS + 1))
-    _denoise_start: float = 0.0
+    # Of this attempt; None until its first step has ended.
+    _denoise_start: float | None = None
     # Of the steps that another attempt goes on after.
     _kept_denoise_seconds: float = 0.0
 
@@ -63,18 +60,13 @@ class JobRecord:
         """The prompts were read."""
         self.job = self.job.encoded(encode_seconds)
 
-    def step_finished(self, step: int, step_seconds: float) -> None:
-        """A denoising step ended now; the remaining time follows from the pace of the last ones."""
+    def step_finished(self, step: int, step_seconds: float, remaining_seconds: float | None) -> None:
+        """A denoising step ended now; the job is likely to end after the remaining time."""
         now = time.monotonic()
-        if not self._step_times:
+        if self._denoise_start is None:
             # An attempt's first step is told when it has ended.
             self._denoise_start = now - step_seconds
-        self._step_times.append(now)
         total_steps = self.job.submission.parameters.num_inference_steps
-        remaining_seconds = None
-        if len(self._step_times) > 1:
-            pace_seconds = (now - self._step_times[0]) / (len(self._step_times) - 1)
-            remaining_seconds = pace_seconds * (total_steps - step)
         progress = Progress(step, total_steps, step_seconds, remaining_seconds)
         denoise_seconds = self._kept_denoise_seconds + now - self._denoise_start
         self.job = self.job.progressed(progress, denoise_seconds)
@@ -86,7 +78,7 @@ class JobRecord:
 
     def restart(self, attempt: int, reason: str, resumed_from_step: int) -> None:
         """The rank group was lost, and the job goes on."""
-        self._step_times.clear()
+        self._denoise_start = None
         self._kept_denoise_seconds = self.job.timings.denoise_seconds if resumed_from_step else 0.0
         self.job = self.job.restarted(attempt, resumed_from_step)
         self.feed.publish(Restarted(attempt, reason, resumed_from_step))

@@ -25,6 +25,7 @@ from hidream_grpc.engine.requests import (
     StepFinished,
 )
 from hidream_grpc.errors import (
+    CallerQueueFullError,
     DeadlineExceededError,
     HiDreamError,
     JobCancelledError,
@@ -37,12 +38,17 @@ from hidream_grpc.jobs.artifacts import ArtifactStore
 from hidream_grpc.jobs.events import JobEvent, JobFeed, Queued
 from hidream_grpc.jobs.job import CancelReason, Execution, Job, JobState, Submission
 from hidream_grpc.jobs.limits import RequestLimits
+from hidream_grpc.jobs.outlook import Outlook
 from hidream_grpc.jobs.queue import JobQueue
+from hidream_grpc.jobs.quotas import CallerQuotas
 from hidream_grpc.jobs.record import JobRecord
 
 logger = logging.getLogger(__name__)
 
 START_RETRY_SECONDS = 2.0
+MIN_RETRY_SECONDS = 1.0
+POSITIONS_SECONDS = 1.0
+"""How often those that wait are told, at least, when what they can expect has changed."""
 
 
 class Engine(Protocol):
@@ -76,20 +82,24 @@ class JobService:
         artifacts: ArtifactStore,
         engine: Engine,
         describe_execution: Callable[[], Execution],
+        outlook: Outlook,
     ) -> None:
         self._limits = limits
         self._retention = retention
         self._artifacts = artifacts
         self._engine = engine
         self._describe_execution = describe_execution
+        self._outlook = outlook
+        self._positions_time = 0.0
         self._records: dict[str, JobRecord] = {}
-        self._job_ids: dict[str, str] = {}
+        self._job_ids: dict[tuple[str, str], str] = {}
         self._ended: deque[str] = deque()
         self._removals: set[asyncio.Task[None]] = set()
         self._queue = JobQueue()
+        self._quotas = CallerQuotas(limits.max_pixel_steps_per_minute_per_caller, time.monotonic)
+        self._callers_of_running: dict[str, str] = {}
         self._counts: Counter[JobState] = Counter()
         self._num_accepted = 0
-        self._mean_job_seconds = 1.0
         self._engine_state = EngineState.STARTING
         self._is_draining = False
         self._all_ended = asyncio.Event()
@@ -136,26 +146,27 @@ class JobService:
 
     @property
     def retry_after_seconds(self) -> float:
-        """When a place in the queue is likely to be free, from how long jobs took lately."""
-        return max(1.0, self._mean_job_seconds / self._limits.max_running_jobs)
+        """When a place in the queue is likely to be free."""
+        return max(MIN_RETRY_SECONDS, self._outlook.next_start_seconds or 0.0)
 
-    def submit(self, submission: Submission) -> Job:
-        """Accept a request, or follow up on the one that has its request id.
+    def submit(self, submission: Submission, owner: str = "") -> Job:
+        """Accept a request, or follow up on the one of this owner that has its request id.
 
         Raises:
             NotServingError: the engine is starting, has failed, or the service drains.
-            QueueFullError: too many jobs wait.
+            QueueFullError, CallerQueueFullError: too many jobs wait.
+            CallerQuotaError: the caller has asked for too much within a minute.
             RequestIdConflictError: the request id was used with another request.
         """
-        if known := self._job_ids.get(submission.request_id):
+        if known := self._job_ids.get((owner, submission.request_id)):
             return self._follow_up(self._records[known], submission)
         self._check_serving()
-        if self.num_queued >= self._limits.max_queued_jobs:
-            raise QueueFullError(self._limits.max_queued_jobs, self.retry_after_seconds)
-        job = Job(job_id=uuid.uuid4().hex, submission=submission, create_time=time.time())
+        with self._quotas.charged(submission.caller, submission.parameters.pixel_steps):
+            self._check_room(submission.caller)
+        job = Job(job_id=uuid.uuid4().hex, submission=submission, create_time=time.time(), owner=owner)
         record = JobRecord(job, JobFeed(self._limits.chunk_bytes))
         self._records[job.job_id] = record
-        self._job_ids[submission.request_id] = job.job_id
+        self._job_ids[owner, submission.request_id] = job.job_id
         self._num_accepted += 1
         self._all_ended.clear()
         if submission.deadline_seconds is not None and not submission.is_detached:
@@ -223,12 +234,14 @@ class JobService:
 
     def take(self) -> EngineRequest | None:
         """The engine's next job (`engine.requests.Backlog`)."""
-        job_id = self._queue.pop()
+        job_id = self._queue.pop(self._may_start)
         if job_id is None:
             return None
         record = self._records[job_id]
+        self._outlook.note_taken(record.job)
         self._publish_positions()
         submission = record.job.submission
+        self._callers_of_running[job_id] = submission.caller
         return EngineRequest(
             job_id=job_id,
             request_id=submission.request_id,
@@ -239,13 +252,17 @@ class JobService:
     def _on_event(self, record: JobRecord, event: EngineEvent) -> None:
         if record.has_ended:
             return
+        self._outlook.observe(record.job.job_id, event)
         match event:
             case RequestStarted():
                 record.start(self._describe_execution())
             case PromptsEncoded(encode_seconds):
                 record.encoded(encode_seconds)
             case StepFinished(step, step_seconds):
-                record.step_finished(step, step_seconds)
+                remaining_seconds = self._outlook.remaining_seconds(record.job.job_id)
+                record.step_finished(step, step_seconds, remaining_seconds)
+                if time.monotonic() - self._positions_time > POSITIONS_SECONDS:
+                    self._publish_positions()
             case PreviewMade(step, data):
                 record.previewed(step, data)
             case RequestRestarted(attempt, reason, resumed_from_step):
@@ -286,7 +303,6 @@ class JobService:
         await asyncio.gather(*(task for task in record.tasks if task is not asyncio.current_task()))
         if not record.has_ended:
             record.succeed()
-            self._mean_job_seconds += 0.2 * (record.job.timings.total_seconds - self._mean_job_seconds)
             self._close(record)
 
     def _fail(self, record: JobRecord, error: HiDreamError) -> None:
@@ -304,6 +320,19 @@ class JobService:
             raise NotServingError("the model is loading", START_RETRY_SECONDS)
         if not self.takes_requests:
             raise NotServingError("the devices are not available", START_RETRY_SECONDS)
+
+    def _check_room(self, caller: str) -> None:
+        limits = self._limits
+        if self.num_queued >= limits.max_queued_jobs:
+            raise QueueFullError(limits.max_queued_jobs, self.retry_after_seconds)
+        max_of_caller = limits.max_queued_jobs_per_caller
+        if max_of_caller is not None and self._queue.num_waiting(caller) >= max_of_caller:
+            raise CallerQueueFullError(caller, max_of_caller, self.retry_after_seconds)
+
+    def _may_start(self, caller: str) -> bool:
+        max_of_caller = self._limits.max_running_jobs_per_caller
+        running = self._callers_of_running.values()
+        return max_of_caller is None or sum(other == caller for other in running) < max_of_caller
 
     def _follow_up(self, record: JobRecord, submission: Submission) -> Job:
         job = record.job
@@ -337,14 +366,20 @@ class JobService:
             self._engine.cancel(job_id)
 
     def _publish_positions(self) -> None:
-        for position, job_id in enumerate(self._queue.order(), start=1):
-            record = self._records[job_id]
-            record.feed.publish_if_new(Queued(position))
+        self._positions_time = time.monotonic()
+        waiting = [self._records[job_id] for job_id in self._queue.order()]
+        self._outlook.note_waiting([record.job for record in waiting])
+        for position, record in enumerate(waiting, start=1):
+            record.feed.publish_if_new(Queued(position, self._outlook.wait_seconds(record.job.job_id)))
 
     def _close(self, record: JobRecord) -> None:
         """Book a job that has just ended, and see to its removal."""
         job = record.job
         self._counts[job.state] += 1
+        self._outlook.note_gone(job.job_id)
+        if self._callers_of_running.pop(job.job_id, None) is not None:
+            # One that waited for its caller's others may start now.
+            self._engine.notify()
         self._ended.append(job.job_id)
         if job.state is not JobState.SUCCEEDED:
             # A retry of what was not drawn must draw it.
@@ -378,8 +413,8 @@ class JobService:
 
     def _release_request_id(self, job: Job) -> None:
         # Another job may have it by now.
-        if self._job_ids.get(job.submission.request_id) == job.job_id:
-            del self._job_ids[job.submission.request_id]
+        if self._job_ids.get((job.owner, job.submission.request_id)) == job.job_id:
+            del self._job_ids[job.owner, job.submission.request_id]
 
     def _remove_unread_images(self, record: JobRecord) -> None:
         if record.num_readers == 0:

@@ -62,3 +62,8 @@ class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
     def num_samples(self) -> int:
         """Rows that this request adds to one forward of the transformer."""
         return self.num_images * (2 if self.uses_guidance else 1)
+
+    @property
+    def pixel_steps(self) -> int:
+        """Pixels of all images, each counted once a denoising step: what a caller's work is measured by."""
+        return self.width * self.height * self.num_inference_steps * self.num_images

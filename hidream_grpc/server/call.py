@@ -16,11 +16,15 @@ class Call:
 
     Attributes:
         deadline: the caller's, on the clock of time.monotonic; None for none.
+        caller: who takes turns with others, and has limits; a name of the tokens file, or a host.
+        owner: whose jobs may be seen; everybody's where nobody says who they are.
     """
 
     method: str
     peer: str
     deadline: float | None
+    caller: str = ""
+    owner: str = ""
     request_id: str = ""
     job_id: str = ""
 

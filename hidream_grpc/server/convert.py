@@ -75,6 +75,14 @@ def progress(value: Progress) -> job_pb2.JobProgress:
     return message
 
 
+def queued(value: events.Queued) -> job_pb2.Queued:
+    """Where a job waits, and how long."""
+    message = job_pb2.Queued(queue_position=value.queue_position)
+    if value.estimated_wait_seconds is not None:
+        message.estimated_wait.CopyFrom(duration(value.estimated_wait_seconds))
+    return message
+
+
 def timings(value: Timings) -> job_pb2.JobTimings:
     """Time spent in each stage."""
     return job_pb2.JobTimings(
@@ -99,8 +107,8 @@ def image_info(image: StoredImage) -> image_pb2.ImageInfo:
     )
 
 
-def job(value: Job) -> job_pb2.Job:
-    """A job as it is at one moment."""
+def job(value: Job, place: events.Queued | None = None) -> job_pb2.Job:
+    """A job as it is at one moment; place is where it waits."""
     submission = value.submission
     message = job_pb2.Job(
         job_id=value.job_id,
@@ -125,6 +133,10 @@ def job(value: Job) -> job_pb2.Job:
         message.start_time.CopyFrom(timestamp(value.start_time))
     if value.end_time is not None:
         message.end_time.CopyFrom(timestamp(value.end_time))
+    if place is not None:
+        message.queue_position = place.queue_position
+        if place.estimated_wait_seconds is not None:
+            message.estimated_wait.CopyFrom(duration(place.estimated_wait_seconds))
     return message
 
 
@@ -132,8 +144,8 @@ def job_event(event: events.JobEvent, image_data: bytes = b"") -> job_pb2.JobEve
     """One event; image_data are the bytes of an ImagePart."""
     message = job_pb2.JobEvent(sequence=event.sequence, time=timestamp(event.time))
     match event.body:
-        case events.Queued(queue_position):
-            message.queued.queue_position = queue_position
+        case events.Queued() as place:
+            message.queued.CopyFrom(queued(place))
         case events.Started(parameters, applied, queue_seconds):
             message.started.spec.CopyFrom(image_spec(parameters))
             message.started.execution.CopyFrom(execution(applied))

@@ -46,12 +46,12 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         """Submit a job and follow it; when its last caller leaves it is cancelled, unless it is detached."""
         if self._num_streams >= self._max_streams:
             raise TooManyReadersError(self._max_streams, self._jobs.retry_after_seconds)
-        submission = self._validator.submission(
-            request, caller=caller_of(context), deadline_seconds=context.time_remaining()
-        )
         call = current_call()
+        submission = self._validator.submission(
+            request, caller=call.caller, deadline_seconds=context.time_remaining()
+        )
         call.request_id = submission.request_id
-        job = self._jobs.submit(submission)
+        job = self._jobs.submit(submission, call.owner)
         call.job_id = job.job_id
         self._num_streams += 1
         try:
@@ -78,10 +78,3 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
     ) -> server_info_pb2.ServerInfo:
         """Describe the server as it is now."""
         return self._describe_server()
-
-
-def caller_of(context: Context) -> str:
-    """Who calls: the peer's address without its port, so that one host is one caller."""
-    peer: str = context.peer()
-    scheme, _, address = peer.partition(":")
-    return f"{scheme}:{address.rpartition(':')[0] or address}"

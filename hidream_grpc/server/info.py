@@ -8,7 +8,6 @@ import platform
 import time
 
 from hidream.v1 import server_info_pb2
-from hidream_grpc.devices.detect import DeviceSelection
 from hidream_grpc.engine.requests import EngineState
 from hidream_grpc.engine.supervisor import RankGroup
 from hidream_grpc.jobs.job import JobState
@@ -34,16 +33,12 @@ class ServerDescription:
         checkpoint: CheckpointDescription,
         limits: RequestLimits,
         defaults: RequestDefaults,
-        devices: DeviceSelection,
-        layout: str,
         group: RankGroup,
         jobs: JobService,
     ) -> None:
         self._checkpoint = checkpoint
         self._limits = limits
         self._defaults = defaults
-        self._devices = devices
-        self._layout = layout
         self._group = group
         self._jobs = jobs
         self._start_time = time.time()
@@ -58,7 +53,7 @@ class ServerDescription:
 
     def __call__(self) -> server_info_pb2.ServerInfo:
         """The server as it is now."""
-        loaded = self._group.loaded
+        loaded, placement = self._group.loaded, self._group.placement
         checkpoint = self._checkpoint
         state = _STATES[self._jobs.engine_state]
         return server_info_pb2.ServerInfo(
@@ -70,11 +65,11 @@ class ServerDescription:
                 shift=checkpoint.shift,
                 num_parameters=loaded[0].model.num_parameters if loaded else 0,
             ),
-            layout=self._layout,
+            layout=str(placement.layout),
             devices=[
                 server_info_pb2.DeviceInfo(
                     rank=rank,
-                    device_type=self._devices.device_type.name,
+                    device_type=placement.devices.device_type.name,
                     name=facts.device.name,
                     total_memory_bytes=facts.device.total_memory_bytes,
                     free_memory_bytes=facts.device.free_memory_bytes,
@@ -99,5 +94,5 @@ class ServerDescription:
             start_time=convert.timestamp(self._start_time),
             generation=self._group.generation,
             num_rank_restarts=self._group.num_restarts,
-            idle_devices=self._devices.idle_devices,
+            idle_devices=placement.devices.idle_devices,
         )

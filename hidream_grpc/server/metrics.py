@@ -95,6 +95,7 @@ class Metrics:
         num_queued: Callable[[], float],
         num_running: Callable[[], float],
         num_rank_restarts: Callable[[], float],
+        num_layout_devices: Callable[[], float],
         num_lost_steps: Callable[[], float],
         max_step_pixels: Callable[[], float],
         is_serving: Callable[[], float],
@@ -104,6 +105,7 @@ class Metrics:
             ("hidream_queued_jobs", "Jobs that wait.", num_queued),
             ("hidream_running_jobs", "Jobs that are being drawn.", num_running),
             ("hidream_rank_restarts", "Rank processes replaced since the start.", num_rank_restarts),
+            ("hidream_layout_devices", "Devices of the layout that serves.", num_layout_devices),
             ("hidream_lost_steps", "Steps that jobs took again after a loss of ranks.", num_lost_steps),
             (
                 "hidream_max_step_pixels",

@@ -51,12 +51,17 @@ def _not_ended(error: errors.JobNotEndedError) -> list[Message]:
     return [error_details_pb2.PreconditionFailure(violations=[violation]), _job(error.job_id, error)]
 
 
+def _unauthenticated(error: errors.UnauthenticatedError) -> list[Message]:
+    return [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
+
+
 def _internal(error: errors.JobInternalError) -> list[Message]:
     metadata = {"error_id": error.error_id}
     return [error_details_pb2.ErrorInfo(reason="INTERNAL", domain=DOMAIN, metadata=metadata)]
 
 
 TABLE: dict[type[errors.HiDreamError], _Row] = {
+    errors.UnauthenticatedError: _Row(code_pb2.UNAUTHENTICATED, _unauthenticated),
     errors.InvalidRequestError: _Row(code_pb2.INVALID_ARGUMENT, _bad_request),
     errors.RequestIdConflictError: _Row(code_pb2.ALREADY_EXISTS, lambda e: [_job(e.job_id, e)]),
     errors.JobNotFoundError: _Row(code_pb2.NOT_FOUND, lambda e: [_job(e.job_id, e)]),
@@ -67,7 +72,11 @@ TABLE: dict[type[errors.HiDreamError], _Row] = {
     ),
     errors.CallerQueueFullError: _Row(
         code_pb2.RESOURCE_EXHAUSTED,
-        lambda e: [_quota("max_queued_jobs_of_caller", e), _retry(e.retry_after_seconds)],
+        lambda e: [_quota(e.caller, e), _retry(e.retry_after_seconds)],
+    ),
+    errors.CallerQuotaError: _Row(
+        code_pb2.RESOURCE_EXHAUSTED,
+        lambda e: [_quota(e.caller, e), _retry(e.retry_after_seconds)],
     ),
     errors.StoreUnavailableError: _Row(code_pb2.UNAVAILABLE, lambda e: [_retry(e.retry_after_seconds)]),
     errors.StoreFullError: _Row(

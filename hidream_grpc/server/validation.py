@@ -64,8 +64,10 @@ class RequestValidator:
         if violations:
             raise InvalidRequestError(tuple(violations))
         request_id = request.request_id or uuid.uuid4().hex
+        parameters = self._parameters(request.spec, request_id, request.preview)
+        self._check_work(parameters.pixel_steps)
         return Submission(
-            parameters=self._parameters(request.spec, request_id, request.preview),
+            parameters=parameters,
             request_id=request_id,
             caller=caller,
             priority=_PRIORITIES[request.priority],
@@ -176,6 +178,15 @@ class RequestValidator:
         if len(wrong) > MAX_LABELS_NAMED:
             description = f"{description}; so are {len(wrong) - MAX_LABELS_NAMED} more labels wrong"
             violations.append(FieldViolation("labels", description))
+
+    def _check_work(self, pixel_steps: int) -> None:
+        max_pixel_steps = self._limits.max_pixel_steps_per_minute_per_caller
+        if max_pixel_steps is not None and pixel_steps > max_pixel_steps:
+            description = (
+                f"width × height × num_inference_steps × num_images must be at most {max_pixel_steps} "
+                f"(max_pixel_steps_per_minute_per_caller), is {pixel_steps}"
+            )
+            raise InvalidRequestError((FieldViolation("spec", description),))
 
     def _guidance_scale(self, spec: image_pb2.ImageSpec) -> float:
         return spec.guidance_scale if spec.HasField("guidance_scale") else self._defaults.guidance_scale

@@ -21,6 +21,7 @@ from hidream_grpc.errors import (
     StorageFullError,
 )
 from hidream_grpc.jobs.artifacts import MAX_CALLS_AT_ONCE, ArtifactStore
+from hidream_grpc.jobs.job import StoredImage
 from hidream_grpc.jobs.objects import ArtifactTimeouts
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 from tests.answering_servers import answering
@@ -154,7 +155,7 @@ async def test_of_writers_at_the_same_time_one_wins_whole(store: ArtifactStore) 
     versions = [bytes([version]) * 300_000 for version in range(8)]
     seen: set[bytes] = set()
 
-    async def read_until(written: asyncio.Task[object]) -> None:
+    async def read_until(written: asyncio.Future[list[StoredImage]]) -> None:
         while not written.done():
             try:
                 seen.add(await store.read("job", 0, 0, 400_000))

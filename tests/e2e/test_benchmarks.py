@@ -17,6 +17,7 @@ TIMEOUT_SECONDS = 240
         ("overhead", ("--rounds", "1", "--steps", "2"), "service_cost"),
         ("concurrency", ("--rounds", "1", "--steps", "2", "--callers", "1,3"), "concurrency"),
         ("first_progress", ("--rounds", "2", "--busy", "2"), "first_progress"),
+        ("recovery", ("--rounds", "1"), "recovery"),
     ],
 )
 def test_a_benchmark_of_the_service_prints_one_json_line(

@@ -40,8 +40,12 @@ def test_progress_counts_every_step_with_its_measured_duration(
     assert [p.step for p in progress] == [1, 2, 3, 4, 5]
     assert {p.total_steps for p in progress} == {5}
     assert all(p.step_duration.ToNanoseconds() > 0 for p in progress)
-    assert [p.HasField("estimated_remaining") for p in progress] == [False, True, True, True, True]
-    assert progress[-1].estimated_remaining.ToNanoseconds() == 0
+    # The first step of a server is the first that it measures.
+    remaining = [
+        p.estimated_remaining.ToNanoseconds() for p in progress[1:] if p.HasField("estimated_remaining")
+    ]
+    assert len(remaining) == 4
+    assert remaining[-1] < remaining[0]
 
 
 def test_sequences_only_grow(stub: image_gen_pb2_grpc.ImageGenStub) -> None:

@@ -54,6 +54,10 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "no such model": (["-m", "/no/such/model"], ["--model-path", "/no/such/model", "no such folder"]),
     "a model folder without a model": (["-m", "/dev"], ["--model-path", "/dev"]),
     "no such Llama": (["-e", "/no/such/llama"], ["--extra-model-path", "/no/such/llama"]),
+    "no such tokens": (
+        ["--tokens-file", "/no/such/file"],
+        ["--tokens-file", "/no/such/file", "No such file"],
+    ),
     "unknown flag": (["--no-such-flag"], ["--no-such-flag"]),
     "flag without its value": (["--devices"], ["--devices", "argument"]),
     "an argument too many": (["model"], ["unexpected extra argument"]),
@@ -103,6 +107,13 @@ def test_a_device_type_that_is_absent_is_one_line(device_type: str) -> None:
         pytest.skip(f"this machine has {device_type} devices")
     line = refused_line(["-t", device_type])
     assert line.startswith(f"hidream-grpc: --device-type: {device_type} asked for, but ")
+
+
+def test_a_wrong_line_of_the_tokens_is_told_by_its_number_and_without_the_token(tmp_path: Path) -> None:
+    tokens_file = tmp_path / "tokens"
+    tokens_file.write_text("# callers\nalice a-secret-of-hers and more\n", encoding="utf-8")
+    line = refused_line(["--tokens-file", tokens_file])
+    assert line == f"hidream-grpc: --tokens-file: {tokens_file}, line 2: must be a name and a token"
 
 
 def test_a_bad_environment_variable_is_one_line_that_names_it() -> None:

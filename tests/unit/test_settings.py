@@ -39,12 +39,15 @@ FLAGS = {
     "--max-guidance-scale",
     "--max-num-images",
     "--max-num-inference-steps",
+    "--max-pixel-steps-per-minute-per-caller",
     "--max-prompt-bytes",
     "--max-queued-jobs",
+    "--max-queued-jobs-per-caller",
     "--max-receive-message-bytes",
     "--max-retained-bytes",
     "--max-retained-jobs",
     "--max-running-jobs",
+    "--max-running-jobs-per-caller",
     "--max-step-pixels",
     "--max-streams",
     "--metrics-port",
@@ -53,6 +56,7 @@ FLAGS = {
     "--retention-dry-run",
     "--retention-seconds",
     "--threads-per-rank",
+    "--tokens-file",
 }
 # They bound what the server does, not what a request may ask for.
 LIMITS_OF_THE_SERVER_ALONE = {"max_step_pixels", "max_retained_bytes", "max_retained_jobs"}
@@ -97,6 +101,9 @@ def test_a_flag_goes_before_the_environment_the_environment_before_the_file(
 OUT_OF_RANGE = {
     "max_queued_jobs": "0",
     "max_running_jobs": "0",
+    "max_queued_jobs_per_caller": "0",
+    "max_running_jobs_per_caller": "0",
+    "max_pixel_steps_per_minute_per_caller": "0",
     "max_streams": "-1",
     "max_num_images": "65",
     "max_num_inference_steps": "many",

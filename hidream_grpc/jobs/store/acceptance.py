@@ -59,7 +59,9 @@ async def _check_limits(connection: AsyncConnection, added: Collection[Job], lim
         for caller, num_added in Counter(job.submission.caller for job in added).items():
             num_waiting = (await connection.execute(queries.num_waiting(caller))).scalar_one()
             if num_waiting + num_added > limits.max_queued_jobs_of_caller:
-                raise CallerQueueFullError(limits.max_queued_jobs_of_caller, limits.retry_after_seconds)
+                raise CallerQueueFullError(
+                    caller, limits.max_queued_jobs_of_caller, limits.retry_after_seconds
+                )
 
 
 async def _insert(connection: AsyncConnection, added: Collection[Job]) -> None:

@@ -192,9 +192,7 @@ class ParallelGroups:
         model: the product of these two: ranks that hold one whole model together.
         samples: ranks with the same share of each layer; they divide the rows of a step.
         world: all ranks.
-
-    Args:
-        on_wait: told of each collective, see `Axis`.
+        on_wait: told of each collective, see `Axis`; also for whoever makes the groups.
     """
 
     def __init__(
@@ -204,6 +202,7 @@ class ParallelGroups:
         on_wait: Callable[[bool], None] = lambda _is_waiting: None,
     ) -> None:
         self.layout = layout
+        self.on_wait = on_wait
         self._members = {name: tuple(groups) for name, groups in _axis_ranks(layout).items()}
         self.tensor, self.expert, self.model, self.samples, self.world = (
             Axis(name, next(ranks for ranks in groups if rank in ranks), rank, on_wait)

@@ -119,8 +119,8 @@ def plan_layout(num_devices: int, divisions: ModelDivisions) -> Layout:
 def smaller_layouts(full: Layout, divisions: ModelDivisions) -> tuple[Layout, ...]:
     """What can serve instead of a layout when devices are lost, down to one device; most devices first.
 
-    Of the layouts with as many ranks the one that changes least: what a rank holds of the model, and so
-    needs of memory, grows no more than it must.
+    Of the layouts with as many ranks the one whose axes change least, by their ratios: what a rank holds
+    of the model, and so needs of memory, grows no more than it must.
 
     Args:
         full: that was asked for.
@@ -129,7 +129,11 @@ def smaller_layouts(full: Layout, divisions: ModelDivisions) -> tuple[Layout, ..
     by_size: dict[int, list[Layout]] = {}
     for layout in _layouts(full.world_size - 1, divisions, full.cfg_parallel, full.data_parallel):
         by_size.setdefault(layout.world_size, []).append(layout)
-    return tuple(min(by_size[size], key=partial(_change, full)) for size in sorted(by_size, reverse=True))
+
+    def change(layout: Layout) -> tuple[float, ...]:
+        return (sum(_ratios(full, layout)), *(-value for value in _preference(layout)))
+
+    return tuple(min(by_size[size], key=change) for size in sorted(by_size, reverse=True))
 
 
 def check_layout(
@@ -169,10 +173,15 @@ def _nearest(asked: Layout, num_devices: int, divisions: ModelDivisions) -> list
 
 
 def _change(asked: Layout, layout: Layout) -> tuple[float, ...]:
-    """How much a layout differs from the one that was asked for."""
-    sizes = [(getattr(layout, axis), getattr(asked, axis)) for axis in AXIS_KEYS.values()]
-    ratios = [max(size / wanted, wanted / size) for size, wanted in sizes]
+    """How much a layout differs from the one that was asked for: first in how many axes."""
+    ratios = _ratios(asked, layout)
     return (sum(ratio > 1 for ratio in ratios), sum(ratios), *(-value for value in _preference(layout)))
+
+
+def _ratios(asked: Layout, layout: Layout) -> list[float]:
+    """Of the sizes of each axis, from 1."""
+    sizes = [(getattr(layout, axis), getattr(asked, axis)) for axis in AXIS_KEYS.values()]
+    return [max(size / wanted, wanted / size) for size, wanted in sizes]
 
 
 def _layouts(

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from contextlib import asynccontextmanager
 
 import grpc
 import grpc.aio
-from google.protobuf.message import DecodeError
 from grpc_status import rpc_status
 
-from hidream_grpc.errors import FieldViolation, HiDreamError, InvalidRequestError, JobInternalError
+from hidream_grpc.errors import HiDreamError, JobInternalError
 from hidream_grpc.server.call import current_call
 from hidream_grpc.server.interceptors.handlers import (
     OUR_METHODS,
@@ -28,11 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Ends a call with the status of the error that its handler raised.
-
-    A message that does not parse is INVALID_ARGUMENT (grpc alone would answer INTERNAL), so the
-    handler is given the bytes and parses them inside.
-    """
+    """Ends a call with the status of the error that was raised inside."""
 
     async def intercept_service(
         self, continuation: Continuation, details: grpc.HandlerCallDetails
@@ -41,32 +35,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if handler is None or not details.method.startswith(OUR_METHODS):
             return handler
-        return wrap_handler(_parsing_inside(handler), translated_errors)
-
-
-def _parsing_inside(handler: Handler) -> Handler:
-    parse: Any = handler.request_deserializer
-
-    def parsed(request: bytes) -> Any:
-        try:
-            return parse(request)
-        except DecodeError:
-            description = "the message does not parse: wrong wire format, or a string that is not UTF-8"
-            raise InvalidRequestError((FieldViolation("", description),)) from None
-
-    if handler.response_streaming:
-        stream: Any = handler.unary_stream
-
-        async def unary_stream(request: bytes, context: Context) -> AsyncIterator[Any]:
-            async with aclosing(stream(parsed(request), context)) as responses:
-                async for response in responses:
-                    yield response
-
-        return grpc.unary_stream_rpc_method_handler(unary_stream, None, handler.response_serializer)
-    unary: Any = handler.unary_unary
-    return grpc.unary_unary_rpc_method_handler(
-        lambda request, context: unary(parsed(request), context), None, handler.response_serializer
-    )
+        return wrap_handler(handler, translated_errors)
 
 
 @asynccontextmanager

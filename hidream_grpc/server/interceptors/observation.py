@@ -71,6 +71,7 @@ class ObservationInterceptor(grpc.aio.ServerInterceptor):
             code.name,
             extra={
                 "peer": call.peer,
+                "caller": call.caller,
                 "request_id": call.request_id,
                 "job_id": call.job_id,
                 "call_seconds": round(call_seconds, 3),

@@ -6,6 +6,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from typer.testing import CliRunner
 
 from hidream import cli
+from hidream.batch_lines import InvalidLinesError, LineViolation
+from hidream.command_line import error_lines, exit_code
 from hidream.errors import (
     FieldViolation,
     HiDreamError,
@@ -43,6 +45,13 @@ def status(code: int, message: str = "what happened") -> status_pb2.Status:
             id="a seed that no message can carry",
         ),
         pytest.param(["generate"], "prompt", id="no prompt"),
+        pytest.param(["submit", "a", "--label", "red"], "'red' is not KEY=VALUE", id="a label without value"),
+        pytest.param(["list", "--state", "done"], "'--state'", id="a state that jobs do not have"),
+        pytest.param(
+            ["watch", "1", "--state", "queued"],
+            "--state and --label are for watching all jobs",
+            id="a filter for one job",
+        ),
         pytest.param(["paint", "a"], "No such command 'paint'", id="an unknown command"),
     ],
 )
@@ -57,7 +66,7 @@ def test_a_wrong_command_line_is_one_clear_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize(
-    ("error", "exit_code"),
+    ("error", "expected"),
     [
         pytest.param(error_from_status(status(code_pb2.INVALID_ARGUMENT)), 2, id="invalid"),
         pytest.param(error_from_status(status(code_pb2.UNAVAILABLE)), 3, id="unavailable"),
@@ -66,10 +75,11 @@ def test_a_wrong_command_line_is_one_clear_line_and_exit_code_2(
         pytest.param(error_from_status(status(code_pb2.DEADLINE_EXCEEDED)), 1, id="deadline"),
         pytest.param(error_from_status(status(code_pb2.INTERNAL)), 1, id="internal"),
         pytest.param(StreamError("a gap"), 1, id="a broken stream"),
+        pytest.param(InvalidLinesError([LineViolation(1, "seed", "is wrong")]), 2, id="a bad line"),
     ],
 )
-def test_the_exit_code_tells_whether_to_try_again(error: HiDreamError, exit_code: int) -> None:
-    assert cli.exit_code(error) == exit_code
+def test_the_exit_code_tells_whether_to_try_again(error: HiDreamError, expected: int) -> None:
+    assert exit_code(error) == expected
 
 
 def test_each_bad_field_is_a_line_that_names_its_flag() -> None:
@@ -79,7 +89,7 @@ def test_each_bad_field_is_a_line_that_names_its_flag() -> None:
             FieldViolation("spec.prompt", "is required"),
         )
     )
-    assert cli.error_lines(error, ADDRESS) == [
+    assert error_lines(error, ADDRESS) == [
         "--size (spec.width): must be a multiple of 16",
         "PROMPT (spec.prompt): is required",
     ]
@@ -88,7 +98,7 @@ def test_each_bad_field_is_a_line_that_names_its_flag() -> None:
 def test_every_field_of_a_picture_has_a_flag() -> None:
     command = CliRunner().invoke(cli.app, ["generate", "--help"]).stdout
     for field in image_pb2.ImageSpec.DESCRIPTOR.fields_by_name:
-        [line] = cli.error_lines(
+        [line] = error_lines(
             InvalidArgumentError.from_violations((FieldViolation(f"spec.{field}", "is wrong"),)), ADDRESS
         )
         assert line.split()[0].lower() in command.lower()
@@ -98,7 +108,7 @@ def test_an_error_of_the_server_names_it_and_says_when_to_try_again() -> None:
     details = status(code_pb2.UNAVAILABLE, "the model loads")
     retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=5))
     details.details.add().Pack(retry)
-    assert cli.error_lines(error_from_status(details), ADDRESS) == [
+    assert error_lines(error_from_status(details), ADDRESS) == [
         "localhost:8088: the model loads; try again in 5 s"
     ]
 
@@ -106,6 +116,6 @@ def test_an_error_of_the_server_names_it_and_says_when_to_try_again() -> None:
 def test_a_failure_of_the_server_always_tells_its_id() -> None:
     details = status(code_pb2.INTERNAL, "internal error")
     details.details.add().Pack(error_details_pb2.ErrorInfo(metadata={"error_id": "a1b2"}))
-    assert cli.error_lines(error_from_status(details), ADDRESS) == [
+    assert error_lines(error_from_status(details), ADDRESS) == [
         "localhost:8088: internal error (error id a1b2)"
     ]

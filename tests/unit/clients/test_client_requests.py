@@ -1,9 +1,10 @@
 from typing import Any
 
 import pytest
+from google.protobuf.message import Message
 
 from hidream.errors import InvalidArgumentError
-from hidream.requests import GenerateOptions, generate_request
+from hidream.requests import GenerateOptions, SubmitOptions, generate_request, list_request, submit_request
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
 
 
@@ -46,10 +47,39 @@ def test_every_argument_reaches_its_field() -> None:
     )
 
 
-def test_every_field_of_the_contract_can_be_given() -> None:
+@pytest.mark.parametrize(
+    ("options", "request_type"),
+    [
+        (GenerateOptions, image_gen_pb2.GenerateRequest),
+        (SubmitOptions, image_gen_pb2.SubmitJobRequest),
+    ],
+)
+def test_every_field_of_the_contract_can_be_given(options: type, request_type: type[Message]) -> None:
     fields = {*image_pb2.ImageSpec.DESCRIPTOR.fields_by_name}
-    fields |= {*image_gen_pb2.GenerateRequest.DESCRIPTOR.fields_by_name}
-    assert {*GenerateOptions.__annotations__} == fields - {"spec", "prompt"}
+    fields |= {*request_type.DESCRIPTOR.fields_by_name}
+    assert {*options.__annotations__} == fields - {"spec", "prompt"}
+
+
+def test_a_submitted_job_takes_what_generate_takes_but_to_be_detached() -> None:
+    request = submit_request("a", seed=7, priority="LOW", labels={"set": "foxes"})
+    assert request == image_gen_pb2.SubmitJobRequest(
+        spec=image_pb2.ImageSpec(prompt="a", seed=7), priority=job_pb2.PRIORITY_LOW, labels={"set": "foxes"}
+    )
+    with pytest.raises(TypeError, match="detached"):
+        submit_request("a", detached=True)  # type: ignore[call-arg]
+
+
+def test_a_list_is_asked_for_by_names_of_states() -> None:
+    request = list_request(["QUEUED", "FAILED"], {"set": "foxes"}, page_size=5, page_token="next")
+    assert request == image_gen_pb2.ListJobsRequest(
+        states=[job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_FAILED],
+        labels={"set": "foxes"},
+        page_size=5,
+        page_token="next",
+    )
+    with pytest.raises(InvalidArgumentError) as caught:
+        list_request(["DONE"], {}, page_size=0, page_token="")  # type: ignore[list-item]
+    assert [violation.field for violation in caught.value.violations] == ["states"]
 
 
 def test_what_is_not_given_stays_absent_and_is_the_servers_to_decide() -> None:

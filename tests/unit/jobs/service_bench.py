@@ -16,12 +16,14 @@ from hidream_grpc.engine.requests import (
     StepFinished,
 )
 from hidream_grpc.jobs.artifacts import ArtifactStore
+from hidream_grpc.jobs.estimates import EngineCapacity
 from hidream_grpc.jobs.events import (
     Body,
     JobEvent,
 )
 from hidream_grpc.jobs.job import Execution, Priority, Submission
 from hidream_grpc.jobs.limits import RequestLimits
+from hidream_grpc.jobs.outlook import Outlook
 from hidream_grpc.jobs.service import JobService, RetentionPolicy
 from hidream_grpc.model.parameters import GenerationParameters
 
@@ -71,6 +73,7 @@ class Bench:
     service: JobService
     engine: DrivenEngine
     directory: Path
+    outlook: Outlook
 
     def take(self) -> EngineRequest:
         """Take the next job as the engine does, and start it."""
@@ -100,12 +103,14 @@ def bench_in(
     directory: Path,
     retention: RetentionPolicy = RetentionPolicy(3600, 100),  # noqa: B008
     store: ArtifactStore | None = None,
+    limits: RequestLimits = LIMITS,
 ) -> Bench:
     engine = DrivenEngine()
     artifacts = store or ArtifactStore(directory)
-    service = JobService(LIMITS, retention, artifacts, engine, lambda: EXECUTION)
+    outlook = Outlook(lambda: EngineCapacity(limits.max_running_jobs, limits.max_pixels, num_ranks=1))
+    service = JobService(limits, retention, artifacts, engine, lambda: EXECUTION, outlook)
     service.set_engine_state(EngineState.SERVING)
-    return Bench(service, engine, directory)
+    return Bench(service, engine, directory, outlook)
 
 
 def submission(

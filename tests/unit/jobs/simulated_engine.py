@@ -180,6 +180,7 @@ class SimulatedEngine:
             width=parameters.width,
             height=parameters.height,
             num_samples=parameters.num_samples,
+            num_inference_steps=parameters.num_inference_steps,
             steps=parameters.num_inference_steps - step,
             images=self.images.get(request.job_id, parameters.num_images),
         )

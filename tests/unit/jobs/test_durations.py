@@ -34,11 +34,22 @@ def test_a_shape_between_two_measured_ones_is_on_the_line_between_them() -> None
 
 
 @pytest.mark.parametrize(("num_samples", "seconds"), [(1, 0.5), (8, 4.0)])
-def test_a_shape_beyond_all_measured_ones_is_in_proportion_to_the_nearest(
+def test_a_shape_is_in_proportion_to_the_only_one_measured(num_samples: int, seconds: float) -> None:
+    durations = learnt((512, 512, 2, 1.0))
+    assert durations.step_seconds(512, 512, num_samples) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(("num_samples", "seconds"), [(1, 1.1), (8, 1.8)])
+def test_a_shape_beyond_all_measured_ones_keeps_the_fixed_part_of_a_step(
     num_samples: int, seconds: float
 ) -> None:
-    durations = learnt((512, 512, 2, 1.0), (512, 512, 4, 2.0))
+    durations = learnt((512, 512, 2, 1.2), (512, 512, 4, 1.4))
     assert durations.step_seconds(512, 512, num_samples) == pytest.approx(seconds)
+
+
+def test_a_larger_shape_never_takes_less_than_a_measured_one() -> None:
+    durations = learnt((512, 512, 2, 1.2), (512, 512, 4, 1.1))
+    assert durations.step_seconds(512, 512, 8) == pytest.approx(1.1)
 
 
 def test_a_measured_shape_is_not_scaled_from_others() -> None:

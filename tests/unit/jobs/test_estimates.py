@@ -73,22 +73,25 @@ JOBS = st.lists(
 )
 
 
-@given(jobs=JOBS, max_running=st.integers(1, 12), room=st.integers(1, 8))
-def test_without_noise_jobs_of_one_image_end_within_a_turn_of_their_estimate(
-    jobs: list[tuple[int, int, int]], max_running: int, room: int
+@given(jobs=JOBS, max_running=st.integers(1, 12))
+def test_without_noise_jobs_start_and_end_within_two_turns_of_their_estimates(
+    jobs: list[tuple[int, int, int]], max_running: int
 ) -> None:
-    # In proportion to the work, so that what is not measured yet is scaled exactly.
+    # In proportion to the work, so that what is not measured yet is scaled exactly; a rank for each image.
     times = Times(step_seconds=lambda w, h, s: w * h * s / SQUARE)
-    engine = SimulatedEngine(times, EngineCapacity(max_running, room * SQUARE, 1))
+    engine = SimulatedEngine(times, EngineCapacity(max_running, 2**40, 36))
     engine.durations.note_step(StepReport(1.0, 512, 512, 1))
-    requests = [request(n, width, steps) for n, (width, steps, _) in enumerate(jobs)]
-    engine.waiting = list(requests)
+    # They cost nothing, but each takes a round.
+    engine.durations.note_image(512, 512, 0.0)
+    engine.waiting = [request(n, width, steps, images) for n, (width, steps, images) in enumerate(jobs)]
     starts = engine.foresee_starts()
     engine.run([])
-    turn_seconds = sum(r.parameters.width**2 / SQUARE for r in requests)
-    for n, r in enumerate(requests):
-        # Rounding up to whole turns happens each time that a job ends.
-        assert abs(starts[r.job_id] - engine.starts[r.job_id]) <= (n + 1) * turn_seconds
+    turn_seconds = sum(width**2 * images / SQUARE for width, _, images in jobs)
+    assert starts.keys() == {rest.job_id for rest in engine.rests} == engine.ends.keys()
+    for job_id, seconds in starts.items():
+        assert abs(seconds - engine.starts[job_id]) <= 2 * turn_seconds
+    for rest in engine.rests:
+        assert abs(rest.at_seconds + rest.in_seconds - engine.ends[rest.job_id]) <= 2 * turn_seconds
 
 
 @given(jobs=JOBS, max_running=st.integers(1, 4), num_running=st.integers(0, 4))
@@ -132,6 +135,15 @@ def test_a_running_job_counts_those_that_will_take_the_place_of_others() -> None
     alone = foresee_ends(measured(), capacity, running, [])["job 1"]
     beside_a_newcomer = foresee_ends(measured(), capacity, running, [work_of(2, steps=20)])["job 1"]
     assert beside_a_newcomer - alone == pytest.approx(20 * 1.0 + 0.5, rel=0.05)
+
+
+def test_a_forward_with_room_left_is_filled_up_with_those_that_had_their_turn() -> None:
+    durations = MeasuredDurations()
+    durations.note_step(StepReport(1.0, 512, 512, 1))
+    running = [work_of(number, steps=10) for number in range(3)]
+    ends = foresee_ends(durations, EngineCapacity(3, 2 * SQUARE, 1), running, [])
+    # Thirty steps, two in each forward of two seconds.
+    assert list(ends.values()) == pytest.approx([15 * 2.0] * 3)
 
 
 def test_a_caller_that_has_enough_running_is_passed_over() -> None:
@@ -180,4 +192,4 @@ def measured() -> MeasuredDurations:
 def work_of(
     number: int, width: int = 512, steps: int = 10, images: int = 1, caller: str = "caller"
 ) -> RemainingWork:
-    return RemainingWork(f"job {number}", caller, width, width, images, steps, images)
+    return RemainingWork(f"job {number}", caller, width, width, images, steps, steps, images)

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import weakref
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -176,6 +177,27 @@ def test_what_was_said_already_is_not_said_again() -> None:
         feed.publish_if_new(Queued(position))
     (event,) = rest(feed)
     assert (event.body, event.sequence) == (Queued(2), 2)
+
+
+@pytest.mark.parametrize(
+    ("told", "now", "is_news"),
+    [
+        (Queued(3, 60.0), Queued(3, 50.0), False),
+        (Queued(3, 60.0), Queued(3, 60.0), False),
+        (Queued(3, 60.0), Queued(3, 30.0), True),
+        (Queued(3, 60.0), Queued(3, 90.0), True),
+        (Queued(3, 60.0), Queued(2, 50.0), True),
+        (Queued(3, None), Queued(3, 50.0), True),
+        (Queued(3, None), Queued(3, None), False),
+        # What took longer than it was foreseen to.
+        (Queued(1, 5.0), Queued(1, 0.5), False),
+        (Queued(1, 5.0), Queued(1, 2.0), True),
+    ],
+)
+def test_a_wait_is_told_again_only_when_it_is_not_what_was_to_be_expected(
+    told: Queued, now: Queued, is_news: bool
+) -> None:
+    assert now.is_news(told, elapsed_seconds=10.0) == is_news
 
 
 class WatchedPreview(Previewed):

@@ -99,3 +99,19 @@ def test_removing_a_job_that_does_not_wait_changes_nothing() -> None:
     assert not queue.remove(taken)
     assert len(queue) == 0
     assert queue.pop() is None
+
+
+def test_a_caller_of_whom_none_may_start_is_passed_over_and_keeps_its_turn() -> None:
+    queue, jobs = filled([(Priority.HIGH, "a"), (Priority.NORMAL, "a"), (Priority.NORMAL, "b")])
+    taken = queue.pop(lambda caller: caller != "a")
+    assert taken is not None
+    assert jobs[taken] == (Priority.NORMAL, "b")
+    assert queue.pop(lambda caller: caller != "a") is None
+    assert [jobs[job_id] for job_id in drained(queue)] == [(Priority.HIGH, "a"), (Priority.NORMAL, "a")]
+
+
+@given(entries)
+def test_the_jobs_of_the_callers_are_together_all_that_wait(waiting: list[Entry]) -> None:
+    queue, _ = filled(waiting)
+    for caller in "abc":
+        assert queue.num_waiting(caller) == sum(entry[1] == caller for entry in waiting)

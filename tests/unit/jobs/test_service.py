@@ -7,6 +7,7 @@ from contextlib import aclosing
 
 import pytest
 
+from hidream_grpc.engine.reports import StepReport
 from hidream_grpc.engine.requests import (
     EngineState,
     PreviewMade,
@@ -34,6 +35,7 @@ from hidream_grpc.jobs.events import (
     Succeeded,
 )
 from hidream_grpc.jobs.job import CancelReason, JobState, Priority, Submission
+from hidream_grpc.jobs.service import MIN_RETRY_SECONDS
 from tests.unit.jobs.service_bench import (
     DATA,
     EXECUTION,
@@ -79,6 +81,7 @@ async def test_every_step_is_told_with_its_duration_and_the_time_that_is_left(be
     async with aclosing(bench.service.follow(job.job_id)) as events:
         for step in (1, 2, 3):
             request.on_event(StepFinished(step, step / 10))
+            bench.outlook.observe_step(StepReport(step / 10, 64, 64, num_samples=2))
             request.on_event(PreviewMade(step, b"jpeg"))
             async for event in events:
                 if isinstance(event.body, Progressed):
@@ -110,13 +113,32 @@ async def test_each_waiting_job_is_told_when_its_position_changes(bench: Bench) 
     assert [await position(job_id) for job_id in (urgent, third)] == [1, 2]
 
 
+async def test_a_waiting_job_is_told_how_long_once_a_step_was_measured(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hidream_grpc.jobs.service.POSITIONS_SECONDS", 0.0)
+    for number in range(LIMITS.max_running_jobs):
+        bench.service.submit(submission(f"r{number}"))
+    requests = [bench.take() for _ in range(LIMITS.max_running_jobs)]
+    waiting = bench.service.submit(submission("waiting")).job_id
+    async with aclosing(bench.service.follow(waiting)) as events:
+        assert (await anext(events)).body == Queued(1, None)
+        bench.outlook.observe_step(StepReport(0.5, 64, 64, num_samples=4))
+        requests[0].on_event(StepFinished(1, 0.5))
+        body = (await anext(events)).body
+    # Two or three steps are left of those that run.
+    assert isinstance(body, Queued)
+    assert body.estimated_wait_seconds is not None
+    assert 1.0 <= body.estimated_wait_seconds <= 1.5
+
+
 async def test_a_full_queue_accepts_nothing_and_says_when_to_come_back(bench: Bench) -> None:
     for number in range(LIMITS.max_queued_jobs):
         bench.service.submit(submission(f"r{number}"))
     with pytest.raises(QueueFullError) as refused:
         bench.service.submit(submission("one too many"))
     assert refused.value.max_queued_jobs == LIMITS.max_queued_jobs
-    assert refused.value.retry_after_seconds > 0
+    assert refused.value.retry_after_seconds == MIN_RETRY_SECONDS
     assert bench.service.num_accepted == LIMITS.max_queued_jobs
     bench.take()
     bench.service.submit(submission("one too many"))

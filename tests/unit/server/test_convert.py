@@ -160,6 +160,16 @@ def test_there_is_an_event_of_every_kind_here() -> None:
     assert set(EVENTS) == {field.name for field in job_pb2.JobEvent.DESCRIPTOR.oneofs_by_name["event"].fields}
 
 
-def test_the_estimate_is_absent_while_the_server_cannot_tell() -> None:
+def test_estimates_are_absent_while_the_server_cannot_tell() -> None:
     progress = convert.progress(dataclasses.replace(PROGRESS, estimated_remaining_seconds=None))
     assert not progress.HasField("estimated_remaining")
+    assert not event(events.Queued(3)).queued.HasField("estimated_wait")
+    assert not convert.job(JOB, events.Queued(3)).HasField("estimated_wait")
+
+
+def test_a_waiting_job_tells_its_place_and_how_long_it_waits() -> None:
+    place = events.Queued(3, 1.5)
+    for message in (event(place).queued, convert.job(JOB, place)):
+        assert message.queue_position == 3
+        assert message.estimated_wait.ToMilliseconds() == 1500
+    assert convert.job(JOB).queue_position == 0

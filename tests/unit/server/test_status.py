@@ -32,12 +32,14 @@ DETAIL_TYPES = {
 EXAMPLES: dict[type[HiDreamError], HiDreamError] = {
     type(error): error
     for error in (
+        errors.UnauthenticatedError("TOKEN_MISSING", "a token is required"),
         errors.InvalidRequestError((FieldViolation("spec.width", "is odd"), FieldViolation("labels", "no"))),
         errors.RequestIdConflictError("r1", "j1"),
         errors.JobNotFoundError("j1"),
         errors.JobNotEndedError("j1"),
         errors.QueueFullError(64, 2.5),
-        errors.CallerQueueFullError(8, 2.5),
+        errors.CallerQueueFullError("alice", 8, 2.5),
+        errors.CallerQuotaError("alice", 600, 1000, 12.5),
         errors.StoreUnavailableError(1.0),
         errors.StoreFullError(5.0),
         errors.TooManyReadersError(1000, 1.5),
@@ -89,12 +91,14 @@ def test_every_status_has_a_code_a_text_and_details(error: HiDreamError) -> None
 @pytest.mark.parametrize(
     ("error_type", "code", "names"),
     [
+        (errors.UnauthenticatedError, "UNAUTHENTICATED", {"ErrorInfo"}),
         (errors.InvalidRequestError, "INVALID_ARGUMENT", {"BadRequest"}),
         (errors.RequestIdConflictError, "ALREADY_EXISTS", {"ResourceInfo"}),
         (errors.JobNotFoundError, "NOT_FOUND", {"ResourceInfo"}),
         (errors.JobNotEndedError, "FAILED_PRECONDITION", {"PreconditionFailure", "ResourceInfo"}),
         (errors.QueueFullError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "RetryInfo"}),
         (errors.CallerQueueFullError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "RetryInfo"}),
+        (errors.CallerQuotaError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "RetryInfo"}),
         (errors.StoreUnavailableError, "UNAVAILABLE", {"RetryInfo"}),
         (errors.StoreFullError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "RetryInfo"}),
         (errors.TooManyReadersError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "RetryInfo"}),
@@ -132,6 +136,23 @@ def test_a_reached_limit_is_named_with_the_time_to_come_back(
     found = details(to_status(EXAMPLES[error_type]))
     (violation,) = found["QuotaFailure"].violations
     assert violation.subject == limit
+    assert limit in violation.description
+    assert found["RetryInfo"].retry_delay.ToTimedelta().total_seconds() == retry_after_seconds
+
+
+@pytest.mark.parametrize(
+    ("error_type", "limit", "retry_after_seconds"),
+    [
+        (errors.CallerQueueFullError, "max_queued_jobs_per_caller is 8", 2.5),
+        (errors.CallerQuotaError, "max_pixel_steps_per_minute_per_caller, which is 1000", 12.5),
+    ],
+)
+def test_a_limit_of_the_caller_names_caller_and_limit_with_the_time_to_come_back(
+    error_type: type[HiDreamError], limit: str, retry_after_seconds: float
+) -> None:
+    found = details(to_status(EXAMPLES[error_type]))
+    (violation,) = found["QuotaFailure"].violations
+    assert violation.subject == "alice"
     assert limit in violation.description
     assert found["RetryInfo"].retry_delay.ToTimedelta().total_seconds() == retry_after_seconds
 

@@ -391,3 +391,18 @@ def test_mutated_bytes_that_still_parse_are_refused_in_detail_or_are_within_ever
         assert error.violations
     else:
         assert_within_limits(submission)
+
+
+def test_a_request_that_is_more_than_a_callers_minute_is_refused_with_the_limit() -> None:
+    pixel_steps = 128 * 256 * 50 * 2
+    for limit, fits in ((pixel_steps, True), (pixel_steps - 1, False)):
+        limits = dataclasses.replace(LIMITS, max_pixel_steps_per_minute_per_caller=limit)
+        validator = RequestValidator(limits, DEFAULTS, count_words)
+        if fits:
+            assert validator.submission(request(num_images=2), "me", None).parameters.pixel_steps == limit
+            continue
+        with pytest.raises(InvalidRequestError) as refused:
+            validator.submission(request(num_images=2), "me", None)
+        (violation,) = refused.value.violations
+        assert violation.field == "spec"
+        assert f"at most {limit} (max_pixel_steps_per_minute_per_caller)" in violation.description

@@ -296,7 +296,10 @@ type Job struct {
 	// When its first step was planned. Absent until then.
 	StartTime *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
 	// When it ended. Absent until then.
-	EndTime       *timestamppb.Timestamp `protobuf:"bytes,16,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
+	EndTime *timestamppb.Timestamp `protobuf:"bytes,16,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
+	// Time until a QUEUED job starts, from measured times. Absent while the server cannot tell, and
+	// when the job does not wait.
+	EstimatedWait *durationpb.Duration `protobuf:"bytes,17,opt,name=estimated_wait,json=estimatedWait,proto3" json:"estimated_wait,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -443,6 +446,13 @@ func (x *Job) GetEndTime() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Job) GetEstimatedWait() *durationpb.Duration {
+	if x != nil {
+		return x.EstimatedWait
+	}
+	return nil
+}
+
 // How a job is drawn: what the same image can be asked for again with.
 type Execution struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -534,8 +544,8 @@ type JobProgress struct {
 	TotalSteps int32 `protobuf:"varint,2,opt,name=total_steps,json=totalSteps,proto3" json:"total_steps,omitempty"`
 	// How long the step that just ended took, measured on the devices.
 	StepDuration *durationpb.Duration `protobuf:"bytes,3,opt,name=step_duration,json=stepDuration,proto3" json:"step_duration,omitempty"`
-	// Time until the last step ends, from the pace of this job's last steps, turns of other jobs
-	// included. Absent until two steps have ended.
+	// Time until the job ends, from measured times: its steps, its images, and the turns of the jobs
+	// that run beside it or wait now. Absent while the server cannot tell.
 	EstimatedRemaining *durationpb.Duration `protobuf:"bytes,4,opt,name=estimated_remaining,json=estimatedRemaining,proto3" json:"estimated_remaining,omitempty"`
 	unknownFields      protoimpl.UnknownFields
 	sizeCache          protoimpl.SizeCache
@@ -910,7 +920,8 @@ type Queued struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Place in the queue, 1 for the next.
 	QueuePosition int32 `protobuf:"varint,1,opt,name=queue_position,json=queuePosition,proto3" json:"queue_position,omitempty"`
-	// Time until it starts, from measured step times. Absent while the server cannot tell.
+	// Time until it starts, from measured times. Absent while the server cannot tell, such as before
+	// its first job has taken a step.
 	EstimatedWait *durationpb.Duration `protobuf:"bytes,2,opt,name=estimated_wait,json=estimatedWait,proto3" json:"estimated_wait,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1295,7 +1306,7 @@ var File_hidream_v1_job_proto protoreflect.FileDescriptor
 const file_hidream_v1_job_proto_rawDesc = "" +
 	"\n" +
 	"\x14hidream/v1/job.proto\x12\n" +
-	"hidream.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x16hidream/v1/image.proto\"\xab\x06\n" +
+	"hidream.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x16hidream/v1/image.proto\"\xed\x06\n" +
 	"\x03Job\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x1d\n" +
 	"\n" +
@@ -1316,7 +1327,8 @@ const file_hidream_v1_job_proto_rawDesc = "" +
 	"createTime\x129\n" +
 	"\n" +
 	"start_time\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\x125\n" +
-	"\bend_time\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x1a9\n" +
+	"\bend_time\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x12@\n" +
+	"\x0eestimated_wait\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\restimatedWait\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x87\x01\n" +
@@ -1451,35 +1463,36 @@ var file_hidream_v1_job_proto_depIdxs = []int32{
 	20, // 10: hidream.v1.Job.create_time:type_name -> google.protobuf.Timestamp
 	20, // 11: hidream.v1.Job.start_time:type_name -> google.protobuf.Timestamp
 	20, // 12: hidream.v1.Job.end_time:type_name -> google.protobuf.Timestamp
-	21, // 13: hidream.v1.JobProgress.step_duration:type_name -> google.protobuf.Duration
-	21, // 14: hidream.v1.JobProgress.estimated_remaining:type_name -> google.protobuf.Duration
-	21, // 15: hidream.v1.JobTimings.queue:type_name -> google.protobuf.Duration
-	21, // 16: hidream.v1.JobTimings.encode:type_name -> google.protobuf.Duration
-	21, // 17: hidream.v1.JobTimings.denoise:type_name -> google.protobuf.Duration
-	21, // 18: hidream.v1.JobTimings.decode:type_name -> google.protobuf.Duration
-	21, // 19: hidream.v1.JobTimings.total:type_name -> google.protobuf.Duration
-	20, // 20: hidream.v1.JobEvent.time:type_name -> google.protobuf.Timestamp
-	9,  // 21: hidream.v1.JobEvent.queued:type_name -> hidream.v1.Queued
-	10, // 22: hidream.v1.JobEvent.started:type_name -> hidream.v1.Started
-	6,  // 23: hidream.v1.JobEvent.progress:type_name -> hidream.v1.JobProgress
-	11, // 24: hidream.v1.JobEvent.preview:type_name -> hidream.v1.Preview
-	12, // 25: hidream.v1.JobEvent.restarted:type_name -> hidream.v1.Restarted
-	22, // 26: hidream.v1.JobEvent.image_chunk:type_name -> hidream.v1.ImageChunk
-	13, // 27: hidream.v1.JobEvent.succeeded:type_name -> hidream.v1.Succeeded
-	14, // 28: hidream.v1.JobEvent.failed:type_name -> hidream.v1.Failed
-	15, // 29: hidream.v1.JobEvent.cancelled:type_name -> hidream.v1.Cancelled
-	21, // 30: hidream.v1.Queued.estimated_wait:type_name -> google.protobuf.Duration
-	17, // 31: hidream.v1.Started.spec:type_name -> hidream.v1.ImageSpec
-	5,  // 32: hidream.v1.Started.execution:type_name -> hidream.v1.Execution
-	21, // 33: hidream.v1.Started.queue_duration:type_name -> google.protobuf.Duration
-	4,  // 34: hidream.v1.Succeeded.job:type_name -> hidream.v1.Job
-	19, // 35: hidream.v1.Failed.status:type_name -> google.rpc.Status
-	3,  // 36: hidream.v1.Cancelled.reason:type_name -> hidream.v1.CancelReason
-	37, // [37:37] is the sub-list for method output_type
-	37, // [37:37] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	21, // 13: hidream.v1.Job.estimated_wait:type_name -> google.protobuf.Duration
+	21, // 14: hidream.v1.JobProgress.step_duration:type_name -> google.protobuf.Duration
+	21, // 15: hidream.v1.JobProgress.estimated_remaining:type_name -> google.protobuf.Duration
+	21, // 16: hidream.v1.JobTimings.queue:type_name -> google.protobuf.Duration
+	21, // 17: hidream.v1.JobTimings.encode:type_name -> google.protobuf.Duration
+	21, // 18: hidream.v1.JobTimings.denoise:type_name -> google.protobuf.Duration
+	21, // 19: hidream.v1.JobTimings.decode:type_name -> google.protobuf.Duration
+	21, // 20: hidream.v1.JobTimings.total:type_name -> google.protobuf.Duration
+	20, // 21: hidream.v1.JobEvent.time:type_name -> google.protobuf.Timestamp
+	9,  // 22: hidream.v1.JobEvent.queued:type_name -> hidream.v1.Queued
+	10, // 23: hidream.v1.JobEvent.started:type_name -> hidream.v1.Started
+	6,  // 24: hidream.v1.JobEvent.progress:type_name -> hidream.v1.JobProgress
+	11, // 25: hidream.v1.JobEvent.preview:type_name -> hidream.v1.Preview
+	12, // 26: hidream.v1.JobEvent.restarted:type_name -> hidream.v1.Restarted
+	22, // 27: hidream.v1.JobEvent.image_chunk:type_name -> hidream.v1.ImageChunk
+	13, // 28: hidream.v1.JobEvent.succeeded:type_name -> hidream.v1.Succeeded
+	14, // 29: hidream.v1.JobEvent.failed:type_name -> hidream.v1.Failed
+	15, // 30: hidream.v1.JobEvent.cancelled:type_name -> hidream.v1.Cancelled
+	21, // 31: hidream.v1.Queued.estimated_wait:type_name -> google.protobuf.Duration
+	17, // 32: hidream.v1.Started.spec:type_name -> hidream.v1.ImageSpec
+	5,  // 33: hidream.v1.Started.execution:type_name -> hidream.v1.Execution
+	21, // 34: hidream.v1.Started.queue_duration:type_name -> google.protobuf.Duration
+	4,  // 35: hidream.v1.Succeeded.job:type_name -> hidream.v1.Job
+	19, // 36: hidream.v1.Failed.status:type_name -> google.rpc.Status
+	3,  // 37: hidream.v1.Cancelled.reason:type_name -> hidream.v1.CancelReason
+	38, // [38:38] is the sub-list for method output_type
+	38, // [38:38] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_hidream_v1_job_proto_init() }

@@ -592,9 +592,19 @@ type RequestLimits struct {
 	// Largest side of a preview, in pixels.
 	MaxPreviewSidePixels int32 `protobuf:"varint,17,opt,name=max_preview_side_pixels,json=maxPreviewSidePixels,proto3" json:"max_preview_side_pixels,omitempty"`
 	// Largest seed.
-	MaxSeed       int64 `protobuf:"varint,18,opt,name=max_seed,json=maxSeed,proto3" json:"max_seed,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	MaxSeed int64 `protobuf:"varint,18,opt,name=max_seed,json=maxSeed,proto3" json:"max_seed,omitempty"`
+	// Jobs of one caller that wait; a further one answers RESOURCE_EXHAUSTED. A caller is who a bearer token
+	// belongs to, or a host where the server asks for none. Absent: only `max_queued_jobs` counts.
+	MaxQueuedJobsPerCaller *int32 `protobuf:"varint,19,opt,name=max_queued_jobs_per_caller,json=maxQueuedJobsPerCaller,proto3,oneof" json:"max_queued_jobs_per_caller,omitempty"`
+	// Jobs of one caller that are drawn at the same time; further ones wait. Absent: only `max_running_jobs`
+	// counts.
+	MaxRunningJobsPerCaller *int32 `protobuf:"varint,20,opt,name=max_running_jobs_per_caller,json=maxRunningJobsPerCaller,proto3,oneof" json:"max_running_jobs_per_caller,omitempty"`
+	// Work that one caller may ask for within any 60 seconds: width × height × num_inference_steps ×
+	// num_images, added up over its accepted requests. More answers RESOURCE_EXHAUSTED with the time until it
+	// fits; a request or batch that alone is more answers INVALID_ARGUMENT. Absent: any amount.
+	MaxPixelStepsPerMinutePerCaller *int64 `protobuf:"varint,21,opt,name=max_pixel_steps_per_minute_per_caller,json=maxPixelStepsPerMinutePerCaller,proto3,oneof" json:"max_pixel_steps_per_minute_per_caller,omitempty"`
+	unknownFields                   protoimpl.UnknownFields
+	sizeCache                       protoimpl.SizeCache
 }
 
 func (x *RequestLimits) Reset() {
@@ -749,6 +759,27 @@ func (x *RequestLimits) GetMaxPreviewSidePixels() int32 {
 func (x *RequestLimits) GetMaxSeed() int64 {
 	if x != nil {
 		return x.MaxSeed
+	}
+	return 0
+}
+
+func (x *RequestLimits) GetMaxQueuedJobsPerCaller() int32 {
+	if x != nil && x.MaxQueuedJobsPerCaller != nil {
+		return *x.MaxQueuedJobsPerCaller
+	}
+	return 0
+}
+
+func (x *RequestLimits) GetMaxRunningJobsPerCaller() int32 {
+	if x != nil && x.MaxRunningJobsPerCaller != nil {
+		return *x.MaxRunningJobsPerCaller
+	}
+	return 0
+}
+
+func (x *RequestLimits) GetMaxPixelStepsPerMinutePerCaller() int64 {
+	if x != nil && x.MaxPixelStepsPerMinutePerCaller != nil {
+		return *x.MaxPixelStepsPerMinutePerCaller
 	}
 	return 0
 }
@@ -984,7 +1015,7 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\x0eguidance_scale\x18\x04 \x01(\x02R\rguidanceScale\x12\x1d\n" +
 	"\n" +
 	"num_images\x18\x05 \x01(\x05R\tnumImages\x12\x18\n" +
-	"\aquality\x18\x06 \x01(\x05R\aquality\"\xf5\x05\n" +
+	"\aquality\x18\x06 \x01(\x05R\aquality\"\xb7\b\n" +
 	"\rRequestLimits\x12*\n" +
 	"\x11max_prompt_tokens\x18\x01 \x01(\x05R\x0fmaxPromptTokens\x12(\n" +
 	"\x10max_prompt_bytes\x18\x02 \x01(\x05R\x0emaxPromptBytes\x12#\n" +
@@ -1008,7 +1039,13 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\vchunk_bytes\x18\x10 \x01(\x05R\n" +
 	"chunkBytes\x125\n" +
 	"\x17max_preview_side_pixels\x18\x11 \x01(\x05R\x14maxPreviewSidePixels\x12\x19\n" +
-	"\bmax_seed\x18\x12 \x01(\x03R\amaxSeed\"\xa7\x01\n" +
+	"\bmax_seed\x18\x12 \x01(\x03R\amaxSeed\x12?\n" +
+	"\x1amax_queued_jobs_per_caller\x18\x13 \x01(\x05H\x00R\x16maxQueuedJobsPerCaller\x88\x01\x01\x12A\n" +
+	"\x1bmax_running_jobs_per_caller\x18\x14 \x01(\x05H\x01R\x17maxRunningJobsPerCaller\x88\x01\x01\x12S\n" +
+	"%max_pixel_steps_per_minute_per_caller\x18\x15 \x01(\x03H\x02R\x1fmaxPixelStepsPerMinutePerCaller\x88\x01\x01B\x1d\n" +
+	"\x1b_max_queued_jobs_per_callerB\x1e\n" +
+	"\x1c_max_running_jobs_per_callerB(\n" +
+	"&_max_pixel_steps_per_minute_per_caller\"\xa7\x01\n" +
 	"\tJobCounts\x12\x16\n" +
 	"\x06queued\x18\x01 \x01(\x05R\x06queued\x12\x18\n" +
 	"\arunning\x18\x02 \x01(\x05R\arunning\x12\x1c\n" +
@@ -1079,6 +1116,7 @@ func file_hidream_v1_server_info_proto_init() {
 	if File_hidream_v1_server_info_proto != nil {
 		return
 	}
+	file_hidream_v1_server_info_proto_msgTypes[5].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

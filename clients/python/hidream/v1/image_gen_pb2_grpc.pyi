@@ -44,7 +44,9 @@ class ImageGenStub:
 
       - `INVALID_ARGUMENT` (`BadRequest`): one or more fields are wrong; every one of them is named,
         with the limit that it breaks. The same limits stand in `ServerInfo.limits`. Do not retry.
-      - `UNAUTHENTICATED`: the server asks for a bearer token and got none that it knows. Do not retry.
+      - `UNAUTHENTICATED` (`ErrorInfo` with reason `TOKEN_MISSING`, `TOKEN_MALFORMED` or `TOKEN_UNKNOWN`): the
+        server asks for a bearer token (metadata `authorization: Bearer <token>`) and got none that it knows.
+        Do not retry.
       - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
       - `RESOURCE_EXHAUSTED`: the request message is larger than
         `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
@@ -77,8 +79,9 @@ class ImageGenStub:
 
       - `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request. Do not
         retry.
-      - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or too many streams
-        are open. Nothing was accepted; retry after the delay.
+      - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, too many streams are
+        open, or the caller has used up its share (the violation's subject is then the caller).
+        Nothing was accepted; retry after the delay.
       - `RESOURCE_EXHAUSTED` (`QuotaFailure`): the job does not fit the device's memory even alone, or
         the images do not fit the server's storage. Retrying the same request rarely helps.
       - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
@@ -93,7 +96,8 @@ class ImageGenStub:
 
       - `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request.
       - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
-        up its share. Nothing was accepted; retry after the delay.
+        up its share (the violation's subject is then the caller). Nothing was accepted; retry after
+        the delay.
       - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     BatchSubmitJobs: _grpc.UnaryUnaryMultiCallable[_image_gen_pb2.BatchSubmitJobsRequest, _image_gen_pb2.BatchSubmitJobsResponse]
@@ -190,7 +194,9 @@ class ImageGenAsyncStub(ImageGenStub):
 
       - `INVALID_ARGUMENT` (`BadRequest`): one or more fields are wrong; every one of them is named,
         with the limit that it breaks. The same limits stand in `ServerInfo.limits`. Do not retry.
-      - `UNAUTHENTICATED`: the server asks for a bearer token and got none that it knows. Do not retry.
+      - `UNAUTHENTICATED` (`ErrorInfo` with reason `TOKEN_MISSING`, `TOKEN_MALFORMED` or `TOKEN_UNKNOWN`): the
+        server asks for a bearer token (metadata `authorization: Bearer <token>`) and got none that it knows.
+        Do not retry.
       - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
       - `RESOURCE_EXHAUSTED`: the request message is larger than
         `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
@@ -220,8 +226,9 @@ class ImageGenAsyncStub(ImageGenStub):
 
       - `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request. Do not
         retry.
-      - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or too many streams
-        are open. Nothing was accepted; retry after the delay.
+      - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, too many streams are
+        open, or the caller has used up its share (the violation's subject is then the caller).
+        Nothing was accepted; retry after the delay.
       - `RESOURCE_EXHAUSTED` (`QuotaFailure`): the job does not fit the device's memory even alone, or
         the images do not fit the server's storage. Retrying the same request rarely helps.
       - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
@@ -236,7 +243,8 @@ class ImageGenAsyncStub(ImageGenStub):
 
       - `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request.
       - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
-        up its share. Nothing was accepted; retry after the delay.
+        up its share (the violation's subject is then the caller). Nothing was accepted; retry after
+        the delay.
       - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     BatchSubmitJobs: _aio.UnaryUnaryMultiCallable[_image_gen_pb2.BatchSubmitJobsRequest, _image_gen_pb2.BatchSubmitJobsResponse]  # type: ignore[assignment]
@@ -332,7 +340,9 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
 
       - `INVALID_ARGUMENT` (`BadRequest`): one or more fields are wrong; every one of them is named,
         with the limit that it breaks. The same limits stand in `ServerInfo.limits`. Do not retry.
-      - `UNAUTHENTICATED`: the server asks for a bearer token and got none that it knows. Do not retry.
+      - `UNAUTHENTICATED` (`ErrorInfo` with reason `TOKEN_MISSING`, `TOKEN_MALFORMED` or `TOKEN_UNKNOWN`): the
+        server asks for a bearer token (metadata `authorization: Bearer <token>`) and got none that it knows.
+        Do not retry.
       - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
       - `RESOURCE_EXHAUSTED`: the request message is larger than
         `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
@@ -366,8 +376,9 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
 
           - `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request. Do not
             retry.
-          - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or too many streams
-            are open. Nothing was accepted; retry after the delay.
+          - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, too many streams are
+            open, or the caller has used up its share (the violation's subject is then the caller).
+            Nothing was accepted; retry after the delay.
           - `RESOURCE_EXHAUSTED` (`QuotaFailure`): the job does not fit the device's memory even alone, or
             the images do not fit the server's storage. Retrying the same request rarely helps.
           - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
@@ -388,7 +399,8 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
 
           - `ALREADY_EXISTS` (`ResourceInfo`): the `request_id` was used with another request.
           - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
-            up its share. Nothing was accepted; retry after the delay.
+            up its share (the violation's subject is then the caller). Nothing was accepted; retry after
+            the delay.
           - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
 

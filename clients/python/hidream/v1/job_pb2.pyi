@@ -185,6 +185,7 @@ class Job(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
+    ESTIMATED_WAIT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The server's name of the job."""
     request_id: _builtins.str
@@ -237,6 +238,12 @@ class Job(_message.Message):
     def end_time(self) -> _timestamp_pb2.Timestamp:
         """When it ended. Absent until then."""
 
+    @_builtins.property
+    def estimated_wait(self) -> _duration_pb2.Duration:
+        """Time until a QUEUED job starts, from measured times. Absent while the server cannot tell, and
+        when the job does not wait.
+        """
+
     def __init__(
         self,
         *,
@@ -256,10 +263,11 @@ class Job(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
+        estimated_wait: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "execution", b"execution", "progress", b"progress", "spec", b"spec", "start_time", b"start_time", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "estimated_wait", b"estimated_wait", "execution", b"execution", "progress", b"progress", "spec", b"spec", "start_time", b"start_time", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "execution", b"execution", "images", b"images", "job_id", b"job_id", "labels", b"labels", "priority", b"priority", "progress", b"progress", "queue_position", b"queue_position", "request_id", b"request_id", "spec", b"spec", "stage", b"stage", "start_time", b"start_time", "state", b"state", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "estimated_wait", b"estimated_wait", "execution", b"execution", "images", b"images", "job_id", b"job_id", "labels", b"labels", "priority", b"priority", "progress", b"progress", "queue_position", b"queue_position", "request_id", b"request_id", "spec", b"spec", "stage", b"stage", "start_time", b"start_time", "state", b"state", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -323,8 +331,8 @@ class JobProgress(_message.Message):
 
     @_builtins.property
     def estimated_remaining(self) -> _duration_pb2.Duration:
-        """Time until the last step ends, from the pace of this job's last steps, turns of other jobs
-        included. Absent until two steps have ended.
+        """Time until the job ends, from measured times: its steps, its images, and the turns of the jobs
+        that run beside it or wait now. Absent while the server cannot tell.
         """
 
     def __init__(
@@ -487,7 +495,9 @@ class Queued(_message.Message):
     """Place in the queue, 1 for the next."""
     @_builtins.property
     def estimated_wait(self) -> _duration_pb2.Duration:
-        """Time until it starts, from measured step times. Absent while the server cannot tell."""
+        """Time until it starts, from measured times. Absent while the server cannot tell, such as before
+        its first job has taken a step.
+        """
 
     def __init__(
         self,

@@ -314,6 +314,9 @@ class RequestLimits(_message.Message):
     CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     MAX_PREVIEW_SIDE_PIXELS_FIELD_NUMBER: _builtins.int
     MAX_SEED_FIELD_NUMBER: _builtins.int
+    MAX_QUEUED_JOBS_PER_CALLER_FIELD_NUMBER: _builtins.int
+    MAX_RUNNING_JOBS_PER_CALLER_FIELD_NUMBER: _builtins.int
+    MAX_PIXEL_STEPS_PER_MINUTE_PER_CALLER_FIELD_NUMBER: _builtins.int
     max_prompt_tokens: _builtins.int
     """Tokens of a prompt, for each text encoder, its special tokens included."""
     max_prompt_bytes: _builtins.int
@@ -350,6 +353,19 @@ class RequestLimits(_message.Message):
     """Largest side of a preview, in pixels."""
     max_seed: _builtins.int
     """Largest seed."""
+    max_queued_jobs_per_caller: _builtins.int
+    """Jobs of one caller that wait; a further one answers RESOURCE_EXHAUSTED. A caller is who a bearer token
+    belongs to, or a host where the server asks for none. Absent: only `max_queued_jobs` counts.
+    """
+    max_running_jobs_per_caller: _builtins.int
+    """Jobs of one caller that are drawn at the same time; further ones wait. Absent: only `max_running_jobs`
+    counts.
+    """
+    max_pixel_steps_per_minute_per_caller: _builtins.int
+    """Work that one caller may ask for within any 60 seconds: width × height × num_inference_steps ×
+    num_images, added up over its accepted requests. More answers RESOURCE_EXHAUSTED with the time until it
+    fits; a request or batch that alone is more answers INVALID_ARGUMENT. Absent: any amount.
+    """
     def __init__(
         self,
         *,
@@ -371,12 +387,26 @@ class RequestLimits(_message.Message):
         chunk_bytes: _builtins.int = ...,
         max_preview_side_pixels: _builtins.int = ...,
         max_seed: _builtins.int = ...,
+        max_queued_jobs_per_caller: _builtins.int | None = ...,
+        max_running_jobs_per_caller: _builtins.int | None = ...,
+        max_pixel_steps_per_minute_per_caller: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller", "_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller", "_max_running_jobs_per_caller", b"_max_running_jobs_per_caller", "max_pixel_steps_per_minute_per_caller", b"max_pixel_steps_per_minute_per_caller", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_running_jobs_per_caller", b"max_running_jobs_per_caller"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "max_guidance_scale", b"max_guidance_scale", "max_label_bytes", b"max_label_bytes", "max_labels", b"max_labels", "max_num_images", b"max_num_images", "max_num_inference_steps", b"max_num_inference_steps", "max_pixels", b"max_pixels", "max_preview_side_pixels", b"max_preview_side_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompt_tokens", b"max_prompt_tokens", "max_queued_jobs", b"max_queued_jobs", "max_receive_message_bytes", b"max_receive_message_bytes", "max_request_id_bytes", b"max_request_id_bytes", "max_running_jobs", b"max_running_jobs", "max_seed", b"max_seed", "max_streams", b"max_streams", "min_side_pixels", b"min_side_pixels", "size_multiple", b"size_multiple"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller", "_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller", "_max_running_jobs_per_caller", b"_max_running_jobs_per_caller", "chunk_bytes", b"chunk_bytes", "max_guidance_scale", b"max_guidance_scale", "max_label_bytes", b"max_label_bytes", "max_labels", b"max_labels", "max_num_images", b"max_num_images", "max_num_inference_steps", b"max_num_inference_steps", "max_pixel_steps_per_minute_per_caller", b"max_pixel_steps_per_minute_per_caller", "max_pixels", b"max_pixels", "max_preview_side_pixels", b"max_preview_side_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompt_tokens", b"max_prompt_tokens", "max_queued_jobs", b"max_queued_jobs", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_receive_message_bytes", b"max_receive_message_bytes", "max_request_id_bytes", b"max_request_id_bytes", "max_running_jobs", b"max_running_jobs", "max_running_jobs_per_caller", b"max_running_jobs_per_caller", "max_seed", b"max_seed", "max_streams", b"max_streams", "min_side_pixels", b"min_side_pixels", "size_multiple", b"size_multiple"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_pixel_steps_per_minute_per_caller: _TypeAlias = _typing.Literal["max_pixel_steps_per_minute_per_caller"]  # noqa: Y015
+    _WhichOneofArgType__max_pixel_steps_per_minute_per_caller: _TypeAlias = _typing.Literal["_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller"]  # noqa: Y015
+    _WhichOneofReturnType__max_queued_jobs_per_caller: _TypeAlias = _typing.Literal["max_queued_jobs_per_caller"]  # noqa: Y015
+    _WhichOneofArgType__max_queued_jobs_per_caller: _TypeAlias = _typing.Literal["_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller"]  # noqa: Y015
+    _WhichOneofReturnType__max_running_jobs_per_caller: _TypeAlias = _typing.Literal["max_running_jobs_per_caller"]  # noqa: Y015
+    _WhichOneofArgType__max_running_jobs_per_caller: _TypeAlias = _typing.Literal["_max_running_jobs_per_caller", b"_max_running_jobs_per_caller"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_pixel_steps_per_minute_per_caller) -> _WhichOneofReturnType__max_pixel_steps_per_minute_per_caller | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_queued_jobs_per_caller) -> _WhichOneofReturnType__max_queued_jobs_per_caller | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_running_jobs_per_caller) -> _WhichOneofReturnType__max_running_jobs_per_caller | None: ...
 
 Global___RequestLimits: _TypeAlias = RequestLimits  # noqa: Y015
 

@@ -1,0 +1,51 @@
+"""What the kernel tells of a process that does not answer. Torch-free."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
+# Of /proc/<pid>/stat, counted from the field after the name: proc_pid_stat(5).
+_STATE, _USER_TICKS, _SYSTEM_TICKS = 0, 11, 12
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessLook:
+    """A process at one moment.
+
+    Attributes:
+        is_stopped: by a signal, or by a debugger.
+        is_runnable: whether a thread of it runs, or would if it had a core or its data from the disk.
+        cpu_seconds: that all its threads have used.
+    """
+
+    is_stopped: bool
+    is_runnable: bool
+    cpu_seconds: float
+
+
+def look_at(pid: int) -> ProcessLook | None:
+    """Look at a process; None when it is gone."""
+    process = Path("/proc") / str(pid)
+    try:
+        fields = _stat_fields(process)
+        threads = list((process / "task").iterdir())
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    states = set()
+    for thread in threads:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            states.add(_stat_fields(thread)[_STATE])
+    return ProcessLook(
+        is_stopped=fields[_STATE] in {"T", "t"},
+        is_runnable=bool(states & {"R", "D"}),
+        cpu_seconds=(int(fields[_USER_TICKS]) + int(fields[_SYSTEM_TICKS])) / _TICKS_PER_SECOND,
+    )
+
+
+def _stat_fields(folder: Path) -> list[str]:
+    # The name, in parentheses, may hold anything.
+    return (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

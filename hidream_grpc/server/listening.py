@@ -1,0 +1,73 @@
+"""The gRPC server of grpc.aio, and the address that it listens on."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+import grpc.aio
+
+from hidream_grpc.errors import AddressInUseError, ConfigurationError
+from hidream_grpc.jobs.limits import RequestLimits
+
+LISTEN_FLAG = "--listen"
+MAX_PORT = 65_535
+
+
+def grpc_server(
+    limits: RequestLimits, interceptors: tuple[grpc.aio.ServerInterceptor, ...]
+) -> grpc.aio.Server:
+    """A server that listens nowhere yet."""
+    return grpc.aio.server(
+        interceptors=interceptors,
+        options=(
+            # With it a second server would share the port without a word.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", limits.max_receive_message_bytes),
+            # Together these notice a frozen client in seconds instead of a minute.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.http2.ping_timeout_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ),
+    )
+
+
+def bind(server: grpc.aio.Server, listen: str) -> tuple[str, int]:
+    """Have a server listen on HOST:PORT.
+
+    Returns:
+        The host, and the port that it got.
+
+    Raises:
+        ConfigurationError: no such address, or none of this machine's.
+        AddressInUseError: another process listens there.
+    """
+    host, colon, port = listen.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host or "[" in host:
+        colon = ""
+    if not host or not colon or not port.isdecimal() or int(port) > MAX_PORT:
+        raise ConfigurationError(LISTEN_FLAG, f"{listen!r} is not HOST:PORT (an IPv6 address in brackets)")
+    _check_free(host, int(port), listen)
+    try:
+        bound = server.add_insecure_port(listen)
+    except RuntimeError:
+        bound = 0
+    if bound == 0:
+        raise AddressInUseError(LISTEN_FLAG, listen)
+    return host, bound
+
+
+def _check_free(host: str, port: int, listen: str) -> None:
+    """Find out what grpc does not say: whether the address is in use, or is none of this machine's."""
+    try:
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
+            pass
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUseError(LISTEN_FLAG, listen) from None
+        # Python adds the address to the reason, in parentheses.
+        reason = str(error.strerror).partition(" (")[0]
+        raise ConfigurationError(LISTEN_FLAG, f"cannot listen on {listen}: {reason}") from None

@@ -1,0 +1,30 @@
+"""What an operator says with signals: SIGTERM and SIGINT to end, SIGHUP to take all devices again."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+
+
+class Signals:
+    """The signals of this process, from its making on; belongs to the main thread's event loop.
+
+    Attributes:
+        first: is set by the first SIGTERM or SIGINT.
+        second: is set by the second one.
+    """
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_end)
+
+    def on_hangup(self, act: Callable[[], None]) -> None:
+        """Do this at every SIGHUP."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, act)
+
+    def _on_end(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
