@@ -48,6 +48,7 @@ class RankEngine:
             on_prompts=lambda _report: None,
         )
         self.is_serving = asyncio.Event()
+        self.has_failed = asyncio.Event()
         self._events: defaultdict[str, list[EngineEvent]] = defaultdict(list)
         self._waiting: deque[EngineRequest] = deque()
         self._news = asyncio.Event()
@@ -108,6 +109,8 @@ class RankEngine:
             self.is_serving.set()
         else:
             self.is_serving.clear()
+        if state is EngineState.FAILED:
+            self.has_failed.set()
 
 
 @asynccontextmanager

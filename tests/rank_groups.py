@@ -12,8 +12,11 @@ from dataclasses import replace
 
 import psutil
 
+from hidream_grpc.devices.base import CPU
+from hidream_grpc.devices.detect import select_devices
+from hidream_grpc.engine.group_config import GroupConfig, GroupTimeouts
 from hidream_grpc.engine.messages import Admission, Decode, DecodedImage, StepPlan
-from hidream_grpc.engine.supervisor import GroupConfig, GroupTimeouts, RankGroup
+from hidream_grpc.engine.supervisor import RankGroup
 from hidream_grpc.model.demo import demo_checkpoint_path
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
@@ -25,8 +28,7 @@ def group_config(num_ranks: int, **changes: object) -> GroupConfig:
     """Ranks on the CPU with the demo model, one thread each."""
     config = GroupConfig(
         model_path=demo_checkpoint_path(),
-        device_type="cpu",
-        local_indices=tuple(range(num_ranks)),
+        devices=select_devices(CPU, tuple(range(num_ranks))),
         layout=Layout(data_parallel=num_ranks),
         timeouts=GroupTimeouts(load_seconds=120.0),
     )

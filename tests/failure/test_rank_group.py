@@ -16,8 +16,9 @@ import pytest
 import pytest_asyncio
 
 from hidream_grpc.devices.base import StartMethod
+from hidream_grpc.engine.group_config import GroupTimeouts
 from hidream_grpc.engine.messages import Decode
-from hidream_grpc.engine.supervisor import GroupTimeouts, RankGroup
+from hidream_grpc.engine.supervisor import RankGroup
 from hidream_grpc.errors import RankDiedError, StartupError
 from hidream_grpc.logs import LogConfig
 from tests.rank_groups import (
@@ -261,7 +262,8 @@ async def test_a_group_of_fresh_interpreters_draws_the_same_and_leaves_nothing(
 async def test_all_ranks_are_replaced_where_survivors_cannot_join_again(
     group: RankGroup, undisturbed: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group, "_config", replace(group._config, replace="all"))
+    processes = group._processes
+    monkeypatch.setattr(processes, "_config", replace(processes._config, replace="all"))
     pids = group.rank_pids
     kill(group, 1)
     await group.wait_for_loss()

@@ -10,13 +10,14 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import pytest_asyncio
 
+from hidream_grpc.engine.group_config import GroupTimeouts
 from hidream_grpc.engine.requests import (
     EngineEvent,
     RequestRestarted,
     SnapshotTaken,
     StepFinished,
 )
-from hidream_grpc.engine.supervisor import GroupTimeouts, RankGroup
+from hidream_grpc.engine.supervisor import RankGroup
 from tests.rank_engine import RankEngine, running_engine
 from tests.rank_groups import group_config, picture
 

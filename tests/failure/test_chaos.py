@@ -1,0 +1,31 @@
+"""Ranks, their zygote and their store die at random for a while, and no request is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scripts.chaos.run import LAYOUT, run_chaos
+from scripts.chaos.saboteur import Card
+
+SEED = 5
+CHAOS_SECONDS = 40.0
+SPARE_MEMORY_BYTES = 16 * 1024 * 1024
+
+
+def test_every_request_succeeds_as_if_nothing_had_happened_and_nothing_is_left(tmp_path: Path) -> None:
+    log_path = tmp_path / "service.log"
+    chaos = run_chaos(SEED, CHAOS_SECONDS, log_path, say=print)
+    assert chaos.faults == [], log_path.read_text(encoding="utf-8")
+    # It was chaos: ranks died and hung under requests.
+    assert chaos.strikes[Card.KILL_RANK] > 0
+    assert chaos.strikes[Card.STOP_RANK] > 0
+    assert chaos.num_restarted > 0
+    assert chaos.num_rank_restarts > 0
+    # Who is killed from outside has no broken device.
+    assert chaos.layout == LAYOUT
+    assert chaos.num_left_processes == 0
+    assert chaos.before is not None
+    assert chaos.after is not None
+    assert chaos.after.server_memory_bytes <= chaos.before.server_memory_bytes + SPARE_MEMORY_BYTES
+    assert chaos.after.num_server_descriptors <= chaos.before.num_server_descriptors
+    assert chaos.after.max_rank_descriptors <= chaos.before.max_rank_descriptors
