@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds into .cache/go/bin what generates the Go stubs and what tests call the service with:
-# grpcurl, grpc-health-probe, and the example of clients/go. Quick when they stand. Without Go: one
+# grpcurl, grpc-health-probe, and the examples of clients/go. Quick when they stand. Without Go: one
 # line and exit 0, or exit 1 where CI is set.
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -29,4 +29,6 @@ for tool in "${tools[@]}"; do
     touch "$stamp"
   fi
 done
-scripts/go.sh -C clients/go build -trimpath -o "$binaries/hidream-generate" ./cmd/generate || give_up "cannot build clients/go"
+for command in generate jobs; do
+  scripts/go.sh -C clients/go build -trimpath -o "$binaries/hidream-$command" "./cmd/$command" || give_up "cannot build clients/go"
+done

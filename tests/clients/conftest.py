@@ -34,6 +34,7 @@ class GoTools:
     grpcurl: Path
     grpc_health_probe: Path
     hidream_generate: Path
+    hidream_jobs: Path
 
 
 def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -56,7 +57,9 @@ def go_tools() -> GoTools:
     folder = PROJECT / ".cache" / "go" / "bin"
     if run_script("go.sh", "version").returncode != 0:
         pytest.skip(installed.stdout.strip())
-    return GoTools(folder / "grpcurl", folder / "grpc-health-probe", folder / "hidream-generate")
+    return GoTools(
+        *(folder / name for name in ("grpcurl", "grpc-health-probe", "hidream-generate", "hidream-jobs"))
+    )
 
 
 class HealthOnlyServer:

@@ -2,15 +2,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from typer.testing import CliRunner
 
 from hidream.aio import AsyncClient
+from hidream.cli import app
 from hidream.client import Client
 from hidream.connection import Tls
 from hidream.errors import UnauthenticatedError, UnavailableError
@@ -38,6 +42,18 @@ class SecuredServer:
     tls: Tls
 
 
+@contextmanager
+def serving(credentials: grpc.ServerCredentials) -> Iterator[int]:
+    """The port of a server with these credentials."""
+    with ThreadPoolExecutor(max_workers=2) as threads:
+        server = grpc.server(threads)
+        health_pb2_grpc.add_HealthServicer_to_server(TokenCheckingHealth(), server)
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+        server.start()
+        yield port
+        server.stop(None).wait()
+
+
 @pytest.fixture
 def secured_server() -> Iterator[SecuredServer]:
     authority = trustme.CA()
@@ -49,11 +65,7 @@ def secured_server() -> Iterator[SecuredServer]:
         root_certificates,
         require_client_auth=True,
     )
-    with ThreadPoolExecutor(max_workers=2) as threads:
-        server = grpc.server(threads)
-        health_pb2_grpc.add_HealthServicer_to_server(TokenCheckingHealth(), server)
-        port = server.add_secure_port("127.0.0.1:0", credentials)
-        server.start()
+    with serving(credentials) as port:
         yield SecuredServer(
             f"127.0.0.1:{port}",
             Tls(
@@ -63,7 +75,6 @@ def secured_server() -> Iterator[SecuredServer]:
                 server_name="hidream.test",
             ),
         )
-        server.stop(None).wait()
 
 
 async def test_both_clients_speak_mutual_tls_and_bring_their_token(secured_server: SecuredServer) -> None:
@@ -87,3 +98,25 @@ def test_a_server_that_nobody_vouches_for_is_not_spoken_to(secured_server: Secur
         pytest.raises(UnavailableError),
     ):
         client.health()
+
+
+def test_the_command_encrypts_and_brings_its_token_where_the_servers_authority_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    ca_file = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(ca_file))
+    credentials = grpc.ssl_server_credentials(
+        [(certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes())]
+    )
+    monkeypatch.setenv("HIDREAM_TOKEN", TOKEN)
+    with serving(credentials) as port:
+        command = ["health", "--address", f"localhost:{port}", "--timeout", "5"]
+        known = CliRunner().invoke(app, [*command, "--ca-file", str(ca_file)])
+        unknown = CliRunner().invoke(app, [*command, "--tls"])
+        absent = CliRunner().invoke(app, [*command, "--ca-file", str(tmp_path / "absent.pem")])
+    assert (known.exit_code, known.stdout) == (0, "SERVING\n")
+    assert unknown.exit_code == 3
+    assert absent.exit_code == 1
+    assert "absent.pem" in absent.stderr

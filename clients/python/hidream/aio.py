@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
-from typing import Self, Unpack
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from pathlib import Path
+from typing import Self, TypeVar, Unpack
 
 import grpc
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from hidream.connection import DEFAULT_ADDRESS, SERVICE_NAME, Tls, call_metadata, channel_options
+from hidream.downloads import Download
 from hidream.errors import translated_errors
 from hidream.events import Event, EventReader, ImageFinished
 from hidream.health import HealthStatus, ServingWait, health_request, health_status
 from hidream.images import Image
-from hidream.requests import GenerateOptions, generate_request
-from hidream.v1 import image_gen_pb2, server_info_pb2
+from hidream.reconnecting import DEFAULT_POLICY, ReconnectPolicy, ResumableStream
+from hidream.requests import (
+    NO_LABELS,
+    GenerateOptions,
+    JobStateName,
+    SubmitOptions,
+    generate_request,
+    list_request,
+    submit_request,
+    watch_jobs_request,
+)
+from hidream.v1 import image_gen_pb2, image_pb2, job_pb2, server_info_pb2
 from hidream.v1.image_gen_pb2_grpc import ImageGenStub
+from hidream.watching import AllJobsWatch, JobChange, JobWatch
+
+_RequestT = TypeVar("_RequestT")
+_ResponseT = TypeVar("_ResponseT")
+_ItemT = TypeVar("_ItemT")
 
 
 class AsyncClient:
@@ -80,6 +97,118 @@ class AsyncClient:
         events = self.generate(prompt, timeout_seconds=timeout_seconds, **options)
         images = [event.image async for event in events if isinstance(event, ImageFinished)]
         return sorted(images, key=lambda image: image.index)
+
+    async def submit(
+        self, prompt: str, *, timeout_seconds: float | None = None, **options: Unpack[SubmitOptions]
+    ) -> job_pb2.Job:
+        """As `Client.submit`."""
+        request = submit_request(prompt, **options)
+        with translated_errors():
+            return await self._image_gen.SubmitJob(request, timeout=timeout_seconds, metadata=self._metadata)
+
+    async def batch(
+        self,
+        requests: Iterable[image_gen_pb2.SubmitJobRequest],
+        *,
+        timeout_seconds: float | None = None,
+    ) -> list[job_pb2.Job]:
+        """As `Client.batch`."""
+        request = image_gen_pb2.BatchSubmitJobsRequest(requests=requests)
+        with translated_errors():
+            answer = await self._image_gen.BatchSubmitJobs(
+                request, timeout=timeout_seconds, metadata=self._metadata
+            )
+        return list(answer.jobs)
+
+    async def status(self, job_id: str, *, timeout_seconds: float | None = None) -> job_pb2.Job:
+        """As `Client.status`."""
+        request = image_gen_pb2.GetJobRequest(job_id=job_id)
+        with translated_errors():
+            return await self._image_gen.GetJob(request, timeout=timeout_seconds, metadata=self._metadata)
+
+    async def list_page(
+        self,
+        *,
+        states: Iterable[JobStateName] = (),
+        labels: Mapping[str, str] = NO_LABELS,
+        page_size: int = 0,
+        page_token: str = "",
+        timeout_seconds: float | None = None,
+    ) -> image_gen_pb2.ListJobsResponse:
+        """As `Client.list_page`."""
+        request = list_request(states, labels, page_size, page_token)
+        with translated_errors():
+            return await self._image_gen.ListJobs(request, timeout=timeout_seconds, metadata=self._metadata)
+
+    async def list_jobs(
+        self, *, states: Iterable[JobStateName] = (), labels: Mapping[str, str] = NO_LABELS
+    ) -> AsyncGenerator[job_pb2.Job]:
+        """As `Client.list_jobs`."""
+        states = tuple(states)
+        page = await self.list_page(states=states, labels=labels)
+        for job in page.jobs:
+            yield job
+        while page.next_page_token:
+            page = await self.list_page(states=states, labels=labels, page_token=page.next_page_token)
+            for job in page.jobs:
+                yield job
+
+    def watch(self, job_id: str, policy: ReconnectPolicy = DEFAULT_POLICY) -> AsyncGenerator[Event]:
+        """As `Client.watch`."""
+        return self._resuming(self._image_gen.WatchJob, JobWatch(job_id, policy))
+
+    def watch_all(
+        self,
+        *,
+        states: Iterable[JobStateName] = (),
+        labels: Mapping[str, str] = NO_LABELS,
+        policy: ReconnectPolicy = DEFAULT_POLICY,
+    ) -> AsyncGenerator[JobChange]:
+        """As `Client.watch_all`."""
+        request = watch_jobs_request(states, labels)
+        return self._resuming(self._image_gen.WatchJobs, AllJobsWatch(request, policy))
+
+    async def cancel(self, job_id: str, *, timeout_seconds: float | None = None) -> job_pb2.Job:
+        """As `Client.cancel`."""
+        request = image_gen_pb2.CancelJobRequest(job_id=job_id)
+        with translated_errors():
+            return await self._image_gen.CancelJob(request, timeout=timeout_seconds, metadata=self._metadata)
+
+    async def delete(self, job_id: str, *, timeout_seconds: float | None = None) -> None:
+        """As `Client.delete`."""
+        request = image_gen_pb2.DeleteJobRequest(job_id=job_id)
+        with translated_errors():
+            await self._image_gen.DeleteJob(request, timeout=timeout_seconds, metadata=self._metadata)
+
+    async def download(
+        self, job_id: str, path: Path, image_index: int = 0, policy: ReconnectPolicy = DEFAULT_POLICY
+    ) -> image_pb2.ImageInfo:
+        """As `Client.download`."""
+        job = await self.status(job_id, timeout_seconds=policy.timeout_seconds)
+        with Download(job, image_index, path, policy) as download:
+            async for _ in self._resuming(self._image_gen.DownloadImage, download):
+                pass
+            return download.save()
+
+    async def _resuming(
+        self,
+        method: grpc.aio.UnaryStreamMultiCallable[_RequestT, _ResponseT],
+        stream: ResumableStream[_RequestT, _ResponseT, _ItemT],
+    ) -> AsyncGenerator[_ItemT]:
+        while not stream.is_over:
+            call = method(stream.request(), timeout=stream.timeout_seconds(), metadata=self._metadata)
+            try:
+                async for response in call:
+                    stream.answered()
+                    item = stream.read(response)
+                    if item is not None:
+                        yield item
+                stream.ended()
+            except grpc.RpcError as error:
+                if not stream.is_over:
+                    await asyncio.sleep(stream.retry_delay_seconds(error))
+            finally:
+                call.cancel()
 
     async def info(self, *, timeout_seconds: float | None = None) -> server_info_pb2.ServerInfo:
         """As `Client.info`."""

@@ -2,55 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import closing
 from typing import Annotated
 
 import typer
-from google.protobuf.json_format import MessageToJson
 
-from hidream.client import Client
-from hidream.connection import DEFAULT_ADDRESS, SERVICE_NAME
-from hidream.errors import (
-    HiDreamError,
-    InternalError,
-    InvalidArgumentError,
-    NotServingError,
-    ResourceExhaustedError,
-    ServerError,
-    UnavailableError,
+from hidream import job_commands
+from hidream.command_line import (
+    EXIT_UNAVAILABLE,
+    Address,
+    AsJson,
+    CaFile,
+    Guidance,
+    Images,
+    Negative,
+    Prompt,
+    Quality,
+    Quiet,
+    Seed,
+    Size,
+    SizeOption,
+    Steps,
+    Token,
+    UseTls,
+    exit_codes,
+    new_client,
 )
-from hidream.events import Event, ImageFinished, Preview, Started, Succeeded
-from hidream.files import ImageFileFormat, OutputPattern, format_of_suffix, write_atomically
+from hidream.connection import DEFAULT_ADDRESS, SERVICE_NAME
+from hidream.files import ImageFileFormat
 from hidream.health import HealthStatus
-from hidream.terminal import ProgressBar, info_table, summary_line
-
-EXIT_FAILED = 1
-EXIT_INVALID = 2
-EXIT_UNAVAILABLE = 3
-EXIT_INTERRUPTED = 130
+from hidream.json_text import message_json
+from hidream.pictures import SavedPictures, output_pattern, picked_format
+from hidream.terminal import ProgressBar, info_table
 
 _HELP = """Draws pictures with a hidream-grpc server.
 
 Paths and answers go to stdout, everything else to stderr. Exit codes: 0 it worked; 1 it failed;
 2 the command line or the request is wrong, one line a violation; 3 the server is unreachable, not
-serving or full, try again later; 130 interrupted, the job is cancelled.
+serving or full, try again later; 130 interrupted, and what `generate` draws is cancelled.
 """
-
-_ARGUMENTS = {
-    "spec.prompt": "PROMPT",
-    "spec.negative_prompt": "--negative",
-    "spec.width": "--size",
-    "spec.height": "--size",
-    "spec.num_inference_steps": "--steps",
-    "spec.guidance_scale": "--guidance",
-    "spec.num_images": "--images",
-    "spec.seed": "--seed",
-    "spec.output_format": "--format",
-    "spec.quality": "--quality",
-}
 
 # No boxes and no colours: what goes wrong is one line, which a script can read too.
 app = typer.Typer(
@@ -63,29 +53,9 @@ app = typer.Typer(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
-    """Width and height of a picture, in pixels."""
-
-    width: int | None = None
-    height: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Size:
-        """The size that `WIDTHxHEIGHT` says."""
-        width, _, height = text.lower().partition("x")
-        if not (width.isdecimal() and height.isdecimal()):
-            raise typer.BadParameter(f"{text!r} is not WIDTHxHEIGHT in pixels, such as 512x768")
-        return cls(int(width), int(height))
-
-
-Address = Annotated[str, typer.Option(envvar="HIDREAM_ADDRESS", help="host:port of the server.")]
-Token = Annotated[str | None, typer.Option(envvar="HIDREAM_TOKEN", help="Bearer token.")]
-
-
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw.", show_default=False)],
+    prompt: Prompt,
     out: Annotated[
         str | None,
         typer.Option(
@@ -95,34 +65,31 @@ def generate(
             "get their index behind the name. Default: hidream_{seed}.png.",
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the first picture. Default: a random one.")] = None,
-    size: Annotated[
-        Size | None, typer.Option(parser=Size.parse, metavar="WIDTHxHEIGHT", help="In pixels.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="How closely to follow the prompt; 1 or less is not at all.")
-    ] = None,
-    negative: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
-    images: Annotated[
-        int | None, typer.Option(help="How many pictures; each is drawn from the next seed.")
-    ] = None,
+    seed: Seed = None,
+    size: SizeOption = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    negative: Negative = None,
+    images: Images = None,
     file_format: Annotated[
         ImageFileFormat | None, typer.Option("--format", help="Default: what --out ends in, or png.")
     ] = None,
-    quality: Annotated[int | None, typer.Option(help="Of JPEG and WebP, 1 to 100.")] = None,
+    quality: Quality = None,
     preview: Annotated[
         bool, typer.Option("--preview", help="After each step write NAME.preview.jpg beside the picture.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print paths and errors only.")] = False,
+    quiet: Quiet = False,
     timeout: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
     address: Address = DEFAULT_ADDRESS,
     token: Token = None,
+    tls: UseTls = False,
+    ca_file: CaFile = None,
 ) -> None:
     """Draw what a prompt says, and print the path of each picture."""
     size = size or Size()
-    with exit_codes(address), Client(address, token=token) as client:
-        file_format = _file_format(out, file_format)
+    with exit_codes(address), new_client(address, token, tls, ca_file) as client:
+        file_format = picked_format(out, file_format)
+        pattern = output_pattern(out, file_format)
         events = client.generate(
             prompt,
             timeout_seconds=timeout,
@@ -137,54 +104,32 @@ def generate(
             quality=quality,
             preview=preview,
         )
-        paths = _save_pictures(events, _output_pattern(out, file_format), images or 1, quiet)
-        for path in paths:
+        # Closing the events cancels the job when anything here fails, an interrupt included.
+        with closing(events), ProgressBar(is_shown=not quiet) as bar:
+            pictures = SavedPictures(pattern, images or 1)
+            for event in events:
+                bar.show(event)
+                pictures.take(event)
+        if not quiet:
+            typer.echo(pictures.summary, err=True)
+        for path in pictures.paths:
             typer.echo(path)
-
-
-def _save_pictures(
-    events: Generator[Event], pattern: OutputPattern, num_images: int, is_quiet: bool
-) -> list[Path]:
-    paths: dict[int, Path] = {}
-    seed = 0
-    summary = ""
-    # Closing the events cancels the job when anything here fails, an interrupt included.
-    with closing(events), ProgressBar(is_shown=not is_quiet) as bar:
-        for event in events:
-            bar.show(event)
-            match event:
-                case Started():
-                    seed = event.spec.seed
-                case Preview():
-                    write_atomically(pattern.preview_path(seed), event.data)
-                case ImageFinished():
-                    path = pattern.path_of(event.image, num_images)
-                    write_atomically(path, event.image.data)
-                    paths[event.image.index] = path
-                case Succeeded():
-                    summary = summary_line(event)
-    if not is_quiet:
-        typer.echo(summary, err=True)
-    # Images come in the order in which they are finished.
-    return [paths[index] for index in sorted(paths)]
 
 
 @app.command()
 def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+    as_json: AsJson = False,
     timeout: Annotated[float, typer.Option(help="Give up after this many seconds.")] = 10.0,
     address: Address = DEFAULT_ADDRESS,
     token: Token = None,
+    tls: UseTls = False,
+    ca_file: CaFile = None,
 ) -> None:
     """Describe the server: model, devices, load, defaults and limits."""
-    with exit_codes(address), Client(address, token=token) as client:
+    with exit_codes(address), new_client(address, token, tls, ca_file) as client:
         answer = client.info(timeout_seconds=timeout)
         if as_json:
-            typer.echo(
-                MessageToJson(
-                    answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-                )
-            )
+            typer.echo(message_json(answer))
         else:
             typer.echo(info_table(answer))
 
@@ -198,9 +143,11 @@ def health(
     timeout: Annotated[float, typer.Option(help="Give up an answer after this many seconds.")] = 10.0,
     address: Address = DEFAULT_ADDRESS,
     token: Token = None,
+    tls: UseTls = False,
+    ca_file: CaFile = None,
 ) -> None:
     """Print the server's health; exit code 0 only when it is SERVING."""
-    with exit_codes(address), Client(address, token=token) as client:
+    with exit_codes(address), new_client(address, token, tls, ca_file) as client:
         if wait is not None:
             client.wait_until_serving(wait, service=service)
         status = client.health(timeout_seconds=timeout, service=service)
@@ -209,66 +156,8 @@ def health(
             raise typer.Exit(EXIT_UNAVAILABLE)
 
 
-@contextmanager
-def exit_codes(address: str) -> Iterator[None]:
-    """Within it, an error ends the command with its lines on stderr and its exit code."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo("hidream: interrupted", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    except HiDreamError as error:
-        for line in error_lines(error, address):
-            typer.echo(f"hidream: {line}", err=True)
-        raise typer.Exit(exit_code(error)) from None
-    except OSError as error:
-        typer.echo(f"hidream: {error}", err=True)
-        raise typer.Exit(EXIT_FAILED) from None
-
-
-def exit_code(error: HiDreamError) -> int:
-    """The exit code that the command's help promises for an error."""
-    match error:
-        case InvalidArgumentError():
-            return EXIT_INVALID
-        case UnavailableError() | ResourceExhaustedError() | NotServingError():
-            return EXIT_UNAVAILABLE
-        case _:
-            return EXIT_FAILED
-
-
-def error_lines(error: HiDreamError, address: str) -> list[str]:
-    """What the command says of an error: a line for each bad argument, or one line."""
-    if isinstance(error, InvalidArgumentError) and error.violations:
-        return [
-            f"{_ARGUMENTS.get(violation.field, 'the request')} ({violation.field}): {violation.description}"
-            for violation in error.violations
-        ]
-    line = f"{address}: {error}"
-    if isinstance(error, InternalError) and error.error_id not in str(error):
-        line += f" (error id {error.error_id})"
-    if isinstance(error, ServerError) and error.retry_after_seconds is not None:
-        line += f"; try again in {error.retry_after_seconds:g} s"
-    return [line]
-
-
-def _file_format(out: str | None, file_format: ImageFileFormat | None) -> ImageFileFormat:
-    if out is None or out.endswith("/") or Path(out).is_dir() or not Path(out).suffix:
-        return file_format or ImageFileFormat.PNG
-    named = format_of_suffix(Path(out).suffix)
-    if named is None and file_format is None:
-        known = ", ".join(ImageFileFormat)
-        raise typer.BadParameter(f"{out!r} names none of {known}; say --format", param_hint="--out")
-    if named and file_format and named is not file_format:
-        raise typer.BadParameter(f"{out!r} is no name of a {file_format} file", param_hint="--out")
-    return named or file_format or ImageFileFormat.PNG
-
-
-def _output_pattern(out: str | None, file_format: ImageFileFormat) -> OutputPattern:
-    try:
-        return OutputPattern.from_option(out, file_format.suffix)
-    except NotADirectoryError as error:
-        raise typer.BadParameter(str(error), param_hint="--out") from error
+for name, command in job_commands.COMMANDS.items():
+    app.command(name)(command)
 
 
 def main() -> None:

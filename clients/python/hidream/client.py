@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
-from typing import Self, Unpack
+from collections.abc import Generator, Iterable, Mapping
+from pathlib import Path
+from typing import Self, TypeVar, Unpack
 
 import grpc
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from hidream.connection import DEFAULT_ADDRESS, SERVICE_NAME, Tls, call_metadata, channel_options
+from hidream.downloads import Download
 from hidream.errors import translated_errors
 from hidream.events import Event, EventReader, ImageFinished
 from hidream.health import HealthStatus, ServingWait, health_request, health_status
 from hidream.images import Image
-from hidream.requests import GenerateOptions, generate_request
-from hidream.v1 import image_gen_pb2, server_info_pb2
+from hidream.reconnecting import DEFAULT_POLICY, ReconnectPolicy, ResumableStream
+from hidream.requests import (
+    NO_LABELS,
+    GenerateOptions,
+    JobStateName,
+    SubmitOptions,
+    generate_request,
+    list_request,
+    submit_request,
+    watch_jobs_request,
+)
+from hidream.v1 import image_gen_pb2, image_pb2, job_pb2, server_info_pb2
 from hidream.v1.image_gen_pb2_grpc import ImageGenStub
+from hidream.watching import AllJobsWatch, JobChange, JobWatch
+
+_RequestT = TypeVar("_RequestT")
+_ResponseT = TypeVar("_ResponseT")
+_ItemT = TypeVar("_ItemT")
 
 
 class Client:
@@ -92,6 +109,157 @@ class Client:
         events = self.generate(prompt, timeout_seconds=timeout_seconds, **options)
         images = [event.image for event in events if isinstance(event, ImageFinished)]
         return sorted(images, key=lambda image: image.index)
+
+    def submit(
+        self, prompt: str, *, timeout_seconds: float | None = None, **options: Unpack[SubmitOptions]
+    ) -> job_pb2.Job:
+        """Queue a job and return it at once. What was returned survives a restart of the server."""
+        request = submit_request(prompt, **options)
+        with translated_errors():
+            return self._image_gen.SubmitJob(request, timeout=timeout_seconds, metadata=self._metadata)
+
+    def batch(
+        self,
+        requests: Iterable[image_gen_pb2.SubmitJobRequest],
+        *,
+        timeout_seconds: float | None = None,
+    ) -> list[job_pb2.Job]:
+        """Queue many jobs, all or none, and return them in the order of the requests.
+
+        Args:
+            requests: made by `hidream.requests.submit_request`.
+            timeout_seconds: as everywhere.
+
+        Raises:
+            InvalidArgumentError: the fields of its violations begin with `requests[i].`.
+        """
+        request = image_gen_pb2.BatchSubmitJobsRequest(requests=requests)
+        with translated_errors():
+            answer = self._image_gen.BatchSubmitJobs(
+                request, timeout=timeout_seconds, metadata=self._metadata
+            )
+        return list(answer.jobs)
+
+    def status(self, job_id: str, *, timeout_seconds: float | None = None) -> job_pb2.Job:
+        """A job as it is now."""
+        request = image_gen_pb2.GetJobRequest(job_id=job_id)
+        with translated_errors():
+            return self._image_gen.GetJob(request, timeout=timeout_seconds, metadata=self._metadata)
+
+    def list_page(
+        self,
+        *,
+        states: Iterable[JobStateName] = (),
+        labels: Mapping[str, str] = NO_LABELS,
+        page_size: int = 0,
+        page_token: str = "",
+        timeout_seconds: float | None = None,
+    ) -> image_gen_pb2.ListJobsResponse:
+        """One page of the caller's jobs, newest first.
+
+        Args:
+            states: only jobs in one of these; empty is all.
+            labels: only jobs that carry all of these, with these values.
+            page_size: 0 is the server's default.
+            page_token: `next_page_token` of the page before.
+            timeout_seconds: as everywhere.
+        """
+        request = list_request(states, labels, page_size, page_token)
+        with translated_errors():
+            return self._image_gen.ListJobs(request, timeout=timeout_seconds, metadata=self._metadata)
+
+    def list_jobs(
+        self, *, states: Iterable[JobStateName] = (), labels: Mapping[str, str] = NO_LABELS
+    ) -> Generator[job_pb2.Job]:
+        """All of the caller's jobs that match, newest first, fetched a page at a time as they are read."""
+        states = tuple(states)
+        page = self.list_page(states=states, labels=labels)
+        yield from page.jobs
+        while page.next_page_token:
+            page = self.list_page(states=states, labels=labels, page_token=page.next_page_token)
+            yield from page.jobs
+
+    def watch(self, job_id: str, policy: ReconnectPolicy = DEFAULT_POLICY) -> Generator[Event]:
+        """Follow a job to its end: the same events as `generate`, from its current state on.
+
+        When the connection is lost, or the server restarts, it goes on behind the last event:
+        nothing is missed that matters, and nothing comes twice. Leaving it does not touch the job.
+
+        Raises:
+            ServerError: there is no such job, it failed or was cancelled, or no server answered for
+                `policy.reconnect_seconds`.
+            StreamError: the images did not arrive as they were sent.
+        """
+        return self._resuming(self._image_gen.WatchJob, JobWatch(job_id, policy))
+
+    def watch_all(
+        self,
+        *,
+        states: Iterable[JobStateName] = (),
+        labels: Mapping[str, str] = NO_LABELS,
+        policy: ReconnectPolicy = DEFAULT_POLICY,
+    ) -> Generator[JobChange]:
+        """Every change of state of the caller's jobs, those that match now first; it does not end.
+
+        Args:
+            states: only jobs in one of these, and those that leave them; empty is all.
+            labels: only jobs that carry all of these, with these values.
+            policy: what to do when the connection is lost.
+        """
+        request = watch_jobs_request(states, labels)
+        return self._resuming(self._image_gen.WatchJobs, AllJobsWatch(request, policy))
+
+    def cancel(self, job_id: str, *, timeout_seconds: float | None = None) -> job_pb2.Job:
+        """Stop a job at its next step, and return it as it is then; one that has ended stays as it is."""
+        request = image_gen_pb2.CancelJobRequest(job_id=job_id)
+        with translated_errors():
+            return self._image_gen.CancelJob(request, timeout=timeout_seconds, metadata=self._metadata)
+
+    def delete(self, job_id: str, *, timeout_seconds: float | None = None) -> None:
+        """Delete a job that has ended, and its images; FailedPreconditionError if it has not."""
+        request = image_gen_pb2.DeleteJobRequest(job_id=job_id)
+        with translated_errors():
+            self._image_gen.DeleteJob(request, timeout=timeout_seconds, metadata=self._metadata)
+
+    def download(
+        self, job_id: str, path: Path, image_index: int = 0, policy: ReconnectPolicy = DEFAULT_POLICY
+    ) -> image_pb2.ImageInfo:
+        """Write one finished image into a file, which appears whole or not at all.
+
+        What arrived before the connection was lost, or the process ended, is kept beside the file
+        and not asked for again. The SHA-256 is checked at the end.
+
+        Raises:
+            ServerError: there is no such image, it is not finished (FailedPreconditionError), or no
+                server answered for `policy.reconnect_seconds`.
+            StreamError: the bytes are not those announced.
+            OSError: the file cannot be written.
+        """
+        job = self.status(job_id, timeout_seconds=policy.timeout_seconds)
+        with Download(job, image_index, path, policy) as download:
+            for _ in self._resuming(self._image_gen.DownloadImage, download):
+                pass
+            return download.save()
+
+    def _resuming(
+        self,
+        method: grpc.UnaryStreamMultiCallable[_RequestT, _ResponseT],
+        stream: ResumableStream[_RequestT, _ResponseT, _ItemT],
+    ) -> Generator[_ItemT]:
+        while not stream.is_over:
+            call = method(stream.request(), timeout=stream.timeout_seconds(), metadata=self._metadata)
+            try:
+                for response in call:
+                    stream.answered()
+                    item = stream.read(response)
+                    if item is not None:
+                        yield item
+                stream.ended()
+            except grpc.RpcError as error:
+                if not stream.is_over:
+                    time.sleep(stream.retry_delay_seconds(error))
+            finally:
+                call.cancel()
 
     def info(self, *, timeout_seconds: float | None = None) -> server_info_pb2.ServerInfo:
         """Describe the server: model, devices, load, versions, defaults and every limit."""

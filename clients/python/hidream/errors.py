@@ -142,7 +142,10 @@ class ResourceExhaustedError(ServerError):
 
 
 class QueueFullError(ResourceExhaustedError):
-    """The queue is full, or too many streams are open. Nothing was accepted: try again later."""
+    """The queue is full, too many streams are open, or this caller's share is used up.
+
+    Nothing was accepted: try again later.
+    """
 
 
 class UnavailableError(ServerError):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hidream.images import Image
 from hidream.requests import OutputFormat
+from hidream.v1 import image_pb2
 
 DEFAULT_NAME = "hidream_{seed}"
 
@@ -92,7 +93,7 @@ class OutputPattern:
             raise NotADirectoryError(f"{path.parent}: no such folder")
         return cls(path)
 
-    def path_of(self, image: Image, num_images: int) -> Path:
+    def path_of(self, image: Image | image_pb2.ImageInfo, num_images: int) -> Path:
         """Where one picture of several goes."""
         stem, suffix = self.pattern.stem, self.pattern.suffix
         if num_images > 1 and "{seed}" not in stem and "{index}" not in stem:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, TypedDict, Unpack
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
+
+from google.protobuf.message import Message
 
 from hidream.errors import FieldViolation, InvalidArgumentError
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
 
 OutputFormat = Literal["PNG", "JPEG", "WEBP"]
 Priority = Literal["LOW", "NORMAL", "HIGH"]
+JobStateName = Literal["QUEUED", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLED"]
+
+NO_LABELS: Mapping[str, str] = {}
+
+_RequestT = TypeVar("_RequestT", bound=Message)
 
 
-class GenerateOptions(TypedDict, total=False):
-    """What `generate` and `draw` take besides the prompt; absent and None mean the server's default.
+class SubmitOptions(TypedDict, total=False):
+    """What `submit` takes besides the prompt; absent and None mean the server's default.
 
     Ranges and defaults are the server's (`info().limits`, `info().defaults`); what each means in
     full stands in `protos/hidream/v1/image.proto`.
@@ -29,7 +36,6 @@ class GenerateOptions(TypedDict, total=False):
         quality: of JPEG and WebP, 1 to 100.
         request_id: a name for this request, so that a retry does not draw twice.
         preview: also send a small picture after each step.
-        detached: let the job go on when the call ends early.
         priority: which jobs go first when several wait.
         labels: free labels, to find the job again.
     """
@@ -45,13 +51,22 @@ class GenerateOptions(TypedDict, total=False):
     quality: int | None
     request_id: str | None
     preview: bool | None
-    detached: bool | None
     priority: Priority | None
     labels: Mapping[str, str] | None
 
 
+class GenerateOptions(SubmitOptions, total=False):
+    """What `generate` and `draw` take besides the prompt.
+
+    Attributes:
+        detached: let the job go on when the call ends early.
+    """
+
+    detached: bool | None
+
+
 def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> image_gen_pb2.GenerateRequest:
-    """The request for these arguments.
+    """The request of `generate` for these arguments.
 
     Only what cannot be written into the message is refused here (a number of 65 bits, an unknown
     format, text that is no UTF-8); every limit is the server's to check.
@@ -60,16 +75,42 @@ def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> image_g
         InvalidArgumentError: names every such argument.
         TypeError: there is no such argument.
     """
-    request = image_gen_pb2.GenerateRequest(spec=image_pb2.ImageSpec())
+    return _filled(image_gen_pb2.GenerateRequest(), {"prompt": prompt, **options})
+
+
+def submit_request(prompt: str, **options: Unpack[SubmitOptions]) -> image_gen_pb2.SubmitJobRequest:
+    """The request of `submit`, and one of `batch`; raises what `generate_request` does."""
+    return _filled(image_gen_pb2.SubmitJobRequest(), {"prompt": prompt, **options})
+
+
+def list_request(
+    states: Iterable[JobStateName], labels: Mapping[str, str], page_size: int, page_token: str
+) -> image_gen_pb2.ListJobsRequest:
+    """The request for one page of `list_jobs`; raises InvalidArgumentError as `generate_request` does."""
+    fields = {"states": states, "labels": labels, "page_size": page_size, "page_token": page_token}
+    return _filled(image_gen_pb2.ListJobsRequest(), fields)
+
+
+def watch_jobs_request(
+    states: Iterable[JobStateName], labels: Mapping[str, str]
+) -> image_gen_pb2.WatchJobsRequest:
+    """The request of `watch_all`; raises InvalidArgumentError as `generate_request` does."""
+    return _filled(image_gen_pb2.WatchJobsRequest(), {"states": states, "labels": labels})
+
+
+def _filled(request: _RequestT, arguments: Mapping[str, Any]) -> _RequestT:
+    own_fields = request.DESCRIPTOR.fields_by_name
     violations = []
-    for name, value in {"prompt": prompt, **options}.items():
+    if "spec" in own_fields:
+        request.spec.SetInParent()  # type: ignore[attr-defined]
+    for name, value in arguments.items():
         if value is None:
             continue
-        is_of_spec = name in image_pb2.ImageSpec.DESCRIPTOR.fields_by_name
-        if not is_of_spec and name not in image_gen_pb2.GenerateRequest.DESCRIPTOR.fields_by_name:
+        is_of_spec = "spec" in own_fields and name in image_pb2.ImageSpec.DESCRIPTOR.fields_by_name
+        if not is_of_spec and (name not in own_fields or name == "spec"):
             raise TypeError(f"unexpected keyword argument {name!r}")
         try:
-            _set(request.spec if is_of_spec else request, name, value)
+            _set(request.spec if is_of_spec else request, name, value)  # type: ignore[attr-defined]
         except (TypeError, ValueError) as error:
             violations.append(FieldViolation(f"spec.{name}" if is_of_spec else name, str(error)))
     if violations:
@@ -77,13 +118,15 @@ def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> image_g
     return request
 
 
-def _set(message: image_pb2.ImageSpec | image_gen_pb2.GenerateRequest, name: str, value: Any) -> None:
+def _set(message: Any, name: str, value: Any) -> None:
     match name:
         case "labels":
-            message.labels.update(value)  # type: ignore[union-attr]
+            message.labels.update(value)
+        case "states":
+            message.states.extend(job_pb2.JobState.Value(f"JOB_STATE_{state}") for state in value)
         case "output_format":
-            message.output_format = image_pb2.OutputFormat.Value(f"OUTPUT_FORMAT_{value}")  # type: ignore
+            message.output_format = image_pb2.OutputFormat.Value(f"OUTPUT_FORMAT_{value}")
         case "priority":
-            message.priority = job_pb2.Priority.Value(f"PRIORITY_{value}")  # type: ignore
+            message.priority = job_pb2.Priority.Value(f"PRIORITY_{value}")
         case _:
             setattr(message, name, value)

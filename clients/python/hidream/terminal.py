@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Self
 
 from tqdm import tqdm
 
+from hidream.errors import ServerError
 from hidream.events import Event, ImageFinished, Progress, Queued, Restarted, Started, Succeeded
 from hidream.v1 import server_info_pb2
 
@@ -63,12 +64,19 @@ class ProgressBar:
             case Succeeded():
                 self._describe("done")
 
+    def show_connection_lost(self, error: ServerError) -> None:
+        """Say that the events have stopped for a while; the next one goes on where they did."""
+        self._describe("connection lost, trying again")
+
     def _show_step(self, progress: Progress) -> None:
         postfix = f"{format_seconds(progress.step_seconds)} a step"
         if progress.estimated_remaining_seconds:
             postfix += f", {format_seconds(progress.estimated_remaining_seconds)} left"
         self._bar.n = progress.step
         self._bar.total = progress.total_steps
+        # Who joins late, or comes back, sees a step first.
+        self._bar.bar_format = _BAR_FORMAT
+        self._bar.set_description_str("drawing", refresh=False)
         self._bar.set_postfix_str(postfix)
 
     def _say(self, line: str) -> None:
@@ -100,11 +108,16 @@ def summary_line(succeeded: Succeeded) -> str:
     )
 
 
-def info_table(info: server_info_pb2.ServerInfo) -> str:
-    """The server, one fact a line."""
-    rows = [row for row in _info_rows(info) if row[1]]
+def table(rows: Iterable[tuple[str, str]]) -> str:
+    """One fact a line; those without a value are left out."""
+    rows = [row for row in rows if row[1]]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def info_table(info: server_info_pb2.ServerInfo) -> str:
+    """The server, one fact a line."""
+    return table(_info_rows(info))
 
 
 def _info_rows(info: server_info_pb2.ServerInfo) -> Iterator[tuple[str, str]]:

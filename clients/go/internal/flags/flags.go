@@ -1,0 +1,34 @@
+// Package flags holds the flags that the example commands share.
+package flags
+
+import (
+	"flag"
+	"fmt"
+	"strconv"
+
+	hidreamv1 "github.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1"
+)
+
+// Spec adds the flags of a picture to a set, and returns what they fill in when it is parsed.
+func Spec(set *flag.FlagSet) *hidreamv1.ImageSpec {
+	spec := &hidreamv1.ImageSpec{}
+	set.StringVar(&spec.Prompt, "prompt", "", "what to draw")
+	set.Func("seed", "of the picture (default: the server picks one)", optional(&spec.Seed))
+	set.Func("width", "in pixels (default: the server's)", optional(&spec.Width))
+	set.Func("height", "in pixels (default: the server's)", optional(&spec.Height))
+	set.Func("steps", "denoising steps (default: the server's)", optional(&spec.NumInferenceSteps))
+	return spec
+}
+
+// optional makes a flag of a field that stays absent when the flag does.
+func optional[T int32 | int64](field **T) func(string) error {
+	return func(text string) error {
+		number, err := strconv.ParseInt(text, 10, 64)
+		value := T(number)
+		if err != nil || int64(value) != number {
+			return fmt.Errorf("not a whole number that fits")
+		}
+		*field = &value
+		return nil
+	}
+}

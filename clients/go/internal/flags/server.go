@@ -1,0 +1,57 @@
+package flags
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"flag"
+	"fmt"
+	"os"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/hidream-grpc/hidream-grpc/clients/go/hidream"
+)
+
+// Server is which server to call, and how.
+type Server struct {
+	address string
+	isTLS   bool
+	caFile  string
+}
+
+// ServerOf adds the flags of a server to a set, and returns what they fill in when it is parsed.
+func ServerOf(set *flag.FlagSet) *Server {
+	server := &Server{}
+	set.StringVar(&server.address, "address", "localhost:8088", "host:port of the server")
+	set.BoolVar(&server.isTLS, "tls", false, "encrypt the connection")
+	set.StringVar(&server.caFile, "ca-file", "", "PEM file of who vouches for the server (implies -tls)")
+	return server
+}
+
+// Connect makes a connection, with the bearer token of HIDREAM_TOKEN where it is set: not of a flag,
+// since other users of the machine see the command lines of all.
+func (server *Server) Connect() (*grpc.ClientConn, error) {
+	transport := insecure.NewCredentials()
+	if server.isTLS || server.caFile != "" {
+		// Without roots of ours, those of the system.
+		config := &tls.Config{}
+		if server.caFile != "" {
+			pem, err := os.ReadFile(server.caFile)
+			if err != nil {
+				return nil, err
+			}
+			config.RootCAs = x509.NewCertPool()
+			if !config.RootCAs.AppendCertsFromPEM(pem) {
+				return nil, fmt.Errorf("%s holds no certificate", server.caFile)
+			}
+		}
+		transport = credentials.NewTLS(config)
+	}
+	options := []grpc.DialOption{grpc.WithTransportCredentials(transport)}
+	if token := os.Getenv("HIDREAM_TOKEN"); token != "" {
+		options = append(options, grpc.WithPerRPCCredentials(hidream.BearerToken(token)))
+	}
+	return grpc.NewClient(server.address, options...)
+}

@@ -1,0 +1,69 @@
+"""Where the pictures of a command go, and how they get there while the job is followed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from hidream.events import Event, ImageFinished, Preview, Started, Succeeded
+from hidream.files import ImageFileFormat, OutputPattern, format_of_suffix, write_atomically
+from hidream.terminal import summary_line
+
+
+class SavedPictures:
+    """Writes the pictures of one job as they are finished."""
+
+    def __init__(self, pattern: OutputPattern, num_images: int, seed: int = 0) -> None:
+        """Nothing is written yet.
+
+        Args:
+            pattern: where the pictures go.
+            num_images: how many there will be.
+            seed: of the first; `Started` tells it where it is not known before.
+        """
+        self._pattern = pattern
+        self._num_images = num_images
+        self._seed = seed
+        self._paths: dict[int, Path] = {}
+        self.summary = ""
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files, by the index of their pictures: those come in the order in which they are finished."""
+        return [self._paths[index] for index in sorted(self._paths)]
+
+    def take(self, event: Event) -> None:
+        """Take the next event."""
+        match event:
+            case Started():
+                self._seed = event.spec.seed
+            case Preview():
+                write_atomically(self._pattern.preview_path(self._seed), event.data)
+            case ImageFinished():
+                path = self._pattern.path_of(event.image, self._num_images)
+                write_atomically(path, event.image.data)
+                self._paths[event.image.index] = path
+            case Succeeded():
+                self.summary = summary_line(event)
+
+
+def picked_format(out: str | None, file_format: ImageFileFormat | None) -> ImageFileFormat:
+    """The format that `--out` and `--format` agree on; BadParameter where they do not."""
+    if out is None or out.endswith("/") or Path(out).is_dir() or not Path(out).suffix:
+        return file_format or ImageFileFormat.PNG
+    named = format_of_suffix(Path(out).suffix)
+    if named is None and file_format is None:
+        known = ", ".join(ImageFileFormat)
+        raise typer.BadParameter(f"{out!r} names none of {known}; say --format", param_hint="--out")
+    if named and file_format and named is not file_format:
+        raise typer.BadParameter(f"{out!r} is no name of a {file_format} file", param_hint="--out")
+    return named or file_format or ImageFileFormat.PNG
+
+
+def output_pattern(out: str | None, file_format: ImageFileFormat) -> OutputPattern:
+    """What `--out` means; BadParameter where its folder does not exist."""
+    try:
+        return OutputPattern.from_option(out, file_format.suffix)
+    except NotADirectoryError as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from error

@@ -1,0 +1,106 @@
+"""Streams that go on where they broke off, whatever the transport: when to call again, and with what."""
+
+from __future__ import annotations
+
+import random
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import grpc
+
+from hidream.errors import QueueFullError, ServerError, UnavailableError, error_from_call
+
+DEFAULT_RECONNECT_SECONDS = 300.0
+_FIRST_DELAY_SECONDS = 0.1
+_MAX_DELAY_SECONDS = 5.0
+
+_RequestT = TypeVar("_RequestT")
+_ResponseT = TypeVar("_ResponseT")
+_ItemT = TypeVar("_ItemT")
+
+
+@dataclass(frozen=True, slots=True)
+class ReconnectPolicy:
+    """What a stream does when its connection is lost.
+
+    Attributes:
+        timeout_seconds: of the whole, from its start, however often it reconnects; None is none.
+        reconnect_seconds: it gives up when it gets no answer for this long. 0 gives up at once.
+        on_connection_lost: called with the error each time, before the next attempt.
+    """
+
+    timeout_seconds: float | None = None
+    reconnect_seconds: float = DEFAULT_RECONNECT_SECONDS
+    on_connection_lost: Callable[[ServerError], None] | None = None
+
+
+DEFAULT_POLICY = ReconnectPolicy()
+
+
+class ResumableStream(ABC, Generic[_RequestT, _ResponseT, _ItemT]):
+    """One stream over any number of calls.
+
+    Each call starts after what the one before has brought. A server that does not even answer the
+    first call is an error at once: it may be the wrong address.
+    """
+
+    def __init__(self, policy: ReconnectPolicy) -> None:
+        self._policy = policy
+        self._start_seconds = time.monotonic()
+        self._is_connected = False
+        self._lost_seconds: float | None = None
+        self._delay_seconds = _FIRST_DELAY_SECONDS
+
+    @property
+    @abstractmethod
+    def is_over(self) -> bool:
+        """Whether nothing more is to come."""
+
+    @abstractmethod
+    def request(self) -> _RequestT:
+        """The request of the next call."""
+
+    @abstractmethod
+    def read(self, response: _ResponseT) -> _ItemT | None:
+        """Take the next response; what it brings to the caller, if anything."""
+
+    @abstractmethod
+    def ended(self) -> None:
+        """Say that a call has ended with OK; raises StreamError where that is too early."""
+
+    def timeout_seconds(self) -> float | None:
+        """The deadline of the next call."""
+        timeout_seconds = self._policy.timeout_seconds
+        if timeout_seconds is None:
+            return None
+        return max(0.0, timeout_seconds - (time.monotonic() - self._start_seconds))
+
+    def answered(self) -> None:
+        """Say that a response has come: the connection stands."""
+        self._is_connected = True
+        self._lost_seconds = None
+        self._delay_seconds = _FIRST_DELAY_SECONDS
+
+    def retry_delay_seconds(self, call: grpc.RpcError) -> float:
+        """Take the error that ended a call, and give how long to wait before the next.
+
+        Raises:
+            ServerError: another call would end in the same way, or no answer came for too long.
+        """
+        error = error_from_call(call)
+        now_seconds = time.monotonic()
+        if self._lost_seconds is None:
+            self._lost_seconds = now_seconds
+        left_seconds = self._policy.reconnect_seconds - (now_seconds - self._lost_seconds)
+        is_passing = isinstance(error, UnavailableError | QueueFullError)
+        if not is_passing or not self._is_connected or left_seconds <= 0:
+            raise error from call
+        if self._policy.on_connection_lost:
+            self._policy.on_connection_lost(error)
+        # Spread, or all who lost one server come back in the same moment.
+        delay_seconds = self._delay_seconds * random.uniform(0.5, 1.0)
+        self._delay_seconds = min(2 * self._delay_seconds, _MAX_DELAY_SECONDS)
+        return min(max(delay_seconds, error.retry_after_seconds or 0.0), left_seconds)

@@ -1,0 +1,91 @@
+"""Watching one job, or all of them, through any number of connections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from hidream.errors import StreamError
+from hidream.events import Event, EventReader, Succeeded
+from hidream.reconnecting import ReconnectPolicy, ResumableStream
+from hidream.v1 import image_gen_pb2, job_pb2
+
+
+class JobWatch(ResumableStream[image_gen_pb2.WatchJobRequest, image_gen_pb2.WatchJobResponse, Event]):
+    """The events of one job; a connection that is lost costs none and repeats none."""
+
+    def __init__(self, job_id: str, policy: ReconnectPolicy) -> None:
+        super().__init__(policy)
+        self._job_id = job_id
+        self._reader = EventReader()
+        self._last_sequence = 0
+        self._has_succeeded = False
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job has succeeded; any other end raises."""
+        return self._has_succeeded
+
+    def request(self) -> image_gen_pb2.WatchJobRequest:
+        """For what comes behind the last event."""
+        return image_gen_pb2.WatchJobRequest(job_id=self._job_id, after_sequence=self._last_sequence)
+
+    def read(self, response: image_gen_pb2.WatchJobResponse) -> Event | None:
+        """The event of one response."""
+        event = self._reader.read(response.job_id, response.event)
+        self._last_sequence = response.event.sequence
+        self._has_succeeded = isinstance(event, Succeeded)
+        return event
+
+    def ended(self) -> None:
+        """Raises StreamError when the job has not ended."""
+        self._reader.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class JobChange:
+    """A job as it is after a change of its state.
+
+    Attributes:
+        job: the job.
+        time: when the change happened, by the server's clock.
+    """
+
+    job: job_pb2.Job
+    time: datetime
+
+
+class AllJobsWatch(
+    ResumableStream[image_gen_pb2.WatchJobsRequest, image_gen_pb2.WatchJobsResponse, JobChange]
+):
+    """The changes of all jobs, without end.
+
+    Every connection begins with the jobs that match then; those that were told of before, in the
+    same state, are left out.
+    """
+
+    def __init__(self, request: image_gen_pb2.WatchJobsRequest, policy: ReconnectPolicy) -> None:
+        super().__init__(policy)
+        self._request = request
+        self._states: dict[str, job_pb2.JobState.ValueType] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Never."""
+        return False
+
+    def request(self) -> image_gen_pb2.WatchJobsRequest:
+        """Always the same: there is no place to go on from."""
+        return self._request
+
+    def read(self, response: image_gen_pb2.WatchJobsResponse) -> JobChange | None:
+        """The change, if it is one."""
+        job = response.job
+        if self._states.get(job.job_id) == job.state:
+            return None
+        self._states[job.job_id] = job.state
+        return JobChange(job, response.change_time.ToDatetime(tzinfo=UTC))
+
+    def ended(self) -> None:
+        """Raises StreamError: only the caller ends it."""
+        raise StreamError("the stream of changes ended")

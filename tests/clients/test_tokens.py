@@ -1,0 +1,100 @@
+"""Every client brings its token to a server that asks for one, on loopback without encryption."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hidream.aio import AsyncClient
+from hidream.client import Client
+from hidream.errors import UnauthenticatedError
+from hidream.health import HealthStatus
+from tests.clients.conftest import GoTools
+from tests.live_server import LiveServer, running_server
+
+# The first run builds the Go programs.
+pytestmark = pytest.mark.timeout(900)
+
+TOKEN = "token-of-alice-0123456789"
+HIDREAM = Path(sys.executable).parent / "hidream"
+PROMPT = "a red circle on a blue background"
+
+
+@pytest.fixture(scope="module")
+def guarded_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    path = tmp_path_factory.mktemp("secret") / "tokens"
+    path.write_text(f"alice {TOKEN}\n", encoding="utf-8")
+    with running_server("--tokens-file", str(path)) as server:
+        yield server
+    assert TOKEN not in server.log
+
+
+def run(*command: str | Path, token: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "HIDREAM_TOKEN"}
+    if token is not None:
+        environment["HIDREAM_TOKEN"] = token
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+async def test_both_python_clients_bring_their_token(guarded_server: LiveServer) -> None:
+    with Client(guarded_server.address, token=TOKEN) as client:
+        assert client.info().limits.max_queued_jobs > 0
+    async with AsyncClient(guarded_server.address, token=TOKEN) as async_client:
+        assert (await async_client.info()).limits.max_queued_jobs > 0
+
+
+@pytest.mark.parametrize("token", [None, "another-token-0123456789"], ids=["none", "wrong"])
+async def test_a_python_client_without_the_token_is_told_so_and_sees_the_health(
+    token: str | None, guarded_server: LiveServer
+) -> None:
+    with Client(guarded_server.address, token=token) as client:
+        with pytest.raises(UnauthenticatedError):
+            client.info()
+        assert client.health() is HealthStatus.SERVING
+    async with AsyncClient(guarded_server.address, token=token) as async_client:
+        with pytest.raises(UnauthenticatedError):
+            await async_client.info()
+
+
+def test_the_hidream_command_takes_the_token_from_its_flag_or_variable(guarded_server: LiveServer) -> None:
+    command = (HIDREAM, "info", "--address", guarded_server.address)
+    for called in (run(*command, "--token", TOKEN), run(*command, token=TOKEN)):
+        assert called.returncode == 0, called.stderr
+    refused = run(*command)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == f"hidream: {guarded_server.address}: authorization: Bearer <token> is required\n"
+
+
+def test_grpcurl_brings_the_token_as_a_header_and_lists_services_without(
+    guarded_server: LiveServer, go_tools: GoTools
+) -> None:
+    grpcurl, method = (go_tools.grpcurl, "-plaintext"), "hidream.v1.ImageGen/GetServerInfo"
+    header = ("-H", f"authorization: Bearer {TOKEN}")
+    assert run(*grpcurl, *header, guarded_server.address, method).returncode == 0
+    refused = run(*grpcurl, guarded_server.address, method)
+    assert refused.returncode != 0
+    assert "Unauthenticated" in refused.stderr
+    assert "TOKEN_MISSING" in refused.stderr
+    assert "hidream.v1.ImageGen" in run(*grpcurl, guarded_server.address, "list").stdout
+
+
+def test_the_go_program_takes_the_token_from_its_variable(
+    guarded_server: LiveServer, go_tools: GoTools, tmp_path: Path
+) -> None:
+    out = tmp_path / "picture.png"
+    command = (
+        *(go_tools.hidream_generate, "-address", guarded_server.address, "-prompt", PROMPT, "-out", out),
+        *("-width", "64", "-height", "64", "-steps", "1"),
+    )
+    refused = run(*command)
+    assert refused.returncode == 1
+    assert "Unauthenticated" in refused.stderr
+    assert not out.exists()
+    drawn = run(*command, token=TOKEN)
+    assert drawn.returncode == 0, drawn.stderr
+    assert out.exists()
