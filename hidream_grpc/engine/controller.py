@@ -36,7 +36,6 @@ from hidream_grpc.errors import (
     LossCause,
     OutOfDeviceMemoryError,
     RankDiedError,
-    RestartRequestedError,
 )
 
 logger = logging.getLogger(__name__)
@@ -297,8 +296,6 @@ class Controller:
         """Bring the group back, however long it takes, and let the running requests go on."""
         logger.warning("the rank group was lost: %s", loss)
         self._on_state(EngineState.RECOVERING)
-        if isinstance(loss, RestartRequestedError):
-            await self._keep_snapshots()
         if plan is not None and loss.cause is LossCause.OUT_OF_MEMORY:
             self._scheduler.lower_limit(plan.step_jobs)
             logger.warning("a step may hold %d pixels from now on", self._scheduler.max_step_pixels)
@@ -309,7 +306,7 @@ class Controller:
         self._admissions.forget_all()
         is_back = False
         while not is_back:
-            await bring_back(self._group, self._on_state)
+            await bring_back(self._group, self._on_state, self._keep_snapshots)
             try:
                 await self._resume(tuple(self._active), str(loss))
                 is_back = True

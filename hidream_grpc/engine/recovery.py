@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from hidream_grpc.engine.requests import EngineState
 from hidream_grpc.engine.running import Snapshot
@@ -16,12 +16,22 @@ logger = logging.getLogger(__name__)
 RECOVERY_PAUSE_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 
-async def bring_back(group: RankGroup, on_state: Callable[[EngineState], None]) -> None:
-    """Recover the group, however often it takes; between two tries the engine has failed."""
+async def bring_back(
+    group: RankGroup,
+    on_state: Callable[[EngineState], None],
+    keep_snapshots: Callable[[], Awaitable[None]],
+) -> None:
+    """Recover the group, however often it takes; between two tries the engine has failed.
+
+    Args:
+        group: to recover.
+        on_state: told of it.
+        keep_snapshots: called before ranks go that are still there, for a layout of other ranks.
+    """
     failures = 0
     while True:
         try:
-            replaced = await group.recover()
+            replaced = await group.recover(keep_snapshots)
         except RankDiedError as loss:
             reason = str(loss)
         else:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from hidream_grpc.engine.group_config import GroupConfig
 from hidream_grpc.engine.group_placement import GroupPlacement, Placement
@@ -31,6 +33,10 @@ DEVICE_PAUSE_SECONDS = 0.5
 
 SNAPSHOT_SECONDS = 30.0
 """A rank copies a few megabytes from its device in milliseconds; one that takes this long is passed over."""
+
+
+async def _keep_nothing() -> None:
+    """Where nobody has a request that goes on."""
 
 
 class RankGroup:
@@ -103,7 +109,7 @@ class RankGroup:
         """
         try:
             await self._processes.listen()
-            await self._bring_up()
+            await self._bring_up(_keep_nothing)
         except BaseException:
             await self.stop()
             raise
@@ -165,8 +171,12 @@ class RankGroup:
         self._processes.loss.set()
         return True
 
-    async def recover(self) -> tuple[int, ...]:
+    async def recover(self, keep_snapshots: Callable[[], Awaitable[None]] = _keep_nothing) -> tuple[int, ...]:
         """Replace who died and join the next generation; no rank remembers a request then.
+
+        Args:
+            keep_snapshots: called when survivors must go, for a layout of other ranks: the last moment for
+                `snapshot_of`.
 
         Returns:
             The ranks whose processes are new.
@@ -176,7 +186,7 @@ class RankGroup:
         """
         before = set(self.rank_pids)
         try:
-            await self._bring_up()
+            await self._bring_up(keep_snapshots)
         except (StartupError, OSError) as error:
             # OSError: the system has no process, memory or file descriptor to give just now.
             there = {rank.rank for rank in self._processes.ranks}
@@ -191,31 +201,39 @@ class RankGroup:
 
     # --- from a lost group, or none, to one that works ----------------------------------------------
 
-    async def _bring_up(self) -> None:
+    async def _bring_up(self, keep_snapshots: Callable[[], Awaitable[None]]) -> None:
         """Have a group on as many devices as work."""
         if self._full_layout_wanted:
+            await self._end_ranks(keep_snapshots)
             self._placement.reset()
-            await self._processes.end_ranks()
         self._full_layout_wanted = False
         while True:
             try:
                 await self._bring_up_here()
             except DeviceFailedError as failure:
-                is_left, why = self._placement.without(failure.ranks), failure.reason
-                await self._processes.end_ranks()
-                if not is_left:
+                await self._end_ranks(keep_snapshots)
+                if not self._placement.without(failure.ranks):
                     raise
+                why = failure.reason
             except CannotJoinError as failure:
-                is_left, why = self._placement.smaller(), failure.reason
-                await self._processes.end_ranks()
-                if not is_left:
+                await self._end_ranks(keep_snapshots)
+                if not self._placement.smaller():
                     raise
+                why = failure.reason
             else:
                 break
             idle = ", ".join(str(device) for device in self.placement.devices.idle_devices)
             logger.error("layout %s from now on, without devices %s: %s", self.placement.layout, idle, why)
         if self._full_layout_wanted:
             self._processes.loss.set()
+
+    async def _end_ranks(self, keep_snapshots: Callable[[], Awaitable[None]]) -> None:
+        """End those that are there: their weights are of another layout."""
+        if self._processes.ranks:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SNAPSHOT_SECONDS):
+                    await keep_snapshots()
+        await self._processes.end_ranks()
 
     async def _bring_up_here(self) -> None:
         """Start what is missing and join a new generation, again and again when ranks fail meanwhile."""

@@ -133,7 +133,9 @@ class Worker:
     def _leave(self) -> None:
         if self._runner is not None:
             self._runner.give_up()
-            self._lost_runner, self._runner = self._runner, None
+            # One that ran no plan has no states: they are still with the one before.
+            self._lost_runner = self._lost_runner or self._runner
+            self._runner = None
         leave_group(self._groups)
 
     def _join(self, command: JoinGroup) -> Joined:

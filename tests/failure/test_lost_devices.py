@@ -153,10 +153,10 @@ async def test_a_running_request_goes_on_with_fewer_devices_and_then_with_all_ag
 
         engine.submit("job", REQUEST, on_event)
         await engine.ended("job")
-        lost, asked = engine.events("job", RequestRestarted)
-        assert "fallen off" in lost.reason or "SIGKILL" in lost.reason
-        # The ranks that were asked to go handed over what they had.
-        assert asked.resumed_from_step == 15
+        restarts = engine.events("job", RequestRestarted)
+        # The ranks that had to go handed over what they had.
+        assert [restart.resumed_from_step for restart in restarts] == [5, 15]
+        assert engine.steps("job") == list(range(1, NUM_STEPS + 1))
         assert used(group) == (0, 1)
         assert len(engine.images("job")) == 1
 

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 NUM_RANKS = 3
 LONG_STEP = picture(width=256, height=256, num_images=4)
-MANY_SAMPLES = picture(width=256, height=256, num_images=24)
+MANY_SAMPLES = picture(width=256, height=256, num_images=64)
 HUGE_LATENTS = picture(width=2048, height=2048, num_images=64)
 
 
@@ -217,7 +217,8 @@ async def test_a_forward_that_fails_on_one_rank_breaks_the_group_and_no_process(
 ) -> None:
     pids = group.rank_pids
     await group.execute(plan(admissions=(admission("large", MANY_SAMPLES),)))
-    with little_memory(pids[1]), pytest.raises(RankDiedError):
+    # Little to spare: the allocator may still hold what an earlier step used.
+    with little_memory(pids[1], spare_bytes=8 * 1024 * 1024), pytest.raises(RankDiedError):
         await group.execute(plan(step_jobs=("large",)))
     assert await group.recover() == ()
     assert group.rank_pids == pids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import cast
@@ -75,7 +75,7 @@ class CountingRanks:
         await asyncio.Event().wait()
         raise AssertionError("no rank dies while nothing is to do")
 
-    async def recover(self) -> tuple[int, ...]:
+    async def recover(self, _keep_snapshots: Callable[[], Awaitable[None]]) -> tuple[int, ...]:
         self.jobs.clear()
         self.images.clear()
         return (0,)
