@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import psutil
+import pytest
 
 from hidream_grpc.devices.base import CPU
 from hidream_grpc.devices.detect import select_devices
@@ -92,8 +93,19 @@ def is_alive(pid: int) -> bool:
 
 
 @contextmanager
+def no_memory_kept() -> Iterator[None]:
+    """Ranks that are started inside give freed memory back at once, so that little memory is little.
+
+    Else glibc raises its threshold with every large block that is freed, and serves the next from its heap.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MALLOC_MMAP_THRESHOLD_", str(128 * 1024))
+        yield
+
+
+@contextmanager
 def little_memory(pid: int, spare_bytes: int = 32 * 1024 * 1024) -> Iterator[None]:
-    """Let a process allocate next to nothing more."""
+    """Let a process allocate next to nothing more; see `no_memory_kept`."""
     process = psutil.Process(pid)
     limits = process.rlimit(resource.RLIMIT_AS)
     process.rlimit(resource.RLIMIT_AS, (process.memory_info().vms + spare_bytes, limits[1]))

@@ -26,7 +26,16 @@ from hidream_grpc.model.demo import demo_checkpoint_path
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.vae import ImageDecoding
 from tests.autoencoders import latents_of
-from tests.rank_groups import admission, decode, draw, group_config, little_memory, picture, plan
+from tests.rank_groups import (
+    admission,
+    decode,
+    draw,
+    group_config,
+    little_memory,
+    no_memory_kept,
+    picture,
+    plan,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -53,10 +62,11 @@ def num_slices() -> int:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def group() -> AsyncIterator[RankGroup]:
     """Two ranks; each test leaves them without a request."""
-    group = RankGroup(group_config(2))
-    await group.start()
-    yield group
-    await group.stop()
+    with no_memory_kept():
+        group = RankGroup(group_config(2))
+        await group.start()
+        yield group
+        await group.stop()
 
 
 @pytest_asyncio.fixture(loop_scope="module")

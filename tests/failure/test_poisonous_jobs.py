@@ -15,7 +15,7 @@ from hidream_grpc.engine.requests import RequestFailed, RequestFinished, Request
 from hidream_grpc.engine.supervisor import RankGroup
 from hidream_grpc.errors import JobInternalError, OutOfDeviceMemoryError
 from tests.rank_engine import RankEngine, running_engine
-from tests.rank_groups import group_config, little_memory, picture
+from tests.rank_groups import group_config, little_memory, no_memory_kept, picture
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -47,8 +47,9 @@ async def group() -> PoisonedGroup:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(group: PoisonedGroup) -> AsyncIterator[RankEngine]:
-    async with running_engine(group) as engine:
-        yield engine
+    with no_memory_kept():
+        async with running_engine(group) as engine:
+            yield engine
 
 
 def error_of(engine: RankEngine, job_id: str) -> Exception:

@@ -28,6 +28,7 @@ from tests.rank_groups import (
     group_config,
     is_alive,
     little_memory,
+    no_memory_kept,
     picture,
     plan,
     until,
@@ -53,10 +54,11 @@ async def shared_group(log_file: Path) -> AsyncIterator[RankGroup]:
         timeouts=GroupTimeouts(load_seconds=120.0, init_seconds=1.0, join_seconds=8.0),
         log=LogConfig(level="INFO", format="json", file=log_file),
     )
-    group = RankGroup(config)
-    await group.start()
-    yield group
-    await group.stop()
+    with no_memory_kept():
+        group = RankGroup(config)
+        await group.start()
+        yield group
+        await group.stop()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -217,7 +219,6 @@ async def test_a_forward_that_fails_on_one_rank_breaks_the_group_and_no_process(
 ) -> None:
     pids = group.rank_pids
     await group.execute(plan(admissions=(admission("large", MANY_SAMPLES),)))
-    # Little to spare: the allocator may still hold what an earlier step used.
     with little_memory(pids[1], spare_bytes=8 * 1024 * 1024), pytest.raises(RankDiedError):
         await group.execute(plan(step_jobs=("large",)))
     assert await group.recover() == ()
