@@ -10,8 +10,6 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from hidream_grpc.model.parallel.layout import Layout
-from hidream_grpc.model.parallel.planner import parse_layout
 from tests.checkpoints import write_reshaped, write_tiny_checkpoint
 from tests.numerics.rank_worlds import Drawing, Drawn, RankWorlds
 from tests.numerics.test_layouts import CASES, LAYOUTS, SHAPES, largest_error, relative_error
@@ -29,9 +27,7 @@ def write_table(folder: Path, rank_worlds: RankWorlds) -> None:
 
     @cache
     def draw(shape: str, layout: str, dtype: str) -> list[Drawn]:
-        parsed = parse_layout(layout)
-        axes = {name: getattr(parsed, name) for name in Layout.__dataclass_fields__}
-        return rank_worlds.draw(Drawing(axes, str(checkpoint(shape)), CASES, dtype))
+        return rank_worlds.draw(Drawing(layout, str(checkpoint(shape)), CASES, dtype))
 
     columns = [f"{dtype} {what}" for dtype in DTYPES for what in ("forward", "latents")]
     sys.stdout.write(f"| checkpoint | layout | {' | '.join(columns)} |\n")

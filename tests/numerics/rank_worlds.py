@@ -26,7 +26,7 @@ from hidream_grpc.engine.processes import die_with_parent
 from hidream_grpc.engine.store_host import host_store
 from hidream_grpc.model.denoising import DenoisingState, StepBatch
 from hidream_grpc.model.parallel.groups import Axis, ParallelGroups
-from hidream_grpc.model.parallel.layout import Layout
+from hidream_grpc.model.parallel.planner import parse_layout
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.pipeline import HiDreamModel
 
@@ -47,11 +47,12 @@ class Case:
 class Drawing:
     """What every rank of a layout does: draw the cases with a checkpoint.
 
+    layout: as in `--layout`.
     dtype: of torch, by its name.
     left_out: a collective that is not done, by where it is called.
     """
 
-    layout: dict[str, int]
+    layout: str
     checkpoint: str
     cases: tuple[Case, ...]
     dtype: str = "float64"
@@ -97,7 +98,7 @@ class RankWorlds:
         self._process.stdin.flush()
         answer = self._process.stdout.readline().strip()
         assert answer == "done", (folder / "error").read_text() if (folder / "error").exists() else answer
-        num_ranks = Layout(**drawing.layout).world_size
+        num_ranks = parse_layout(drawing.layout).world_size
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)]
 
     def close(self) -> None:
@@ -130,7 +131,7 @@ def denoise_together(
 
 
 def _draw(drawing: dict[str, Any], rank: int, store_port: int) -> Drawn:
-    layout = Layout(**drawing["layout"])
+    layout = parse_layout(drawing["layout"])
     groups = ParallelGroups(layout, rank)
     device = CpuDevice()
     device.dtype = getattr(torch, drawing["dtype"])  # type: ignore[misc]
@@ -195,7 +196,7 @@ def _fork(child: Any) -> int:
 
 def _run(task: dict[str, Any]) -> str:
     folder, drawing = Path(task["folder"]), task["drawing"]
-    num_ranks = Layout(**drawing["layout"]).world_size
+    num_ranks = parse_layout(drawing["layout"]).world_size
     with socket.create_server(("127.0.0.1", 0)) as listener:
         store_port = listener.getsockname()[1]
         store_pid = _fork(lambda: host_store(listener))

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from hidream_grpc.model.parallel.layout import Layout
-from hidream_grpc.model.parallel.planner import parse_layout
 from tests.checkpoints import write_reshaped
 from tests.numerics.rank_worlds import Case, Drawing, Drawn, RankWorlds
 
@@ -100,9 +98,7 @@ def draw(rank_worlds: RankWorlds, tiny_checkpoint: Path) -> Draw:
     def draw(
         shape: str, layout: str, dtype: str = "float64", left_out: tuple[str, int] | None = None
     ) -> list[Drawn]:
-        parsed = parse_layout(layout)
-        axes = {name: getattr(parsed, name) for name in Layout.__dataclass_fields__}
-        return rank_worlds.draw(Drawing(axes, str(checkpoint(shape)), CASES, dtype, left_out))
+        return rank_worlds.draw(Drawing(layout, str(checkpoint(shape)), CASES, dtype, left_out))
 
     return draw
 
