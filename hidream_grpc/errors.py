@@ -24,6 +24,8 @@
     │   ├── NotServingError             starting, draining, or the devices are lost
     │   ├── ArtifactUnavailableError    images cannot be stored or read now
     │   ├── ImageNotFoundError          the job has no such image, or has it no longer
+    │   ├── ImageNotFinishedError       the job is still at the image
+    │   ├── OffsetOutOfRangeError       beyond the image's size
     │   ├── DeadlineExceededError       the caller's deadline passed before the job ended
     │   └── JobCancelledError           somebody cancelled the job
     ├── JobError                        a job that was accepted failed; the same table
@@ -262,6 +264,24 @@ class ImageNotFoundError(RequestError):
         super().__init__(f"image {index} of job {job_id} is not there")
         self.job_id = job_id
         self.index = index
+
+
+class ImageNotFinishedError(RequestError):
+    """The job is still at the image."""
+
+    def __init__(self, job_id: str, index: int) -> None:
+        super().__init__(f"image {index} of job {job_id} is not finished; watch the job")
+        self.job_id = job_id
+        self.index = index
+
+
+class OffsetOutOfRangeError(RequestError):
+    """The offset lies beyond the image's size."""
+
+    def __init__(self, offset: int, size_bytes: int) -> None:
+        super().__init__(f"offset must be 0 to {size_bytes}, is {offset}")
+        self.offset = offset
+        self.size_bytes = size_bytes
 
 
 class DeadlineExceededError(RequestError):

@@ -78,8 +78,15 @@ class Settings(BaseSettings):
     ] = None
     data_dir: Annotated[
         Path | None,
-        Field(description="where images are kept meanwhile; a temporary folder when absent"),
+        Field(description="folder of jobs and images; $XDG_DATA_HOME/hidream-grpc when absent"),
     ] = None
+    store: Annotated[
+        str | None,
+        Field(description="postgresql+asyncpg://… shared by replicas; SQLite in --data-dir when absent"),
+    ] = None
+    lease_seconds: Annotated[
+        float, Field(ge=1, le=3600, description="after so long without news another replica takes a job")
+    ] = 15.0
 
     artifacts: Annotated[
         str | None,

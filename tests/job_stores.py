@@ -86,6 +86,7 @@ def with_image(job: Job, size_bytes: int = 1000) -> Job:
         sha256=bytes(range(32)),
         first_sequence=job.last_sequence + 1,
         time=time.time(),
+        chunk_bytes=size_bytes or 1,
     )
     return replace(job.with_image(image, 0.25), last_sequence=job.last_sequence + 1)
 

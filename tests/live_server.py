@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -116,7 +117,15 @@ def running_server(*flags: str, wait: bool = True) -> Iterator[LiveServer]:
         flags: of `hidream-grpc serve`.
         wait: until it serves; otherwise only until it listens.
     """
-    command = [sys.executable, "-m", "hidream_grpc", "serve", "--listen", "127.0.0.1:0", *flags]
+    with tempfile.TemporaryDirectory(prefix="hidream-test-") as folder:
+        own_folder = () if "--data-dir" in flags else ("--data-dir", folder)
+        with _running_server("--listen", "127.0.0.1:0", *own_folder, *flags, wait=wait) as server:
+            yield server
+
+
+@contextmanager
+def _running_server(*flags: str, wait: bool) -> Iterator[LiveServer]:
+    command = [sys.executable, "-m", "hidream_grpc", "serve", *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     server = LiveServer(process)
     has_address = threading.Event()

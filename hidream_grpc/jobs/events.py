@@ -12,10 +12,20 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from hidream_grpc.errors import HiDreamError
-from hidream_grpc.jobs.job import CancelReason, Execution, Job, Progress, StoredImage
+from hidream_grpc.errors import HiDreamError, JobCancelledError
+from hidream_grpc.jobs.job import (
+    CancelReason,
+    Execution,
+    Job,
+    JobState,
+    Progress,
+    StoredImage,
+    claim_sequence,
+)
 from hidream_grpc.model.parameters import GenerationParameters
 
+FIRST_PLACE = 1
+"""In the queue: next."""
 MIN_NEWS_SECONDS = 1.0
 MIN_NEWS_SHARE = 0.25
 """An estimate that changes by less than both is not told again."""
@@ -119,78 +129,109 @@ class JobEvent:
         return isinstance(self.body, Succeeded | Failed | Cancelled)
 
 
-@dataclass(frozen=True, slots=True)
-class _StoredImageEvent:
-    """An image takes one sequence number for each of its parts, from first_sequence on."""
-
-    first_sequence: int
-    time: float
-    image: StoredImage
-    chunk_bytes: int
-
-    @property
-    def last_sequence(self) -> int:
-        return self.first_sequence + max(0, self.image.size_bytes - 1) // self.chunk_bytes
-
-    def part_after(self, sequence: int) -> JobEvent | None:
-        part_sequence = max(self.first_sequence, sequence + 1)
-        if part_sequence > self.last_sequence:
-            return None
-        offset = (part_sequence - self.first_sequence) * self.chunk_bytes
-        length = min(self.chunk_bytes, self.image.size_bytes - offset)
-        return JobEvent(part_sequence, self.time, ImagePart(self.image, offset, length))
-
-
-def _is_news(body: Queued, newest: JobEvent) -> bool:
-    return isinstance(newest.body, Queued) and body.is_news(newest.body, time.time() - newest.time)
+def _part_after(image: StoredImage, sequence: int) -> JobEvent | None:
+    """An image takes one sequence number for each of its parts, from its first_sequence on."""
+    part_sequence = max(image.first_sequence, sequence + 1)
+    if part_sequence > image.last_sequence:
+        return None
+    offset = (part_sequence - image.first_sequence) * image.chunk_bytes
+    length = min(image.chunk_bytes, image.size_bytes - offset)
+    return JobEvent(part_sequence, image.time, ImagePart(image, offset, length))
 
 
 class JobFeed:
-    """The events of one job. Belongs to the event loop's thread."""
+    """The events of one job. Belongs to the event loop's thread.
 
-    def __init__(self, chunk_bytes: int) -> None:
-        self._chunk_bytes = chunk_bytes
+    What the job's row tells (`sync`) has the same sequences in every process; the rest is told once.
+    """
+
+    def __init__(self) -> None:
         self._newest: dict[type[Body], JobEvent] = {}
-        self._images: list[_StoredImageEvent] = []
+        self._images: dict[int, StoredImage] = {}
         self._last_sequence = 0
+        self._claim_number = 0
+        self._is_waiting = True
         self._has_ended = False
+        self._closing_error: HiDreamError | None = None
         self._changed = asyncio.Event()
 
-    def publish(self, body: Body) -> None:
+    def continue_after(self, sequence: int) -> None:
+        """Give later events greater sequences than this one."""
+        self._last_sequence = max(self._last_sequence, sequence)
+
+    def reserve_sequence(self) -> int:
+        """Of an event, or an image's first part, that is told once it is durable: no place may take it."""
+        self._is_waiting = False
+        return self._last_sequence + 1
+
+    def publish(self, body: Body) -> JobEvent:
         """Make an event known; an older one of its kind is forgotten."""
-        if isinstance(body, Restarted):
+        event = JobEvent(self._last_sequence + 1, time.time(), body)
+        self.put(event)
+        return event
+
+    def put(self, event: JobEvent) -> None:
+        """Make an event known that has its sequence; nothing happens when it is not new."""
+        newest = self._newest.get(type(event.body))
+        if newest is not None and newest.sequence >= event.sequence:
+            return
+        if isinstance(event.body, Restarted | Started):
             self._newest.pop(Progressed, None)
             self._newest.pop(Previewed, None)
-        self._last_sequence += 1
-        event = JobEvent(self._last_sequence, time.time(), body)
-        self._newest[type(body)] = event
-        self._has_ended = event.is_last
+        self._newest[type(event.body)] = event
+        self._has_ended = self._has_ended or event.is_last
+        self.continue_after(event.sequence)
         self._wake_readers()
 
-    def publish_if_new(self, body: Queued) -> None:
-        """Make a place in the queue known, unless the newest event says much the same."""
-        newest = self._newest.get(Queued)
-        if newest is None or _is_news(body, newest):
-            self.publish(body)
+    def tell_place(self, place: Queued) -> None:
+        """Make a place in the queue known, unless the job has started or the newest says much the same."""
+        told = self._newest_place()
+        if self._is_waiting and (told is None or place.is_news(told[0], time.time() - told[1])):
+            self.publish(place)
 
-    def publish_image(self, image: StoredImage) -> None:
-        """Make a stored image known, as parts of at most chunk_bytes."""
-        stored = _StoredImageEvent(self._last_sequence + 1, time.time(), image, self._chunk_bytes)
-        self._images.append(stored)
-        self._last_sequence = stored.last_sequence
+    def tell_first_place(self) -> None:
+        """Make known that the job is next, where that is not known yet: whoever is taken was."""
+        told = self._newest_place()
+        if self._is_waiting and (told is None or told[0].queue_position != FIRST_PLACE):
+            self.publish(Queued(FIRST_PLACE))
+
+    def sync(self, job: Job) -> None:
+        """Make known what the job's row tells and is not known yet; nothing happens with an older row."""
+        if self._has_ended or job.claim_number < self._claim_number:
+            return
+        self._claim_number = job.claim_number
+        self._is_waiting = job.state is JobState.QUEUED
+        if job.started_sequence and job.execution is not None:
+            started = Started(job.submission.parameters, job.execution, job.timings.queue_seconds)
+            self.put(JobEvent(job.started_sequence, job.start_time or job.create_time, started))
+        for image in job.images:
+            if image.index not in self._images:
+                self._images[image.index] = image
+                self.continue_after(image.last_sequence)
+        if job.state.has_ended:
+            self.put(JobEvent(job.last_sequence, job.end_time or job.create_time, _end_of(job)))
+        self.continue_after(max(job.last_sequence, claim_sequence(job.claim_number, 0)))
         self._wake_readers()
+
+    def close(self, error: HiDreamError) -> None:
+        """End all readers with an error, unless the job has ended."""
+        if not self._has_ended:
+            self._closing_error = error
+            self._wake_readers()
 
     def next_after(self, sequence: int) -> JobEvent | None:
         """The earliest event kept whose sequence is greater, or None when there is none yet."""
         candidates = [event for event in self._newest.values() if event.sequence > sequence]
-        for image in self._images:
-            if part := image.part_after(sequence):
-                candidates.append(part)
-                break
+        parts = (_part_after(image, sequence) for image in self._images.values())
+        candidates.extend(part for part in parts if part is not None)
         return min(candidates, key=lambda event: event.sequence, default=None)
 
     async def follow(self, after_sequence: int = 0) -> AsyncGenerator[JobEvent]:
-        """Yield the events after a sequence as they come, up to the job's last one."""
+        """Yield the events after a sequence as they come, up to the job's last one.
+
+        Raises:
+            HiDreamError: what the feed was closed with.
+        """
         sequence = after_sequence
         while True:
             changed = self._changed
@@ -201,9 +242,27 @@ class JobFeed:
                     return
             elif self._has_ended:
                 return
+            elif self._closing_error is not None:
+                raise self._closing_error
             else:
                 await changed.wait()
+
+    def _newest_place(self) -> tuple[Queued, float] | None:
+        """What was told since the job began to wait, and when."""
+        event, started = self._newest.get(Queued), self._newest.get(Started)
+        if event is None or (started is not None and event.sequence < started.sequence):
+            return None
+        return (event.body, event.time) if isinstance(event.body, Queued) else None
 
     def _wake_readers(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _end_of(job: Job) -> Succeeded | Failed | Cancelled:
+    if job.state is JobState.SUCCEEDED:
+        return Succeeded(job)
+    error = job.error or JobCancelledError(job.job_id)
+    if job.state is JobState.FAILED:
+        return Failed(error)
+    return Cancelled(job.cancel_reason or CancelReason.REQUESTED, error)

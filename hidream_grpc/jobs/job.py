@@ -114,6 +114,7 @@ class StoredImage:
     Attributes:
         first_sequence: of the event of its first part.
         time: when that event happened, in seconds since the epoch.
+        chunk_bytes: of every part but the last, fixed when it is told: its parts keep their sequences.
     """
 
     index: int
@@ -125,6 +126,12 @@ class StoredImage:
     sha256: bytes
     first_sequence: int = 0
     time: float = 0.0
+    chunk_bytes: int = 0
+
+    @property
+    def last_sequence(self) -> int:
+        """Of the event of its last part."""
+        return self.first_sequence + max(0, self.size_bytes - 1) // self.chunk_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,15 +170,16 @@ class Job:
     snapshot_step: int | None = None
 
     def started(self, execution: Execution, now: float) -> Job:
-        """QUEUED → RUNNING."""
+        """QUEUED → RUNNING; one that was given back has been started before, and keeps the time of that."""
         self._expect(JobState.QUEUED)
+        start_time = now if self.start_time is None else self.start_time
         return replace(
             self,
             state=JobState.RUNNING,
             stage=JobStage.ENCODING,
             execution=execution,
-            start_time=now,
-            timings=replace(self.timings, queue_seconds=now - self.create_time),
+            start_time=start_time,
+            timings=replace(self.timings, queue_seconds=start_time - self.create_time),
         )
 
     def encoded(self, encode_seconds: float) -> Job:

@@ -33,6 +33,11 @@ class CallerQuotas:
         self._clock = clock
         self._charges: dict[str, deque[_Charge]] = {}
 
+    @property
+    def has_limit(self) -> bool:
+        """Whether anything is counted."""
+        return self._max_pixel_steps is not None
+
     @contextmanager
     def charged(self, caller: str, pixel_steps: int) -> Iterator[None]:
         """Charge a caller for work that is accepted within; an error from there takes the charge back.

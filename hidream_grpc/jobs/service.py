@@ -1,138 +1,116 @@
-"""The jobs of this server: accept, queue, follow, cancel, keep for a while."""
+"""The jobs of this service, for its callers: accept, show, follow, cancel, delete, read images."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
-from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from hidream_grpc.engine.requests import (
-    EngineEvent,
-    EngineRequest,
-    EngineState,
-    ImageFinished,
-    PreviewMade,
-    PromptsEncoded,
-    RequestFailed,
-    RequestFinished,
-    RequestRestarted,
-    RequestStarted,
-    StepFinished,
-)
-from hidream_grpc.errors import (
-    CallerQueueFullError,
-    DeadlineExceededError,
-    HiDreamError,
-    JobCancelledError,
-    JobInternalError,
-    NotServingError,
-    QueueFullError,
-    RequestIdConflictError,
-)
-from hidream_grpc.jobs.artifacts import ArtifactStore
-from hidream_grpc.jobs.events import JobEvent, JobFeed, Queued
-from hidream_grpc.jobs.job import CancelReason, Execution, Job, JobState, Submission
+from hidream_grpc.engine.requests import EngineState
+from hidream_grpc.errors import HiDreamError, NotServingError, StoreFullError, StoreUnavailableError
+from hidream_grpc.jobs.events import JobEvent, Queued
+from hidream_grpc.jobs.executor import ClaimLimits, Engine, JobExecutor
+from hidream_grpc.jobs.feeds import JobFeeds
+from hidream_grpc.jobs.housekeeping import Housekeeping
+from hidream_grpc.jobs.job import CancelReason, Job, JobState, Submission, claim_sequence
 from hidream_grpc.jobs.limits import RequestLimits
-from hidream_grpc.jobs.outlook import Outlook
-from hidream_grpc.jobs.queue import JobQueue
+from hidream_grpc.jobs.mirror import StoreMirror
+from hidream_grpc.jobs.outages import Outage
+from hidream_grpc.jobs.positions import QueuePositions
 from hidream_grpc.jobs.quotas import CallerQuotas
-from hidream_grpc.jobs.record import JobRecord
+from hidream_grpc.jobs.removal import remove_job, remove_old_job
+from hidream_grpc.jobs.retention import Retention, RetentionLimits, RetentionReport
+from hidream_grpc.jobs.running_job import JobTools
+from hidream_grpc.jobs.state_changes import JobChange, StateChanges
+from hidream_grpc.jobs.store.records import Page, QueueLimits
 
 logger = logging.getLogger(__name__)
 
 START_RETRY_SECONDS = 2.0
 MIN_RETRY_SECONDS = 1.0
-POSITIONS_SECONDS = 1.0
-"""How often those that wait are told, at least, when what they can expect has changed."""
-
-
-class Engine(Protocol):
-    """What the service asks of the engine (`engine/controller.py`)."""
-
-    def notify(self) -> None:
-        """Say that a job waits."""
-
-    def cancel(self, job_id: str) -> None:
-        """Drop a running job at its next step."""
-
-
-@dataclass(frozen=True, slots=True)
-class RetentionPolicy:
-    """How long jobs that have ended are kept, with their images."""
-
-    retention_seconds: float
-    max_retained_jobs: int
+HEAL_SECONDS = 0.5
+MAX_RESUMED_COUNTER = 2**31
+"""A reader may say that it has seen so many events of a claim; there is room for as many more."""
 
 
 class JobService:
-    """Owns every job from its acceptance to its removal. Belongs to the event loop's thread.
+    """Every call about jobs. Belongs to the event loop's thread; `run` must run meanwhile.
 
-    It is the engine's backlog: the engine takes a job whenever it has room for one.
+    It is the engine's backlog through its executor.
     """
 
     def __init__(
         self,
-        limits: RequestLimits,
-        retention: RetentionPolicy,
-        artifacts: ArtifactStore,
+        tools: JobTools,
         engine: Engine,
-        describe_execution: Callable[[], Execution],
-        outlook: Outlook,
+        limits: RequestLimits,
+        lease_seconds: float,
+        retention: RetentionLimits,
+        observe_retention: Callable[[RetentionReport], None],
     ) -> None:
+        self._store = tools.store
+        self._artifacts = tools.artifacts
+        self._outlook = tools.outlook
         self._limits = limits
-        self._retention = retention
-        self._artifacts = artifacts
-        self._engine = engine
-        self._describe_execution = describe_execution
-        self._outlook = outlook
-        self._positions_time = 0.0
-        self._records: dict[str, JobRecord] = {}
-        self._job_ids: dict[tuple[str, str], str] = {}
-        self._ended: deque[str] = deque()
-        self._removals: set[asyncio.Task[None]] = set()
-        self._queue = JobQueue()
+        self._feeds = JobFeeds()
+        self._positions = QueuePositions(self._store, self._feeds, self._outlook)
+        self.executor = JobExecutor(
+            engine,
+            self._feeds,
+            tools,
+            ClaimLimits(limits.max_running_jobs, limits.max_running_jobs_per_caller, lease_seconds),
+            self._may_claim,
+            self._on_held,
+        )
+        self._mirror = StoreMirror(self._store, self._feeds, self.executor, self._positions)
+        self._housekeeping = Housekeeping(
+            self._store,
+            Retention(retention, self._store, self._remove_old, self._feeds.has_readers, observe_retention),
+        )
         self._quotas = CallerQuotas(limits.max_pixel_steps_per_minute_per_caller, time.monotonic)
-        self._callers_of_running: dict[str, str] = {}
-        self._counts: Counter[JobState] = Counter()
+        self._kept: Counter[JobState] = Counter()
         self._num_accepted = 0
         self._engine_state = EngineState.STARTING
         self._is_draining = False
-        self._all_ended = asyncio.Event()
-        self._all_ended.set()
-        self._num_readers = 0
-        self._nobody_reads = asyncio.Event()
-        self._nobody_reads.set()
+        self._closed = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     # --- what the server asks ---------------------------------------------------------------------
 
     @property
     def num_queued(self) -> int:
-        """Jobs that wait now."""
-        return len(self._queue)
+        """Jobs that wait, as last counted."""
+        return self._kept[JobState.QUEUED]
 
     @property
     def num_running(self) -> int:
-        """Jobs that are being drawn now."""
-        return len(self._records) - len(self._ended) - len(self._queue)
+        """Jobs that are being drawn, as last counted."""
+        return self._kept[JobState.RUNNING]
 
     @property
     def num_accepted(self) -> int:
-        """Jobs accepted since the start."""
+        """Jobs accepted here since the start."""
         return self._num_accepted
 
     def num_ended(self, state: JobState) -> int:
-        """Jobs that ended in a state since the start."""
-        return self._counts[state]
+        """Jobs that this server ended in a state since its start."""
+        return self._store.num_ended(state)
 
     @property
     def engine_state(self) -> EngineState:
         """Whether the rank group can work."""
         return self._engine_state
+
+    def set_engine_state(self, state: EngineState) -> None:
+        """Note whether the rank group can work."""
+        self._engine_state = state
+        self.executor.notify()
 
     @property
     def is_draining(self) -> bool:
@@ -149,280 +127,234 @@ class JobService:
         """When a place in the queue is likely to be free."""
         return max(MIN_RETRY_SECONDS, self._outlook.next_start_seconds or 0.0)
 
-    def submit(self, submission: Submission, owner: str = "") -> Job:
-        """Accept a request, or follow up on the one of this owner that has its request id.
+    async def run(self) -> None:
+        """Draw jobs, follow the store, and clean up, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for work in (self._mirror, self.executor, self._positions, self._housekeeping):
+                tasks.create_task(work.run())
+            tasks.create_task(self._count_forever())
+
+    async def refresh_counts(self) -> None:
+        """Count the jobs anew; while the store does not answer, the old numbers stay."""
+        # The log says it already: the counting that never ends fails, too.
+        with contextlib.suppress(HiDreamError):
+            self._kept = await self._store.counts()
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Accept nothing more, let the jobs that run here end and be read, and give back the rest.
+
+        What waits is left to other replicas, or to the next start.
+        """
+        self._is_draining = True
+        try:
+            async with asyncio.timeout(grace_seconds):
+                await self._until(lambda: self.executor.num_held == 0)
+                self._close()
+                await self._until(lambda: self._feeds.num_readers == 0)
+        except TimeoutError:
+            pass
+        await self.executor.release_all()
+        self._close()
+
+    # --- what callers ask -------------------------------------------------------------------------
+
+    async def submit(self, submission: Submission, owner: str = "") -> Job:
+        """Accept a request, or follow up on the one of this owner that has its request id."""
+        (job,) = await self.submit_all([submission], owner)
+        return job
+
+    async def submit_all(self, submissions: Sequence[Submission], owner: str) -> tuple[Job, ...]:
+        """Accept all requests or none; what is returned survives every process.
 
         Raises:
             NotServingError: the engine is starting, has failed, or the service drains.
             QueueFullError, CallerQueueFullError: too many jobs wait.
             CallerQuotaError: the caller has asked for too much within a minute.
-            RequestIdConflictError: the request id was used with another request.
+            RequestIdConflictError: a request id was used with another request.
+            StoreUnavailableError, StoreFullError: the store is lost or full.
         """
-        if known := self._job_ids.get((owner, submission.request_id)):
-            return self._follow_up(self._records[known], submission)
         self._check_serving()
-        with self._quotas.charged(submission.caller, submission.parameters.pixel_steps):
-            self._check_room(submission.caller)
-        job = Job(job_id=uuid.uuid4().hex, submission=submission, create_time=time.time(), owner=owner)
-        record = JobRecord(job, JobFeed(self._limits.chunk_bytes))
-        self._records[job.job_id] = record
-        self._job_ids[owner, submission.request_id] = job.job_id
-        self._num_accepted += 1
-        self._all_ended.clear()
-        if submission.deadline_seconds is not None and not submission.is_detached:
-            self._stop_after(record, submission.deadline_seconds)
-        self._queue.push(job.job_id, submission.priority, submission.caller)
-        self._publish_positions()
-        self._engine.notify()
+        now = time.time()
+        jobs = [_new_job(submission, owner, now) for submission in submissions]
+        limits = QueueLimits(
+            self._limits.max_queued_jobs, self._limits.max_queued_jobs_per_caller, self.retry_after_seconds
+        )
+        with self._quotas.charged(submissions[0].caller, await self._new_pixel_steps(submissions, owner)):
+            accepted = await self._store.add(jobs, limits)
+        num_new = sum(new.job_id == job.job_id for new, job in zip(jobs, accepted, strict=True))
+        self._num_accepted += num_new
+        for submission in submissions:
+            if submission.deadline_seconds is not None and not submission.is_detached:
+                self._housekeeping.expect_late_job(submission.deadline_seconds)
+        return accepted
+
+    async def get(self, owner: str | None, job_id: str) -> Job:
+        """A job as it is now; raises JobNotFoundError."""
+        return self._newest(await self._store.get(owner, job_id))
+
+    async def list(
+        self,
+        owner: str | None,
+        states: Collection[JobState],
+        labels: Mapping[str, str],
+        page_size: int,
+        page_token: str,
+    ) -> Page:
+        """A page of jobs, newest first; raises InvalidRequestError for a token that is none of ours."""
+        page = await self._store.list(owner, states, labels, page_size, page_token)
+        return replace(page, jobs=tuple(map(self._newest, page.jobs)))
+
+    async def places(self, jobs: Sequence[Job]) -> Sequence[Queued | None]:
+        """Where each of the jobs waits; None for one that does not."""
+        waiting = [job.job_id for job in jobs if job.state is JobState.QUEUED]
+        places = dict(zip(waiting, await self._positions.places(waiting), strict=True))
+        return [places.get(job.job_id) for job in jobs]
+
+    async def follow(
+        self, owner: str | None, job_id: str, after_sequence: int = 0
+    ) -> AsyncGenerator[JobEvent]:
+        """The job's events after a sequence, to its end.
+
+        Raises:
+            JobNotFoundError: no such job, it is another's, or it was deleted.
+            NotServingError: the service went away before the job ended.
+        """
+        with self._feeds.used(job_id, is_reader=True) as feed:
+            try:
+                job = await self._store.get(owner, job_id)
+                if self.executor.job(job_id) is None:
+                    feed.sync(job)
+                    if job.state is JobState.QUEUED:
+                        # A reader who comes back has seen places that were told by another process.
+                        highest = claim_sequence(job.claim_number, MAX_RESUMED_COUNTER)
+                        feed.continue_after(min(after_sequence, highest))
+                        await self._positions.tell(job_id, feed)
+                async for event in feed.follow(after_sequence):
+                    yield event
+            finally:
+                self._changed.set()
+
+    async def follow_all(
+        self, owner: str | None, states: Collection[JobState], labels: Mapping[str, str]
+    ) -> AsyncGenerator[JobChange]:
+        """The jobs that match, then every change of their states, until the generator is closed.
+
+        Raises:
+            NotServingError: the service goes away.
+            StoreUnavailableError: the store is lost.
+        """
+        changes = StateChanges(self._store, owner, states, labels).follow(self._closed, _going_away())
+        async with contextlib.aclosing(changes) as told:
+            async for change in told:
+                yield change
+
+    async def cancel(self, owner: str | None, job_id: str, reason: CancelReason) -> Job:
+        """Stop a job: a running one takes no further step. Nothing happens to one that has ended."""
+        job = await self._store.request_cancel(owner, job_id, reason)
+        if job.state.has_ended:
+            self._housekeeping.note_end()
+        else:
+            self.executor.cancel(job_id, reason)
         return job
 
-    async def follow(self, job_id: str, after_sequence: int = 0) -> AsyncGenerator[JobEvent]:
-        """The job's events after a sequence, to its end; the job must be known.
+    def leave(self, job_id: str, reason: CancelReason) -> None:
+        """Stop a job whose caller went away, unless somebody else follows it."""
+        if not self._feeds.has_readers(job_id) and not self._closed.is_set():
+            task = asyncio.create_task(self._leave(job_id, reason))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-        Its images stay until the generator is closed, even if its retention ends before.
-        """
-        record = self._records[job_id]
-        record.num_readers += 1
-        self._num_readers += 1
-        self._nobody_reads.clear()
-        try:
-            async for event in record.feed.follow(after_sequence):
-                yield event
-        finally:
-            record.num_readers -= 1
-            self._num_readers -= 1
-            if self._num_readers == 0:
-                self._nobody_reads.set()
-            if record.is_forgotten:
-                self._remove_unread_images(record)
+    async def delete(self, owner: str | None, job_id: str) -> None:
+        """Remove a job that has ended, and its images; raises JobNotFoundError or JobNotEndedError."""
+        await remove_job(self._store, self._artifacts, owner, job_id)
 
-    def has_readers(self, job_id: str) -> bool:
-        """Whether somebody follows the job now."""
-        record = self._records.get(job_id)
-        return record is not None and record.num_readers > 0
+    @contextlib.contextmanager
+    def reading(self, job_id: str) -> Iterator[None]:
+        """Keep what a job has drawn from being removed as too old, and the service from going away."""
+        with self._feeds.used(job_id, is_reader=True):
+            try:
+                yield
+            finally:
+                self._changed.set()
 
     async def read_image(self, job_id: str, index: int, offset: int, length: int) -> bytes:
         """A part of a finished image."""
         return await self._artifacts.read(job_id, index, offset, length)
 
-    def cancel(self, job_id: str, reason: CancelReason) -> None:
-        """Stop a job: a running one takes no further step. Nothing happens to one that has ended."""
-        record = self._records.get(job_id)
-        if record is None or record.has_ended:
-            return
-        is_late = reason is CancelReason.DEADLINE
-        self._stop_work(job_id)
-        record.cancel(reason, DeadlineExceededError(job_id) if is_late else JobCancelledError(job_id))
-        self._close(record)
-
-    async def drain(self, grace_seconds: float) -> None:
-        """Accept nothing more, let accepted jobs end and be read; after the grace period fail the rest."""
-        self._is_draining = True
-        try:
-            async with asyncio.timeout(grace_seconds):
-                await self._all_ended.wait()
-                await self._nobody_reads.wait()
-        except TimeoutError:
-            for record in [r for r in self._records.values() if not r.has_ended]:
-                self._fail(record, NotServingError("the server is shutting down", START_RETRY_SECONDS))
-
-    # --- what the engine asks ---------------------------------------------------------------------
-
-    def set_engine_state(self, state: EngineState) -> None:
-        """Note whether the rank group can work."""
-        self._engine_state = state
-
-    def take(self) -> EngineRequest | None:
-        """The engine's next job (`engine.requests.Backlog`)."""
-        job_id = self._queue.pop(self._may_start)
-        if job_id is None:
-            return None
-        record = self._records[job_id]
-        self._outlook.note_taken(record.job)
-        self._publish_positions()
-        submission = record.job.submission
-        self._callers_of_running[job_id] = submission.caller
-        return EngineRequest(
-            job_id=job_id,
-            request_id=submission.request_id,
-            parameters=submission.parameters,
-            on_event=lambda event: self._on_event(record, event),
-        )
-
-    def _on_event(self, record: JobRecord, event: EngineEvent) -> None:
-        if record.has_ended:
-            return
-        self._outlook.observe(record.job.job_id, event)
-        match event:
-            case RequestStarted():
-                record.start(self._describe_execution())
-            case PromptsEncoded(encode_seconds):
-                record.encoded(encode_seconds)
-            case StepFinished(step, step_seconds):
-                remaining_seconds = self._outlook.remaining_seconds(record.job.job_id)
-                record.step_finished(step, step_seconds, remaining_seconds)
-                if time.monotonic() - self._positions_time > POSITIONS_SECONDS:
-                    self._publish_positions()
-            case PreviewMade(step, data):
-                record.previewed(step, data)
-            case RequestRestarted(attempt, reason, resumed_from_step):
-                record.restart(attempt, reason, resumed_from_step)
-            case ImageFinished():
-                record.tasks.add(asyncio.create_task(self._store(record, event)))
-            case RequestFinished():
-                record.tasks.add(asyncio.create_task(self._succeed(record)))
-            case RequestFailed(error):
-                self._fail(record, error)
-
-    async def _store(self, record: JobRecord, event: ImageFinished) -> None:
-        job = record.job
-        try:
-            image = await self._artifacts.write(
-                job.job_id, event.image_index, job.submission.parameters, event.data
-            )
-        except HiDreamError as error:
-            self._fail(record, error)
-            return
-        except Exception:
-            # Whatever it is: a job must end.
-            failure = JobInternalError.new()
-            logger.exception(
-                "cannot store an image",
-                extra={
-                    "job_id": job.job_id,
-                    "request_id": job.submission.request_id,
-                    "error_id": failure.error_id,
-                },
-            )
-            self._fail(record, failure)
-            return
-        if not record.has_ended:
-            record.add_image(image, event.decode_seconds)
-
-    async def _succeed(self, record: JobRecord) -> None:
-        await asyncio.gather(*(task for task in record.tasks if task is not asyncio.current_task()))
-        if not record.has_ended:
-            record.succeed()
-            self._close(record)
-
-    def _fail(self, record: JobRecord, error: HiDreamError) -> None:
-        if not record.has_ended:
-            self._stop_work(record.job.job_id)
-            record.fail(error)
-            self._close(record)
-
     # --- the rest ---------------------------------------------------------------------------------
 
     def _check_serving(self) -> None:
         if self._is_draining:
-            raise NotServingError("the server is shutting down", START_RETRY_SECONDS)
+            raise _going_away()
         if self._engine_state is EngineState.STARTING:
             raise NotServingError("the model is loading", START_RETRY_SECONDS)
         if not self.takes_requests:
             raise NotServingError("the devices are not available", START_RETRY_SECONDS)
 
-    def _check_room(self, caller: str) -> None:
-        limits = self._limits
-        if self.num_queued >= limits.max_queued_jobs:
-            raise QueueFullError(limits.max_queued_jobs, self.retry_after_seconds)
-        max_of_caller = limits.max_queued_jobs_per_caller
-        if max_of_caller is not None and self._queue.num_waiting(caller) >= max_of_caller:
-            raise CallerQueueFullError(caller, max_of_caller, self.retry_after_seconds)
+    async def _new_pixel_steps(self, submissions: Sequence[Submission], owner: str) -> int:
+        """Of those requests that are no retries: only they are charged for."""
+        held: Collection[str] = ()
+        if self._quotas.has_limit:
+            held = await self._store.held_request_ids(owner, [s.request_id for s in submissions])
+        return sum(s.parameters.pixel_steps for s in submissions if s.request_id not in held)
 
-    def _may_start(self, caller: str) -> bool:
-        max_of_caller = self._limits.max_running_jobs_per_caller
-        running = self._callers_of_running.values()
-        return max_of_caller is None or sum(other == caller for other in running) < max_of_caller
+    def _may_claim(self) -> bool:
+        return self._engine_state is EngineState.SERVING and not self._is_draining
 
-    def _follow_up(self, record: JobRecord, submission: Submission) -> Job:
-        job = record.job
-        same = replace(submission, deadline_seconds=job.submission.deadline_seconds)
-        if same != job.submission:
-            raise RequestIdConflictError(submission.request_id, job.job_id)
-        if record.deadline is not None and not record.has_ended:
-            self._extend_deadline(record, record.deadline, submission.deadline_seconds)
-        return job
+    def _on_held(self, job: Job) -> None:
+        if job.state.has_ended:
+            self._housekeeping.note_end()
+        self._positions.notify()
+        self._changed.set()
 
-    def _extend_deadline(
-        self, record: JobRecord, deadline: asyncio.TimerHandle, deadline_seconds: float | None
-    ) -> None:
-        """Of several callers the one with the latest deadline decides; None is for ever."""
-        if deadline_seconds is None:
-            deadline.cancel()
-            record.deadline = None
-        elif asyncio.get_running_loop().time() + deadline_seconds > deadline.when():
-            deadline.cancel()
-            self._stop_after(record, deadline_seconds)
+    def _newest(self, job: Job) -> Job:
+        """A row, or what is known here of the same claim and not yet in it."""
+        held = self.executor.job(job.job_id)
+        return job if held is None or held.claim_number != job.claim_number else held
 
-    def _stop_after(self, record: JobRecord, deadline_seconds: float) -> None:
-        record.deadline = asyncio.get_running_loop().call_later(
-            deadline_seconds, self.cancel, record.job.job_id, CancelReason.DEADLINE
-        )
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._changed.clear()
+            await self._changed.wait()
 
-    def _stop_work(self, job_id: str) -> None:
-        if self._queue.remove(job_id):
-            self._publish_positions()
-        else:
-            self._engine.cancel(job_id)
+    def _close(self) -> None:
+        self._closed.set()
+        self._feeds.close(_going_away())
 
-    def _publish_positions(self) -> None:
-        self._positions_time = time.monotonic()
-        waiting = [self._records[job_id] for job_id in self._queue.order()]
-        self._outlook.note_waiting([record.job for record in waiting])
-        for position, record in enumerate(waiting, start=1):
-            record.feed.publish_if_new(Queued(position, self._outlook.wait_seconds(record.job.job_id)))
+    async def _remove_old(self, job_id: str) -> None:
+        await remove_old_job(self._store, self._artifacts, job_id)
 
-    def _close(self, record: JobRecord) -> None:
-        """Book a job that has just ended, and see to its removal."""
-        job = record.job
-        self._counts[job.state] += 1
-        self._outlook.note_gone(job.job_id)
-        if self._callers_of_running.pop(job.job_id, None) is not None:
-            # One that waited for its caller's others may start now.
-            self._engine.notify()
-        self._ended.append(job.job_id)
-        if job.state is not JobState.SUCCEEDED:
-            # A retry of what was not drawn must draw it.
-            self._release_request_id(job)
-        if record.deadline is not None:
-            record.deadline.cancel()
-        loop = asyncio.get_running_loop()
-        record.expiry = loop.call_later(self._retention.retention_seconds, self._remove, job.job_id)
-        while len(self._ended) > self._retention.max_retained_jobs:
-            self._remove(self._ended[0])
-        if len(self._ended) == len(self._records):
-            self._all_ended.set()
-        logger.info(
-            "job %s",
-            job.state.lower(),
-            extra={
-                "job_id": job.job_id,
-                "request_id": job.submission.request_id,
-                "total_seconds": round(job.timings.total_seconds, 3),
-            },
-        )
+    async def _count_forever(self) -> None:
+        outage = Outage(logger, "count jobs")
+        with self._store.subscribe() as changes:
+            while True:
+                try:
+                    self._kept = await self._store.counts()
+                    outage.note_success()
+                except HiDreamError as error:
+                    outage.note_failure(error)
+                    await asyncio.sleep(HEAL_SECONDS)
+                    continue
+                await anext(changes)
+                await asyncio.sleep(HEAL_SECONDS)
 
-    def _remove(self, job_id: str) -> None:
-        record = self._records.pop(job_id)
-        self._ended.remove(job_id)
-        self._release_request_id(record.job)
-        if record.expiry is not None:
-            record.expiry.cancel()
-        record.is_forgotten = True
-        self._remove_unread_images(record)
+    async def _leave(self, job_id: str, reason: CancelReason) -> None:
+        while not self._closed.is_set():
+            try:
+                await self.cancel(None, job_id, reason)
+            except (StoreUnavailableError, StoreFullError):
+                await asyncio.sleep(HEAL_SECONDS)
+            except HiDreamError:
+                return
+            else:
+                return
 
-    def _release_request_id(self, job: Job) -> None:
-        # Another job may have it by now.
-        if self._job_ids.get((job.owner, job.submission.request_id)) == job.job_id:
-            del self._job_ids[job.owner, job.submission.request_id]
 
-    def _remove_unread_images(self, record: JobRecord) -> None:
-        if record.num_readers == 0:
-            removal = asyncio.create_task(self._remove_images(record))
-            self._removals.add(removal)
-            removal.add_done_callback(self._removals.discard)
+def _going_away() -> NotServingError:
+    return NotServingError("the server is shutting down", START_RETRY_SECONDS)
 
-    async def _remove_images(self, record: JobRecord) -> None:
-        # A write that ends later would leave its file behind.
-        await asyncio.gather(*record.tasks, return_exceptions=True)
-        await self._artifacts.remove(record.job.job_id)
+
+def _new_job(submission: Submission, owner: str, now: float) -> Job:
+    has_deadline = submission.deadline_seconds is not None and not submission.is_detached
+    deadline_time = now + (submission.deadline_seconds or 0.0) if has_deadline else None
+    return Job(uuid.uuid4().hex, submission, now, owner=owner, deadline_time=deadline_time)

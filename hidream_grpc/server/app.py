@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import tempfile
-from collections.abc import Iterator
+import os
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,12 +19,22 @@ from hidream_grpc.engine.reports import StepReport
 from hidream_grpc.engine.requests import EngineState
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
 from hidream_grpc.engine.supervisor import RankGroup
-from hidream_grpc.errors import ConfigurationError, ModelNotFoundError
+from hidream_grpc.errors import (
+    ConfigurationError,
+    ModelNotFoundError,
+    StoreFullError,
+    StoreInUseError,
+    StoreUnavailableError,
+)
 from hidream_grpc.jobs.artifacts import ArtifactStore
 from hidream_grpc.jobs.estimates import EngineCapacity
 from hidream_grpc.jobs.job import Execution
+from hidream_grpc.jobs.mirror import ProgressTeller
 from hidream_grpc.jobs.outlook import Outlook
-from hidream_grpc.jobs.service import JobService, RetentionPolicy
+from hidream_grpc.jobs.retention import RetentionLimits
+from hidream_grpc.jobs.running_job import JobTools
+from hidream_grpc.jobs.service import JobService
+from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.model.checkpoint import CheckpointDescription, describe_checkpoint
 from hidream_grpc.model.checkpoint_files import EXTRA_MODEL_PATH_FLAG
 from hidream_grpc.model.demo import demo_checkpoint_path
@@ -99,14 +109,25 @@ async def serve(settings: Settings) -> None:
 
     controller = Controller(group, scheduler, on_state, on_step, metrics.observe_prompts)
     outlook = Outlook(capacity)
-    with _data_directory(settings.data_dir) as data_directory:
-        jobs = JobService(
-            limits,
-            RetentionPolicy(settings.retention_seconds, settings.max_retained_jobs),
-            ArtifactStore(settings.artifacts or data_directory / "artifacts"),
-            controller,
-            lambda: _execution(checkpoint, group),
+    data_directory = _data_directory(settings.data_dir)
+    artifacts = ArtifactStore(settings.artifacts or data_directory / "artifacts")
+    async with _open_store(settings.store, data_directory) as store:
+        tools = JobTools(
+            store,
+            artifacts,
             outlook,
+            lambda: _execution(checkpoint, group),
+            limits.chunk_bytes,
+            ProgressTeller(store).tell,
+        )
+        retention = RetentionLimits(
+            settings.retention_seconds,
+            settings.max_retained_jobs,
+            settings.max_retained_bytes,
+            settings.retention_dry_run,
+        )
+        jobs = JobService(
+            tools, controller, limits, settings.lease_seconds, retention, metrics.observe_retention
         )
         metrics.watch(
             num_queued=lambda: jobs.num_queued,
@@ -119,10 +140,7 @@ async def serve(settings: Settings) -> None:
         )
         describe_server = ServerDescription(checkpoint, limits, defaults, group, jobs)
         validator = RequestValidator(limits, defaults, count_tokens)
-        # The stubs call every RPC abstract; those that are missing answer UNIMPLEMENTED.
-        servicer = ImageGenServicer(  # type: ignore[abstract]
-            jobs, validator, limits.max_streams, describe_server
-        )
+        servicer = ImageGenServicer(jobs, validator, limits.max_streams, limits.chunk_bytes, describe_server)
 
         interceptors = (
             ObservationInterceptor(metrics),
@@ -138,7 +156,8 @@ async def serve(settings: Settings) -> None:
         if settings.metrics_port is not None:
             logger.info("metrics on port %d", metrics.serve(host, settings.metrics_port))
 
-        engine = asyncio.create_task(controller.run(jobs))
+        work = asyncio.create_task(jobs.run())
+        engine = asyncio.create_task(controller.run(jobs.executor))
         try:
             await server.start()
             layout, idle_devices = group.placement.layout, group.placement.devices.idle_devices
@@ -147,24 +166,24 @@ async def serve(settings: Settings) -> None:
             )
             if idle_devices:
                 logger.warning("layout %s leaves devices idle: %s", layout, ", ".join(map(str, idle_devices)))
-            await _until_stopped(signals, engine)
-            await _drain(settings, signals, health, jobs, engine)
+            await _until_stopped(signals, engine, work)
+            await _drain(settings, signals, health, jobs, engine, work)
         finally:
             # After a second signal, or without its engine, a job must still tell how it ended.
             await jobs.drain(grace_seconds=0)
             await server.stop(SEND_LAST_EVENTS_SECONDS)
-            engine.cancel()
-            await asyncio.wait((engine,))
+            for task in (engine, work):
+                task.cancel()
+            await asyncio.wait((engine, work))
     logger.info("stopped")
 
 
-async def _until_stopped(signals: Signals, engine: asyncio.Task[None]) -> None:
-    """Return on the first signal; raise what ended the engine if that comes first."""
+async def _until_stopped(signals: Signals, *tasks: asyncio.Task[None]) -> None:
+    """Return on the first signal; raise what ended one of the tasks if that comes first."""
     first_signal = asyncio.create_task(signals.first.wait())
-    await asyncio.wait((engine, first_signal), return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait((*tasks, first_signal), return_when=asyncio.FIRST_COMPLETED)
     first_signal.cancel()
-    if engine.done():
-        engine.result()
+    _raise_what_ended(tasks)
 
 
 async def _drain(
@@ -172,22 +191,27 @@ async def _drain(
     signals: Signals,
     health: HealthServicer,
     jobs: JobService,
-    engine: asyncio.Task[None],
+    *tasks: asyncio.Task[None],
 ) -> None:
-    """Let accepted jobs end, unless a second signal comes; raise what ends the engine meanwhile."""
+    """Let running jobs end, unless a second signal comes; raise what ends one of the tasks meanwhile."""
     logger.info("draining for up to %g s", settings.grace_seconds)
     health.mark_draining()
     second_signal = asyncio.create_task(signals.second.wait())
     # Load balancers send calls until their next health check.
     await asyncio.wait(
-        (second_signal, engine), timeout=settings.drain_delay_seconds, return_when=asyncio.FIRST_COMPLETED
+        (second_signal, *tasks), timeout=settings.drain_delay_seconds, return_when=asyncio.FIRST_COMPLETED
     )
     drained = asyncio.create_task(jobs.drain(settings.grace_seconds))
-    await asyncio.wait((drained, second_signal, engine), return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait((drained, second_signal, *tasks), return_when=asyncio.FIRST_COMPLETED)
     for task in (drained, second_signal):
         task.cancel()
-    if engine.done():
-        engine.result()
+    _raise_what_ended(tasks)
+
+
+def _raise_what_ended(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        if task.done():
+            task.result()
 
 
 def _execution(checkpoint: CheckpointDescription, group: RankGroup) -> Execution:
@@ -202,14 +226,28 @@ def _take_all_devices(group: RankGroup) -> None:
         logger.info("SIGHUP: the layout is the one that was asked for")
 
 
-@contextlib.contextmanager
-def _data_directory(data_dir: Path | None) -> Iterator[Path]:
-    """A folder of this process, in the one that was named; it goes when the server does, as its jobs do."""
+def _data_directory(data_dir: Path | None) -> Path:
+    """The folder of jobs and images: what was accepted must be found again after a restart."""
+    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    directory = (data_dir or Path(home) / "hidream-grpc").absolute()
     try:
-        if data_dir is not None:
-            data_dir.mkdir(parents=True, exist_ok=True)
-        directory = tempfile.TemporaryDirectory(prefix="hidream-", dir=data_dir)
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigurationError("--data-dir", f"cannot write to {data_dir}: {error.strerror}") from None
-    with directory as path:
-        yield Path(path)
+        raise ConfigurationError("--data-dir", f"cannot write to {directory}: {error.strerror}") from None
+    return directory
+
+
+@contextlib.asynccontextmanager
+async def _open_store(url: str | None, data_directory: Path) -> AsyncIterator[SqlJobStore]:
+    """The job store, for as long as the block lasts."""
+    store = SqlJobStore(url or f"sqlite+aiosqlite:///{data_directory / 'jobs.sqlite'}")
+    try:
+        await store.open()
+    except StoreInUseError as error:
+        raise ConfigurationError("--data-dir", str(error)) from None
+    except (StoreUnavailableError, StoreFullError) as error:
+        raise ConfigurationError("--store", str(error)) from None
+    try:
+        yield store
+    finally:
+        await store.close()

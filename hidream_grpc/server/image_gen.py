@@ -2,41 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing
-from typing import TypeAlias
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from typing import Any, TypeAlias
 
 import grpc.aio
+from google.protobuf import empty_pb2
 
-from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, server_info_pb2
+from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, image_pb2, job_pb2, server_info_pb2
 from hidream_grpc.errors import TooManyReadersError
 from hidream_grpc.jobs.events import Cancelled, Failed, ImagePart, JobEvent
-from hidream_grpc.jobs.job import CancelReason
+from hidream_grpc.jobs.job import CancelReason, Job
 from hidream_grpc.jobs.service import JobService
 from hidream_grpc.server import convert
 from hidream_grpc.server.call import current_call
+from hidream_grpc.server.job_requests import (
+    checked_download,
+    checked_filter,
+    checked_job_id,
+    checked_query,
+    checked_watch,
+    finished_image,
+)
 from hidream_grpc.server.validation import RequestValidator
 
 # Text: only the stubs know the class as generic.
-Context: TypeAlias = "grpc.aio.ServicerContext[image_gen_pb2.GenerateRequest, image_gen_pb2.GenerateResponse]"
-InfoContext: TypeAlias = (
-    "grpc.aio.ServicerContext[image_gen_pb2.GetServerInfoRequest, server_info_pb2.ServerInfo]"
-)
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
-    """`hidream.v1.ImageGen`; RPCs that are not here answer UNIMPLEMENTED from the generated base."""
+    """`hidream.v1.ImageGen`."""
 
     def __init__(
         self,
         jobs: JobService,
         validator: RequestValidator,
         max_streams: int,
+        chunk_bytes: int,
         describe_server: Callable[[], server_info_pb2.ServerInfo],
     ) -> None:
         self._jobs = jobs
         self._validator = validator
         self._max_streams = max_streams
+        self._chunk_bytes = chunk_bytes
         self._num_streams = 0
         self._describe_server = describe_server
 
@@ -44,37 +53,150 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         self, request: image_gen_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[image_gen_pb2.GenerateResponse]:
         """Submit a job and follow it; when its last caller leaves it is cancelled, unless it is detached."""
+        with self._stream():
+            call = current_call()
+            submission = self._validator.submission(request, call.caller, context.time_remaining())
+            call.request_id = submission.request_id
+            job = await self._jobs.submit(submission, call.owner)
+            call.job_id = job.job_id
+            has_left = False
+            try:
+                async with aclosing(self._jobs.follow(call.owner, job.job_id)) as events:
+                    async for event in events:
+                        if isinstance(event.body, Failed | Cancelled):
+                            raise event.body.error
+                        message = await self._event(job.job_id, event)
+                        yield image_gen_pb2.GenerateResponse(job_id=job.job_id, event=message)
+            except (asyncio.CancelledError, GeneratorExit):
+                has_left = True
+                raise
+            finally:
+                # A caller who tries again follows the same job while its first call is not yet known
+                # to be lost.
+                if has_left and not submission.is_detached:
+                    is_late = call.deadline_has_passed
+                    reason = CancelReason.DEADLINE if is_late else CancelReason.CALLER_LEFT
+                    self._jobs.leave(job.job_id, reason)
+
+    async def SubmitJob(  # noqa: N802
+        self, request: image_gen_pb2.SubmitJobRequest, context: Context
+    ) -> job_pb2.Job:
+        """Queue a job."""
+        call = current_call()
+        submission = self._validator.detached(request, call.caller)
+        call.request_id = submission.request_id
+        job = await self._jobs.submit(submission, call.owner)
+        call.job_id = job.job_id
+        return await self._job(job)
+
+    async def BatchSubmitJobs(  # noqa: N802
+        self, request: image_gen_pb2.BatchSubmitJobsRequest, context: Context
+    ) -> image_gen_pb2.BatchSubmitJobsResponse:
+        """Queue many jobs, or none."""
+        call = current_call()
+        submissions = self._validator.batch(request.requests, call.caller)
+        jobs = await self._jobs.submit_all(submissions, call.owner)
+        return image_gen_pb2.BatchSubmitJobsResponse(jobs=await self._shown(jobs))
+
+    async def GetJob(  # noqa: N802
+        self, request: image_gen_pb2.GetJobRequest, context: Context
+    ) -> job_pb2.Job:
+        """A job as it is now."""
+        return await self._job(await self._jobs.get(self._owner(), checked_job_id(request)))
+
+    async def ListJobs(  # noqa: N802
+        self, request: image_gen_pb2.ListJobsRequest, context: Context
+    ) -> image_gen_pb2.ListJobsResponse:
+        """A page of jobs."""
+        query = checked_query(request)
+        page = await self._jobs.list(
+            self._owner(), query.states, query.labels, query.page_size, query.page_token
+        )
+        jobs = await self._shown(page.jobs)
+        return image_gen_pb2.ListJobsResponse(jobs=jobs, next_page_token=page.next_page_token)
+
+    async def WatchJob(  # noqa: N802
+        self, request: image_gen_pb2.WatchJobRequest, context: Context
+    ) -> AsyncIterator[image_gen_pb2.WatchJobResponse]:
+        """Follow a job from any point."""
+        with self._stream():
+            job_id, after_sequence = checked_watch(request)
+            current_call().job_id = job_id
+            async with aclosing(self._jobs.follow(self._owner(), job_id, after_sequence)) as events:
+                async for event in events:
+                    message = await self._event(job_id, event)
+                    yield image_gen_pb2.WatchJobResponse(job_id=job_id, event=message)
+
+    async def CancelJob(  # noqa: N802
+        self, request: image_gen_pb2.CancelJobRequest, context: Context
+    ) -> job_pb2.Job:
+        """Cancel a job."""
+        job_id = checked_job_id(request)
+        return await self._job(await self._jobs.cancel(self._owner(), job_id, CancelReason.REQUESTED))
+
+    async def DeleteJob(  # noqa: N802
+        self, request: image_gen_pb2.DeleteJobRequest, context: Context
+    ) -> empty_pb2.Empty:
+        """Delete a job that has ended."""
+        await self._jobs.delete(self._owner(), checked_job_id(request))
+        return empty_pb2.Empty()
+
+    async def DownloadImage(  # noqa: N802
+        self, request: image_gen_pb2.DownloadImageRequest, context: Context
+    ) -> AsyncIterator[image_gen_pb2.DownloadImageResponse]:
+        """Read a finished image from an offset."""
+        job_id, index, offset = checked_download(request)
+        current_call().job_id = job_id
+        with self._stream(), self._jobs.reading(job_id):
+            image = finished_image(await self._jobs.get(self._owner(), job_id), index, offset)
+            while offset < image.size_bytes:
+                data = await self._jobs.read_image(job_id, index, offset, self._chunk_bytes)
+                chunk = image_pb2.ImageChunk(image=convert.image_info(image), offset=offset, data=data)
+                yield image_gen_pb2.DownloadImageResponse(chunk=chunk)
+                offset += len(data)
+
+    async def WatchJobs(  # noqa: N802
+        self, request: image_gen_pb2.WatchJobsRequest, context: Context
+    ) -> AsyncIterator[image_gen_pb2.WatchJobsResponse]:
+        """Follow the states of many jobs."""
+        with self._stream():
+            query = checked_filter(request)
+            changes = self._jobs.follow_all(self._owner(), query.states, query.labels)
+            async with aclosing(changes) as matching:
+                async for change in matching:
+                    yield image_gen_pb2.WatchJobsResponse(
+                        job=await self._job(change.job), change_time=convert.timestamp(change.time)
+                    )
+
+    async def GetServerInfo(  # noqa: N802
+        self, request: image_gen_pb2.GetServerInfoRequest, context: Context
+    ) -> server_info_pb2.ServerInfo:
+        """Describe the server as it is now."""
+        await self._jobs.refresh_counts()
+        return self._describe_server()
+
+    def _owner(self) -> str:
+        return current_call().owner
+
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
         if self._num_streams >= self._max_streams:
             raise TooManyReadersError(self._max_streams, self._jobs.retry_after_seconds)
-        call = current_call()
-        submission = self._validator.submission(
-            request, caller=call.caller, deadline_seconds=context.time_remaining()
-        )
-        call.request_id = submission.request_id
-        job = self._jobs.submit(submission, call.owner)
-        call.job_id = job.job_id
         self._num_streams += 1
         try:
-            async with aclosing(self._jobs.follow(job.job_id)) as events:
-                async for event in events:
-                    if isinstance(event.body, Failed | Cancelled):
-                        raise event.body.error
-                    yield await self._response(job.job_id, event)
+            yield
         finally:
             self._num_streams -= 1
-            # A caller who tries again follows the same job while its first call is not yet known to be lost.
-            if not submission.is_detached and not self._jobs.has_readers(job.job_id):
-                is_late = call.deadline_has_passed
-                self._jobs.cancel(job.job_id, CancelReason.DEADLINE if is_late else CancelReason.CALLER_LEFT)
 
-    async def _response(self, job_id: str, event: JobEvent) -> image_gen_pb2.GenerateResponse:
+    async def _shown(self, jobs: Sequence[Job]) -> list[job_pb2.Job]:
+        return list(map(convert.job, jobs, await self._jobs.places(jobs)))
+
+    async def _job(self, job: Job) -> job_pb2.Job:
+        (shown,) = await self._shown([job])
+        return shown
+
+    async def _event(self, job_id: str, event: JobEvent) -> job_pb2.JobEvent:
         data = b""
         if isinstance(part := event.body, ImagePart):
             data = await self._jobs.read_image(job_id, part.image.index, part.offset, part.length)
-        return image_gen_pb2.GenerateResponse(job_id=job_id, event=convert.job_event(event, data))
-
-    async def GetServerInfo(  # noqa: N802
-        self, request: image_gen_pb2.GetServerInfoRequest, context: InfoContext
-    ) -> server_info_pb2.ServerInfo:
-        """Describe the server as it is now."""
-        return self._describe_server()
+        return convert.job_event(event, data)

@@ -51,6 +51,13 @@ def _not_ended(error: errors.JobNotEndedError) -> list[Message]:
     return [error_details_pb2.PreconditionFailure(violations=[violation]), _job(error.job_id, error)]
 
 
+def _not_finished(error: errors.ImageNotFinishedError) -> list[Message]:
+    violation = error_details_pb2.PreconditionFailure.Violation(
+        type="IMAGE_FINISHED", subject=error.job_id, description=str(error)
+    )
+    return [error_details_pb2.PreconditionFailure(violations=[violation]), _job(error.job_id, error)]
+
+
 def _unauthenticated(error: errors.UnauthenticatedError) -> list[Message]:
     return [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
 
@@ -89,6 +96,8 @@ TABLE: dict[type[errors.HiDreamError], _Row] = {
     errors.NotServingError: _Row(code_pb2.UNAVAILABLE, lambda e: [_retry(e.retry_after_seconds)]),
     errors.ArtifactUnavailableError: _Row(code_pb2.UNAVAILABLE, lambda e: [_retry(e.retry_after_seconds)]),
     errors.ImageNotFoundError: _Row(code_pb2.NOT_FOUND, lambda e: [_job(e.job_id, e)]),
+    errors.ImageNotFinishedError: _Row(code_pb2.FAILED_PRECONDITION, _not_finished),
+    errors.OffsetOutOfRangeError: _Row(code_pb2.OUT_OF_RANGE, lambda e: []),
     errors.DeadlineExceededError: _Row(code_pb2.DEADLINE_EXCEEDED, lambda e: [_job(e.job_id, e)]),
     errors.JobCancelledError: _Row(code_pb2.CANCELLED, lambda e: [_job(e.job_id, e)]),
     errors.StorageFullError: _Row(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from google.protobuf.message import Message
 
@@ -22,6 +22,7 @@ from hidream_grpc.model.prompt_tokens import TokenCount
 
 # A status travels in headers, of which clients accept 8 KiB: longer ones hide what was wrong.
 MAX_LABELS_NAMED = 4
+MAX_VIOLATIONS = 32
 MAX_LABEL_CHARACTERS_SHOWN = 32
 
 CountTokens = Callable[[str], tuple[TokenCount, ...]]
@@ -75,6 +76,38 @@ class RequestValidator:
             is_detached=request.detached,
             deadline_seconds=deadline_seconds,
         )
+
+    def detached(self, request: image_gen_pb2.SubmitJobRequest, caller: str) -> Submission:
+        """Check a request whose caller does not stay; raises InvalidRequestError."""
+        return self.submission(_detached(request), caller, deadline_seconds=None)
+
+    def batch(
+        self, requests: Sequence[image_gen_pb2.SubmitJobRequest], caller: str
+    ) -> tuple[Submission, ...]:
+        """Check many requests.
+
+        Raises:
+            InvalidRequestError: with every violation of every request.
+        """
+        violations: list[FieldViolation] = []
+        submissions: list[Submission] = []
+        if not requests:
+            violations.append(FieldViolation("requests", "must not be empty"))
+        elif len(requests) > self._limits.max_queued_jobs:
+            description = (
+                f"must be at most {self._limits.max_queued_jobs} (max_queued_jobs), are {len(requests)}"
+            )
+            raise InvalidRequestError((FieldViolation("requests", description),))
+        for index, request in enumerate(requests):
+            try:
+                submissions.append(self.detached(request, caller))
+            except InvalidRequestError as error:
+                violations += [
+                    FieldViolation(f"requests[{index}].{v.field}", v.description) for v in error.violations
+                ]
+        if violations:
+            raise InvalidRequestError(tuple(violations[:MAX_VIOLATIONS]))
+        return tuple(submissions)
 
     def _check_spec(self, spec: image_pb2.ImageSpec, violations: list[FieldViolation]) -> None:
         limits = self._limits
@@ -208,6 +241,17 @@ class RequestValidator:
             quality=_given(spec, "quality", defaults.quality),
             with_previews=with_previews,
         )
+
+
+def _detached(request: image_gen_pb2.SubmitJobRequest) -> image_gen_pb2.GenerateRequest:
+    return image_gen_pb2.GenerateRequest(
+        spec=request.spec if request.HasField("spec") else None,
+        request_id=request.request_id,
+        preview=request.preview,
+        detached=True,
+        priority=request.priority,
+        labels=request.labels,
+    )
 
 
 def _given(message: Message, field: str, default: int) -> int:

@@ -21,8 +21,10 @@ async def accept(
     """Insert the jobs whose request ids are free; see `SqlJobStore.add`."""
     (owner,) = {job.owner for job in new_jobs}
     request_ids = {job.submission.request_id for job in new_jobs}
-    rows = await connection.execute(queries.by_request_ids(owner, request_ids))
-    holders = {row.request_id: job_of(row) for row in rows}
+    holders: dict[str, Job] = {}
+    for some in queries.batches(request_ids):
+        rows = await connection.execute(queries.by_request_ids(owner, some))
+        holders.update((row.request_id, job_of(row)) for row in rows)
     earlier = frozenset(holders)
     added: list[Job] = []
     for job in new_jobs:

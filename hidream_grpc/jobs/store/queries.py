@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -21,6 +21,13 @@ _is_unclaimed = sa.and_(
     _has_not_ended, sa.or_(jobs.c.lease_end_time.is_(None), jobs.c.lease_end_time <= now())
 )
 _is_waiting = sa.and_(_is_unclaimed, jobs.c.state == JobState.QUEUED)
+_MAX_VALUES = 1000
+
+
+def batches(values: Collection[str]) -> Iterator[list[str]]:
+    """So many values as one statement may hold on every database."""
+    ordered = list(values)
+    return (ordered[start : start + _MAX_VALUES] for start in range(0, len(ordered), _MAX_VALUES))
 
 
 def by_job_id(owner: str | None, job_id: str, for_update: bool = False) -> sa.Select[Any]:
@@ -29,6 +36,11 @@ def by_job_id(owner: str | None, job_id: str, for_update: bool = False) -> sa.Se
     if owner is not None:
         query = query.where(jobs.c.owner == owner)
     return query.with_for_update() if for_update else query
+
+
+def by_job_ids(job_ids: Collection[str]) -> sa.Select[Any]:
+    """Jobs of anybody."""
+    return sa.select(jobs).where(jobs.c.job_id.in_(job_ids))
 
 
 def by_request_ids(owner: str, request_ids: Collection[str]) -> sa.Select[Any]:

@@ -56,6 +56,16 @@ class SqlJobStore:
         self._hub = ChangeHub()
         is_sqlite = self._database.is_sqlite
         self._listener = None if is_sqlite else PostgresListener(self._database, self._hub)
+        self._num_ended: Counter[JobState] = Counter()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other replicas may work on the same jobs."""
+        return not self._database.is_sqlite
+
+    def num_ended(self, state: JobState) -> int:
+        """Jobs that this process ended in a state."""
+        return self._num_ended[state]
 
     async def open(self) -> None:
         """Bring the database to the newest schema and listen for changes.
@@ -124,6 +134,24 @@ class SqlJobStore:
         async with self._database.read() as connection:
             return job_of(await _row(connection, owner, job_id))
 
+    async def get_all(self, job_ids: Collection[str]) -> tuple[Job, ...]:
+        """Those of the jobs that are there, in any order."""
+        found: list[Job] = []
+        async with self._database.read() as connection:
+            for some in queries.batches(job_ids):
+                found.extend(map(job_of, await connection.execute(queries.by_job_ids(some))))
+        return tuple(found)
+
+    async def held_request_ids(self, owner: str, request_ids: Collection[str]) -> frozenset[str]:
+        """Those of the request ids that stand for a job of the owner already."""
+        held: set[str] = set()
+        async with self._database.read() as connection:
+            for some in queries.batches(request_ids):
+                held.update(
+                    row.request_id for row in await connection.execute(queries.by_request_ids(owner, some))
+                )
+        return frozenset(held)
+
     async def list(
         self,
         owner: str | None,
@@ -173,7 +201,7 @@ class SqlJobStore:
                 await connection.execute(queries.ask_to_cancel(row.number, reason.value))
                 change = Change(ChangeKind.CANCEL_REQUESTED, job_id)
             await self._tell(connection, [change])
-        self._committed([change])
+        self._committed([change], job)
         return job
 
     async def delete(self, owner: str | None, job_id: str) -> Job:
@@ -276,7 +304,7 @@ class SqlJobStore:
                     return
                 raise ClaimLostError(job.job_id, job.claim_number)
             await self._tell(connection, [change])
-        self._committed([change])
+        self._committed([change], job)
 
     async def release(self, job: Job) -> Job:
         """Give a job back: QUEUED again, with its images and snapshot, or CANCELLED if that was asked for.
@@ -301,7 +329,7 @@ class SqlJobStore:
                 released = released.cancelled_unclaimed(released.cancel_reason, time.time())
                 await connection.execute(queries.write_ended_unclaimed(row.number, released))
             await self._tell(connection, [change])
-        self._committed([change])
+        self._committed([change], released)
         return released
 
     async def overdue(self, limit: int = 100) -> tuple[str, ...]:
@@ -374,7 +402,7 @@ class SqlJobStore:
                     await connection.execute(queries.take_turn(job.submission.caller, is_sqlite))
                 job = replace(job, claim_number=job.claim_number + 1)
             await self._tell(connection, [change])
-        self._committed([change])
+        self._committed([change], job)
         return job
 
     async def _tell(self, connection: AsyncConnection, changes: Sequence[Change]) -> None:
@@ -382,8 +410,10 @@ class SqlJobStore:
         if changes and not self._database.is_sqlite:
             await connection.execute(queries.notify(CHANNEL, [to_text(change) for change in changes]))
 
-    def _committed(self, changes: Sequence[Change]) -> None:
+    def _committed(self, changes: Sequence[Change], job: Job | None = None) -> None:
         """With SQLite nobody else is there to be told."""
+        if job is not None and job.state.has_ended:
+            self._num_ended[job.state] += 1
         if self._database.is_sqlite:
             self._hub.tell(changes)
 

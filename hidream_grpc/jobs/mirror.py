@@ -1,0 +1,163 @@
+"""What others do to jobs that are followed here: rows that changed are read, progress is passed on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import msgspec
+
+from hidream_grpc.errors import HiDreamError, JobNotFoundError
+from hidream_grpc.jobs.events import JobEvent, Progressed, Restarted
+from hidream_grpc.jobs.executor import JobExecutor
+from hidream_grpc.jobs.feeds import JobFeeds
+from hidream_grpc.jobs.job import Progress
+from hidream_grpc.jobs.outages import Outage
+from hidream_grpc.jobs.positions import QueuePositions
+from hidream_grpc.jobs.store.changes import Change, ChangeKind
+from hidream_grpc.jobs.store.store import SqlJobStore
+
+logger = logging.getLogger(__name__)
+
+HEAL_SECONDS = 0.5
+TOLD_SECONDS = 0.25
+"""How often progress is told to other replicas, for each job."""
+
+
+class _ToldEvent(msgspec.Struct, frozen=True):
+    """What no row tells, on its way to other replicas: one of the two."""
+
+    sequence: int
+    time: float
+    progress: Progress | None = None
+    restarted: Restarted | None = None
+
+    @classmethod
+    def of(cls, event: JobEvent) -> _ToldEvent:
+        if isinstance(event.body, Restarted):
+            return cls(event.sequence, event.time, restarted=event.body)
+        assert isinstance(event.body, Progressed)
+        return cls(event.sequence, event.time, progress=event.body.progress)
+
+    def event(self) -> JobEvent | None:
+        body = self.restarted or (None if self.progress is None else Progressed(self.progress))
+        return None if body is None else JobEvent(self.sequence, self.time, body)
+
+
+_decoder = msgspec.json.Decoder(_ToldEvent)
+
+
+class ProgressTeller:
+    """Tells other replicas of progress and restarts, where there can be any."""
+
+    def __init__(self, store: SqlJobStore) -> None:
+        self._store = store
+        self._told: dict[str, float] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def tell(self, job_id: str, event: JobEvent) -> None:
+        """Pass an event on, unless progress was passed on just now."""
+        if not self._store.is_shared:
+            return
+        now = time.monotonic()
+        is_progress = isinstance(event.body, Progressed)
+        if is_progress and now - self._told.get(job_id, 0.0) < TOLD_SECONDS:
+            return
+        self._told = {other: told for other, told in self._told.items() if now - told < TOLD_SECONDS}
+        self._told[job_id] = now
+        payload = msgspec.json.encode(_ToldEvent.of(event))
+        task = asyncio.create_task(self._publish(job_id, payload))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _publish(self, job_id: str, payload: bytes) -> None:
+        try:
+            await self._store.publish(job_id, payload)
+        except HiDreamError as error:
+            logger.debug("progress was not told: %s", error)
+
+
+class StoreMirror:
+    """Follows the changes of the store for feeds, executor and positions."""
+
+    def __init__(
+        self, store: SqlJobStore, feeds: JobFeeds, executor: JobExecutor, positions: QueuePositions
+    ) -> None:
+        self._store = store
+        self._feeds = feeds
+        self._executor = executor
+        self._positions = positions
+        self._outdated: set[str] = set()
+        self._is_outdated = asyncio.Event()
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        with self._store.subscribe() as changes:
+            self._everything_changed()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._refresh_forever())
+                async for change in changes:
+                    self._note(change)
+
+    def _note(self, change: Change) -> None:
+        job_id = change.job_id
+        match change.kind:
+            case ChangeKind.PUBLISHED:
+                self._pass_on(job_id, change.payload)
+                return
+            case ChangeKind.CANCEL_REQUESTED:
+                # Its reason is in the row.
+                self._outdate(job_id)
+            case ChangeKind.DELETED:
+                if feed := self._feeds.get(job_id):
+                    feed.close(JobNotFoundError(job_id))
+            case ChangeKind.ANYTHING:
+                self._everything_changed()
+            case ChangeKind.ADDED | ChangeKind.CHANGED:
+                if self._executor.job(job_id) is None:
+                    self._outdate(job_id)
+        self._positions.notify()
+        self._executor.notify()
+
+    def _everything_changed(self) -> None:
+        for job_id in self._feeds.job_ids:
+            self._outdate(job_id)
+
+    def _outdate(self, job_id: str) -> None:
+        if self._feeds.get(job_id) is not None:
+            self._outdated.add(job_id)
+            self._is_outdated.set()
+
+    def _pass_on(self, job_id: str, payload: bytes) -> None:
+        feed, event = self._feeds.get(job_id), _decoder.decode(payload).event()
+        if feed is not None and event is not None and self._executor.job(job_id) is None:
+            feed.put(event)
+
+    async def _refresh_forever(self) -> None:
+        outage = Outage(logger, "read jobs that are followed")
+        while True:
+            await self._is_outdated.wait()
+            self._is_outdated.clear()
+            while self._outdated:
+                job_id = self._outdated.pop()
+                try:
+                    await self._refresh(job_id)
+                    outage.note_success()
+                except HiDreamError as error:
+                    outage.note_failure(error)
+                    self._outdated.add(job_id)
+                    await asyncio.sleep(HEAL_SECONDS)
+
+    async def _refresh(self, job_id: str) -> None:
+        try:
+            job = await self._store.get(None, job_id)
+        except JobNotFoundError as error:
+            if feed := self._feeds.get(job_id):
+                feed.close(error)
+            return
+        if self._executor.job(job_id) is None:
+            if feed := self._feeds.get(job_id):
+                feed.sync(job)
+        elif job.cancel_reason is not None:
+            self._executor.cancel(job_id, job.cancel_reason)

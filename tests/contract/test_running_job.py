@@ -1,0 +1,111 @@
+"""What a running job tells its readers while its row is being written, and after a kill in between."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hidream_grpc.engine.requests import RequestStarted
+from hidream_grpc.jobs.artifacts import ArtifactStore
+from hidream_grpc.jobs.estimates import EngineCapacity
+from hidream_grpc.jobs.events import Body, Cancelled, JobFeed, Queued, Restarted, Started
+from hidream_grpc.jobs.job import CancelReason, Execution, Job
+from hidream_grpc.jobs.outlook import Outlook
+from hidream_grpc.jobs.running_job import JobTools, RunningJob
+from hidream_grpc.jobs.store.store import SqlJobStore
+from hidream_grpc.model.snapshot_format import PackedSnapshot, PackedTensor, pack
+from tests.job_stores import StoreDatabase, added, claimed, new_job, started
+
+SNAPSHOT_AFTER_STEP_2 = pack(
+    PackedSnapshot(
+        step=2,
+        latents=PackedTensor("float32", (1, 1, 1, 1), bytes(4)),
+        generator_states=(b"",),
+        scheduler_name="FlowMatchLCMScheduler",
+    )
+)
+
+
+def tools_of(store: SqlJobStore, artifacts: ArtifactStore) -> JobTools:
+    capacity = EngineCapacity(max_running_jobs=1, max_step_pixels=1 << 20, num_ranks=1)
+    return JobTools(
+        store=store,
+        artifacts=artifacts,
+        outlook=Outlook(lambda: capacity),
+        describe_execution=lambda: Execution("demo", "FlowMatchLCMScheduler", 3.0, "tp=1"),
+        chunk_bytes=1024,
+        tell_others=lambda job_id, event: None,
+    )
+
+
+@pytest.mark.parametrize("starts", [True, False], ids=["starts", "is cancelled before it starts"])
+async def test_a_place_that_is_told_while_a_row_is_written_hides_no_event(
+    starts: bool, sqlite_database: StoreDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with sqlite_database.opened() as store:
+        await added(store, new_job())
+        (job,) = await claimed(store)
+        feed = JobFeed()
+        running = RunningJob(job, feed, tools_of(store, ArtifactStore(tmp_path / "artifacts")))
+        feed.tell_first_place()
+        write = store.save
+
+        async def save(saved: Job) -> None:
+            feed.tell_place(Queued(2))
+            await write(saved)
+
+        monkeypatch.setattr(store, "save", save)
+        told: list[Body] = []
+
+        async def read() -> None:
+            async for event in feed.follow():
+                told.append(event.body)
+                if isinstance(event.body, Started):
+                    running.cancel(CancelReason.REQUESTED)
+
+        reader = asyncio.create_task(read())
+        if starts:
+            running.tell(RequestStarted())
+        else:
+            running.cancel(CancelReason.REQUESTED)
+        await running.run()
+        await reader
+    ends = [body for body in told if not isinstance(body, Queued)]
+    assert [type(body) for body in ends] == ([Started, Cancelled] if starts else [Cancelled])
+
+
+@pytest.mark.parametrize(
+    ("snapshot", "step"),
+    [
+        pytest.param(SNAPSHOT_AFTER_STEP_2, 2, id="newer than the row"),
+        pytest.param(b"of another version", 0, id="unreadable"),
+    ],
+)
+async def test_a_job_goes_on_from_the_step_of_its_snapshot_whatever_its_row_says(
+    snapshot: bytes, step: int, sqlite_database: StoreDatabase, tmp_path: Path
+) -> None:
+    artifacts = ArtifactStore(tmp_path / "artifacts")
+    async with sqlite_database.opened() as store:
+        await added(store, new_job())
+        (job,) = await claimed(store)
+        # The server was killed when the next snapshot was written, and its row was not.
+        await store.save(replace(started(job), snapshot_step=1))
+        await artifacts.write_snapshot(job.job_id, snapshot)
+    async with sqlite_database.opened() as store:
+        (job,) = await claimed(store)
+        feed = JobFeed()
+        running = RunningJob(job, feed, tools_of(store, artifacts))
+        request = await running.engine_request()
+        assert request is not None
+        assert request.snapshot == snapshot
+        running.tell(RequestStarted())
+        running_task = asyncio.create_task(running.run())
+        async for event in feed.follow():
+            if isinstance(event.body, Restarted):
+                assert (event.body.attempt, event.body.resumed_from_step) == (2, step)
+                break
+        running.give_back()
+        await running_task
