@@ -19,8 +19,6 @@ from hidream.v1 import job_pb2
 from tests.clients.conftest import GoTools
 from tests.live_server import LiveServer, wait_until
 
-pytestmark = pytest.mark.skip(reason="waits for the job RPCs on the durable store (issue 6)")
-
 PROMPT = "a red circle on a blue background"
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 3, "seed": 11}
 # Longer than any test waits for, so that only cancelling can end it.
@@ -128,3 +126,27 @@ def test_the_go_program_has_the_same_calls(
         wait_until(lambda job=long_job: has_ended(client, job), 30, "the job has ended")  # type: ignore[misc]
         jobs("delete", long_job)
         assert long_job not in jobs("list")
+
+
+@pytest.mark.timeout(900)  # the first run builds the Go programs
+def test_the_go_program_tells_every_change_of_every_job(
+    server: LiveServer, client: Client, go_tools: GoTools
+) -> None:
+    command = [str(go_tools.hidream_jobs), "-address", server.address, "watch-all"]
+    known = client.submit(PROMPT, **SMALL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            # It begins with the jobs that are there: from then on it misses nothing.
+            lines = iter(process.stdout.readline, "")
+            assert any(line.startswith(known.job_id) for line in lines)
+            job_id = client.submit(PROMPT, **SMALL).job_id
+            told = []
+            for line in lines:
+                told += [line.split()[1]] if line.startswith(job_id) else []
+                if told[-1:] == ["SUCCEEDED"]:
+                    break
+        finally:
+            process.kill()
+    # A state that it has left before it could be told is passed over.
+    assert told == [state for state in ("QUEUED", "RUNNING", "SUCCEEDED") if state in told]

@@ -53,7 +53,7 @@ func endOf(event *hidreamv1.JobEvent) error {
 	case *hidreamv1.JobEvent_Failed:
 		return status.ErrorProto(event.Failed.GetStatus())
 	case *hidreamv1.JobEvent_Cancelled:
-		return status.Error(codes.Canceled, event.Cancelled.GetReason().String())
+		return status.Errorf(codes.Canceled, "the job was cancelled: %s", event.Cancelled.GetReason())
 	default:
 		return nil
 	}

@@ -7,15 +7,19 @@ from typing import Annotated
 
 import typer
 
-from hidream import job_commands
-from hidream.command_line import (
-    EXIT_UNAVAILABLE,
-    Address,
+from hidream import job_commands, submit_commands, watch_commands
+from hidream.client import Client
+from hidream.command_line import EXIT_UNAVAILABLE, connected
+from hidream.connection import SERVICE_NAME
+from hidream.files import ImageFileFormat
+from hidream.health import HealthStatus
+from hidream.json_text import message_json
+from hidream.options import (
     AsJson,
-    CaFile,
     Guidance,
     Images,
     Negative,
+    NoTimeout,
     Prompt,
     Quality,
     Quiet,
@@ -23,15 +27,8 @@ from hidream.command_line import (
     Size,
     SizeOption,
     Steps,
-    Token,
-    UseTls,
-    exit_codes,
-    new_client,
+    Timeout,
 )
-from hidream.connection import DEFAULT_ADDRESS, SERVICE_NAME
-from hidream.files import ImageFileFormat
-from hidream.health import HealthStatus
-from hidream.json_text import message_json
 from hidream.pictures import SavedPictures, output_pattern, picked_format
 from hidream.terminal import ProgressBar, info_table
 
@@ -53,8 +50,9 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@connected
 def generate(
+    client: Client,
     prompt: Prompt,
     out: Annotated[
         str | None,
@@ -79,84 +77,75 @@ def generate(
         bool, typer.Option("--preview", help="After each step write NAME.preview.jpg beside the picture.")
     ] = False,
     quiet: Quiet = False,
-    timeout: Annotated[float | None, typer.Option(help="Give up after this many seconds.")] = None,
-    address: Address = DEFAULT_ADDRESS,
-    token: Token = None,
-    tls: UseTls = False,
-    ca_file: CaFile = None,
+    timeout: NoTimeout = None,
 ) -> None:
     """Draw what a prompt says, and print the path of each picture."""
     size = size or Size()
-    with exit_codes(address), new_client(address, token, tls, ca_file) as client:
-        file_format = picked_format(out, file_format)
-        pattern = output_pattern(out, file_format)
-        events = client.generate(
-            prompt,
-            timeout_seconds=timeout,
-            negative_prompt=negative,
-            width=size.width,
-            height=size.height,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            num_images=images,
-            seed=seed,
-            output_format=file_format.output_format,
-            quality=quality,
-            preview=preview,
-        )
-        # Closing the events cancels the job when anything here fails, an interrupt included.
-        with closing(events), ProgressBar(is_shown=not quiet) as bar:
-            pictures = SavedPictures(pattern, images or 1)
-            for event in events:
-                bar.show(event)
-                pictures.take(event)
-        if not quiet:
-            typer.echo(pictures.summary, err=True)
-        for path in pictures.paths:
-            typer.echo(path)
+    file_format = picked_format(out, file_format)
+    pattern = output_pattern(out, file_format)
+    events = client.generate(
+        prompt,
+        timeout_seconds=timeout,
+        negative_prompt=negative,
+        width=size.width,
+        height=size.height,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        num_images=images,
+        seed=seed,
+        output_format=file_format.output_format,
+        quality=quality,
+        preview=preview,
+    )
+    # Closing the events cancels the job when anything here fails, an interrupt included.
+    with closing(events), ProgressBar(is_shown=not quiet) as bar:
+        pictures = SavedPictures(pattern, images or 1)
+        for event in events:
+            bar.show(event)
+            pictures.take(event)
+    for path in pictures.paths:
+        typer.echo(path)
 
 
-@app.command()
-def info(
-    as_json: AsJson = False,
-    timeout: Annotated[float, typer.Option(help="Give up after this many seconds.")] = 10.0,
-    address: Address = DEFAULT_ADDRESS,
-    token: Token = None,
-    tls: UseTls = False,
-    ca_file: CaFile = None,
-) -> None:
+@connected
+def info(client: Client, as_json: AsJson = False, timeout: Timeout = 10.0) -> None:
     """Describe the server: model, devices, load, defaults and limits."""
-    with exit_codes(address), new_client(address, token, tls, ca_file) as client:
-        answer = client.info(timeout_seconds=timeout)
-        if as_json:
-            typer.echo(message_json(answer))
-        else:
-            typer.echo(info_table(answer))
+    answer = client.info(timeout_seconds=timeout)
+    typer.echo(message_json(answer) if as_json else info_table(answer))
 
 
-@app.command()
+@connected
 def health(
+    client: Client,
     wait: Annotated[
         float | None, typer.Option(help="Wait up to this many seconds until the server serves.")
     ] = None,
     service: Annotated[str, typer.Option(help='Which service; "" is the server as a whole.')] = SERVICE_NAME,
     timeout: Annotated[float, typer.Option(help="Give up an answer after this many seconds.")] = 10.0,
-    address: Address = DEFAULT_ADDRESS,
-    token: Token = None,
-    tls: UseTls = False,
-    ca_file: CaFile = None,
 ) -> None:
     """Print the server's health; exit code 0 only when it is SERVING."""
-    with exit_codes(address), new_client(address, token, tls, ca_file) as client:
-        if wait is not None:
-            client.wait_until_serving(wait, service=service)
-        status = client.health(timeout_seconds=timeout, service=service)
-        typer.echo(status)
-        if status is not HealthStatus.SERVING:
-            raise typer.Exit(EXIT_UNAVAILABLE)
+    if wait is not None:
+        client.wait_until_serving(wait, service=service)
+    status = client.health(timeout_seconds=timeout, service=service)
+    typer.echo(status)
+    if status is not HealthStatus.SERVING:
+        raise typer.Exit(EXIT_UNAVAILABLE)
 
 
-for name, command in job_commands.COMMANDS.items():
+# In the order of the help.
+for name, command in {
+    "generate": generate,
+    "submit": submit_commands.submit,
+    "batch": submit_commands.batch,
+    "status": job_commands.status,
+    "list": job_commands.list_jobs,
+    "watch": watch_commands.watch,
+    "cancel": job_commands.cancel,
+    "delete": job_commands.delete,
+    "download": watch_commands.download,
+    "info": info,
+    "health": health,
+}.items():
     app.command(name)(command)
 
 

@@ -1,18 +1,18 @@
-"""What all commands share: arguments, and what a shell sees when something goes wrong."""
+"""What every command has: a connection, and what a shell sees when something goes wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
+from typing import Any, Concatenate
 
 import typer
 
 from hidream.batch_lines import InvalidLinesError
 from hidream.client import Client
-from hidream.connection import Tls
+from hidream.connection import DEFAULT_ADDRESS, Tls
 from hidream.errors import (
     HiDreamError,
     InternalError,
@@ -22,6 +22,7 @@ from hidream.errors import (
     ServerError,
     UnavailableError,
 )
+from hidream.options import Address, CaFile, Token, UseTls
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2
@@ -49,55 +50,33 @@ _ARGUMENTS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
-    """Width and height of a picture, in pixels."""
+def connected(command: Callable[Concatenate[Client, ...], None]) -> Callable[..., None]:
+    """The command as typer runs it: with the options of a connection behind its own.
 
-    width: int | None = None
-    height: int | None = None
+    Args:
+        command: what to do with a client of the server that those options describe; its errors end
+            the process with their lines and exit code.
+    """
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+    of_connection = inspect.signature(_new_client, eval_str=True).parameters
 
-    @classmethod
-    def parse(cls, text: str) -> Size:
-        """The size that `WIDTHxHEIGHT` says."""
-        width, _, height = text.lower().partition("x")
-        if not (width.isdecimal() and height.isdecimal()):
-            raise typer.BadParameter(f"{text!r} is not WIDTHxHEIGHT in pixels, such as 512x768")
-        return cls(int(width), int(height))
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        connection = {name: options.pop(name) for name in of_connection}
+        with exit_codes(connection["address"]), _new_client(**connection) as client:
+            command(client, **options)
 
-
-Address = Annotated[str, typer.Option(envvar="HIDREAM_ADDRESS", help="host:port of the server.")]
-Token = Annotated[
-    str | None,
-    typer.Option(envvar="HIDREAM_TOKEN", show_envvar=True, help="Bearer token; better by its variable."),
-]
-UseTls = Annotated[bool, typer.Option("--tls", envvar="HIDREAM_TLS", help="Encrypt the connection.")]
-CaFile = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="HIDREAM_CA_FILE", help="PEM file of who vouches for the server, in place of the public ones."
-    ),
-]
-Prompt = Annotated[str, typer.Argument(help="What to draw.", show_default=False)]
-Seed = Annotated[int | None, typer.Option(help="Of the first picture. Default: a random one.")]
-SizeOption = Annotated[
-    Size | None, typer.Option(parser=Size.parse, metavar="WIDTHxHEIGHT", help="In pixels.")
-]
-Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
-Guidance = Annotated[
-    float | None, typer.Option(help="How closely to follow the prompt; 1 or less is not at all.")
-]
-Negative = Annotated[str | None, typer.Option(help="What to keep away from.")]
-Images = Annotated[int | None, typer.Option(help="How many pictures; each is drawn from the next seed.")]
-Quality = Annotated[int | None, typer.Option(help="Of JPEG and WebP, 1 to 100.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print paths and errors only.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Everything, as JSON.")]
+    # What typer reads.
+    run.__signature__ = inspect.Signature([*own, *of_connection.values()])  # type: ignore[attr-defined]
+    return run
 
 
-def new_client(address: str, token: str | None, use_tls: bool, ca_file: Path | None) -> Client:
-    """The client that the options of a command describe."""
+def _new_client(
+    address: Address = DEFAULT_ADDRESS, token: Token = None, tls: UseTls = False, ca_file: CaFile = None
+) -> Client:
     if ca_file is not None:
         return Client(address, token=token, tls=Tls(root_certificates=ca_file.read_bytes()))
-    return Client(address, token=token, tls=Tls() if use_tls else None)
+    return Client(address, token=token, tls=Tls() if tls else None)
 
 
 @contextmanager

@@ -44,7 +44,10 @@ class Queued(JobEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started(JobEvent):
-    """The job left the queue; `spec` has every field decided, the seed among them."""
+    """The job left the queue; `spec` has every field decided, the seed among them.
+
+    Comes again, with `execution.attempt` 2 or more, when a server that went away gave the job back.
+    """
 
     spec: image_pb2.ImageSpec
     execution: job_pb2.Execution
@@ -72,7 +75,7 @@ class Preview(JobEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restarted(JobEvent):
-    """The rank group was lost, and the job goes on after `resumed_from_step`."""
+    """The rank group was lost, or the server ended; the job goes on after `resumed_from_step`."""
 
     attempt: int
     reason: str
@@ -168,7 +171,8 @@ class EventReader:
                 raise error_from_status(message.failed.status)
             case "cancelled":
                 reason = job_pb2.CancelReason.Name(message.cancelled.reason)
-                raise CancelledError(status_pb2.Status(code=code_pb2.CANCELLED, message=reason))
+                text = f"the job was cancelled: {reason}"
+                raise CancelledError(status_pb2.Status(code=code_pb2.CANCELLED, message=text))
             case _:
                 return None  # a kind that a newer server knows
 

@@ -80,8 +80,8 @@ def _job_rows(job: job_pb2.Job) -> Iterator[tuple[str, str]]:
 def _progress(progress: job_pb2.JobProgress) -> str:
     text = f"step {progress.step} of {progress.total_steps}, "
     text += f"{format_seconds(_seconds(progress.step_duration))} a step"
-    if progress.HasField("estimated_remaining"):
-        text += f", {format_seconds(_seconds(progress.estimated_remaining))} left"
+    if remaining_seconds := _seconds(progress.estimated_remaining):
+        text += f", {format_seconds(remaining_seconds)} left"
     return text
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import typer
 
-from hidream.events import Event, ImageFinished, Preview, Started, Succeeded
+from hidream.events import Event, ImageFinished, Preview, Started
 from hidream.files import ImageFileFormat, OutputPattern, format_of_suffix, write_atomically
-from hidream.terminal import summary_line
 
 
 class SavedPictures:
@@ -26,7 +25,6 @@ class SavedPictures:
         self._num_images = num_images
         self._seed = seed
         self._paths: dict[int, Path] = {}
-        self.summary = ""
 
     @property
     def paths(self) -> list[Path]:
@@ -44,8 +42,6 @@ class SavedPictures:
                 path = self._pattern.path_of(event.image, self._num_images)
                 write_atomically(path, event.image.data)
                 self._paths[event.image.index] = path
-            case Succeeded():
-                self.summary = summary_line(event)
 
 
 def picked_format(out: str | None, file_format: ImageFileFormat | None) -> ImageFileFormat:

@@ -31,12 +31,15 @@ class ProgressBar:
         )
         self._num_images = 1
         self._num_received = 0
+        self._summary = ""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+        if self._summary:
+            self._bar.write(self._summary, file=sys.stderr)
 
     def show(self, event: Event) -> None:
         """Take the next event."""
@@ -53,16 +56,17 @@ class ProgressBar:
             case Progress():
                 self._show_step(event)
             case Restarted():
+                self._bar.n = event.resumed_from_step
+                self._describe("drawing")
                 self._say(
                     f"attempt {event.attempt}: {event.reason}; goes on after step {event.resumed_from_step}"
                 )
-                self._bar.n = event.resumed_from_step
-                self._describe("drawing")
             case ImageFinished():
                 self._num_received += 1
                 self._describe(f"image {self._num_received}/{self._num_images}")
             case Succeeded():
                 self._describe("done")
+                self._summary = "" if self._bar.disable else summary_line(event)
 
     def show_connection_lost(self, error: ServerError) -> None:
         """Say that the events have stopped for a while; the next one goes on where they did."""
@@ -134,8 +138,8 @@ def _info_rows(info: server_info_pb2.ServerInfo) -> Iterator[tuple[str, str]]:
     yield "rank group", f"generation {info.generation}, {info.num_rank_restarts} ranks replaced"
     yield (
         "jobs",
-        f"{jobs.queued} queued, {jobs.running} running, {jobs.succeeded} succeeded, {jobs.failed} failed, "
-        f"{jobs.cancelled} cancelled, {jobs.total} in all",
+        f"{jobs.queued} queued, {jobs.running} running; here since the start: {jobs.total} accepted, "
+        f"{jobs.succeeded} succeeded, {jobs.failed} failed, {jobs.cancelled} cancelled",
     )
     yield (
         "defaults",

@@ -52,6 +52,7 @@ def status(code: int, message: str = "what happened") -> status_pb2.Status:
             "--state and --label are for watching all jobs",
             id="a filter for one job",
         ),
+        pytest.param(["watch", "--out", "a.png"], "it is for watching one job", id="a file for all jobs"),
         pytest.param(["paint", "a"], "No such command 'paint'", id="an unknown command"),
     ],
 )

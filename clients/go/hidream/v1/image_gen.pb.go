@@ -530,8 +530,9 @@ type WatchJobRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The job. Required.
 	JobId string `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
-	// Only events whose sequence is greater than this: the last one received. 0 means from the
-	// job's current state on. Range: 0 or more.
+	// Only events whose sequence is greater than this: the last one received, from whichever server. It
+	// stays valid when the server restarts, and when another goes on with the job. 0 means from the job's
+	// current state on. Range: 0 or more.
 	AfterSequence int64 `protobuf:"varint,2,opt,name=after_sequence,json=afterSequence,proto3" json:"after_sequence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -47,6 +47,9 @@ const (
 // submits a job and follows it in one call; the other RPCs do the two apart. All running jobs
 // advance together, one denoising step at a time, so a short job never waits for a long one to end.
 //
+// A job that was accepted is kept through restarts of the server, and is drawn on from where it was;
+// servers that share a job store answer for each other's jobs.
+//
 // # Errors
 //
 // Every error is a `google.rpc.Status` with details. Those that any RPC may answer:
@@ -59,8 +62,13 @@ const (
 //   - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
 //   - `RESOURCE_EXHAUSTED`: the request message is larger than
 //     `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-//   - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
-//     was accepted; retry after the delay, on any server.
+//   - `RESOURCE_EXHAUSTED` (`QuotaFailure` with the subject `job_store`, `RetryInfo`): the store of the
+//     jobs is full. Nothing was changed; retry after the delay.
+//   - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, its devices are lost, or the store
+//     of its jobs or of their images does not answer. Nothing was accepted, unless the store was lost in
+//     the middle of the call: a retry with the same `request_id` never draws twice. Retry after the
+//     delay, on any server. While a server starts, drains or has lost its devices, it refuses new jobs
+//     only, and answers for those that are there.
 //   - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
 //     server; its log has a line with the same id. Retry once, then report the id.
 //
@@ -90,7 +98,7 @@ type ImageGenClient interface {
 	//   - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
 	//   - `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
 	//   - `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
-	//     Retry after the delay, on any server.
+	//     Retry after the delay, on any server; with the same `request_id` it follows the same job.
 	Generate(ctx context.Context, in *GenerateRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[GenerateResponse], error)
 	// Queues a job and returns it at once. What was returned survives a restart of the server.
 	//
@@ -100,27 +108,22 @@ type ImageGenClient interface {
 	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
 	//     up its share (the violation's subject is then the caller). Nothing was accepted; retry after
 	//     the delay.
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	SubmitJob(ctx context.Context, in *SubmitJobRequest, opts ...grpc.CallOption) (*Job, error)
 	// Queues many jobs: all of them, or none.
 	//
 	// Status codes, besides those of the service:
 	//
 	//   - `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	BatchSubmitJobs(ctx context.Context, in *BatchSubmitJobsRequest, opts ...grpc.CallOption) (*BatchSubmitJobsResponse, error)
 	// Returns a job as it is now.
 	//
 	// Status codes, besides those of the service:
 	//
 	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	GetJob(ctx context.Context, in *GetJobRequest, opts ...grpc.CallOption) (*Job, error)
 	// Lists the caller's jobs, newest first. A page token stays valid while jobs come and go.
 	//
 	// Status codes, besides those of the service:
-	//
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	ListJobs(ctx context.Context, in *ListJobsRequest, opts ...grpc.CallOption) (*ListJobsResponse, error)
 	// Streams the events of one job, from any point, to its end: the same events as `Generate`.
 	// Closing the stream does not touch the job. A job's failure or cancellation is its last event,
@@ -130,8 +133,8 @@ type ImageGenClient interface {
 	//
 	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
 	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-	//   - `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `UNAVAILABLE` (`RetryInfo`): the server is going away. Watch again, on any server, with the last
+	//     `sequence` received.
 	WatchJob(ctx context.Context, in *WatchJobRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchJobResponse], error)
 	// Cancels a job; a running one stops at its next step. Returns the job as it is then. Cancelling
 	// a job that has ended changes nothing and is no error.
@@ -139,7 +142,6 @@ type ImageGenClient interface {
 	// Status codes, besides those of the service:
 	//
 	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	CancelJob(ctx context.Context, in *CancelJobRequest, opts ...grpc.CallOption) (*Job, error)
 	// Deletes a job that has ended, and its images.
 	//
@@ -147,7 +149,6 @@ type ImageGenClient interface {
 	//
 	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
 	//   - `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	DeleteJob(ctx context.Context, in *DeleteJobRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
 	// Streams the bytes of one finished image, from an offset.
 	//
@@ -156,16 +157,20 @@ type ImageGenClient interface {
 	//   - `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
 	//   - `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
 	//   - `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open. Retry after the
+	//     delay.
+	//   - `UNAVAILABLE` (`RetryInfo`), after the first piece too: go on from the bytes received, on any
+	//     server.
 	DownloadImage(ctx context.Context, in *DownloadImageRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DownloadImageResponse], error)
 	// Streams every change of state of the caller's jobs, for dashboards and autoscalers: first the
-	// jobs that match now, then each change as it happens, until the caller closes it.
+	// jobs that match now, then each change as it happens, until the caller closes it. A state that a job
+	// has left before it could be told is passed over.
 	//
 	// Status codes, besides those of the service:
 	//
 	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-	//   - `UNAVAILABLE`: the server is going away; watch again.
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `UNAVAILABLE` (`RetryInfo`): the server is going away, or its job store is lost. Watch again, on
+	//     any server.
 	WatchJobs(ctx context.Context, in *WatchJobsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchJobsResponse], error)
 	// Describes the server: model, devices, layout, load, versions, and every limit that a request is
 	// checked against. Answers while the model loads, too.
@@ -338,6 +343,9 @@ func (c *imageGenClient) GetServerInfo(ctx context.Context, in *GetServerInfoReq
 // submits a job and follows it in one call; the other RPCs do the two apart. All running jobs
 // advance together, one denoising step at a time, so a short job never waits for a long one to end.
 //
+// A job that was accepted is kept through restarts of the server, and is drawn on from where it was;
+// servers that share a job store answer for each other's jobs.
+//
 // # Errors
 //
 // Every error is a `google.rpc.Status` with details. Those that any RPC may answer:
@@ -350,8 +358,13 @@ func (c *imageGenClient) GetServerInfo(ctx context.Context, in *GetServerInfoReq
 //   - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
 //   - `RESOURCE_EXHAUSTED`: the request message is larger than
 //     `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-//   - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
-//     was accepted; retry after the delay, on any server.
+//   - `RESOURCE_EXHAUSTED` (`QuotaFailure` with the subject `job_store`, `RetryInfo`): the store of the
+//     jobs is full. Nothing was changed; retry after the delay.
+//   - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, its devices are lost, or the store
+//     of its jobs or of their images does not answer. Nothing was accepted, unless the store was lost in
+//     the middle of the call: a retry with the same `request_id` never draws twice. Retry after the
+//     delay, on any server. While a server starts, drains or has lost its devices, it refuses new jobs
+//     only, and answers for those that are there.
 //   - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
 //     server; its log has a line with the same id. Retry once, then report the id.
 //
@@ -381,7 +394,7 @@ type ImageGenServer interface {
 	//   - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
 	//   - `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
 	//   - `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
-	//     Retry after the delay, on any server.
+	//     Retry after the delay, on any server; with the same `request_id` it follows the same job.
 	Generate(*GenerateRequest, grpc.ServerStreamingServer[GenerateResponse]) error
 	// Queues a job and returns it at once. What was returned survives a restart of the server.
 	//
@@ -391,27 +404,22 @@ type ImageGenServer interface {
 	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
 	//     up its share (the violation's subject is then the caller). Nothing was accepted; retry after
 	//     the delay.
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	SubmitJob(context.Context, *SubmitJobRequest) (*Job, error)
 	// Queues many jobs: all of them, or none.
 	//
 	// Status codes, besides those of the service:
 	//
 	//   - `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	BatchSubmitJobs(context.Context, *BatchSubmitJobsRequest) (*BatchSubmitJobsResponse, error)
 	// Returns a job as it is now.
 	//
 	// Status codes, besides those of the service:
 	//
 	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	GetJob(context.Context, *GetJobRequest) (*Job, error)
 	// Lists the caller's jobs, newest first. A page token stays valid while jobs come and go.
 	//
 	// Status codes, besides those of the service:
-	//
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	ListJobs(context.Context, *ListJobsRequest) (*ListJobsResponse, error)
 	// Streams the events of one job, from any point, to its end: the same events as `Generate`.
 	// Closing the stream does not touch the job. A job's failure or cancellation is its last event,
@@ -421,8 +429,8 @@ type ImageGenServer interface {
 	//
 	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
 	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-	//   - `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `UNAVAILABLE` (`RetryInfo`): the server is going away. Watch again, on any server, with the last
+	//     `sequence` received.
 	WatchJob(*WatchJobRequest, grpc.ServerStreamingServer[WatchJobResponse]) error
 	// Cancels a job; a running one stops at its next step. Returns the job as it is then. Cancelling
 	// a job that has ended changes nothing and is no error.
@@ -430,7 +438,6 @@ type ImageGenServer interface {
 	// Status codes, besides those of the service:
 	//
 	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	CancelJob(context.Context, *CancelJobRequest) (*Job, error)
 	// Deletes a job that has ended, and its images.
 	//
@@ -438,7 +445,6 @@ type ImageGenServer interface {
 	//
 	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
 	//   - `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
 	DeleteJob(context.Context, *DeleteJobRequest) (*emptypb.Empty, error)
 	// Streams the bytes of one finished image, from an offset.
 	//
@@ -447,16 +453,20 @@ type ImageGenServer interface {
 	//   - `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
 	//   - `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
 	//   - `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open. Retry after the
+	//     delay.
+	//   - `UNAVAILABLE` (`RetryInfo`), after the first piece too: go on from the bytes received, on any
+	//     server.
 	DownloadImage(*DownloadImageRequest, grpc.ServerStreamingServer[DownloadImageResponse]) error
 	// Streams every change of state of the caller's jobs, for dashboards and autoscalers: first the
-	// jobs that match now, then each change as it happens, until the caller closes it.
+	// jobs that match now, then each change as it happens, until the caller closes it. A state that a job
+	// has left before it could be told is passed over.
 	//
 	// Status codes, besides those of the service:
 	//
 	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-	//   - `UNAVAILABLE`: the server is going away; watch again.
-	//   - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+	//   - `UNAVAILABLE` (`RetryInfo`): the server is going away, or its job store is lost. Watch again, on
+	//     any server.
 	WatchJobs(*WatchJobsRequest, grpc.ServerStreamingServer[WatchJobsResponse]) error
 	// Describes the server: model, devices, layout, load, versions, and every limit that a request is
 	// checked against. Answers while the model loads, too.

@@ -26,7 +26,8 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// Where a job stands. A job never leaves SUCCEEDED, FAILED or CANCELLED.
+// Where a job stands. A job never leaves SUCCEEDED, FAILED or CANCELLED; a RUNNING one is QUEUED again when
+// its server goes away and gives it back.
 type JobState int32
 
 const (
@@ -464,7 +465,8 @@ type Execution struct {
 	Shift float32 `protobuf:"fixed32,3,opt,name=shift,proto3" json:"shift,omitempty"`
 	// How the ranks share the work, such as `tp=4,ep=2`: see `ServerInfo.layout`.
 	Layout string `protobuf:"bytes,4,opt,name=layout,proto3" json:"layout,omitempty"`
-	// 1 for the first attempt; one more each time that the rank group was lost and the job went on.
+	// 1 for the first attempt; one more each time that the rank group or the server was lost, or the job
+	// was given back to the queue, and it went on.
 	Attempt       int32 `protobuf:"varint,5,opt,name=attempt,proto3" json:"attempt,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -853,12 +855,12 @@ type isJobEvent_Event interface {
 }
 
 type JobEvent_Queued struct {
-	// The job waits; sent again whenever its position changes.
+	// The job waits; sent again whenever its position changes, and when it was given back to the queue.
 	Queued *Queued `protobuf:"bytes,3,opt,name=queued,proto3,oneof"`
 }
 
 type JobEvent_Started struct {
-	// The job's first step was planned.
+	// The job's first step was planned; sent again when that of a job given back to the queue is.
 	Started *Started `protobuf:"bytes,4,opt,name=started,proto3,oneof"`
 }
 
@@ -873,7 +875,7 @@ type JobEvent_Preview struct {
 }
 
 type JobEvent_Restarted struct {
-	// The rank group was lost, and the job goes on.
+	// The rank group was lost, or the server that drew the job ended, and the job goes on.
 	Restarted *Restarted `protobuf:"bytes,7,opt,name=restarted,proto3,oneof"`
 }
 
@@ -971,7 +973,8 @@ func (x *Queued) GetEstimatedWait() *durationpb.Duration {
 	return nil
 }
 
-// The job left the queue.
+// The job left the queue. With `execution.attempt` 2 or more it had been given back to the queue by a
+// server that went away, and goes on from the step that was kept, or again from its seed.
 type Started struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What is drawn, every field decided.
@@ -1099,12 +1102,13 @@ func (x *Preview) GetData() []byte {
 	return nil
 }
 
-// The rank group was lost while the job ran; progress goes on from `resumed_from_step`.
+// The rank group was lost while the job ran, or the server that drew it ended without giving it back;
+// progress goes on from `resumed_from_step`.
 type Restarted struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Number of the attempt that begins, from 2.
 	Attempt int32 `protobuf:"varint,1,opt,name=attempt,proto3" json:"attempt,omitempty"`
-	// What was lost, such as `rank 1: killed by SIGKILL`.
+	// What was lost, such as `rank 1: killed by SIGKILL` or `the server that drew it ended`.
 	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
 	// The step that the job goes on after; 0 when it starts again from its seed.
 	ResumedFromStep int32 `protobuf:"varint,3,opt,name=resumed_from_step,json=resumedFromStep,proto3" json:"resumed_from_step,omitempty"`

@@ -573,11 +573,11 @@ type RequestLimits struct {
 	MaxGuidanceScale float32 `protobuf:"fixed32,7,opt,name=max_guidance_scale,json=maxGuidanceScale,proto3" json:"max_guidance_scale,omitempty"`
 	// Images of one request.
 	MaxNumImages int32 `protobuf:"varint,8,opt,name=max_num_images,json=maxNumImages,proto3" json:"max_num_images,omitempty"`
-	// Jobs that wait, in all.
+	// Jobs that wait, in all: on all servers that share a job store.
 	MaxQueuedJobs int32 `protobuf:"varint,9,opt,name=max_queued_jobs,json=maxQueuedJobs,proto3" json:"max_queued_jobs,omitempty"`
-	// Jobs that are drawn at the same time.
+	// Jobs that this server draws at the same time.
 	MaxRunningJobs int32 `protobuf:"varint,10,opt,name=max_running_jobs,json=maxRunningJobs,proto3" json:"max_running_jobs,omitempty"`
-	// Streams that are open at the same time.
+	// Streams that are open at this server at the same time.
 	MaxStreams int32 `protobuf:"varint,11,opt,name=max_streams,json=maxStreams,proto3" json:"max_streams,omitempty"`
 	// Bytes of a request id.
 	MaxRequestIdBytes int32 `protobuf:"varint,12,opt,name=max_request_id_bytes,json=maxRequestIdBytes,proto3" json:"max_request_id_bytes,omitempty"`
@@ -599,9 +599,10 @@ type RequestLimits struct {
 	// Jobs of one caller that are drawn at the same time; further ones wait. Absent: only `max_running_jobs`
 	// counts.
 	MaxRunningJobsPerCaller *int32 `protobuf:"varint,20,opt,name=max_running_jobs_per_caller,json=maxRunningJobsPerCaller,proto3,oneof" json:"max_running_jobs_per_caller,omitempty"`
-	// Work that one caller may ask for within any 60 seconds: width × height × num_inference_steps ×
-	// num_images, added up over its accepted requests. More answers RESOURCE_EXHAUSTED with the time until it
-	// fits; a request or batch that alone is more answers INVALID_ARGUMENT. Absent: any amount.
+	// Work that one caller may ask this server for within any 60 seconds: width × height ×
+	// num_inference_steps × num_images, added up over its accepted requests. More answers
+	// RESOURCE_EXHAUSTED with the time until it fits; a request or batch that alone is more answers
+	// INVALID_ARGUMENT. Absent: any amount.
 	MaxPixelStepsPerMinutePerCaller *int64 `protobuf:"varint,21,opt,name=max_pixel_steps_per_minute_per_caller,json=maxPixelStepsPerMinutePerCaller,proto3,oneof" json:"max_pixel_steps_per_minute_per_caller,omitempty"`
 	unknownFields                   protoimpl.UnknownFields
 	sizeCache                       protoimpl.SizeCache
@@ -784,20 +785,21 @@ func (x *RequestLimits) GetMaxPixelStepsPerMinutePerCaller() int64 {
 	return 0
 }
 
-// Jobs by state, since the server started.
+// How many jobs there are, and what came of those before. `queued` and `running` are of the whole job
+// store, all servers that share it together; the others are of this server since its process started.
 type JobCounts struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Waiting now.
+	// Waiting now, for any server.
 	Queued int32 `protobuf:"varint,1,opt,name=queued,proto3" json:"queued,omitempty"`
-	// Being drawn now.
+	// Being drawn now, by any server.
 	Running int32 `protobuf:"varint,2,opt,name=running,proto3" json:"running,omitempty"`
-	// Ended well.
+	// Ended well by this server since it started.
 	Succeeded int64 `protobuf:"varint,3,opt,name=succeeded,proto3" json:"succeeded,omitempty"`
-	// Ended with an error.
+	// Ended with an error by this server since it started.
 	Failed int64 `protobuf:"varint,4,opt,name=failed,proto3" json:"failed,omitempty"`
-	// Stopped.
+	// Stopped by this server since it started.
 	Cancelled int64 `protobuf:"varint,5,opt,name=cancelled,proto3" json:"cancelled,omitempty"`
-	// Accepted in all.
+	// Accepted by this server since it started.
 	Total         int64 `protobuf:"varint,6,opt,name=total,proto3" json:"total,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

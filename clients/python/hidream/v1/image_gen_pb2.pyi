@@ -352,8 +352,9 @@ class WatchJobRequest(_message.Message):
     job_id: _builtins.str
     """The job. Required."""
     after_sequence: _builtins.int
-    """Only events whose sequence is greater than this: the last one received. 0 means from the
-    job's current state on. Range: 0 or more.
+    """Only events whose sequence is greater than this: the last one received, from whichever server. It
+    stays valid when the server restarts, and when another goes on with the job. 0 means from the job's
+    current state on. Range: 0 or more.
     """
     def __init__(
         self,

@@ -37,6 +37,9 @@ class ImageGenStub:
     submits a job and follows it in one call; the other RPCs do the two apart. All running jobs
     advance together, one denoising step at a time, so a short job never waits for a long one to end.
 
+    A job that was accepted is kept through restarts of the server, and is drawn on from where it was;
+    servers that share a job store answer for each other's jobs.
+
     # Errors
 
     Every error is a `google.rpc.Status` with details. Those that any RPC may answer:
@@ -49,8 +52,13 @@ class ImageGenStub:
     - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
     - `RESOURCE_EXHAUSTED`: the request message is larger than
     `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-    - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
-    was accepted; retry after the delay, on any server.
+    - `RESOURCE_EXHAUSTED` (`QuotaFailure` with the subject `job_store`, `RetryInfo`): the store of the
+    jobs is full. Nothing was changed; retry after the delay.
+    - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, its devices are lost, or the store
+    of its jobs or of their images does not answer. Nothing was accepted, unless the store was lost in
+    the middle of the call: a retry with the same `request_id` never draws twice. Retry after the
+    delay, on any server. While a server starts, drains or has lost its devices, it refuses new jobs
+    only, and answers for those that are there.
     - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
     server; its log has a line with the same id. Retry once, then report the id.
 
@@ -129,6 +137,9 @@ class ImageGenServicer:
     submits a job and follows it in one call; the other RPCs do the two apart. All running jobs
     advance together, one denoising step at a time, so a short job never waits for a long one to end.
 
+    A job that was accepted is kept through restarts of the server, and is drawn on from where it was;
+    servers that share a job store answer for each other's jobs.
+
     # Errors
 
     Every error is a `google.rpc.Status` with details. Those that any RPC may answer:
@@ -141,8 +152,13 @@ class ImageGenServicer:
     - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
     - `RESOURCE_EXHAUSTED`: the request message is larger than
     `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-    - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
-    was accepted; retry after the delay, on any server.
+    - `RESOURCE_EXHAUSTED` (`QuotaFailure` with the subject `job_store`, `RetryInfo`): the store of the
+    jobs is full. Nothing was changed; retry after the delay.
+    - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, its devices are lost, or the store
+    of its jobs or of their images does not answer. Nothing was accepted, unless the store was lost in
+    the middle of the call: a retry with the same `request_id` never draws twice. Retry after the
+    delay, on any server. While a server starts, drains or has lost its devices, it refuses new jobs
+    only, and answers for those that are there.
     - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
     server; its log has a line with the same id. Retry once, then report the id.
 
@@ -174,7 +190,7 @@ class ImageGenServicer:
         - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
         - `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
         - `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
-        Retry after the delay, on any server.
+        Retry after the delay, on any server; with the same `request_id` it follows the same job.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -189,7 +205,6 @@ class ImageGenServicer:
         - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
         up its share (the violation's subject is then the caller). Nothing was accepted; retry after
         the delay.
-        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -201,7 +216,6 @@ class ImageGenServicer:
         Status codes, besides those of the service:
 
         - `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
-        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -213,7 +227,6 @@ class ImageGenServicer:
         Status codes, besides those of the service:
 
         - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -224,7 +237,6 @@ class ImageGenServicer:
 
         Status codes, besides those of the service:
 
-        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -239,8 +251,8 @@ class ImageGenServicer:
 
         - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
         - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-        - `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
-        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+        - `UNAVAILABLE` (`RetryInfo`): the server is going away. Watch again, on any server, with the last
+        `sequence` received.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -253,7 +265,6 @@ class ImageGenServicer:
         Status codes, besides those of the service:
 
         - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -266,7 +277,6 @@ class ImageGenServicer:
 
         - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
         - `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
-        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -280,7 +290,10 @@ class ImageGenServicer:
         - `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
         - `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
         - `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
-        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+        - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open. Retry after the
+        delay.
+        - `UNAVAILABLE` (`RetryInfo`), after the first piece too: go on from the bytes received, on any
+        server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -288,13 +301,14 @@ class ImageGenServicer:
 
     def WatchJobs(self, request, context):
         """Streams every change of state of the caller's jobs, for dashboards and autoscalers: first the
-        jobs that match now, then each change as it happens, until the caller closes it.
+        jobs that match now, then each change as it happens, until the caller closes it. A state that a job
+        has left before it could be told is passed over.
 
         Status codes, besides those of the service:
 
         - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-        - `UNAVAILABLE`: the server is going away; watch again.
-        - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+        - `UNAVAILABLE` (`RetryInfo`): the server is going away, or its job store is lost. Watch again, on
+        any server.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -383,6 +397,9 @@ class ImageGen:
     submits a job and follows it in one call; the other RPCs do the two apart. All running jobs
     advance together, one denoising step at a time, so a short job never waits for a long one to end.
 
+    A job that was accepted is kept through restarts of the server, and is drawn on from where it was;
+    servers that share a job store answer for each other's jobs.
+
     # Errors
 
     Every error is a `google.rpc.Status` with details. Those that any RPC may answer:
@@ -395,8 +412,13 @@ class ImageGen:
     - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
     - `RESOURCE_EXHAUSTED`: the request message is larger than
     `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-    - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
-    was accepted; retry after the delay, on any server.
+    - `RESOURCE_EXHAUSTED` (`QuotaFailure` with the subject `job_store`, `RetryInfo`): the store of the
+    jobs is full. Nothing was changed; retry after the delay.
+    - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, its devices are lost, or the store
+    of its jobs or of their images does not answer. Nothing was accepted, unless the store was lost in
+    the middle of the call: a retry with the same `request_id` never draws twice. Retry after the
+    delay, on any server. While a server starts, drains or has lost its devices, it refuses new jobs
+    only, and answers for those that are there.
     - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
     server; its log has a line with the same id. Retry once, then report the id.
 

@@ -38,6 +38,9 @@ class ImageGenStub:
     submits a job and follows it in one call; the other RPCs do the two apart. All running jobs
     advance together, one denoising step at a time, so a short job never waits for a long one to end.
 
+    A job that was accepted is kept through restarts of the server, and is drawn on from where it was;
+    servers that share a job store answer for each other's jobs.
+
     # Errors
 
     Every error is a `google.rpc.Status` with details. Those that any RPC may answer:
@@ -50,8 +53,13 @@ class ImageGenStub:
       - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
       - `RESOURCE_EXHAUSTED`: the request message is larger than
         `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-      - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
-        was accepted; retry after the delay, on any server.
+      - `RESOURCE_EXHAUSTED` (`QuotaFailure` with the subject `job_store`, `RetryInfo`): the store of the
+        jobs is full. Nothing was changed; retry after the delay.
+      - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, its devices are lost, or the store
+        of its jobs or of their images does not answer. Nothing was accepted, unless the store was lost in
+        the middle of the call: a retry with the same `request_id` never draws twice. Retry after the
+        delay, on any server. While a server starts, drains or has lost its devices, it refuses new jobs
+        only, and answers for those that are there.
       - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
         server; its log has a line with the same id. Retry once, then report the id.
 
@@ -87,7 +95,7 @@ class ImageGenStub:
       - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
       - `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
       - `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
-        Retry after the delay, on any server.
+        Retry after the delay, on any server; with the same `request_id` it follows the same job.
     """
     SubmitJob: _grpc.UnaryUnaryMultiCallable[_image_gen_pb2.SubmitJobRequest, _job_pb2.Job]
     """Queues a job and returns it at once. What was returned survives a restart of the server.
@@ -98,7 +106,6 @@ class ImageGenStub:
       - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
         up its share (the violation's subject is then the caller). Nothing was accepted; retry after
         the delay.
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     BatchSubmitJobs: _grpc.UnaryUnaryMultiCallable[_image_gen_pb2.BatchSubmitJobsRequest, _image_gen_pb2.BatchSubmitJobsResponse]
     """Queues many jobs: all of them, or none.
@@ -106,7 +113,6 @@ class ImageGenStub:
     Status codes, besides those of the service:
 
       - `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     GetJob: _grpc.UnaryUnaryMultiCallable[_image_gen_pb2.GetJobRequest, _job_pb2.Job]
     """Returns a job as it is now.
@@ -114,14 +120,11 @@ class ImageGenStub:
     Status codes, besides those of the service:
 
       - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     ListJobs: _grpc.UnaryUnaryMultiCallable[_image_gen_pb2.ListJobsRequest, _image_gen_pb2.ListJobsResponse]
     """Lists the caller's jobs, newest first. A page token stays valid while jobs come and go.
 
     Status codes, besides those of the service:
-
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     WatchJob: _grpc.UnaryStreamMultiCallable[_image_gen_pb2.WatchJobRequest, _image_gen_pb2.WatchJobResponse]
     """Streams the events of one job, from any point, to its end: the same events as `Generate`.
@@ -132,8 +135,8 @@ class ImageGenStub:
 
       - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
       - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-      - `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `UNAVAILABLE` (`RetryInfo`): the server is going away. Watch again, on any server, with the last
+        `sequence` received.
     """
     CancelJob: _grpc.UnaryUnaryMultiCallable[_image_gen_pb2.CancelJobRequest, _job_pb2.Job]
     """Cancels a job; a running one stops at its next step. Returns the job as it is then. Cancelling
@@ -142,7 +145,6 @@ class ImageGenStub:
     Status codes, besides those of the service:
 
       - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_image_gen_pb2.DeleteJobRequest, _empty_pb2.Empty]
     """Deletes a job that has ended, and its images.
@@ -151,7 +153,6 @@ class ImageGenStub:
 
       - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
       - `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     DownloadImage: _grpc.UnaryStreamMultiCallable[_image_gen_pb2.DownloadImageRequest, _image_gen_pb2.DownloadImageResponse]
     """Streams the bytes of one finished image, from an offset.
@@ -161,17 +162,21 @@ class ImageGenStub:
       - `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
       - `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
       - `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open. Retry after the
+        delay.
+      - `UNAVAILABLE` (`RetryInfo`), after the first piece too: go on from the bytes received, on any
+        server.
     """
     WatchJobs: _grpc.UnaryStreamMultiCallable[_image_gen_pb2.WatchJobsRequest, _image_gen_pb2.WatchJobsResponse]
     """Streams every change of state of the caller's jobs, for dashboards and autoscalers: first the
-    jobs that match now, then each change as it happens, until the caller closes it.
+    jobs that match now, then each change as it happens, until the caller closes it. A state that a job
+    has left before it could be told is passed over.
 
     Status codes, besides those of the service:
 
       - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-      - `UNAVAILABLE`: the server is going away; watch again.
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `UNAVAILABLE` (`RetryInfo`): the server is going away, or its job store is lost. Watch again, on
+        any server.
     """
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_image_gen_pb2.GetServerInfoRequest, _server_info_pb2.ServerInfo]
     """Describes the server: model, devices, layout, load, versions, and every limit that a request is
@@ -188,6 +193,9 @@ class ImageGenAsyncStub(ImageGenStub):
     submits a job and follows it in one call; the other RPCs do the two apart. All running jobs
     advance together, one denoising step at a time, so a short job never waits for a long one to end.
 
+    A job that was accepted is kept through restarts of the server, and is drawn on from where it was;
+    servers that share a job store answer for each other's jobs.
+
     # Errors
 
     Every error is a `google.rpc.Status` with details. Those that any RPC may answer:
@@ -200,8 +208,13 @@ class ImageGenAsyncStub(ImageGenStub):
       - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
       - `RESOURCE_EXHAUSTED`: the request message is larger than
         `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-      - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
-        was accepted; retry after the delay, on any server.
+      - `RESOURCE_EXHAUSTED` (`QuotaFailure` with the subject `job_store`, `RetryInfo`): the store of the
+        jobs is full. Nothing was changed; retry after the delay.
+      - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, its devices are lost, or the store
+        of its jobs or of their images does not answer. Nothing was accepted, unless the store was lost in
+        the middle of the call: a retry with the same `request_id` never draws twice. Retry after the
+        delay, on any server. While a server starts, drains or has lost its devices, it refuses new jobs
+        only, and answers for those that are there.
       - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
         server; its log has a line with the same id. Retry once, then report the id.
 
@@ -234,7 +247,7 @@ class ImageGenAsyncStub(ImageGenStub):
       - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
       - `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
       - `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
-        Retry after the delay, on any server.
+        Retry after the delay, on any server; with the same `request_id` it follows the same job.
     """
     SubmitJob: _aio.UnaryUnaryMultiCallable[_image_gen_pb2.SubmitJobRequest, _job_pb2.Job]  # type: ignore[assignment]
     """Queues a job and returns it at once. What was returned survives a restart of the server.
@@ -245,7 +258,6 @@ class ImageGenAsyncStub(ImageGenStub):
       - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
         up its share (the violation's subject is then the caller). Nothing was accepted; retry after
         the delay.
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     BatchSubmitJobs: _aio.UnaryUnaryMultiCallable[_image_gen_pb2.BatchSubmitJobsRequest, _image_gen_pb2.BatchSubmitJobsResponse]  # type: ignore[assignment]
     """Queues many jobs: all of them, or none.
@@ -253,7 +265,6 @@ class ImageGenAsyncStub(ImageGenStub):
     Status codes, besides those of the service:
 
       - `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_image_gen_pb2.GetJobRequest, _job_pb2.Job]  # type: ignore[assignment]
     """Returns a job as it is now.
@@ -261,14 +272,11 @@ class ImageGenAsyncStub(ImageGenStub):
     Status codes, besides those of the service:
 
       - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     ListJobs: _aio.UnaryUnaryMultiCallable[_image_gen_pb2.ListJobsRequest, _image_gen_pb2.ListJobsResponse]  # type: ignore[assignment]
     """Lists the caller's jobs, newest first. A page token stays valid while jobs come and go.
 
     Status codes, besides those of the service:
-
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     WatchJob: _aio.UnaryStreamMultiCallable[_image_gen_pb2.WatchJobRequest, _image_gen_pb2.WatchJobResponse]  # type: ignore[assignment]
     """Streams the events of one job, from any point, to its end: the same events as `Generate`.
@@ -279,8 +287,8 @@ class ImageGenAsyncStub(ImageGenStub):
 
       - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
       - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-      - `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `UNAVAILABLE` (`RetryInfo`): the server is going away. Watch again, on any server, with the last
+        `sequence` received.
     """
     CancelJob: _aio.UnaryUnaryMultiCallable[_image_gen_pb2.CancelJobRequest, _job_pb2.Job]  # type: ignore[assignment]
     """Cancels a job; a running one stops at its next step. Returns the job as it is then. Cancelling
@@ -289,7 +297,6 @@ class ImageGenAsyncStub(ImageGenStub):
     Status codes, besides those of the service:
 
       - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     DeleteJob: _aio.UnaryUnaryMultiCallable[_image_gen_pb2.DeleteJobRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes a job that has ended, and its images.
@@ -298,7 +305,6 @@ class ImageGenAsyncStub(ImageGenStub):
 
       - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
       - `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
     """
     DownloadImage: _aio.UnaryStreamMultiCallable[_image_gen_pb2.DownloadImageRequest, _image_gen_pb2.DownloadImageResponse]  # type: ignore[assignment]
     """Streams the bytes of one finished image, from an offset.
@@ -308,17 +314,21 @@ class ImageGenAsyncStub(ImageGenStub):
       - `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
       - `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
       - `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open. Retry after the
+        delay.
+      - `UNAVAILABLE` (`RetryInfo`), after the first piece too: go on from the bytes received, on any
+        server.
     """
     WatchJobs: _aio.UnaryStreamMultiCallable[_image_gen_pb2.WatchJobsRequest, _image_gen_pb2.WatchJobsResponse]  # type: ignore[assignment]
     """Streams every change of state of the caller's jobs, for dashboards and autoscalers: first the
-    jobs that match now, then each change as it happens, until the caller closes it.
+    jobs that match now, then each change as it happens, until the caller closes it. A state that a job
+    has left before it could be told is passed over.
 
     Status codes, besides those of the service:
 
       - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-      - `UNAVAILABLE`: the server is going away; watch again.
-      - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+      - `UNAVAILABLE` (`RetryInfo`): the server is going away, or its job store is lost. Watch again, on
+        any server.
     """
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_image_gen_pb2.GetServerInfoRequest, _server_info_pb2.ServerInfo]  # type: ignore[assignment]
     """Describes the server: model, devices, layout, load, versions, and every limit that a request is
@@ -334,6 +344,9 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
     submits a job and follows it in one call; the other RPCs do the two apart. All running jobs
     advance together, one denoising step at a time, so a short job never waits for a long one to end.
 
+    A job that was accepted is kept through restarts of the server, and is drawn on from where it was;
+    servers that share a job store answer for each other's jobs.
+
     # Errors
 
     Every error is a `google.rpc.Status` with details. Those that any RPC may answer:
@@ -346,8 +359,13 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
       - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
       - `RESOURCE_EXHAUSTED`: the request message is larger than
         `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
-      - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, or its devices are lost. Nothing
-        was accepted; retry after the delay, on any server.
+      - `RESOURCE_EXHAUSTED` (`QuotaFailure` with the subject `job_store`, `RetryInfo`): the store of the
+        jobs is full. Nothing was changed; retry after the delay.
+      - `UNAVAILABLE` (`RetryInfo`): the server is starting or draining, its devices are lost, or the store
+        of its jobs or of their images does not answer. Nothing was accepted, unless the store was lost in
+        the middle of the call: a retry with the same `request_id` never draws twice. Retry after the
+        delay, on any server. While a server starts, drains or has lost its devices, it refuses new jobs
+        only, and answers for those that are there.
       - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
         server; its log has a line with the same id. Retry once, then report the id.
 
@@ -384,7 +402,7 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
           - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
           - `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
           - `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
-            Retry after the delay, on any server.
+            Retry after the delay, on any server; with the same `request_id` it follows the same job.
         """
 
     @_abc_1.abstractmethod
@@ -401,7 +419,6 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
           - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
             up its share (the violation's subject is then the caller). Nothing was accepted; retry after
             the delay.
-          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
 
     @_abc_1.abstractmethod
@@ -415,7 +432,6 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
         Status codes, besides those of the service:
 
           - `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
-          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
 
     @_abc_1.abstractmethod
@@ -429,7 +445,6 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
         Status codes, besides those of the service:
 
           - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
 
     @_abc_1.abstractmethod
@@ -441,8 +456,6 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
         """Lists the caller's jobs, newest first. A page token stays valid while jobs come and go.
 
         Status codes, besides those of the service:
-
-          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
 
     @_abc_1.abstractmethod
@@ -459,8 +472,8 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
 
           - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
           - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-          - `UNAVAILABLE`: the server is going away; watch again with the last `sequence` received.
-          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+          - `UNAVAILABLE` (`RetryInfo`): the server is going away. Watch again, on any server, with the last
+            `sequence` received.
         """
 
     @_abc_1.abstractmethod
@@ -475,7 +488,6 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
         Status codes, besides those of the service:
 
           - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
 
     @_abc_1.abstractmethod
@@ -490,7 +502,6 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
 
           - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
           - `FAILED_PRECONDITION` (`PreconditionFailure`): the job has not ended; cancel it first.
-          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
         """
 
     @_abc_1.abstractmethod
@@ -506,7 +517,10 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
           - `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
           - `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
           - `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
-          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+          - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open. Retry after the
+            delay.
+          - `UNAVAILABLE` (`RetryInfo`), after the first piece too: go on from the bytes received, on any
+            server.
         """
 
     @_abc_1.abstractmethod
@@ -516,13 +530,14 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_image_gen_pb2.WatchJobsResponse], _abc.AsyncIterator[_image_gen_pb2.WatchJobsResponse]]:
         """Streams every change of state of the caller's jobs, for dashboards and autoscalers: first the
-        jobs that match now, then each change as it happens, until the caller closes it.
+        jobs that match now, then each change as it happens, until the caller closes it. A state that a job
+        has left before it could be told is passed over.
 
         Status codes, besides those of the service:
 
           - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
-          - `UNAVAILABLE`: the server is going away; watch again.
-          - `UNIMPLEMENTED`: this version of the server does not have this RPC.
+          - `UNAVAILABLE` (`RetryInfo`): the server is going away, or its job store is lost. Watch again, on
+            any server.
         """
 
     @_abc_1.abstractmethod

@@ -43,7 +43,9 @@ class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.Val
     """It was stopped on request, or because its deadline passed."""
 
 class JobState(_JobState, metaclass=_JobStateEnumTypeWrapper):
-    """Where a job stands. A job never leaves SUCCEEDED, FAILED or CANCELLED."""
+    """Where a job stands. A job never leaves SUCCEEDED, FAILED or CANCELLED; a RUNNING one is QUEUED again when
+    its server goes away and gives it back.
+    """
 
 JOB_STATE_UNSPECIFIED: JobState.ValueType  # 0
 """Never sent."""
@@ -293,7 +295,9 @@ class Execution(_message.Message):
     layout: _builtins.str
     """How the ranks share the work, such as `tp=4,ep=2`: see `ServerInfo.layout`."""
     attempt: _builtins.int
-    """1 for the first attempt; one more each time that the rank group was lost and the job went on."""
+    """1 for the first attempt; one more each time that the rank group or the server was lost, or the job
+    was given back to the queue, and it went on.
+    """
     def __init__(
         self,
         *,
@@ -424,11 +428,11 @@ class JobEvent(_message.Message):
 
     @_builtins.property
     def queued(self) -> Global___Queued:
-        """The job waits; sent again whenever its position changes."""
+        """The job waits; sent again whenever its position changes, and when it was given back to the queue."""
 
     @_builtins.property
     def started(self) -> Global___Started:
-        """The job's first step was planned."""
+        """The job's first step was planned; sent again when that of a job given back to the queue is."""
 
     @_builtins.property
     def progress(self) -> Global___JobProgress:
@@ -440,7 +444,7 @@ class JobEvent(_message.Message):
 
     @_builtins.property
     def restarted(self) -> Global___Restarted:
-        """The rank group was lost, and the job goes on."""
+        """The rank group was lost, or the server that drew the job ended, and the job goes on."""
 
     @_builtins.property
     def image_chunk(self) -> _image_pb2.ImageChunk:
@@ -515,7 +519,9 @@ Global___Queued: _TypeAlias = Queued  # noqa: Y015
 
 @_typing.final
 class Started(_message.Message):
-    """The job left the queue."""
+    """The job left the queue. With `execution.attempt` 2 or more it had been given back to the queue by a
+    server that went away, and goes on from the step that was kept, or again from its seed.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -581,7 +587,9 @@ Global___Preview: _TypeAlias = Preview  # noqa: Y015
 
 @_typing.final
 class Restarted(_message.Message):
-    """The rank group was lost while the job ran; progress goes on from `resumed_from_step`."""
+    """The rank group was lost while the job ran, or the server that drew it ended without giving it back;
+    progress goes on from `resumed_from_step`.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -591,7 +599,7 @@ class Restarted(_message.Message):
     attempt: _builtins.int
     """Number of the attempt that begins, from 2."""
     reason: _builtins.str
-    """What was lost, such as `rank 1: killed by SIGKILL`."""
+    """What was lost, such as `rank 1: killed by SIGKILL` or `the server that drew it ended`."""
     resumed_from_step: _builtins.int
     """The step that the job goes on after; 0 when it starts again from its seed."""
     def __init__(

@@ -334,11 +334,11 @@ class RequestLimits(_message.Message):
     max_num_images: _builtins.int
     """Images of one request."""
     max_queued_jobs: _builtins.int
-    """Jobs that wait, in all."""
+    """Jobs that wait, in all: on all servers that share a job store."""
     max_running_jobs: _builtins.int
-    """Jobs that are drawn at the same time."""
+    """Jobs that this server draws at the same time."""
     max_streams: _builtins.int
-    """Streams that are open at the same time."""
+    """Streams that are open at this server at the same time."""
     max_request_id_bytes: _builtins.int
     """Bytes of a request id."""
     max_labels: _builtins.int
@@ -362,9 +362,10 @@ class RequestLimits(_message.Message):
     counts.
     """
     max_pixel_steps_per_minute_per_caller: _builtins.int
-    """Work that one caller may ask for within any 60 seconds: width × height × num_inference_steps ×
-    num_images, added up over its accepted requests. More answers RESOURCE_EXHAUSTED with the time until it
-    fits; a request or batch that alone is more answers INVALID_ARGUMENT. Absent: any amount.
+    """Work that one caller may ask this server for within any 60 seconds: width × height ×
+    num_inference_steps × num_images, added up over its accepted requests. More answers
+    RESOURCE_EXHAUSTED with the time until it fits; a request or batch that alone is more answers
+    INVALID_ARGUMENT. Absent: any amount.
     """
     def __init__(
         self,
@@ -412,7 +413,9 @@ Global___RequestLimits: _TypeAlias = RequestLimits  # noqa: Y015
 
 @_typing.final
 class JobCounts(_message.Message):
-    """Jobs by state, since the server started."""
+    """How many jobs there are, and what came of those before. `queued` and `running` are of the whole job
+    store, all servers that share it together; the others are of this server since its process started.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -423,17 +426,17 @@ class JobCounts(_message.Message):
     CANCELLED_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
     queued: _builtins.int
-    """Waiting now."""
+    """Waiting now, for any server."""
     running: _builtins.int
-    """Being drawn now."""
+    """Being drawn now, by any server."""
     succeeded: _builtins.int
-    """Ended well."""
+    """Ended well by this server since it started."""
     failed: _builtins.int
-    """Ended with an error."""
+    """Ended with an error by this server since it started."""
     cancelled: _builtins.int
-    """Stopped."""
+    """Stopped by this server since it started."""
     total: _builtins.int
-    """Accepted in all."""
+    """Accepted by this server since it started."""
     def __init__(
         self,
         *,

@@ -1,0 +1,120 @@
+"""Arguments and options that several commands take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from hidream.requests import JobStateName
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Width and height of a picture, in pixels."""
+
+    width: int | None = None
+    height: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """The size that `WIDTHxHEIGHT` says."""
+        width, _, height = text.lower().partition("x")
+        if not (width.isdecimal() and height.isdecimal()):
+            raise typer.BadParameter(f"{text!r} is not WIDTHxHEIGHT in pixels, such as 512x768")
+        return cls(int(width), int(height))
+
+
+class State(StrEnum):
+    """States of jobs, as a command line names them."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """One label of a job."""
+
+    key: str
+    value: str
+
+    @classmethod
+    def parse(cls, text: str) -> Label:
+        """The label that `KEY=VALUE` says."""
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise typer.BadParameter(f"{text!r} is not KEY=VALUE")
+        return cls(key, value)
+
+
+# How to reach the server.
+Address = Annotated[str, typer.Option(envvar="HIDREAM_ADDRESS", help="host:port of the server.")]
+Token = Annotated[
+    str | None,
+    typer.Option(envvar="HIDREAM_TOKEN", show_envvar=True, help="Bearer token; better by its variable."),
+]
+UseTls = Annotated[bool, typer.Option("--tls", envvar="HIDREAM_TLS", help="Encrypt the connection.")]
+CaFile = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="HIDREAM_CA_FILE", help="PEM file of who vouches for the server, in place of the public ones."
+    ),
+]
+
+# What to draw.
+Prompt = Annotated[str, typer.Argument(help="What to draw.", show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="Of the first picture. Default: a random one.")]
+SizeOption = Annotated[
+    Size | None, typer.Option(parser=Size.parse, metavar="WIDTHxHEIGHT", help="In pixels.")
+]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
+Guidance = Annotated[
+    float | None, typer.Option(help="How closely to follow the prompt; 1 or less is not at all.")
+]
+Negative = Annotated[str | None, typer.Option(help="What to keep away from.")]
+Images = Annotated[int | None, typer.Option(help="How many pictures; each is drawn from the next seed.")]
+Quality = Annotated[int | None, typer.Option(help="Of JPEG and WebP, 1 to 100.")]
+
+# Which jobs.
+JobId = Annotated[str, typer.Argument(metavar="JOB_ID", show_default=False)]
+JobIds = Annotated[list[str], typer.Argument(metavar="JOB_ID...", show_default=False)]
+States = Annotated[
+    list[State] | None,
+    typer.Option("--state", help="Only jobs in this state; several times: in any of them."),
+]
+Labels = Annotated[
+    list[Label] | None,
+    typer.Option(
+        "--label",
+        parser=Label.parse,
+        metavar="KEY=VALUE",
+        help="Only jobs with it; several times: with all of them.",
+    ),
+]
+
+# How long to wait, and what to print.
+Timeout = Annotated[float, typer.Option(help="Give up after this many seconds.")]
+NoTimeout = Annotated[float | None, typer.Option(help="Give up after this many seconds. Default: never.")]
+Reconnect = Annotated[
+    float, typer.Option(help="When the connection is lost, try again for this many seconds.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print paths and errors only.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Everything, as JSON.")]
+
+
+def state_names(states: Iterable[State] | None) -> list[JobStateName]:
+    """The states that were named, as a request names them."""
+    return [cast(JobStateName, state.name) for state in states or ()]
+
+
+def labels_by_key(labels: Iterable[Label] | None) -> dict[str, str]:
+    """The labels that were given; of those with the same key the last."""
+    return {label.key: label.value for label in labels or ()}

@@ -1,0 +1,116 @@
+"""The commands that queue jobs: submit, batch."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from hidream.batch_lines import BatchLines
+from hidream.client import Client
+from hidream.command_line import connected
+from hidream.errors import InvalidArgumentError
+from hidream.files import ImageFileFormat
+from hidream.json_text import message_json, message_json_line
+from hidream.options import (
+    AsJson,
+    Guidance,
+    Images,
+    Label,
+    Negative,
+    Prompt,
+    Quality,
+    Seed,
+    Size,
+    SizeOption,
+    Steps,
+    Timeout,
+    labels_by_key,
+)
+from hidream.requests import Priority
+
+
+class PriorityOption(StrEnum):
+    """Priorities, as a command line names them."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+
+@connected
+def submit(
+    client: Client,
+    prompt: Prompt,
+    seed: Seed = None,
+    size: SizeOption = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    negative: Negative = None,
+    images: Images = None,
+    file_format: Annotated[ImageFileFormat | None, typer.Option("--format", help="Default: png.")] = None,
+    quality: Quality = None,
+    preview: Annotated[bool, typer.Option("--preview", help="Who watches it sees previews.")] = False,
+    priority: Annotated[PriorityOption | None, typer.Option(help="Which jobs go first.")] = None,
+    label: Annotated[
+        list[Label] | None,
+        typer.Option(
+            "--label", parser=Label.parse, metavar="KEY=VALUE", help="To find it again; several times."
+        ),
+    ] = None,
+    request_id: Annotated[
+        str | None, typer.Option(help="A name for the request, so that a retry does not draw twice.")
+    ] = None,
+    as_json: AsJson = False,
+    timeout: Timeout = 30.0,
+) -> None:
+    """Queue a job, and print its id at once."""
+    size = size or Size()
+    job = client.submit(
+        prompt,
+        timeout_seconds=timeout,
+        negative_prompt=negative,
+        width=size.width,
+        height=size.height,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        num_images=images,
+        seed=seed,
+        output_format=None if file_format is None else file_format.output_format,
+        quality=quality,
+        preview=preview,
+        priority=None if priority is None else cast(Priority, priority.name),
+        labels=labels_by_key(label),
+        request_id=request_id,
+    )
+    typer.echo(message_json(job) if as_json else job.job_id)
+
+
+@connected
+def batch(
+    client: Client,
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FILE", help="JSON Lines, one job a line. Default: stdin.", show_default=False
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    timeout: Timeout = 60.0,
+) -> None:
+    """Queue the jobs of a file, all or none, and print their ids in the order of the lines.
+
+    A line is an object such as {"prompt": "a fox", "seed": 7, "width": 512, "height": 512,
+    "labels": {"set": "foxes"}}: the names of the Python client.
+    """
+    lines = sys.stdin.buffer.readlines() if file is None else file.read_bytes().splitlines()
+    jobs = BatchLines.parse(lines)
+    try:
+        accepted = client.batch(jobs.requests, timeout_seconds=timeout)
+    except InvalidArgumentError as error:
+        raise jobs.refused(error) from error
+    for job in accepted:
+        typer.echo(message_json_line(job) if as_json else job.job_id)

@@ -1,0 +1,127 @@
+"""The commands that go on through lost connections and restarts of the server: watch, download."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Annotated
+
+import typer
+
+from hidream.client import Client
+from hidream.command_line import connected
+from hidream.files import ImageFileFormat
+from hidream.job_tables import state_name
+from hidream.json_text import event_json_line, message_json_line
+from hidream.options import (
+    AsJson,
+    JobId,
+    Label,
+    Labels,
+    NoTimeout,
+    Quiet,
+    Reconnect,
+    State,
+    States,
+    labels_by_key,
+    state_names,
+)
+from hidream.pictures import SavedPictures, output_pattern, picked_format
+from hidream.reconnecting import DEFAULT_RECONNECT_SECONDS, ReconnectPolicy
+from hidream.terminal import ProgressBar
+from hidream.v1 import image_pb2
+
+Out = Annotated[
+    str | None,
+    typer.Option("--out", "-o", help="File, pattern with {seed} and {index}, or folder, as of `generate`."),
+]
+
+
+@connected
+def watch(
+    client: Client,
+    job_id: Annotated[
+        str | None, typer.Argument(metavar="JOB_ID", help="Default: all jobs.", show_default=False)
+    ] = None,
+    out: Out = None,
+    state: States = None,
+    label: Labels = None,
+    quiet: Quiet = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Every event, as a line of JSON.")] = False,
+    reconnect: Reconnect = DEFAULT_RECONNECT_SECONDS,
+    timeout: NoTimeout = None,
+) -> None:
+    """Follow a job to its end, or every change of all jobs; neither is touched.
+
+    A server that restarts meanwhile is waited for. With --out the pictures are written and their
+    paths printed, otherwise the state in which the job ends.
+    """
+    if job_id is None:
+        if out is not None:
+            raise typer.BadParameter("it is for watching one job", param_hint="--out")
+        _watch_all(client, state, label, as_json, ReconnectPolicy(timeout, reconnect))
+        return
+    if state or label:
+        raise typer.BadParameter("--state and --label are for watching all jobs", param_hint="JOB_ID")
+    pictures = None if out is None else _pictures(client, job_id, out, timeout)
+    with ProgressBar(is_shown=not (quiet or as_json)) as bar:
+        policy = ReconnectPolicy(timeout, reconnect, bar.show_connection_lost)
+        with closing(client.watch(job_id, policy)) as events:
+            for event in events:
+                bar.show(event)
+                if as_json:
+                    typer.echo(event_json_line(event))
+                if pictures:
+                    pictures.take(event)
+    if as_json:
+        return
+    for line in pictures.paths if pictures else ["SUCCEEDED"]:
+        typer.echo(line)
+
+
+def _pictures(client: Client, job_id: str, out: str, timeout_seconds: float | None) -> SavedPictures:
+    spec = client.status(job_id, timeout_seconds=timeout_seconds).spec
+    return SavedPictures(output_pattern(out, picked_format(out, _format(spec))), spec.num_images, spec.seed)
+
+
+def _watch_all(
+    client: Client,
+    states: list[State] | None,
+    labels: list[Label] | None,
+    as_json: bool,
+    policy: ReconnectPolicy,
+) -> None:
+    changes = client.watch_all(states=state_names(states), labels=labels_by_key(labels), policy=policy)
+    with closing(changes):
+        for change in changes:
+            text = f"{change.time:%Y-%m-%d %H:%M:%S}  {change.job.job_id}  {state_name(change.job)}"
+            typer.echo(message_json_line(change.job) if as_json else text)
+
+
+@connected
+def download(
+    client: Client,
+    job_id: JobId,
+    index: Annotated[
+        list[int] | None, typer.Option(help="Which picture, from 0; several times. Default: all of them.")
+    ] = None,
+    out: Out = None,
+    as_json: AsJson = False,
+    reconnect: Reconnect = DEFAULT_RECONNECT_SECONDS,
+    timeout: Annotated[float | None, typer.Option(help="Give up a picture after this many seconds.")] = None,
+) -> None:
+    """Write the pictures of a job, and print the path of each.
+
+    What arrived of a picture before the download broke off is kept, and not asked for again.
+    """
+    job = client.status(job_id, timeout_seconds=timeout)
+    pattern = output_pattern(out, picked_format(out, _format(job.spec)))
+    for image_index in index or range(job.spec.num_images):
+        place = image_pb2.ImageInfo(index=image_index, seed=job.spec.seed + image_index)
+        path = pattern.path_of(place, job.spec.num_images)
+        info = client.download(job_id, path, image_index, ReconnectPolicy(timeout, reconnect))
+        typer.echo(message_json_line(info) if as_json else path)
+
+
+def _format(spec: image_pb2.ImageSpec) -> ImageFileFormat:
+    name = image_pb2.OutputFormat.Name(spec.output_format).removeprefix("OUTPUT_FORMAT_")
+    return ImageFileFormat(name.lower())
