@@ -9,11 +9,14 @@ shift || true
 binaries="$project/.venv/bin"
 mkdir -p "$project/logs"
 log="$project/logs/demo_$(date +%Y%m%d_%H%M%S).log"
+# Not that of a server that is used in earnest: its jobs would be drawn here, too.
+data=$(mktemp -d)
 
-env -u HIDREAM_MODEL_PATH -u HIDREAM_EXTRA_MODEL_PATH "$binaries/hidream-grpc" serve \
-  --device-type cpu --listen 127.0.0.1:0 --log-level INFO 2>"$log" &
+env -u HIDREAM_MODEL_PATH -u HIDREAM_EXTRA_MODEL_PATH -u HIDREAM_STORE -u HIDREAM_ARTIFACTS \
+  "$binaries/hidream-grpc" serve \
+  --device-type cpu --listen 127.0.0.1:0 --data-dir "$data" --log-level INFO 2>"$log" &
 server=$!
-trap 'kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true' EXIT
+trap 'kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true; rm -rf "$data"' EXIT
 
 echo "starting the service; its log is $log"
 until address=$(grep -som1 'listening on [^,]*' "$log"); do

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -70,10 +71,17 @@ class Drawn:
 @contextmanager
 def running_service() -> Iterator[str]:
     """The service with its demo model; yields its address."""
-    command = [sys.executable, "-m", "hidream_grpc", "serve", "--listen", "127.0.0.1:0"]
+    with TemporaryDirectory(prefix="hidream-bench-") as data_dir, _running(data_dir) as address:
+        yield address
+
+
+@contextmanager
+def _running(data_dir: str) -> Iterator[str]:
+    command = [sys.executable, "-m", "hidream_grpc", "serve"]
+    where = ["--listen", "127.0.0.1:0", "--data-dir", data_dir]
     model = ["--model-path", str(demo_checkpoint_path())]
     ranks = ["--device-type", "cpu", "--layout", LAYOUT, "--threads-per-rank", "1"]
-    with subprocess.Popen([*command, *model, *ranks], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*command, *where, *model, *ranks], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         log = []
         for line in process.stderr:

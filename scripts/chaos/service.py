@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO
 from urllib.request import urlopen
 
@@ -93,8 +94,17 @@ class Service:
 @contextmanager
 def running_service(layout: str, log_path: Path) -> Iterator[Service]:
     """The service in this layout on the CPU, once it serves; it ends with SIGTERM."""
+    with (
+        TemporaryDirectory(prefix="hidream-chaos-") as data_dir,
+        _running(layout, log_path, data_dir) as service,
+    ):
+        yield service
+
+
+@contextmanager
+def _running(layout: str, log_path: Path, data_dir: str) -> Iterator[Service]:
     command = [sys.executable, "-m", "hidream_grpc", "serve"]
-    where = ["--listen", "127.0.0.1:0", "--metrics-port", "0"]
+    where = ["--listen", "127.0.0.1:0", "--metrics-port", "0", "--data-dir", data_dir]
     model = ["--model-path", str(demo_checkpoint_path()), "--max-retained-jobs", str(NUM_RETAINED_JOBS)]
     ranks = ["--device-type", "cpu", "--layout", layout, "--threads-per-rank", "1"]
     process = psutil.Popen([*command, *where, *model, *ranks], stderr=subprocess.PIPE, text=True)

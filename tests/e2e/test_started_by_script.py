@@ -39,7 +39,13 @@ def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [SCRIPT, *arguments],
         # --demo means the demo, whatever else the environment says.
-        env={**os.environ, "PATH": search_path, "PYTHONPATH": import_path, "HIDREAM_MODEL_PATH": "/no/model"},
+        env={
+            **os.environ,
+            "PATH": search_path,
+            "PYTHONPATH": import_path,
+            "HIDREAM_MODEL_PATH": "/no/model",
+            "XDG_DATA_HOME": str(tmp_path / "data"),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
