@@ -8,6 +8,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -72,6 +73,8 @@ class JobExecutor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._renew_time = time.monotonic()
+        self._is_claiming = False
+        self._cancelled_meanwhile: dict[str, CancelReason] = {}
         self._is_closed = False
 
     @property
@@ -93,6 +96,9 @@ class JobExecutor:
         if running := self._held.get(job_id):
             running.cancel(reason)
             self._engine.cancel(job_id)
+        elif self._is_claiming:
+            # It may be claimed already, and not yet known here.
+            self._cancelled_meanwhile[job_id] = reason
 
     def take(self) -> EngineRequest | None:
         """The engine's next job (`engine.requests.Backlog`)."""
@@ -141,28 +147,41 @@ class JobExecutor:
         if time.monotonic() - self._renew_time > self._limits.lease_seconds / 2:
             # What ran out while the store was lost is ours, unless somebody else has taken it.
             await self._renew()
-        jobs = await self._tools.store.claim(
-            self._replica_id, self._limits.lease_seconds, room, self._limits.max_running_jobs_of_caller
-        )
-        for job in jobs:
-            if stale := self._held.get(job.job_id):
-                # Our own lease ran out while this process stood still.
-                stale.lose()
-                self._engine.cancel(job.job_id)
-            task = asyncio.create_task(self._see_to_its_end(job))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        self._is_claiming = True
+        try:
+            jobs = await self._tools.store.claim(
+                self._replica_id, self._limits.lease_seconds, room, self._limits.max_running_jobs_of_caller
+            )
+            for job in jobs:
+                self._hold(job)
+        finally:
+            self._is_claiming = False
+            self._cancelled_meanwhile.clear()
 
-    async def _see_to_its_end(self, job: Job) -> None:
+    def _hold(self, job: Job) -> None:
         job_id = job.job_id
-        with self._feeds.used(job_id, is_reader=False) as feed:
-            running = RunningJob(job, feed, self._tools)
-            self._held[job_id] = running
-            # Whoever is taken at once has had a place, too.
-            feed.tell_first_place()
-            if self._is_closed:
-                running.give_back()
-            self._on_change(job)
+        if stale := self._held.get(job_id):
+            # Our own lease ran out while this process stood still.
+            stale.lose()
+            self._engine.cancel(job_id)
+        resources = ExitStack()
+        feed = resources.enter_context(self._feeds.used(job_id, is_reader=False))
+        running = RunningJob(job, feed, self._tools)
+        self._held[job_id] = running
+        # Whoever is taken at once has had a place, too.
+        feed.tell_first_place()
+        if reason := self._cancelled_meanwhile.get(job_id):
+            running.cancel(reason)
+        if self._is_closed:
+            running.give_back()
+        self._on_change(job)
+        task = asyncio.create_task(self._see_to_its_end(running, resources))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _see_to_its_end(self, running: RunningJob, resources: ExitStack) -> None:
+        job_id = running.job.job_id
+        with resources:
             try:
                 if request := await running.engine_request():
                     self._requests.append((running, request))

@@ -107,8 +107,8 @@ class StoreMirror:
                 self._pass_on(job_id, change.payload)
                 return
             case ChangeKind.CANCEL_REQUESTED:
-                # Its reason is in the row.
-                self._outdate(job_id)
+                # Its reason is in the row; it may be claimed here at this moment, without a feed.
+                self._read_again(job_id)
             case ChangeKind.DELETED:
                 if feed := self._feeds.get(job_id):
                     feed.close(JobNotFoundError(job_id))
@@ -126,8 +126,11 @@ class StoreMirror:
 
     def _outdate(self, job_id: str) -> None:
         if self._feeds.get(job_id) is not None:
-            self._outdated.add(job_id)
-            self._is_outdated.set()
+            self._read_again(job_id)
+
+    def _read_again(self, job_id: str) -> None:
+        self._outdated.add(job_id)
+        self._is_outdated.set()
 
     def _pass_on(self, job_id: str, payload: bytes) -> None:
         feed, event = self._feeds.get(job_id), _decoder.decode(payload).event()
@@ -156,8 +159,7 @@ class StoreMirror:
             if feed := self._feeds.get(job_id):
                 feed.close(error)
             return
-        if self._executor.job(job_id) is None:
-            if feed := self._feeds.get(job_id):
-                feed.sync(job)
-        elif job.cancel_reason is not None:
+        if self._executor.job(job_id) is None and (feed := self._feeds.get(job_id)):
+            feed.sync(job)
+        if job.cancel_reason is not None and not job.state.has_ended:
             self._executor.cancel(job_id, job.cancel_reason)

@@ -12,7 +12,13 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapp
 from dataclasses import replace
 
 from hidream_grpc.engine.requests import EngineState
-from hidream_grpc.errors import HiDreamError, NotServingError, StoreFullError, StoreUnavailableError
+from hidream_grpc.errors import (
+    HiDreamError,
+    JobNotFoundError,
+    NotServingError,
+    StoreFullError,
+    StoreUnavailableError,
+)
 from hidream_grpc.jobs.events import JobEvent, Queued
 from hidream_grpc.jobs.executor import ClaimLimits, Engine, JobExecutor
 from hidream_grpc.jobs.feeds import JobFeeds
@@ -180,7 +186,8 @@ class JobService:
             self._limits.max_queued_jobs, self._limits.max_queued_jobs_per_caller, self.retry_after_seconds
         )
         with self._quotas.charged(submissions[0].caller, await self._new_pixel_steps(submissions, owner)):
-            accepted = await self._store.add(jobs, limits)
+            while being_cancelled := _being_cancelled(jobs, accepted := await self._store.add(jobs, limits)):
+                await self._end_of(being_cancelled)
         num_new = sum(new.job_id == job.job_id for new, job in zip(jobs, accepted, strict=True))
         self._num_accepted += num_new
         for submission in submissions:
@@ -232,7 +239,7 @@ class JobService:
                 async for event in feed.follow(after_sequence):
                     yield event
             finally:
-                self._changed.set()
+                self._note_reader_left()
 
     async def follow_all(
         self, owner: str | None, states: Collection[JobState], labels: Mapping[str, str]
@@ -275,7 +282,7 @@ class JobService:
             try:
                 yield
             finally:
-                self._changed.set()
+                self._note_reader_left()
 
     async def read_image(self, job_id: str, index: int, offset: int, length: int) -> bytes:
         """A part of a finished image."""
@@ -290,6 +297,13 @@ class JobService:
             raise NotServingError("the model is loading", START_RETRY_SECONDS)
         if not self.takes_requests:
             raise NotServingError("the devices are not available", START_RETRY_SECONDS)
+
+    async def _end_of(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            with contextlib.suppress(JobNotFoundError):
+                async with contextlib.aclosing(self.follow(None, job.job_id)) as events:
+                    async for _ in events:
+                        pass
 
     async def _new_pixel_steps(self, submissions: Sequence[Submission], owner: str) -> int:
         """Of those requests that are no retries: only they are charged for."""
@@ -311,6 +325,11 @@ class JobService:
         """A row, or what is known here of the same claim and not yet in it."""
         held = self.executor.job(job.job_id)
         return job if held is None or held.claim_number != job.claim_number else held
+
+    def _note_reader_left(self) -> None:
+        self._changed.set()
+        # What it read may be too old by now.
+        self._housekeeping.note_end()
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -348,6 +367,16 @@ class JobService:
                 return
             else:
                 return
+
+
+def _being_cancelled(given: Sequence[Job], accepted: Sequence[Job]) -> list[Job]:
+    """Jobs that a retry found, that stop at their next step and then hold its request id no more."""
+    pairs = zip(given, accepted, strict=True)
+    return [
+        job
+        for new, job in pairs
+        if job.job_id != new.job_id and job.cancel_reason is not None and not job.state.has_ended
+    ]
 
 
 def _going_away() -> NotServingError:

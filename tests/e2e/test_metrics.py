@@ -56,7 +56,7 @@ def test_calls_and_their_seconds_are_counted_by_method_and_code(
         ("Generate", "OK"): 1,
         ("GetServerInfo", "OK"): 1,
         ("Generate", "INVALID_ARGUMENT"): 3,
-        ("GetJob", "UNIMPLEMENTED"): 1,
+        ("GetJob", "NOT_FOUND"): 1,
         ("Generate", "CANCELLED"): 1,
     }
 

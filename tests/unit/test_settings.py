@@ -31,6 +31,7 @@ FLAGS = {
     "--grace-seconds",
     "--help",
     "--layout",
+    "--lease-seconds",
     "--listen",
     "--load-timeout-seconds",
     "--log-file",
@@ -55,6 +56,7 @@ FLAGS = {
     "--replace",
     "--retention-dry-run",
     "--retention-seconds",
+    "--store",
     "--threads-per-rank",
     "--tokens-file",
 }

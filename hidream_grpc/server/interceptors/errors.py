@@ -45,9 +45,6 @@ async def translated_errors(context: Context) -> AsyncIterator[None]:
         yield
     except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
         raise
-    except NotImplementedError:
-        method = current_call().method.rpartition("/")[2]
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"this server does not have {method} yet")
     except HiDreamError as error:
         known = error if type(error) in TABLE else _unexpected(error)
         await context.abort_with_status(rpc_status.to_status(to_status(known)))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -8,5 +9,6 @@ from tests.unit.jobs.service_bench import Bench, bench_in
 
 
 @pytest.fixture
-async def bench(tmp_path: Path) -> Bench:
-    return bench_in(tmp_path)
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    async with bench_in(tmp_path) as bench:
+        yield bench

@@ -1,8 +1,10 @@
-"""The job service on a bench: with a small engine that the test drives, and a real artifact store."""
+"""The job service on a bench: with a small engine that the test drives, and real stores."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,11 +23,15 @@ from hidream_grpc.jobs.events import (
     Body,
     JobEvent,
 )
-from hidream_grpc.jobs.job import Execution, Priority, Submission
+from hidream_grpc.jobs.job import Execution, Job, JobState, Priority, Submission
 from hidream_grpc.jobs.limits import RequestLimits
 from hidream_grpc.jobs.outlook import Outlook
-from hidream_grpc.jobs.service import JobService, RetentionPolicy
+from hidream_grpc.jobs.retention import RetentionLimits
+from hidream_grpc.jobs.running_job import JobTools
+from hidream_grpc.jobs.service import JobService
+from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.model.parameters import GenerationParameters
+from tests.job_stores import eventually
 
 LIMITS = RequestLimits(
     max_prompt_tokens=128,
@@ -50,6 +56,7 @@ LIMITS = RequestLimits(
 EXECUTION = Execution("demo", "UniPCMultistepScheduler", 3.0, "tp=4,ep=2")
 DATA = bytes(range(250)) * 10
 TIMEOUT_SECONDS = 10
+LEASE_SECONDS = 60.0
 
 
 @dataclass
@@ -66,21 +73,28 @@ class DrivenEngine:
         self.cancelled.append(job_id)
 
 
-@dataclass
 class Bench:
-    """A service, its engine and its store."""
+    """A service that runs, its engine and its stores."""
 
-    service: JobService
-    engine: DrivenEngine
-    directory: Path
-    outlook: Outlook
+    def __init__(self, service: JobService, engine: DrivenEngine, tools: JobTools, directory: Path) -> None:
+        self.service = service
+        self.engine = engine
+        self.store = tools.store
+        self.artifacts = tools.artifacts
+        self.outlook = tools.outlook
+        self.directory = directory
 
-    def take(self) -> EngineRequest:
-        """Take the next job as the engine does, and start it."""
-        request = self.service.take()
-        assert request is not None
+    async def submit(self, what: Submission, owner: str = "") -> Job:
+        return await self.service.submit(what, owner)
+
+    async def take(self) -> EngineRequest:
+        """Take the next job as the engine does, once it is claimed, and start it."""
+        request = await eventually(self.taken)
         request.on_event(RequestStarted())
         return request
+
+    async def taken(self) -> EngineRequest | None:
+        return self.service.executor.take()
 
     async def end(self, job_id: str) -> Body:
         """The last event of a job."""
@@ -89,28 +103,78 @@ class Bench:
     async def events(self, job_id: str) -> list[JobEvent]:
         """All events of a job that are still known, to its end."""
         async with asyncio.timeout(TIMEOUT_SECONDS):
-            return [event async for event in self.service.follow(job_id)]
+            return [event async for event in self.service.follow(None, job_id)]
+
+    async def state(self, job_id: str, state: JobState) -> Job:
+        """The job once it is in a state."""
+
+        async def reached() -> Job | None:
+            job = await self.service.get(None, job_id)
+            return job if job.state is state else None
+
+        return await eventually(reached)
+
+    async def ended(self, job_id: str, state: JobState) -> Job:
+        """The job once it has ended and nothing holds it any more."""
+        job = await self.state(job_id, state)
+        await until(lambda: self.service.executor.job(job_id) is None)
+        return job
 
     async def run(self) -> str:
         """Take the next job and finish it with all its images."""
-        request = self.take()
+        request = await self.take()
         draw(request)
-        await self.end(request.job_id)
+        await self.ended(request.job_id, JobState.SUCCEEDED)
         return request.job_id
 
+    async def num_queued(self) -> int:
+        await self.service.refresh_counts()
+        return self.service.num_queued
 
-def bench_in(
+    def image_folders(self) -> set[str]:
+        """Jobs that have images in the artifact store."""
+        images = self.directory / "artifacts" / "images"
+        return {path.name for path in images.iterdir()} if images.exists() else set()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return once the condition holds; fail when it does not in time."""
+
+    async def holds() -> bool:
+        return condition()
+
+    await eventually(holds)
+
+
+@asynccontextmanager
+async def bench_in(
     directory: Path,
-    retention: RetentionPolicy = RetentionPolicy(3600, 100),  # noqa: B008
-    store: ArtifactStore | None = None,
+    retention: RetentionLimits = RetentionLimits(3600, 100),  # noqa: B008
+    artifacts: ArtifactStore | None = None,
     limits: RequestLimits = LIMITS,
-) -> Bench:
+) -> AsyncIterator[Bench]:
+    """A service on a store in a folder; what was in the folder before is gone on with."""
     engine = DrivenEngine()
-    artifacts = store or ArtifactStore(directory)
-    outlook = Outlook(lambda: EngineCapacity(limits.max_running_jobs, limits.max_pixels, num_ranks=1))
-    service = JobService(limits, retention, artifacts, engine, lambda: EXECUTION, outlook)
+    store = SqlJobStore(f"sqlite+aiosqlite:///{directory / 'jobs.sqlite'}")
+    await store.open()
+    tools = JobTools(
+        store=store,
+        artifacts=artifacts or ArtifactStore(directory / "artifacts"),
+        outlook=Outlook(lambda: EngineCapacity(limits.max_running_jobs, limits.max_pixels, num_ranks=1)),
+        describe_execution=lambda: EXECUTION,
+        chunk_bytes=limits.chunk_bytes,
+        tell_others=lambda job_id, event: None,
+    )
+    service = JobService(tools, engine, limits, LEASE_SECONDS, retention, lambda report: None)
     service.set_engine_state(EngineState.SERVING)
-    return Bench(service, engine, directory, outlook)
+    work = asyncio.create_task(service.run())
+    try:
+        yield Bench(service, engine, tools, directory)
+    finally:
+        await service.drain(0)
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+        await store.close()
 
 
 def submission(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -19,14 +20,36 @@ from hidream_grpc.jobs.events import (
     Progressed,
     Queued,
     Restarted,
+    Started,
 )
-from hidream_grpc.jobs.job import CancelReason, Progress, StoredImage
+from hidream_grpc.jobs.job import CancelReason, Execution, JobState, Progress, StoredImage
+from tests.job_stores import new_job
 
 END = Cancelled(CancelReason.REQUESTED, JobCancelledError("j"))
 
 
-def image(index: int, size_bytes: int) -> StoredImage:
-    return StoredImage(index, 64, 64, index, "image/png", size_bytes, bytes(32))
+JOB = new_job()
+
+
+def image(index: int, size_bytes: int, chunk_bytes: int = 1000, first_sequence: int = 1) -> StoredImage:
+    return StoredImage(
+        index,
+        64,
+        64,
+        index,
+        "image/png",
+        size_bytes,
+        bytes(32),
+        first_sequence,
+        chunk_bytes=chunk_bytes,
+    )
+
+
+def publish_image(feed: JobFeed, index: int, size_bytes: int, chunk_bytes: int = 1000) -> StoredImage:
+    """Have a feed tell an image more, as the row of its job does."""
+    told = image(index, size_bytes, chunk_bytes, feed.reserve_sequence())
+    feed.sync(replace(JOB, state=JobState.RUNNING, images=(told,)))
+    return told
 
 
 def progress(step: int) -> Progressed:
@@ -60,7 +83,7 @@ published = st.lists(
 
 def publish(feed: JobFeed, item: Body | StoredImage) -> None:
     if isinstance(item, StoredImage):
-        feed.publish_image(item)
+        publish_image(feed, item.index, item.size_bytes)
     else:
         feed.publish(item)
 
@@ -69,7 +92,7 @@ def publish(feed: JobFeed, item: Body | StoredImage) -> None:
 def test_sequences_only_grow_for_a_reader_at_any_pace(
     items: list[Body | StoredImage], reads_after_each: list[int]
 ) -> None:
-    feed = JobFeed(chunk_bytes=1000)
+    feed = JobFeed()
     seen = [0]
     for number, item in enumerate(items):
         publish(feed, item)
@@ -82,8 +105,8 @@ def test_sequences_only_grow_for_a_reader_at_any_pace(
 
 @given(st.integers(0, 10_000), st.integers(1, 3000))
 def test_the_parts_of_an_image_cover_every_byte_exactly_once(size_bytes: int, chunk_bytes: int) -> None:
-    feed = JobFeed(chunk_bytes)
-    feed.publish_image(image(0, size_bytes))
+    feed = JobFeed()
+    publish_image(feed, 0, size_bytes, chunk_bytes)
     position = 0
     for event in rest(feed):
         assert isinstance(event.body, ImagePart)
@@ -97,9 +120,9 @@ def test_the_parts_of_an_image_cover_every_byte_exactly_once(size_bytes: int, ch
 def test_a_reader_who_comes_back_gets_exactly_the_parts_that_it_has_not_seen(
     sizes: list[int], chunk_bytes: int, data: st.DataObject
 ) -> None:
-    feed = JobFeed(chunk_bytes)
+    feed = JobFeed()
     for index, size_bytes in enumerate(sizes):
-        feed.publish_image(image(index, size_bytes))
+        publish_image(feed, index, size_bytes, chunk_bytes)
     feed.publish(END)
     everything = rest(feed)
     seen = data.draw(st.integers(0, len(everything)))
@@ -108,14 +131,14 @@ def test_a_reader_who_comes_back_gets_exactly_the_parts_that_it_has_not_seen(
 
 
 def test_a_slow_reader_gets_the_newest_progress_and_misses_the_older() -> None:
-    feed = JobFeed(1000)
+    feed = JobFeed()
     for step in range(1, 51):
         feed.publish(progress(step))
     assert bodies(rest(feed)) == [progress(50)]
 
 
 async def test_a_reader_that_keeps_up_misses_nothing() -> None:
-    feed = JobFeed(1000)
+    feed = JobFeed()
     events = feed.follow()
     seen = []
     for step in range(1, 51):
@@ -125,7 +148,7 @@ async def test_a_reader_that_keeps_up_misses_nothing() -> None:
 
 
 async def test_a_late_reader_gets_the_newest_state_and_everything_that_follows() -> None:
-    feed = JobFeed(1000)
+    feed = JobFeed()
     feed.publish(Queued(2))
     feed.publish(Queued(1))
     feed.publish(progress(1))
@@ -139,21 +162,21 @@ async def test_a_late_reader_gets_the_newest_state_and_everything_that_follows()
     await asyncio.sleep(0)
     feed.publish(progress(3))
     await asyncio.sleep(0)
-    feed.publish_image(image(0, 1500))
+    told = publish_image(feed, 0, 1500)
     feed.publish(END)
     await asyncio.wait_for(reader, 5)
     assert seen == [
         Queued(1),
         progress(2),
         progress(3),
-        ImagePart(image(0, 1500), 0, 1000),
-        ImagePart(image(0, 1500), 1000, 500),
+        ImagePart(told, 0, 1000),
+        ImagePart(told, 1000, 500),
         END,
     ]
 
 
 async def test_following_ends_with_the_last_event_even_for_one_who_has_read_it() -> None:
-    feed = JobFeed(1000)
+    feed = JobFeed()
     feed.publish(END)
     first = [event async for event in feed.follow()]
     assert [event.is_last for event in first] == [True]
@@ -161,7 +184,7 @@ async def test_following_ends_with_the_last_event_even_for_one_who_has_read_it()
 
 
 def test_a_restart_takes_back_the_progress_of_the_attempt_that_was_lost() -> None:
-    feed = JobFeed(1000)
+    feed = JobFeed()
     feed.publish(progress(7))
     feed.publish(Previewed(7, b"x"))
     restarted = Restarted(2, "rank 1: killed by SIGKILL", 0)
@@ -171,10 +194,42 @@ def test_a_restart_takes_back_the_progress_of_the_attempt_that_was_lost() -> Non
     assert bodies(rest(feed)) == [restarted, progress(1)]
 
 
+def test_a_job_that_is_taken_has_been_first_and_is_told_so_once() -> None:
+    feed = JobFeed()
+    feed.tell_place(Queued(2, 5.0))
+    feed.tell_first_place()
+    feed.tell_first_place()
+    assert bodies(rest(feed)) == [Queued(1)]
+    assert rest(feed)[0].sequence == 2
+
+
+def test_no_place_is_told_once_a_job_is_to_start_and_again_when_it_is_given_back() -> None:
+    feed = JobFeed()
+    feed.tell_place(Queued(1))
+    sequence = feed.reserve_sequence()
+    feed.tell_place(Queued(2))
+    execution = Execution("demo", "FlowMatchLCMScheduler", 3.0, "tp=1")
+    running = replace(JOB.started(execution, 1.0), started_sequence=sequence, last_sequence=sequence)
+    feed.sync(running)
+    feed.tell_place(Queued(2))
+    assert [type(body) for body in bodies(rest(feed))] == [Queued, Started]
+    feed.sync(running.requeued())
+    feed.tell_place(Queued(1))
+    assert bodies(rest(feed))[-1] == Queued(1)
+
+
+def test_a_row_that_is_older_than_what_is_known_changes_nothing() -> None:
+    feed = JobFeed()
+    feed.sync(replace(JOB, claim_number=2))
+    feed.sync(replace(JOB, claim_number=1, state=JobState.CANCELLED, last_sequence=5))
+    assert rest(feed) == []
+    assert feed.publish(progress(1)).sequence > 2 << 32
+
+
 def test_what_was_said_already_is_not_said_again() -> None:
-    feed = JobFeed(1000)
+    feed = JobFeed()
     for position in (3, 3, 2, 2):
-        feed.publish_if_new(Queued(position))
+        feed.tell_place(Queued(position))
     (event,) = rest(feed)
     assert (event.body, event.sequence) == (Queued(2), 2)
 
@@ -205,7 +260,7 @@ class WatchedPreview(Previewed):
 
 
 async def test_a_reader_that_stops_reading_holds_what_it_was_given_and_nothing_newer() -> None:
-    feed = JobFeed(1000)
+    feed = JobFeed()
     alive: weakref.WeakSet[WatchedPreview] = weakref.WeakSet()
 
     def publish_preview(step: int) -> None:

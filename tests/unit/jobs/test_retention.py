@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import pytest
 from hypothesis import given
@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from hidream_grpc.errors import ArtifactUnavailableError
 from hidream_grpc.jobs.retention import (
-    EndedJob,
+    Removal,
     RemovalReason,
     Retention,
     RetentionLimits,
     RetentionReport,
     choose_removals,
 )
+from hidream_grpc.jobs.store.records import EndedJob, Usage
 
 NOW = 1_000_000.0
 
@@ -25,7 +26,8 @@ ended_jobs = st.lists(
         EndedJob,
         job_id=st.text("abcdef", min_size=1, max_size=4),
         end_time=st.floats(NOW - 100, NOW + 10),
-        size_bytes=st.integers(0, 1000),
+        owner=st.just(""),
+        image_bytes=st.integers(0, 1000),
     ),
     unique_by=lambda job: job.job_id,
     max_size=30,
@@ -33,12 +35,24 @@ ended_jobs = st.lists(
 limits = st.builds(
     RetentionLimits,
     retention_seconds=st.floats(0, 120),
+    max_retained_jobs=st.none() | st.integers(0, 20),
     max_retained_bytes=st.none() | st.integers(1, 5000),
 )
 
 
-def job(job_id: str, age_seconds: float, size_bytes: int = 10) -> EndedJob:
-    return EndedJob(job_id, NOW - age_seconds, size_bytes)
+def job(job_id: str, age_seconds: float, image_bytes: int = 10) -> EndedJob:
+    return EndedJob(job_id, "", NOW - age_seconds, image_bytes)
+
+
+def oldest_first(ended: Iterable[EndedJob]) -> list[EndedJob]:
+    """As the store lists them."""
+    return sorted(ended, key=lambda each: (each.end_time, each.job_id))
+
+
+def chosen(ended: Sequence[EndedJob], limits: RetentionLimits, num_read: int = 1000) -> tuple[Removal, ...]:
+    """What goes, of so many as were read at once."""
+    usage = Usage(len(ended), sum(each.image_bytes for each in ended))
+    return choose_removals(oldest_first(ended)[:num_read], usage, limits, NOW)
 
 
 def is_too_old(ended: EndedJob, limits: RetentionLimits) -> bool:
@@ -49,56 +63,60 @@ def is_too_old(ended: EndedJob, limits: RetentionLimits) -> bool:
 def test_what_is_kept_is_young_enough_and_small_enough(
     ended: list[EndedJob], limits: RetentionLimits
 ) -> None:
-    gone = {removal.job for removal in choose_removals(ended, limits, NOW)}
+    gone = {removal.job for removal in chosen(ended, limits)}
     kept = [each for each in ended if each not in gone]
     assert not any(is_too_old(each, limits) for each in kept)
+    if limits.max_retained_jobs is not None:
+        assert len(kept) <= limits.max_retained_jobs
     if limits.max_retained_bytes is not None:
-        assert sum(each.size_bytes for each in kept) <= limits.max_retained_bytes
+        assert sum(each.image_bytes for each in kept) <= limits.max_retained_bytes
 
 
 @given(ended_jobs, limits)
 def test_no_job_goes_without_its_reason(ended: list[EndedJob], limits: RetentionLimits) -> None:
-    removals = choose_removals(ended, limits, NOW)
-    retained_bytes = sum(each.size_bytes for each in ended)
-    for removal in removals:
-        if removal.reason is RemovalReason.AGE:
-            assert is_too_old(removal.job, limits)
-        else:
-            assert not is_too_old(removal.job, limits)
+    removals = chosen(ended, limits)
+    retained_bytes = sum(each.image_bytes for each in ended)
+    for number, removal in enumerate(removals):
+        assert is_too_old(removal.job, limits) == (removal.reason is RemovalReason.AGE)
+        if removal.reason is RemovalReason.NUMBER:
+            assert limits.max_retained_jobs is not None
+            assert len(ended) - number > limits.max_retained_jobs
+        elif removal.reason is RemovalReason.BYTES:
             assert limits.max_retained_bytes is not None
             assert retained_bytes > limits.max_retained_bytes
-        retained_bytes -= removal.job.size_bytes
+        retained_bytes -= removal.job.image_bytes
 
 
 @given(ended_jobs, limits)
 def test_jobs_go_once_and_oldest_first_and_none_before_an_older_one(
     ended: list[EndedJob], limits: RetentionLimits
 ) -> None:
-    gone = [removal.job for removal in choose_removals(ended, limits, NOW)]
-    assert gone == sorted(ended, key=lambda each: (each.end_time, each.job_id))[: len(gone)]
+    gone = [removal.job for removal in chosen(ended, limits)]
+    assert gone == oldest_first(ended)[: len(gone)]
 
 
-@given(ended_jobs, limits, st.randoms(use_true_random=False))
-def test_the_order_in_which_jobs_are_listed_changes_nothing(
-    ended: list[EndedJob], limits: RetentionLimits, shuffle: random.Random
+@given(ended_jobs, limits, st.integers(1, 5))
+def test_however_few_are_read_at_once_the_same_jobs_go(
+    ended: list[EndedJob], limits: RetentionLimits, num_read: int
 ) -> None:
-    shuffled = list(ended)
-    shuffle.shuffle(shuffled)
-    assert choose_removals(shuffled, limits, NOW) == choose_removals(ended, limits, NOW)
+    kept = list(ended)
+    gone: list[Removal] = []
+    while removals := chosen(kept, limits, num_read):
+        gone += removals
+        kept = [each for each in kept if each not in {removal.job for removal in removals}]
+    assert tuple(gone) == chosen(ended, limits)
 
 
 @given(ended_jobs, limits)
 def test_after_a_removal_nothing_more_goes(ended: list[EndedJob], limits: RetentionLimits) -> None:
-    gone = {removal.job for removal in choose_removals(ended, limits, NOW)}
-    assert choose_removals([each for each in ended if each not in gone], limits, NOW) == ()
+    gone = {removal.job for removal in chosen(ended, limits)}
+    assert chosen([each for each in ended if each not in gone], limits) == ()
 
 
 def test_a_job_is_kept_for_its_whole_time_and_up_to_the_last_byte() -> None:
     exactly = RetentionLimits(retention_seconds=60, max_retained_bytes=20)
-    assert choose_removals([job("a", 60), job("b", 59)], exactly, NOW) == ()
-    removals = choose_removals(
-        [job("new", 1), job("old", 60.5), job("b", 2, 11), job("c", 3, 0)], exactly, NOW
-    )
+    assert chosen([job("a", 60), job("b", 59)], exactly) == ()
+    removals = chosen([job("new", 1), job("old", 60.5), job("b", 2, 11), job("c", 3, 0)], exactly)
     assert [(removal.job.job_id, removal.reason.value) for removal in removals] == [
         ("old", "age"),
         ("c", "bytes"),
@@ -113,7 +131,14 @@ class Bench:
         self.jobs = {each.job_id: each for each in ended}
         self.reports: list[RetentionReport] = []
         self.failures: set[str] = set()
-        self.retention = Retention(limits, self._remove, self.reports.append)
+        self.read: set[str] = set()
+        self.retention = Retention(limits, self, self._remove, self.read.__contains__, self.reports.append)
+
+    async def ended(self, before_time: float | None = None, limit: int = 100) -> tuple[EndedJob, ...]:
+        return tuple(oldest_first(self.jobs.values())[:limit])
+
+    async def usage(self) -> Usage:
+        return Usage(len(self.jobs), sum(each.image_bytes for each in self.jobs.values()))
 
     async def _remove(self, job_id: str) -> None:
         if job_id in self.failures:
@@ -121,12 +146,12 @@ class Bench:
         del self.jobs[job_id]
 
     async def sweep(self, now: float = NOW) -> RetentionReport:
-        return await self.retention.sweep(self.jobs.values(), now)
+        return await self.retention.sweep(now)
 
 
 async def test_a_sweep_removes_what_goes_and_reports_what_is_left() -> None:
     bench = Bench(
-        RetentionLimits(60, 25), job("a", 90), job("b", 70), job("c", 30), job("d", 20), job("e", 10)
+        RetentionLimits(60, None, 25), job("a", 90), job("b", 70), job("c", 30), job("d", 20), job("e", 10)
     )
     report = await bench.sweep()
     assert set(bench.jobs) == {"d", "e"}
@@ -139,7 +164,7 @@ async def test_a_dry_run_keeps_everything_and_says_once_of_each_job_that_it_woul
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    bench = Bench(RetentionLimits(60, None, is_dry_run=True), job("a", 90), job("b", 30))
+    bench = Bench(RetentionLimits(60, is_dry_run=True), job("a", 90), job("b", 30))
     for now in (NOW, NOW + 1, NOW + 40):
         report = await bench.sweep(now)
         assert report == RetentionReport(2, 20, {})
@@ -161,3 +186,19 @@ async def test_a_removal_that_fails_is_left_to_the_next_sweep_and_what_went_is_c
     bench.failures = set()
     assert (await bench.sweep()).num_removed == {RemovalReason.AGE: 2}
     assert set(bench.jobs) == {"d"}
+
+
+async def test_a_job_that_is_read_stays_until_its_readers_have_gone() -> None:
+    bench = Bench(RetentionLimits(60), job("a", 90), job("b", 80))
+    bench.read.add("a")
+    assert (await bench.sweep()).num_removed == {RemovalReason.AGE: 1}
+    assert set(bench.jobs) == {"a"}
+    bench.read.clear()
+    await bench.sweep()
+    assert not bench.jobs
+
+
+async def test_a_sweep_goes_on_until_all_that_goes_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hidream_grpc.jobs.retention.MAX_JOBS_READ", 2)
+    bench = Bench(RetentionLimits(60), *(job(str(number), 90) for number in range(5)))
+    assert (await bench.sweep()).num_removed == {RemovalReason.AGE: 5}
