@@ -29,6 +29,11 @@ def _bad_request(error: errors.InvalidRequestError) -> list[Message]:
     return [error_details_pb2.BadRequest(field_violations=violations)]
 
 
+def _bad_offset(error: errors.OffsetOutOfRangeError) -> list[Message]:
+    violation = error_details_pb2.BadRequest.FieldViolation(field="offset", description=str(error))
+    return [error_details_pb2.BadRequest(field_violations=[violation])]
+
+
 def _retry(seconds: float) -> error_details_pb2.RetryInfo:
     delay = duration_pb2.Duration()
     delay.FromNanoseconds(int(seconds * 1e9))
@@ -97,7 +102,7 @@ TABLE: dict[type[errors.HiDreamError], _Row] = {
     errors.ArtifactUnavailableError: _Row(code_pb2.UNAVAILABLE, lambda e: [_retry(e.retry_after_seconds)]),
     errors.ImageNotFoundError: _Row(code_pb2.NOT_FOUND, lambda e: [_job(e.job_id, e)]),
     errors.ImageNotFinishedError: _Row(code_pb2.FAILED_PRECONDITION, _not_finished),
-    errors.OffsetOutOfRangeError: _Row(code_pb2.OUT_OF_RANGE, lambda e: []),
+    errors.OffsetOutOfRangeError: _Row(code_pb2.OUT_OF_RANGE, _bad_offset),
     errors.DeadlineExceededError: _Row(code_pb2.DEADLINE_EXCEEDED, lambda e: [_job(e.job_id, e)]),
     errors.JobCancelledError: _Row(code_pb2.CANCELLED, lambda e: [_job(e.job_id, e)]),
     errors.StorageFullError: _Row(

@@ -108,7 +108,7 @@ def test_every_status_has_a_code_a_text_and_details(error: HiDreamError) -> None
         (errors.ArtifactUnavailableError, "UNAVAILABLE", {"RetryInfo"}),
         (errors.ImageNotFoundError, "NOT_FOUND", {"ResourceInfo"}),
         (errors.ImageNotFinishedError, "FAILED_PRECONDITION", {"PreconditionFailure", "ResourceInfo"}),
-        (errors.OffsetOutOfRangeError, "OUT_OF_RANGE", set()),
+        (errors.OffsetOutOfRangeError, "OUT_OF_RANGE", {"BadRequest"}),
         (errors.DeadlineExceededError, "DEADLINE_EXCEEDED", {"ResourceInfo"}),
         (errors.JobCancelledError, "CANCELLED", {"ResourceInfo"}),
         (errors.StorageFullError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "ResourceInfo"}),
