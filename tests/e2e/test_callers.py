@@ -221,6 +221,28 @@ def test_the_same_request_id_of_two_callers_is_two_jobs(
     assert len({stream.job.job_id for stream in streams}) == 2
 
 
+def test_a_job_of_another_caller_is_not_there(guarded_stub: image_gen_pb2_grpc.ImageGenStub) -> None:
+    mine, others = bearer(TOKENS["bob"]), bearer(TOKENS["dave"])
+    message = request(num_inference_steps=1, seed=11, request_id="private")
+    job_id = follow(guarded_stub.Generate(message, metadata=mine)).job.job_id
+    stub = guarded_stub
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: stub.GetJob(image_gen_pb2.GetJobRequest(job_id=job_id), metadata=others),
+        lambda: stub.CancelJob(image_gen_pb2.CancelJobRequest(job_id=job_id), metadata=others),
+        lambda: stub.DeleteJob(image_gen_pb2.DeleteJobRequest(job_id=job_id), metadata=others),
+        lambda: list(stub.WatchJob(image_gen_pb2.WatchJobRequest(job_id=job_id), metadata=others)),
+        lambda: list(stub.DownloadImage(image_gen_pb2.DownloadImageRequest(job_id=job_id), metadata=others)),
+    )
+    for call in calls:
+        with pytest.raises(grpc.RpcError) as caught:
+            call()
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+        details_of(caught.value, error_details_pb2.ResourceInfo())
+    listed = stub.ListJobs(image_gen_pb2.ListJobsRequest(), metadata=others).jobs
+    assert job_id not in {job.job_id for job in listed}
+    assert stub.GetJob(image_gen_pb2.GetJobRequest(job_id=job_id), metadata=mine).job_id == job_id
+
+
 def test_limits_are_those_of_one_caller_and_leave_the_others_alone(
     guarded_stub: image_gen_pb2_grpc.ImageGenStub,
 ) -> None:
