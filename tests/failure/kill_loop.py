@@ -199,7 +199,8 @@ class KillLoop:
 @contextlib.contextmanager
 def flags_of(store: str, directory: Path) -> Iterator[tuple[str, ...]]:
     """Flags of a server whose jobs outlive it in a SQLite file or a PostgreSQL database."""
-    common = ("--data-dir", str(directory), "--devices", "1", "--max-queued-jobs", "1000")
+    one_rank = ("--devices", "1", "--threads-per-rank", "1")
+    common = ("--data-dir", str(directory), *one_rank, "--max-queued-jobs", "1000")
     if store == "sqlite":
         yield common
     else:

@@ -9,7 +9,7 @@ import pytest
 from tests.failure.kill_loop import LONG_STEPS, KillLoop, downloaded, flags_of, job_request
 from tests.live_server import running_server, wait_until
 
-NUM_KILLS = 3
+NUM_KILLS = 2
 
 
 @pytest.mark.parametrize("store", ["sqlite", "postgresql"])
@@ -29,7 +29,7 @@ def test_no_acknowledged_job_is_lost_or_drawn_twice_when_everything_is_killed(
 
 
 def test_a_job_alone_goes_on_from_its_snapshot_and_gives_the_same_image(tmp_path: Path) -> None:
-    flags = ("--data-dir", str(tmp_path), "--devices", "1")
+    flags = ("--data-dir", str(tmp_path), "--devices", "1", "--threads-per-rank", "1")
     request = job_request("alone", 3, LONG_STEPS, side=128)
 
     with running_server(*flags) as server, server.stub() as stub:
