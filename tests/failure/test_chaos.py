@@ -10,6 +10,8 @@ from scripts.chaos.saboteur import Card
 SEED = 5
 CHAOS_SECONDS = 40.0
 SPARE_MEMORY_BYTES = 16 * 1024 * 1024
+POOLED_DESCRIPTORS = 15
+"""Of up to five connections to SQLite that are kept open, three files each; a leak has one for each death."""
 
 
 def test_every_request_succeeds_as_if_nothing_had_happened_and_nothing_is_left(tmp_path: Path) -> None:
@@ -27,5 +29,6 @@ def test_every_request_succeeds_as_if_nothing_had_happened_and_nothing_is_left(t
     assert chaos.before is not None
     assert chaos.after is not None
     assert chaos.after.server_memory_bytes <= chaos.before.server_memory_bytes + SPARE_MEMORY_BYTES
-    assert chaos.after.num_server_descriptors <= chaos.before.num_server_descriptors
+    spare_descriptors = chaos.before.num_server_descriptors + POOLED_DESCRIPTORS
+    assert chaos.after.num_server_descriptors <= spare_descriptors
     assert chaos.after.max_rank_descriptors <= chaos.before.max_rank_descriptors

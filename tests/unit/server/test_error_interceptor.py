@@ -65,12 +65,6 @@ async def test_any_other_error_is_told_as_an_id_that_the_log_has_too(
     assert record.exc_info[1] is error
 
 
-async def test_a_method_that_does_not_exist_yet_is_named() -> None:
-    context = await ended_by(NotImplementedError())
-    assert context.code == code_pb2.UNIMPLEMENTED
-    assert "WatchJob" in context.text
-
-
 @pytest.mark.parametrize("ending", [asyncio.CancelledError(), GeneratorExit()], ids=["cancelled", "closed"])
 async def test_a_call_whose_caller_is_gone_is_left_alone(ending: BaseException) -> None:
     context = AbortedContext()
