@@ -70,4 +70,6 @@ def configure_logging(config: LogConfig) -> None:
     for handler in handlers:
         handler.setFormatter(formatter)
     logging.basicConfig(level=config.level, handlers=handlers, force=True)
+    # It tells of each look at the schema.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.captureWarnings(True)
