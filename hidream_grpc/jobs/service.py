@@ -81,6 +81,7 @@ class JobService:
         self._quotas = CallerQuotas(limits.max_pixel_steps_per_minute_per_caller, time.monotonic)
         self._kept: Counter[JobState] = Counter()
         self._num_accepted = 0
+        self._callers: Counter[str] = Counter()
         self._engine_state = EngineState.STARTING
         self._is_draining = False
         self._closed = asyncio.Event()
@@ -264,9 +265,20 @@ class JobService:
             self.executor.cancel(job_id, reason)
         return job
 
+    @contextlib.contextmanager
+    def called(self, job_id: str) -> Iterator[None]:
+        """Note that a caller stays with the job until the block ends; who only watches is none."""
+        self._callers[job_id] += 1
+        try:
+            yield
+        finally:
+            self._callers[job_id] -= 1
+            if not self._callers[job_id]:
+                del self._callers[job_id]
+
     def leave(self, job_id: str, reason: CancelReason) -> None:
-        """Stop a job whose caller went away, unless somebody else follows it."""
-        if not self._feeds.has_readers(job_id) and not self._closed.is_set():
+        """Stop a job whose caller went away, unless another caller stays with it."""
+        if not self._callers[job_id] and not self._closed.is_set():
             task = asyncio.create_task(self._leave(job_id, reason))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

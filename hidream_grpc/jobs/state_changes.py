@@ -83,7 +83,7 @@ class StateChanges:
             return None
         if any(job.submission.labels.get(key) != value for key, value in self._labels.items()):
             return None
-        return JobChange(job, time.time()) if self._is_news(job) else None
+        return JobChange(job, job.end_time or time.time()) if self._is_news(job) else None
 
     def _is_news(self, job: Job) -> bool:
         before = self._told.get(job.job_id)

@@ -140,7 +140,7 @@ async def serve(settings: Settings) -> None:
         )
         describe_server = ServerDescription(checkpoint, limits, defaults, group, jobs)
         validator = RequestValidator(limits, defaults, count_tokens)
-        servicer = ImageGenServicer(jobs, validator, limits.max_streams, limits.chunk_bytes, describe_server)
+        servicer = ImageGenServicer(jobs, validator, limits, describe_server)
 
         interceptors = (
             ObservationInterceptor(metrics),

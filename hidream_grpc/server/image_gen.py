@@ -14,6 +14,7 @@ from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, image_pb2, job_pb2, se
 from hidream_grpc.errors import TooManyReadersError
 from hidream_grpc.jobs.events import Cancelled, Failed, ImagePart, JobEvent
 from hidream_grpc.jobs.job import CancelReason, Job
+from hidream_grpc.jobs.limits import RequestLimits
 from hidream_grpc.jobs.service import JobService
 from hidream_grpc.server import convert
 from hidream_grpc.server.call import current_call
@@ -38,14 +39,12 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         self,
         jobs: JobService,
         validator: RequestValidator,
-        max_streams: int,
-        chunk_bytes: int,
+        limits: RequestLimits,
         describe_server: Callable[[], server_info_pb2.ServerInfo],
     ) -> None:
         self._jobs = jobs
         self._validator = validator
-        self._max_streams = max_streams
-        self._chunk_bytes = chunk_bytes
+        self._limits = limits
         self._num_streams = 0
         self._describe_server = describe_server
 
@@ -61,12 +60,13 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
             call.job_id = job.job_id
             has_left = False
             try:
-                async with aclosing(self._jobs.follow(call.owner, job.job_id)) as events:
-                    async for event in events:
-                        if isinstance(event.body, Failed | Cancelled):
-                            raise event.body.error
-                        message = await self._event(job.job_id, event)
-                        yield image_gen_pb2.GenerateResponse(job_id=job.job_id, event=message)
+                with self._jobs.called(job.job_id):
+                    async with aclosing(self._jobs.follow(call.owner, job.job_id)) as events:
+                        async for event in events:
+                            if isinstance(event.body, Failed | Cancelled):
+                                raise event.body.error
+                            message = await self._event(job.job_id, event)
+                            yield image_gen_pb2.GenerateResponse(job_id=job.job_id, event=message)
             except (asyncio.CancelledError, GeneratorExit):
                 has_left = True
                 raise
@@ -108,10 +108,9 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         self, request: image_gen_pb2.ListJobsRequest, context: Context
     ) -> image_gen_pb2.ListJobsResponse:
         """A page of jobs."""
-        query = checked_query(request)
-        page = await self._jobs.list(
-            self._owner(), query.states, query.labels, query.page_size, query.page_token
-        )
+        owner = self._owner()
+        query = checked_query(request, owner, self._limits)
+        page = await self._jobs.list(owner, query.states, query.labels, query.page_size, query.page_token)
         jobs = await self._shown(page.jobs)
         return image_gen_pb2.ListJobsResponse(jobs=jobs, next_page_token=page.next_page_token)
 
@@ -150,7 +149,7 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         with self._stream(), self._jobs.reading(job_id):
             image = finished_image(await self._jobs.get(self._owner(), job_id), index, offset)
             while offset < image.size_bytes:
-                data = await self._jobs.read_image(job_id, index, offset, self._chunk_bytes)
+                data = await self._jobs.read_image(job_id, index, offset, self._limits.chunk_bytes)
                 chunk = image_pb2.ImageChunk(image=convert.image_info(image), offset=offset, data=data)
                 yield image_gen_pb2.DownloadImageResponse(chunk=chunk)
                 offset += len(data)
@@ -160,7 +159,7 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
     ) -> AsyncIterator[image_gen_pb2.WatchJobsResponse]:
         """Follow the states of many jobs."""
         with self._stream():
-            query = checked_filter(request)
+            query = checked_filter(request, self._limits)
             changes = self._jobs.follow_all(self._owner(), query.states, query.labels)
             async with aclosing(changes) as matching:
                 async for change in matching:
@@ -180,8 +179,9 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
 
     @contextmanager
     def _stream(self) -> Iterator[None]:
-        if self._num_streams >= self._max_streams:
-            raise TooManyReadersError(self._max_streams, self._jobs.retry_after_seconds)
+        max_streams = self._limits.max_streams
+        if self._num_streams >= max_streams:
+            raise TooManyReadersError(max_streams, self._jobs.retry_after_seconds)
         self._num_streams += 1
         try:
             yield

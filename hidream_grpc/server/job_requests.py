@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,20 @@ from hidream_grpc.errors import (
     ImageNotFinishedError,
     ImageNotFoundError,
     InvalidRequestError,
+    JobNotFoundError,
     OffsetOutOfRangeError,
 )
 from hidream_grpc.jobs.job import Job, JobState, StoredImage
+from hidream_grpc.jobs.limits import RequestLimits
+from hidream_grpc.jobs.store.page_token import decode_page_token, filter_digest_of
+from hidream_grpc.server.violations import invalid_request, label_violations
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
+
+# What is no name of ours in length or characters goes into no query and into no header.
+_JOB_ID = re.compile(r"[!-~]{1,128}")
+MAX_JOB_ID_CHARACTERS_SHOWN = 32
 
 _STATES = {job_pb2.JobState.Value(f"JOB_STATE_{state}"): state for state in JobState}
 
@@ -34,46 +43,41 @@ class JobQuery:
 
 def checked_job_id(request: Any) -> str:
     """The job id of a request that has nothing else."""
-    _raise_any(_job_id_violations(request))
-    return str(request.job_id)
+    return _job_id(request, [])
 
 
 def checked_watch(request: image_gen_pb2.WatchJobRequest) -> tuple[str, int]:
     """Job id and sequence."""
-    violations = _job_id_violations(request)
-    if request.after_sequence < 0:
-        violations.append(FieldViolation("after_sequence", f"must be 0 or more, is {request.after_sequence}"))
-    _raise_any(violations)
-    return request.job_id, request.after_sequence
+    violations = _negative_violations(request, "after_sequence")
+    return _job_id(request, violations), request.after_sequence
 
 
 def checked_download(request: image_gen_pb2.DownloadImageRequest) -> tuple[str, int, int]:
     """Job id, image index and offset."""
-    violations = _job_id_violations(request)
-    for field, value in (("image_index", request.image_index), ("offset", request.offset)):
-        if value < 0:
-            violations.append(FieldViolation(field, f"must be 0 or more, is {value}"))
-    _raise_any(violations)
-    return request.job_id, request.image_index, request.offset
+    violations = _negative_violations(request, "image_index", "offset")
+    return _job_id(request, violations), request.image_index, request.offset
 
 
-def checked_filter(request: image_gen_pb2.WatchJobsRequest) -> JobQuery:
+def checked_filter(request: image_gen_pb2.WatchJobsRequest, limits: RequestLimits) -> JobQuery:
     """States and labels."""
-    violations = _state_violations(request)
-    _raise_any(violations)
-    return JobQuery(tuple(_STATES[state] for state in request.states), dict(request.labels))
+    _raise_any(_filter_violations(request, limits))
+    return JobQuery(_states(request), dict(request.labels))
 
 
-def checked_query(request: image_gen_pb2.ListJobsRequest) -> JobQuery:
-    """States, labels and page; the store checks the token."""
-    violations = _state_violations(request)
+def checked_query(request: image_gen_pb2.ListJobsRequest, owner: str, limits: RequestLimits) -> JobQuery:
+    """States, labels and page."""
+    violations = _filter_violations(request, limits)
+    states, labels = _states(request), dict(request.labels)
+    if request.page_token:
+        try:
+            decode_page_token(request.page_token, filter_digest_of(owner, frozenset(states), labels))
+        except InvalidRequestError as error:
+            violations += error.violations
     if not 0 <= request.page_size <= MAX_PAGE_SIZE:
         description = f"must be 1 to {MAX_PAGE_SIZE}, or 0 for {DEFAULT_PAGE_SIZE}, is {request.page_size}"
         violations.append(FieldViolation("page_size", description))
     _raise_any(violations)
-    states = tuple(_STATES[state] for state in request.states)
-    page_size = request.page_size or DEFAULT_PAGE_SIZE
-    return JobQuery(states, dict(request.labels), page_size, request.page_token)
+    return JobQuery(states, labels, request.page_size or DEFAULT_PAGE_SIZE, request.page_token)
 
 
 def finished_image(job: Job, index: int, offset: int) -> StoredImage:
@@ -94,18 +98,40 @@ def finished_image(job: Job, index: int, offset: int) -> StoredImage:
     return found
 
 
-def _job_id_violations(request: Any) -> list[FieldViolation]:
-    return [] if request.job_id else [FieldViolation("job_id", "is required")]
+def _job_id(request: Any, violations: list[FieldViolation]) -> str:
+    """The job id, where nothing is wrong with the request."""
+    job_id: str = request.job_id
+    if not job_id:
+        violations.insert(0, FieldViolation("job_id", "is required"))
+    _raise_any(violations)
+    if not _JOB_ID.fullmatch(job_id):
+        raise JobNotFoundError(ascii(job_id[:MAX_JOB_ID_CHARACTERS_SHOWN]))
+    return job_id
 
 
-def _state_violations(request: Any) -> list[FieldViolation]:
+def _negative_violations(request: Any, *fields: str) -> list[FieldViolation]:
+    values = {field: getattr(request, field) for field in fields}
     return [
+        FieldViolation(field, f"must be 0 or more, is {value}")
+        for field, value in values.items()
+        if value < 0
+    ]
+
+
+def _filter_violations(request: Any, limits: RequestLimits) -> list[FieldViolation]:
+    unknown = [
         FieldViolation(f"states[{index}]", f"unknown value {state}")
         for index, state in enumerate(request.states)
         if state not in _STATES
     ]
+    return unknown + label_violations(request.labels, limits)
+
+
+def _states(request: Any) -> tuple[JobState, ...]:
+    """Those that are known, each once."""
+    return tuple(dict.fromkeys(_STATES[state] for state in request.states if state in _STATES))
 
 
 def _raise_any(violations: list[FieldViolation]) -> None:
     if violations:
-        raise InvalidRequestError(tuple(violations))
+        raise invalid_request(violations)

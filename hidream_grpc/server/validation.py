@@ -19,11 +19,7 @@ from hidream_grpc.jobs.job import Priority, Submission
 from hidream_grpc.jobs.limits import MAX_QUALITY, MIN_QUALITY, RequestDefaults, RequestLimits
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 from hidream_grpc.model.prompt_tokens import TokenCount
-
-# A status travels in headers, of which clients accept 8 KiB: longer ones hide what was wrong.
-MAX_LABELS_NAMED = 4
-MAX_VIOLATIONS = 32
-MAX_LABEL_CHARACTERS_SHOWN = 32
+from hidream_grpc.server.violations import invalid_request, label_violations
 
 CountTokens = Callable[[str], tuple[TokenCount, ...]]
 
@@ -63,7 +59,7 @@ class RequestValidator:
         self._check_spec(request.spec, violations)
         self._check_envelope(request, violations)
         if violations:
-            raise InvalidRequestError(tuple(violations))
+            raise invalid_request(violations)
         request_id = request.request_id or uuid.uuid4().hex
         parameters = self._parameters(request.spec, request_id, request.preview)
         self._check_work(parameters.pixel_steps)
@@ -106,7 +102,7 @@ class RequestValidator:
                     FieldViolation(f"requests[{index}].{v.field}", v.description) for v in error.violations
                 ]
         if violations:
-            raise InvalidRequestError(tuple(violations[:MAX_VIOLATIONS]))
+            raise invalid_request(violations)
         return tuple(submissions)
 
     def _check_spec(self, spec: image_pb2.ImageSpec, violations: list[FieldViolation]) -> None:
@@ -197,20 +193,7 @@ class RequestValidator:
             violations.append(FieldViolation("request_id", description))
         if request.priority not in _PRIORITIES:
             violations.append(FieldViolation("priority", f"unknown value {request.priority}"))
-        if len(request.labels) > limits.max_labels:
-            description = f"must be at most {limits.max_labels} labels, are {len(request.labels)}"
-            violations.append(FieldViolation("labels", description))
-        description = f"keys must not be empty; keys and values at most {limits.max_label_bytes} bytes"
-        wrong = [
-            key
-            for key, value in sorted(request.labels.items())
-            if not key or max(len(key.encode()), len(value.encode())) > limits.max_label_bytes
-        ]
-        for key in wrong[:MAX_LABELS_NAMED]:
-            violations.append(FieldViolation(f"labels[{key[:MAX_LABEL_CHARACTERS_SHOWN]}]", description))
-        if len(wrong) > MAX_LABELS_NAMED:
-            description = f"{description}; so are {len(wrong) - MAX_LABELS_NAMED} more labels wrong"
-            violations.append(FieldViolation("labels", description))
+        violations += label_violations(request.labels, limits)
 
     def _check_work(self, pixel_steps: int) -> None:
         max_pixel_steps = self._limits.max_pixel_steps_per_minute_per_caller

@@ -310,14 +310,15 @@ async def test_cancelling_a_job_that_has_ended_changes_nothing(bench: Bench) -> 
         await bench.service.cancel(None, "unknown", CancelReason.REQUESTED)
 
 
-async def test_a_caller_that_leaves_stops_its_job_unless_somebody_else_follows_it(bench: Bench) -> None:
-    left, followed = [await bench.submit(submission(name)) for name in ("left", "followed")]
-    async with aclosing(bench.service.follow(None, followed.job_id)) as events:
+async def test_a_caller_that_leaves_stops_its_job_unless_another_caller_stays(bench: Bench) -> None:
+    watched, called = [await bench.submit(submission(name)) for name in ("watched", "called")]
+    async with aclosing(bench.service.follow(None, watched.job_id)) as events:
         await anext(events)
-        bench.service.leave(followed.job_id, CancelReason.CALLER_LEFT)
-        bench.service.leave(left.job_id, CancelReason.CALLER_LEFT)
-        await bench.ended(left.job_id, JobState.CANCELLED)
-        assert await bench.run() == followed.job_id
+        with bench.service.called(called.job_id):
+            bench.service.leave(called.job_id, CancelReason.CALLER_LEFT)
+            bench.service.leave(watched.job_id, CancelReason.CALLER_LEFT)
+            await bench.ended(watched.job_id, JobState.CANCELLED)
+            assert await bench.run() == called.job_id
 
 
 @pytest.mark.parametrize("deadline_seconds", [-1.0, 0.0, 0.02])
