@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, job_pb2, server_info_pb2
+from tests.job_calls import bad_fields, calls_about, not_found
 from tests.live_server import LiveServer, running_server, wait_until
 from tests.streams import follow, is_progress, read_until, request
 
@@ -224,23 +225,68 @@ def test_the_same_request_id_of_two_callers_is_two_jobs(
 def test_a_job_of_another_caller_is_not_there(guarded_stub: image_gen_pb2_grpc.ImageGenStub) -> None:
     mine, others = bearer(TOKENS["bob"]), bearer(TOKENS["dave"])
     message = request(num_inference_steps=1, seed=11, request_id="private")
-    job_id = follow(guarded_stub.Generate(message, metadata=mine)).job.job_id
     stub = guarded_stub
-    calls: tuple[Callable[[], Any], ...] = (
-        lambda: stub.GetJob(image_gen_pb2.GetJobRequest(job_id=job_id), metadata=others),
-        lambda: stub.CancelJob(image_gen_pb2.CancelJobRequest(job_id=job_id), metadata=others),
-        lambda: stub.DeleteJob(image_gen_pb2.DeleteJobRequest(job_id=job_id), metadata=others),
-        lambda: list(stub.WatchJob(image_gen_pb2.WatchJobRequest(job_id=job_id), metadata=others)),
-        lambda: list(stub.DownloadImage(image_gen_pb2.DownloadImageRequest(job_id=job_id), metadata=others)),
-    )
-    for call in calls:
-        with pytest.raises(grpc.RpcError) as caught:
-            call()
-        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
-        details_of(caught.value, error_details_pb2.ResourceInfo())
+    stream = follow(stub.Generate(message, metadata=mine))
+    job, job_id = stream.job, stream.job.job_id
+    for call in calls_about(stub, job_id, metadata=others).values():
+        assert not_found(call).resource_name == job_id
     listed = stub.ListJobs(image_gen_pb2.ListJobsRequest(), metadata=others).jobs
     assert job_id not in {job.job_id for job in listed}
-    assert stub.GetJob(image_gen_pb2.GetJobRequest(job_id=job_id), metadata=mine).job_id == job_id
+    # Nothing that the other asked for was done.
+    assert stub.GetJob(image_gen_pb2.GetJobRequest(job_id=job_id), metadata=mine) == job
+    image = stub.DownloadImage(image_gen_pb2.DownloadImageRequest(job_id=job_id), metadata=mine)
+    assert b"".join(response.chunk.data for response in image) == stream.images[0]
+
+
+def test_a_running_job_of_another_caller_is_not_cancelled(
+    guarded_stub: image_gen_pb2_grpc.ImageGenStub,
+) -> None:
+    mine, others = bearer(TOKENS["bob"]), bearer(TOKENS["dave"])
+    call = guarded_stub.Generate(request(num_inference_steps=LONG_STEPS), metadata=mine)
+    job_id = read_until(call, is_progress)[-1].job_id
+    for attempt in calls_about(guarded_stub, job_id, metadata=others).values():
+        not_found(attempt)
+    read_until(call, is_progress)
+    call.cancel()
+
+
+def test_who_watches_all_jobs_is_told_of_the_own_ones_only(
+    guarded_stub: image_gen_pb2_grpc.ImageGenStub,
+) -> None:
+    mine, others = bearer(TOKENS["bob"]), bearer(TOKENS["dave"])
+    labels = {"watched": "by bob"}
+
+    def drawn(metadata: Metadata) -> str:
+        message = request(num_inference_steps=1)
+        message.labels.update(labels)
+        return follow(guarded_stub.Generate(message, metadata=metadata)).job.job_id
+
+    drawn(others)
+    before = drawn(mine)
+    changes = guarded_stub.WatchJobs(image_gen_pb2.WatchJobsRequest(labels=labels), metadata=mine)
+    told = [next(changes).job.job_id]
+    drawn(others)
+    after = drawn(mine)
+    for change in changes:
+        told.append(change.job.job_id)
+        if (change.job.job_id, change.job.state) == (after, job_pb2.JOB_STATE_SUCCEEDED):
+            break
+    changes.cancel()
+    assert list(dict.fromkeys(told)) == [before, after]
+
+
+def test_a_page_token_of_another_caller_is_none(guarded_stub: image_gen_pb2_grpc.ImageGenStub) -> None:
+    mine, others = bearer(TOKENS["bob"]), bearer(TOKENS["dave"])
+    for seed in (31, 32):
+        follow(guarded_stub.Generate(request(num_inference_steps=1, seed=seed), metadata=mine))
+
+    def page(token: str, metadata: Metadata) -> image_gen_pb2.ListJobsResponse:
+        message = image_gen_pb2.ListJobsRequest(page_size=1, page_token=token)
+        return guarded_stub.ListJobs(message, metadata=metadata)
+
+    token = page("", mine).next_page_token
+    assert page(token, mine).jobs
+    assert set(bad_fields(lambda: page(token, others))) == {"page_token"}
 
 
 def test_limits_are_those_of_one_caller_and_leave_the_others_alone(

@@ -4,37 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import urllib.request
 from collections.abc import Iterator
 
 import grpc
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc
 from tests.live_server import LiveServer, running_server, wait_until
+from tests.prometheus_samples import scrape
 from tests.streams import follow, request
 
 TIMEOUT_SECONDS = 60
-
-
-class Samples(dict[tuple[str, frozenset[tuple[str, str]]], float]):
-    """Samples by name and labels; those that never happened are 0."""
-
-    def value(self, name: str, **labels: str) -> float:
-        return self.get((name, frozenset(labels.items())), 0.0)
-
-
-def scrape(server: LiveServer) -> Samples:
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics", timeout=10) as response:
-        text = response.read().decode()
-    return Samples(
-        {
-            (sample.name, frozenset(sample.labels.items())): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
-    )
 
 
 def test_calls_and_their_seconds_are_counted_by_method_and_code(
@@ -99,6 +79,8 @@ def test_prompts_that_were_encoded_already_are_counted_as_hits(
     server: LiveServer, stub: image_gen_pb2_grpc.ImageGenStub
 ) -> None:
     server.wait_until_idle()
+    # Rounds follow each other: after this job no prompt of a cancelled one is read.
+    follow(stub.Generate(request(num_inference_steps=1)))
     before = scrape(server)
 
     def moved() -> tuple[float, float]:

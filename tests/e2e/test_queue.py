@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -11,22 +10,12 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from hidream.v1 import job_pb2
-from tests.live_server import LiveServer, running_server
+from tests.e2e.conftest import NarrowServer
 from tests.streams import follow, is_progress, read_until, request
 
-MAX_QUEUED_JOBS = 3
 
-
-@pytest.fixture(scope="module")
-def narrow_server() -> Iterator[LiveServer]:
-    """A server that draws one job at a time and lets three wait."""
-    flags = ("--max-running-jobs", "1", "--max-queued-jobs", str(MAX_QUEUED_JOBS), "--grace-seconds", "5")
-    with running_server(*flags) as server:
-        yield server
-
-
-def test_a_waiting_caller_sees_its_position_change_until_it_starts(narrow_server: LiveServer) -> None:
-    with narrow_server.stub() as stub:
+def test_a_waiting_caller_sees_its_position_change_until_it_starts(narrow_server: NarrowServer) -> None:
+    with narrow_server.live.stub() as stub:
         running = stub.Generate(request(num_inference_steps=150))
         read_until(running, is_progress)
         waiting = [stub.Generate(request(num_inference_steps=2, seed=seed)) for seed in (1, 2, 3)]
@@ -41,21 +30,21 @@ def test_a_waiting_caller_sees_its_position_change_until_it_starts(narrow_server
     assert all(seen == sorted(seen, reverse=True) for seen in positions)
     assert positions[2][-1] == 1
     assert [s.job.state for s in streams] == [job_pb2.JOB_STATE_SUCCEEDED] * 3
-    narrow_server.wait_until_idle()
+    narrow_server.live.wait_until_idle()
 
 
-def test_a_full_queue_accepts_nothing_and_says_when_to_come_back(narrow_server: LiveServer) -> None:
-    with narrow_server.stub() as stub:
+def test_a_full_queue_accepts_nothing_and_says_when_to_come_back(narrow_server: NarrowServer) -> None:
+    with narrow_server.live.stub() as stub:
         calls = [stub.Generate(request(num_inference_steps=150))]
         # It waits, too, until the engine has taken it.
         read_until(calls[0], is_progress)
         calls += [stub.Generate(request(num_inference_steps=150, seed=seed)) for seed in (1, 2, 3)]
         for call in calls[1:]:
             assert next(call).event.HasField("queued")
-        total = narrow_server.info().jobs.total
+        total = narrow_server.live.info().jobs.total
         with pytest.raises(grpc.RpcError) as caught:
             list(stub.Generate(request()))
-        assert narrow_server.info().jobs.total == total
+        assert narrow_server.live.info().jobs.total == total
         for call in calls:
             call.cancel()
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -65,13 +54,13 @@ def test_a_full_queue_accepts_nothing_and_says_when_to_come_back(narrow_server: 
     assert status.details[0].Unpack(quota)
     assert status.details[1].Unpack(retry)
     assert quota.violations[0].subject == "max_queued_jobs"
-    assert str(MAX_QUEUED_JOBS) in quota.violations[0].description
+    assert str(narrow_server.max_queued_jobs) in quota.violations[0].description
     assert retry.retry_delay.ToNanoseconds() > 0
-    narrow_server.wait_until_idle()
+    narrow_server.live.wait_until_idle()
 
 
-def test_a_caller_that_leaves_the_queue_makes_room_for_those_behind_it(narrow_server: LiveServer) -> None:
-    with narrow_server.stub() as stub:
+def test_a_caller_that_leaves_the_queue_makes_room_for_those_behind_it(narrow_server: NarrowServer) -> None:
+    with narrow_server.live.stub() as stub:
         running = stub.Generate(request(num_inference_steps=150))
         read_until(running, is_progress)
         first, second = (stub.Generate(request(num_inference_steps=1, seed=seed)) for seed in (1, 2))
@@ -81,11 +70,11 @@ def test_a_caller_that_leaves_the_queue_makes_room_for_those_behind_it(narrow_se
         assert next(second).event.queued.queue_position == 1
         running.cancel()
         assert follow(second).job.state == job_pb2.JOB_STATE_SUCCEEDED
-    narrow_server.wait_until_idle()
+    narrow_server.live.wait_until_idle()
 
 
-def test_a_job_whose_deadline_passes_in_the_queue_is_never_started(narrow_server: LiveServer) -> None:
-    with narrow_server.stub() as stub:
+def test_a_job_whose_deadline_passes_in_the_queue_is_never_started(narrow_server: NarrowServer) -> None:
+    with narrow_server.live.stub() as stub:
         running = stub.Generate(request(num_inference_steps=150))
         read_until(running, is_progress)
         waiting = stub.Generate(request(num_inference_steps=1), timeout=0.5)
@@ -96,11 +85,11 @@ def test_a_job_whose_deadline_passes_in_the_queue_is_never_started(narrow_server
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         assert set(kinds) == {"queued"}
         running.cancel()
-    narrow_server.wait_until_idle()
+    narrow_server.live.wait_until_idle()
 
 
-def test_a_job_of_high_priority_goes_before_those_that_waited_longer(narrow_server: LiveServer) -> None:
-    with narrow_server.stub() as stub:
+def test_a_job_of_high_priority_goes_before_those_that_waited_longer(narrow_server: NarrowServer) -> None:
+    with narrow_server.live.stub() as stub:
         running = stub.Generate(request(num_inference_steps=150))
         read_until(running, is_progress)
         normal = stub.Generate(request(num_inference_steps=1))
@@ -110,4 +99,4 @@ def test_a_job_of_high_priority_goes_before_those_that_waited_longer(narrow_serv
         assert next(normal).event.queued.queue_position == 2
         for call in (running, normal, high):
             call.cancel()
-    narrow_server.wait_until_idle()
+    narrow_server.live.wait_until_idle()

@@ -77,6 +77,8 @@ def test_the_script_becomes_a_server_that_logs_to_its_file_and_ends_well_on_sigt
     assert started.stdout is not None
     rest_of_terminal = started.stdout.read()  # to its end: no process holds the terminal any more
     assert started.wait() == 0
+    # Where nobody says where, jobs are kept in the user's data folder.
+    assert (tmp_path / "data" / "hidream-grpc" / "jobs.sqlite").is_file()
     (log_file,) = (tmp_path / "logs").iterdir()
     assert re.fullmatch(r"hidream_\d{8}_\d{6}\.log", log_file.name)
     log = log_file.read_text(encoding="utf-8")

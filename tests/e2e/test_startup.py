@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from hidream.v1 import server_info_pb2
+from tests.e2e.conftest import NarrowServer
 from tests.live_server import LiveServer, running_server
 from tests.streams import follow, request
 
@@ -50,6 +51,13 @@ def test_a_metrics_port_in_use_is_told_before_anything_is_loaded(server: LiveSer
     line = refused_line(["--listen", "127.0.0.1:0", "--metrics-port", str(server.metrics_port)])
     assert line.startswith("hidream-grpc: --metrics-port: ")
     assert "already in use" in line
+
+
+def test_a_data_folder_has_one_server_at_a_time(narrow_server: NarrowServer) -> None:
+    line = refused_line(["--listen", "127.0.0.1:0", "--data-dir", narrow_server.data_dir])
+    jobs_file = narrow_server.data_dir / "jobs.sqlite"
+    assert line == f"hidream-grpc: --data-dir: {jobs_file} is in use by another server"
+    narrow_server.live.info()
 
 
 BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
