@@ -82,7 +82,8 @@ type ImageGenClient interface {
 	// misses older ones; it never misses an image byte, and never slows the steps. Chunks are small
 	// enough for the default receive limit of every gRPC implementation.
 	//
-	// Cancelling the call cancels the job at its next step, unless `detached` is set. The call's
+	// Cancelling the call cancels the job at its next step, unless `detached` is set or another call
+	// of `Generate` with the same `request_id` goes on; watching a job does not keep it. The call's
 	// deadline is the job's: a job is not started after it, and stops when it passes. If the job
 	// fails, the call ends with the job's error as its status.
 	//
@@ -378,7 +379,8 @@ type ImageGenServer interface {
 	// misses older ones; it never misses an image byte, and never slows the steps. Chunks are small
 	// enough for the default receive limit of every gRPC implementation.
 	//
-	// Cancelling the call cancels the job at its next step, unless `detached` is set. The call's
+	// Cancelling the call cancels the job at its next step, unless `detached` is set or another call
+	// of `Generate` with the same `request_id` goes on; watching a job does not keep it. The call's
 	// deadline is the job's: a job is not started after it, and stops when it passes. If the job
 	// fails, the call ends with the job's error as its status.
 	//

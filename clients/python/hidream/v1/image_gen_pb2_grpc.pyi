@@ -79,7 +79,8 @@ class ImageGenStub:
     misses older ones; it never misses an image byte, and never slows the steps. Chunks are small
     enough for the default receive limit of every gRPC implementation.
 
-    Cancelling the call cancels the job at its next step, unless `detached` is set. The call's
+    Cancelling the call cancels the job at its next step, unless `detached` is set or another call
+    of `Generate` with the same `request_id` goes on; watching a job does not keep it. The call's
     deadline is the job's: a job is not started after it, and stops when it passes. If the job
     fails, the call ends with the job's error as its status.
 
@@ -231,7 +232,8 @@ class ImageGenAsyncStub(ImageGenStub):
     misses older ones; it never misses an image byte, and never slows the steps. Chunks are small
     enough for the default receive limit of every gRPC implementation.
 
-    Cancelling the call cancels the job at its next step, unless `detached` is set. The call's
+    Cancelling the call cancels the job at its next step, unless `detached` is set or another call
+    of `Generate` with the same `request_id` goes on; watching a job does not keep it. The call's
     deadline is the job's: a job is not started after it, and stops when it passes. If the job
     fails, the call ends with the job's error as its status.
 
@@ -386,7 +388,8 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
         misses older ones; it never misses an image byte, and never slows the steps. Chunks are small
         enough for the default receive limit of every gRPC implementation.
 
-        Cancelling the call cancels the job at its next step, unless `detached` is set. The call's
+        Cancelling the call cancels the job at its next step, unless `detached` is set or another call
+        of `Generate` with the same `request_id` goes on; watching a job does not keep it. The call's
         deadline is the job's: a job is not started after it, and stops when it passes. If the job
         fails, the call ends with the job's error as its status.
 
