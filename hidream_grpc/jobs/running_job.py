@@ -91,6 +91,7 @@ class RunningJob:
         self._first_attempt = 0 if job.execution is None else job.execution.attempt
         self._snapshot: SnapshotTaken | None = None
         self._snapshot_time = 0.0
+        self._snapshot_outage = Outage(logger, f"keep snapshots of job {job.job_id}")
         self._denoise_start: float | None = None
         self._kept_denoise_seconds = job.timings.denoise_seconds if job.snapshot_step else 0.0
         feed.sync(job)
@@ -272,8 +273,9 @@ class RunningJob:
             job = replace(self.job, snapshot_step=snapshot.step)
             await self._tools.store.save(job)
         except (*TRANSIENT_ERRORS, StorageFullError) as error:
-            logger.warning("cannot keep a snapshot: %s", error, extra={"job_id": self.job.job_id})
+            self._snapshot_outage.note_failure(error)
         else:
+            self._snapshot_outage.note_success()
             self.job = job
 
     async def _end_cancelled(self, reason: CancelReason) -> None:

@@ -26,6 +26,7 @@ from hidream_grpc.jobs.objects import ArtifactTimeouts
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 from tests.answering_servers import answering
 from tests.s3_server import BUCKET, S3Server, running_s3_server
+from tests.small_disks import small_disk
 
 PARAMETERS = GenerationParameters(
     prompt="a red circle",
@@ -270,33 +271,23 @@ def test_an_image_that_has_no_room_is_refused_and_nothing_of_it_is_left(tmp_path
     assert files_in(tmp_path) == ["images/job/0"]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root can mount a small disk")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
-
-
 async def test_a_full_disk_refuses_an_image_keeps_the_older_and_heals_when_there_is_room(
-    small_disk: Path,
+    tmp_path: Path,
 ) -> None:
-    store = ArtifactStore(small_disk)
-    await store.write("old", 0, PARAMETERS, bytes(700_000))
-    for job_id in ("new", "old"):
-        with pytest.raises(StorageFullError):
-            await store.write(job_id, 0, PARAMETERS, bytes([1]) * 700_000)
-    with pytest.raises(StorageFullError) as refused:
-        await store.write_snapshot("new", bytes(700_001))
-    assert (refused.value.job_id, refused.value.size_bytes) == ("new", 700_001)
-    assert files_in(small_disk) == ["images/old/0"]
-    assert await store.read("old", 0, 0, 700_000) == bytes(700_000)
-    await store.remove("old")
-    await store.write("new", 0, PARAMETERS, bytes(700_000))
-    assert files_in(small_disk) == ["images/new/0"]
+    with small_disk(tmp_path / "disk", 1 << 20) as disk:
+        store = ArtifactStore(disk)
+        await store.write("old", 0, PARAMETERS, bytes(700_000))
+        for job_id in ("new", "old"):
+            with pytest.raises(StorageFullError):
+                await store.write(job_id, 0, PARAMETERS, bytes([1]) * 700_000)
+        with pytest.raises(StorageFullError) as refused:
+            await store.write_snapshot("new", bytes(700_001))
+        assert (refused.value.job_id, refused.value.size_bytes) == ("new", 700_001)
+        assert files_in(disk) == ["images/old/0"]
+        assert await store.read("old", 0, 0, 700_000) == bytes(700_000)
+        await store.remove("old")
+        await store.write("new", 0, PARAMETERS, bytes(700_000))
+        assert files_in(disk) == ["images/new/0"]
 
 
 @pytest.mark.parametrize(
