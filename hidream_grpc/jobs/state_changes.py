@@ -66,15 +66,18 @@ class StateChanges:
         raise closing_error
 
     async def _everything(self, states: Collection[JobState]) -> AsyncGenerator[JobChange]:
-        page_token = ""
+        page_token, seen = "", set[str]()
         while True:
             page = await self._store.list(self._owner, states, self._labels, PAGE_SIZE, page_token)
             for job in page.jobs:
+                seen.add(job.job_id)
                 if self._is_news(job):
                     yield JobChange(job, job.end_time or job.start_time or job.create_time)
             page_token = page.next_page_token
             if not page_token:
-                return
+                break
+        for deleted in self._told.keys() - seen:
+            del self._told[deleted]
 
     async def _news_of(self, job_id: str) -> JobChange | None:
         try:
