@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -64,6 +64,11 @@ async def added(store: SqlJobStore, *jobs: Job) -> tuple[Job, ...]:
 async def claimed(store: SqlJobStore, replica_id: str = "replica-1", limit: int = 1) -> tuple[Job, ...]:
     """Claim with a lease that outlives the test."""
     return await store.claim(replica_id, LEASE_SECONDS, limit)
+
+
+def ids(jobs: Iterable[Job]) -> list[str]:
+    """In their order."""
+    return [job.job_id for job in jobs]
 
 
 def started(job: Job) -> Job:

@@ -15,7 +15,7 @@ import pytest
 def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
     """A file system of this size in a new folder; skips the test where nothing may be mounted."""
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", folder]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("only root can mount a small disk")
     try:

@@ -4,42 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import time
-import uuid
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from hidream_grpc.engine.requests import EngineState
 from hidream_grpc.errors import (
-    HiDreamError,
-    JobNotFoundError,
     NotServingError,
-    StoreFullError,
-    StoreUnavailableError,
 )
+from hidream_grpc.jobs.callers import PresentCallers
+from hidream_grpc.jobs.counts import JobCounts
 from hidream_grpc.jobs.events import JobEvent, Queued
 from hidream_grpc.jobs.executor import ClaimLimits, Engine, JobExecutor
 from hidream_grpc.jobs.feeds import JobFeeds
 from hidream_grpc.jobs.housekeeping import Housekeeping
+from hidream_grpc.jobs.intake import JobIntake
 from hidream_grpc.jobs.job import CancelReason, Job, JobState, Submission, claim_sequence
 from hidream_grpc.jobs.limits import RequestLimits
 from hidream_grpc.jobs.mirror import StoreMirror
-from hidream_grpc.jobs.outages import Outage
 from hidream_grpc.jobs.positions import QueuePositions
-from hidream_grpc.jobs.quotas import CallerQuotas
 from hidream_grpc.jobs.removal import remove_job, remove_old_job
 from hidream_grpc.jobs.retention import Retention, RetentionLimits, RetentionReport
 from hidream_grpc.jobs.running_job import JobTools
 from hidream_grpc.jobs.state_changes import JobChange, StateChanges
-from hidream_grpc.jobs.store.records import Page, QueueLimits
-
-logger = logging.getLogger(__name__)
+from hidream_grpc.jobs.store.records import Page
 
 START_RETRY_SECONDS = 2.0
 MIN_RETRY_SECONDS = 1.0
-HEAL_SECONDS = 0.5
 MAX_RESUMED_COUNTER = 2**31
 """A reader may say that it has seen so many events of a claim; there is room for as many more."""
 
@@ -78,32 +69,30 @@ class JobService:
             self._store,
             Retention(retention, self._store, self._remove_old, self._feeds.has_readers, observe_retention),
         )
-        self._quotas = CallerQuotas(limits.max_pixel_steps_per_minute_per_caller, time.monotonic)
-        self._kept: Counter[JobState] = Counter()
-        self._num_accepted = 0
-        self._callers: Counter[str] = Counter()
+        self._counts = JobCounts(self._store)
+        self._intake = JobIntake(self._store, limits, self._wait_for_end)
         self._engine_state = EngineState.STARTING
         self._is_draining = False
         self._closed = asyncio.Event()
         self._changed = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._callers = PresentCallers(self._cancel_of_anybody, self._closed)
 
     # --- what the server asks ---------------------------------------------------------------------
 
     @property
     def num_queued(self) -> int:
         """Jobs that wait, as last counted."""
-        return self._kept[JobState.QUEUED]
+        return self._counts[JobState.QUEUED]
 
     @property
     def num_running(self) -> int:
         """Jobs that are being drawn, as last counted."""
-        return self._kept[JobState.RUNNING]
+        return self._counts[JobState.RUNNING]
 
     @property
     def num_accepted(self) -> int:
         """Jobs accepted here since the start."""
-        return self._num_accepted
+        return self._intake.num_accepted
 
     def num_ended(self, state: JobState) -> int:
         """Jobs that this server ended in a state since its start."""
@@ -137,15 +126,18 @@ class JobService:
     async def run(self) -> None:
         """Draw jobs, follow the store, and clean up, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            for work in (self._mirror, self.executor, self._positions, self._housekeeping):
+            for work in (
+                self._mirror,
+                self.executor,
+                self._positions,
+                self._housekeeping,
+                self._counts,
+            ):
                 tasks.create_task(work.run())
-            tasks.create_task(self._count_forever())
 
     async def refresh_counts(self) -> None:
         """Count the jobs anew; while the store does not answer, the old numbers stay."""
-        # The log says it already: the counting that never ends fails, too.
-        with contextlib.suppress(HiDreamError):
-            self._kept = await self._store.counts()
+        await self._counts.refresh()
 
     async def drain(self, grace_seconds: float) -> None:
         """Accept nothing more, let the jobs that run here end and be read, and give back the rest.
@@ -181,16 +173,7 @@ class JobService:
             StoreUnavailableError, StoreFullError: the store is lost or full.
         """
         self._check_serving()
-        now = time.time()
-        jobs = [_new_job(submission, owner, now) for submission in submissions]
-        limits = QueueLimits(
-            self._limits.max_queued_jobs, self._limits.max_queued_jobs_per_caller, self.retry_after_seconds
-        )
-        with self._quotas.charged(submissions[0].caller, await self._new_pixel_steps(submissions, owner)):
-            while being_cancelled := _being_cancelled(jobs, accepted := await self._store.add(jobs, limits)):
-                await self._end_of(being_cancelled)
-        num_new = sum(new.job_id == job.job_id for new, job in zip(jobs, accepted, strict=True))
-        self._num_accepted += num_new
+        accepted = await self._intake.accept(submissions, owner, self.retry_after_seconds)
         for submission in submissions:
             if submission.deadline_seconds is not None and not submission.is_detached:
                 self._housekeeping.expect_late_job(submission.deadline_seconds)
@@ -265,23 +248,13 @@ class JobService:
             self.executor.cancel(job_id, reason)
         return job
 
-    @contextlib.contextmanager
-    def called(self, job_id: str) -> Iterator[None]:
+    def called(self, job_id: str) -> AbstractContextManager[None]:
         """Note that a caller stays with the job until the block ends; who only watches is none."""
-        self._callers[job_id] += 1
-        try:
-            yield
-        finally:
-            self._callers[job_id] -= 1
-            if not self._callers[job_id]:
-                del self._callers[job_id]
+        return self._callers.present(job_id)
 
     def leave(self, job_id: str, reason: CancelReason) -> None:
         """Stop a job whose caller went away, unless another caller stays with it."""
-        if not self._callers[job_id] and not self._closed.is_set():
-            task = asyncio.create_task(self._leave(job_id, reason))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        self._callers.leave(job_id, reason)
 
     async def delete(self, owner: str | None, job_id: str) -> None:
         """Remove a job that has ended, and its images; raises JobNotFoundError or JobNotEndedError."""
@@ -310,19 +283,13 @@ class JobService:
         if not self.takes_requests:
             raise NotServingError("the devices are not available", START_RETRY_SECONDS)
 
-    async def _end_of(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            with contextlib.suppress(JobNotFoundError):
-                async with contextlib.aclosing(self.follow(None, job.job_id)) as events:
-                    async for _ in events:
-                        pass
+    async def _wait_for_end(self, job_id: str) -> None:
+        async with contextlib.aclosing(self.follow(None, job_id)) as events:
+            async for _ in events:
+                pass
 
-    async def _new_pixel_steps(self, submissions: Sequence[Submission], owner: str) -> int:
-        """Of those requests that are no retries: only they are charged for."""
-        held: Collection[str] = ()
-        if self._quotas.has_limit:
-            held = await self._store.held_request_ids(owner, [s.request_id for s in submissions])
-        return sum(s.parameters.pixel_steps for s in submissions if s.request_id not in held)
+    async def _cancel_of_anybody(self, job_id: str, reason: CancelReason) -> None:
+        await self.cancel(None, job_id, reason)
 
     def _may_claim(self) -> bool:
         return self._engine_state is EngineState.SERVING and not self._is_draining
@@ -355,47 +322,6 @@ class JobService:
     async def _remove_old(self, job_id: str) -> None:
         await remove_old_job(self._store, self._artifacts, job_id)
 
-    async def _count_forever(self) -> None:
-        outage = Outage(logger, "count jobs")
-        with self._store.subscribe() as changes:
-            while True:
-                try:
-                    self._kept = await self._store.counts()
-                    outage.note_success()
-                except HiDreamError as error:
-                    outage.note_failure(error)
-                    await asyncio.sleep(HEAL_SECONDS)
-                    continue
-                await anext(changes)
-                await asyncio.sleep(HEAL_SECONDS)
-
-    async def _leave(self, job_id: str, reason: CancelReason) -> None:
-        while not self._closed.is_set():
-            try:
-                await self.cancel(None, job_id, reason)
-            except (StoreUnavailableError, StoreFullError):
-                await asyncio.sleep(HEAL_SECONDS)
-            except HiDreamError:
-                return
-            else:
-                return
-
-
-def _being_cancelled(given: Sequence[Job], accepted: Sequence[Job]) -> list[Job]:
-    """Jobs that a retry found, that stop at their next step and then hold its request id no more."""
-    pairs = zip(given, accepted, strict=True)
-    return [
-        job
-        for new, job in pairs
-        if job.job_id != new.job_id and job.cancel_reason is not None and not job.state.has_ended
-    ]
-
 
 def _going_away() -> NotServingError:
     return NotServingError("the server is shutting down", START_RETRY_SECONDS)
-
-
-def _new_job(submission: Submission, owner: str, now: float) -> Job:
-    has_deadline = submission.deadline_seconds is not None and not submission.is_detached
-    deadline_time = now + (submission.deadline_seconds or 0.0) if has_deadline else None
-    return Job(uuid.uuid4().hex, submission, now, owner=owner, deadline_time=deadline_time)

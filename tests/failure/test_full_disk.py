@@ -92,9 +92,10 @@ def test_a_server_that_was_killed_on_a_full_disk_says_so_at_its_start_and_goes_o
                 *(submit(stub, seed=seed).job_id for seed in (1, 2)),
             ]
             filling = fill(disk)
-            for process in [*server.descendants(), server.process]:
+            for process in server.descendants():
                 process.kill()
-        flags = ("--listen", "127.0.0.1:0", "--data-dir", disk)
+            server.process.kill()
+        flags = ("--listen", "127.0.0.1:0", "--data-dir", str(disk))
         command = [sys.executable, "-m", "hidream_grpc", "serve", *flags]
         refused = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_SECONDS)
         assert refused.returncode == 2

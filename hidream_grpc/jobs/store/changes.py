@@ -71,6 +71,10 @@ class Subscription(AsyncIterator[Change]):
         self._pending.append(change)
         self._has_pending.set()
 
+    def skip(self) -> None:
+        """Forget what is pending, because all that it is about will be read anew."""
+        self._pending.clear()
+
     async def __anext__(self) -> Change:
         while not self._pending:
             self._has_pending.clear()

@@ -285,11 +285,6 @@ def usage() -> sa.Select[Any]:
     ).where(jobs.c.end_time.is_not(None))
 
 
-def known(job_ids: Sequence[str]) -> sa.Select[str]:
-    """Those of the jobs that are there."""
-    return sa.select(jobs.c.job_id).where(jobs.c.job_id.in_(job_ids))
-
-
 def notify(channel: str, texts: Sequence[str]) -> sa.Select[Any]:
     """Tell all who listen on PostgreSQL, when the transaction commits."""
     return sa.select(sa.func.pg_notify(channel, sa.func.unnest(sa.cast(list(texts), ARRAY(sa.Text)))))

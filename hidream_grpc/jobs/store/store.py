@@ -13,14 +13,13 @@ from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hidream_grpc.errors import (
-    ClaimLostError,
     JobNotEndedError,
     JobNotFoundError,
     StoreFullError,
     StoreUnavailableError,
 )
 from hidream_grpc.jobs.job import CancelReason, Job, JobState
-from hidream_grpc.jobs.store import queries
+from hidream_grpc.jobs.store import claims, queries
 from hidream_grpc.jobs.store.acceptance import accept
 from hidream_grpc.jobs.store.changes import (
     CHANNEL,
@@ -274,17 +273,7 @@ class SqlJobStore:
             Those that it still has; of the others, or with another claim number, the claim is lost.
         """
         async with self._database.write() as connection:
-            await connection.execute(queries.renew(replica_id, job_ids, lease_seconds))
-            rows = (await connection.execute(queries.held(replica_id, job_ids))).all()
-        return tuple(
-            HeldClaim(
-                row.job_id,
-                row.claim_number,
-                None if row.cancel_reason is None else CancelReason(row.cancel_reason),
-                row.deadline_time,
-            )
-            for row in rows
-        )
+            return await claims.renew(connection, replica_id, job_ids, lease_seconds)
 
     async def save(self, job: Job) -> None:
         """Write what whoever has the job made of it. With a job that has ended, the claim ends too.
@@ -296,13 +285,9 @@ class SqlJobStore:
             ClaimLostError: somebody else has the job, or it was given back, has ended or was deleted.
         """
         change = Change(ChangeKind.CHANGED, job.job_id)
-        write = queries.write_ended_claimed if job.state.has_ended else queries.write_claimed
         async with self._database.write() as connection:
-            written = await connection.execute(write(job))
-            if written.rowcount == 0:
-                if await _is_written_end(connection, job):
-                    return
-                raise ClaimLostError(job.job_id, job.claim_number)
+            if not await claims.save(connection, job):
+                return
             await self._tell(connection, [change])
         self._committed([change], job)
 
@@ -314,20 +299,7 @@ class SqlJobStore:
         """
         change = Change(ChangeKind.CHANGED, job.job_id)
         async with self._database.write() as connection:
-            query = queries.by_job_id(None, job.job_id, for_update=True)
-            row = (await connection.execute(query)).one_or_none()
-            is_held = row is not None and row.replica_id is not None and row.end_time is None
-            if row is None or not is_held or row.claim_number != job.claim_number:
-                raise ClaimLostError(job.job_id, job.claim_number)
-            kept = job_of(row)
-            released = replace(
-                job.requeued(), cancel_reason=kept.cancel_reason, deadline_time=kept.deadline_time
-            )
-            if released.cancel_reason is None:
-                await connection.execute(queries.write_released(row.number, released))
-            else:
-                released = released.cancelled_unclaimed(released.cancel_reason, time.time())
-                await connection.execute(queries.write_ended_unclaimed(row.number, released))
+            released = await claims.release(connection, job)
             await self._tell(connection, [change])
         self._committed([change], released)
         return released
@@ -350,11 +322,6 @@ class SqlJobStore:
         async with self._database.read() as connection:
             num_ended_jobs, image_bytes = (await connection.execute(queries.usage())).one()
         return Usage(num_ended_jobs, int(image_bytes))
-
-    async def known(self, job_ids: Sequence[str]) -> frozenset[str]:
-        """Those of the job ids that are there; artifacts of the others belong to nobody."""
-        async with self._database.read() as connection:
-            return frozenset((await connection.execute(queries.known(job_ids))).scalars())
 
     # --- changes ----------------------------------------------------------------------------------
 
@@ -386,21 +353,12 @@ class SqlJobStore:
         self, replica_id: str, lease_seconds: float, max_running_jobs_of_caller: int | None
     ) -> Job | None:
         async with self._database.write() as connection:
-            row = (await connection.execute(queries.next_job(max_running_jobs_of_caller))).one_or_none()
-            if row is None:
+            job = await claims.claim_next(
+                connection, replica_id, lease_seconds, max_running_jobs_of_caller, self._database.is_sqlite
+            )
+            if job is None:
                 return None
-            job = job_of(row)
             change = Change(ChangeKind.CHANGED, job.job_id)
-            if row.is_late or job.cancel_reason is not None:
-                reason = job.cancel_reason or CancelReason.DEADLINE
-                job = job.cancelled_unclaimed(reason, time.time())
-                await connection.execute(queries.write_ended_unclaimed(row.number, job))
-            else:
-                await connection.execute(queries.claim(row.number, replica_id, lease_seconds))
-                if job.state is JobState.QUEUED:
-                    is_sqlite = self._database.is_sqlite
-                    await connection.execute(queries.take_turn(job.submission.caller, is_sqlite))
-                job = replace(job, claim_number=job.claim_number + 1)
             await self._tell(connection, [change])
         self._committed([change], job)
         return job
@@ -426,10 +384,3 @@ async def _row(
     if row is None:
         raise JobNotFoundError(job_id)
     return row
-
-
-async def _is_written_end(connection: AsyncConnection, job: Job) -> bool:
-    row = (await connection.execute(queries.by_job_id(None, job.job_id))).one_or_none()
-    if row is None or row.end_time is None:
-        return False
-    return (row.claim_number, row.state, row.end_time) == (job.claim_number, job.state, job.end_time)

@@ -28,13 +28,13 @@ class CountingStore(SqlJobStore):
     num_jobs_read = 0
     is_lost = False
 
-    async def queue_order(self) -> Sequence[str]:
+    async def queue_order(self) -> tuple[str, ...]:
         self.num_reads += 1
         if self.is_lost:
             raise StoreUnavailableError(1.0)
         return await super().queue_order()
 
-    async def get_all(self, job_ids: Collection[str]) -> Sequence[Job]:
+    async def get_all(self, job_ids: Collection[str]) -> tuple[Job, ...]:
         self.num_jobs_read += len(job_ids)
         return await super().get_all(job_ids)
 

@@ -1,0 +1,79 @@
+"""From requests to jobs: all of a call are accepted, or none."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Collection, Sequence
+
+from hidream_grpc.errors import JobNotFoundError
+from hidream_grpc.jobs.job import Job, Submission
+from hidream_grpc.jobs.limits import RequestLimits
+from hidream_grpc.jobs.quotas import CallerQuotas
+from hidream_grpc.jobs.store.records import QueueLimits
+from hidream_grpc.jobs.store.store import SqlJobStore
+
+
+class JobIntake:
+    """Accepts what the limits of the queue and of its caller allow.
+
+    Args:
+        wait_for_end: of a job, by its id; may raise JobNotFoundError.
+    """
+
+    def __init__(
+        self, store: SqlJobStore, limits: RequestLimits, wait_for_end: Callable[[str], Awaitable[None]]
+    ) -> None:
+        self._store = store
+        self._limits = limits
+        self._wait_for_end = wait_for_end
+        self._quotas = CallerQuotas(limits.max_pixel_steps_per_minute_per_caller, time.monotonic)
+        self.num_accepted = 0
+
+    async def accept(
+        self, submissions: Sequence[Submission], owner: str, retry_after_seconds: float
+    ) -> tuple[Job, ...]:
+        """The job of each request: a new one, or the one that has its request id; durable on return.
+
+        Raises:
+            QueueFullError, CallerQueueFullError: too many jobs wait.
+            CallerQuotaError: the caller has asked for too much within a minute.
+            RequestIdConflictError: a request id was used with another request.
+            StoreUnavailableError, StoreFullError: the store is lost or full.
+        """
+        now = time.time()
+        jobs = [_new_job(submission, owner, now) for submission in submissions]
+        limits = QueueLimits(
+            self._limits.max_queued_jobs, self._limits.max_queued_jobs_per_caller, retry_after_seconds
+        )
+        with self._quotas.charged(submissions[0].caller, await self._new_pixel_steps(submissions, owner)):
+            while being_cancelled := _being_cancelled(jobs, accepted := await self._store.add(jobs, limits)):
+                for job in being_cancelled:
+                    with contextlib.suppress(JobNotFoundError):
+                        await self._wait_for_end(job.job_id)
+        self.num_accepted += sum(new.job_id == job.job_id for new, job in zip(jobs, accepted, strict=True))
+        return accepted
+
+    async def _new_pixel_steps(self, submissions: Sequence[Submission], owner: str) -> int:
+        """Of those requests that are no retries: only they are charged for."""
+        held: Collection[str] = ()
+        if self._quotas.has_limit:
+            held = await self._store.held_request_ids(owner, [s.request_id for s in submissions])
+        return sum(s.parameters.pixel_steps for s in submissions if s.request_id not in held)
+
+
+def _being_cancelled(given: Sequence[Job], accepted: Sequence[Job]) -> list[Job]:
+    """Jobs that a retry found, that stop at their next step and then hold its request id no more."""
+    pairs = zip(given, accepted, strict=True)
+    return [
+        job
+        for new, job in pairs
+        if job.job_id != new.job_id and job.cancel_reason is not None and not job.state.has_ended
+    ]
+
+
+def _new_job(submission: Submission, owner: str, now: float) -> Job:
+    has_deadline = submission.deadline_seconds is not None and not submission.is_detached
+    deadline_time = now + (submission.deadline_seconds or 0.0) if has_deadline else None
+    return Job(uuid.uuid4().hex, submission, now, owner=owner, deadline_time=deadline_time)

@@ -1,0 +1,161 @@
+"""What is accepted, on SQLite and on PostgreSQL alike: all of a call, or none; a request once."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+import pytest
+
+from hidream_grpc.errors import (
+    CallerQueueFullError,
+    JobCancelledError,
+    QueueFullError,
+    RequestIdConflictError,
+)
+from hidream_grpc.jobs.job import JobState
+from hidream_grpc.jobs.store.records import QueueLimits
+from hidream_grpc.jobs.store.store import SqlJobStore
+from tests.job_stores import (
+    OWNER,
+    ROOMY,
+    added,
+    claimed,
+    finished,
+    new_job,
+)
+
+
+async def test_a_job_is_read_as_it_was_added(store: SqlJobStore) -> None:
+    job = new_job(prompt="NUL \0, 猫, 🐈", labels={"NUL \0": "ä\n"}, deadline_time=1.5e9 + 0.123456)
+    assert await added(store, job) == (job,)
+    assert await store.get(OWNER, job.job_id) == job
+
+
+async def test_the_same_request_gives_the_same_job(store: SqlJobStore, other: SqlJobStore) -> None:
+    (first,) = await added(store, new_job(request_id="r1"))
+    (again,) = await added(other, new_job(request_id="r1", caller="another host"))
+    assert again == first
+    assert (await store.counts()).total() == 1
+
+
+async def test_the_same_request_at_the_same_time_gives_one_job(
+    store: SqlJobStore, other: SqlJobStore
+) -> None:
+    answers = await asyncio.gather(
+        *(added(replica, new_job(request_id="r1")) for replica in [store, other] * 8)
+    )
+    assert len({job.job_id for (job,) in answers}) == 1
+    assert (await store.counts()).total() == 1
+
+
+async def test_a_request_id_of_another_request_is_refused(store: SqlJobStore) -> None:
+    (first,) = await added(store, new_job(request_id="r1"))
+    with pytest.raises(RequestIdConflictError) as caught:
+        await added(store, new_job(), new_job(request_id="r1", prompt="something else"))
+    assert (caught.value.request_id, caught.value.job_id) == ("r1", first.job_id)
+    assert (await store.counts()).total() == 1, "the other job of the batch was not accepted either"
+
+
+async def test_a_batch_may_name_a_request_twice_but_not_two_requests_alike(store: SqlJobStore) -> None:
+    twice = await added(store, new_job(request_id="r1"), new_job(request_id="r1"))
+    assert twice[0] == twice[1]
+    with pytest.raises(RequestIdConflictError):
+        await added(store, new_job(request_id="r2"), new_job(request_id="r2", prompt="something else"))
+
+
+async def test_owners_do_not_share_request_ids(store: SqlJobStore) -> None:
+    (hers,) = await added(store, new_job(request_id="r1"))
+    (his,) = await added(store, new_job(request_id="r1", owner="bert", prompt="something else"))
+    assert hers.job_id != his.job_id
+
+
+@pytest.mark.parametrize("state", [JobState.FAILED, JobState.CANCELLED])
+async def test_a_request_id_is_free_again_when_its_job_came_to_nothing(
+    store: SqlJobStore, state: JobState
+) -> None:
+    await added(store, new_job(request_id="r1"))
+    (job,) = await claimed(store)
+    await store.save(job.ended(state, time.time(), JobCancelledError(job.job_id)))
+    (retry,) = await added(store, new_job(request_id="r1", prompt="something else"))
+    assert retry.job_id != job.job_id
+    assert (await added(store, new_job(request_id="r1", prompt="something else"))) == (retry,)
+
+
+async def test_a_job_that_succeeded_keeps_its_request_id_until_it_is_deleted(store: SqlJobStore) -> None:
+    await added(store, new_job(request_id="r1"))
+    (job,) = await claimed(store)
+    done = await finished(store, job)
+    assert await added(store, new_job(request_id="r1")) == (done,)
+    await store.delete(OWNER, job.job_id)
+    (retry,) = await added(store, new_job(request_id="r1"))
+    assert retry.job_id != job.job_id
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kept"),
+    [(100.0, 200.0, 200.0), (200.0, 100.0, 200.0), (100.0, None, None), (None, 9.0, None)],
+)
+async def test_of_several_callers_of_a_request_the_latest_deadline_counts(
+    store: SqlJobStore, first: float | None, second: float | None, kept: float | None
+) -> None:
+    await added(store, new_job(request_id="r1", deadline_time=first))
+    (job,) = await added(store, new_job(request_id="r1", deadline_time=second))
+    assert job.deadline_time == kept
+    assert await store.get(OWNER, job.job_id) == job
+
+
+async def test_a_batch_that_does_not_fit_the_queue_is_refused_as_a_whole(store: SqlJobStore) -> None:
+    limits = QueueLimits(max_queued_jobs=3, retry_after_seconds=2.5)
+    await store.add([new_job(), new_job()], limits)
+    with pytest.raises(QueueFullError) as caught:
+        await store.add([new_job(), new_job()], limits)
+    assert (caught.value.max_queued_jobs, caught.value.retry_after_seconds) == (3, 2.5)
+    assert (await store.counts())[JobState.QUEUED] == 2
+    await claimed(store)
+    assert len(await store.add([new_job(), new_job()], limits)) == 2
+
+
+async def test_a_full_queue_still_answers_for_what_it_holds(store: SqlJobStore) -> None:
+    limits = QueueLimits(max_queued_jobs=1)
+    (job,) = await store.add([new_job(request_id="r1")], limits)
+    assert await store.add([new_job(request_id="r1")], limits) == (job,)
+
+
+async def test_replicas_together_never_accept_more_than_the_queue_holds(
+    store: SqlJobStore, other: SqlJobStore
+) -> None:
+    limits = QueueLimits(max_queued_jobs=5)
+    answers = await asyncio.gather(
+        *(replica.add([new_job()], limits) for replica in [store, other] * 8), return_exceptions=True
+    )
+    assert sum(isinstance(answer, tuple) for answer in answers) == 5
+    assert sum(isinstance(answer, QueueFullError) for answer in answers) == 11
+
+
+async def test_a_caller_that_uses_up_its_share_leaves_the_others_theirs(store: SqlJobStore) -> None:
+    limits = QueueLimits(max_queued_jobs=100, max_queued_jobs_of_caller=2)
+    await store.add([new_job(), new_job()], limits)
+    with pytest.raises(CallerQueueFullError):
+        await store.add([new_job()], limits)
+    await store.add([new_job(caller="host-2")], limits)
+
+
+async def test_callers_that_go_away_meanwhile_leave_whole_batches_only(
+    store: SqlJobStore,
+) -> None:
+    generator = random.Random(6)
+    for _ in range(20):
+        batch = [new_job(caller="gone", labels={"batch": "x"}) for _ in range(3)]
+        task = asyncio.create_task(added(store, *batch))
+        for _ in range(generator.randrange(30)):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert len(await store.get_all([job.job_id for job in batch])) in (0, 3)
+    assert len(await added(store, new_job())) == 1
+
+
+async def test_nothing_is_added_for_nothing(store: SqlJobStore) -> None:
+    assert await store.add((), ROOMY) == ()
