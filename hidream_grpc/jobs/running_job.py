@@ -43,14 +43,13 @@ from hidream_grpc.jobs.job import CancelReason, Execution, Job, JobState, Progre
 from hidream_grpc.jobs.outages import Outage
 from hidream_grpc.jobs.outlook import Outlook
 from hidream_grpc.jobs.pauses import wait_at_most
+from hidream_grpc.jobs.snapshots import SnapshotKeeper, step_of
 from hidream_grpc.jobs.store.store import SqlJobStore
-from hidream_grpc.model.snapshot_format import SnapshotError, unpack
 
 logger = logging.getLogger(__name__)
 
 LOST_SERVER = "the server that drew it ended"
 HEAL_SECONDS = 0.5
-SNAPSHOT_SECONDS = 1.0
 TRANSIENT_ERRORS = (StoreUnavailableError, StoreFullError, ArtifactUnavailableError)
 
 Result = TypeVar("Result")
@@ -89,9 +88,7 @@ class RunningJob:
         self._cancel_reason: CancelReason | None = None
         self._is_lost = False
         self._first_attempt = 0 if job.execution is None else job.execution.attempt
-        self._snapshot: SnapshotTaken | None = None
-        self._snapshot_time = 0.0
-        self._snapshot_outage = Outage(logger, f"keep snapshots of job {job.job_id}")
+        self._snapshots = SnapshotKeeper(job.job_id, tools.store, tools.artifacts)
         self._denoise_start: float | None = None
         self._kept_denoise_seconds = job.timings.denoise_seconds if job.snapshot_step else 0.0
         feed.sync(job)
@@ -120,8 +117,8 @@ class RunningJob:
         """Take an event from the engine."""
         self._tools.outlook.observe(self.job.job_id, event)
         if isinstance(event, SnapshotTaken):
-            # Of those that wait for a lost store only the newest is of use, and each is megabytes.
-            self._snapshot = event
+            # Of those that wait for a lost store only the newest is of use.
+            self._snapshots.take(event)
             event = replace(event, data=b"")
         self._events.put_nowait(event)
 
@@ -134,7 +131,7 @@ class RunningJob:
                 snapshot = await self._lasting(lambda: self._tools.artifacts.read_snapshot(job.job_id))
         except _StoppedError:
             return None
-        self.job = replace(job, snapshot_step=_step_of(snapshot))
+        self.job = replace(job, snapshot_step=step_of(snapshot))
         finished_images = frozenset(image.index for image in job.images)
         if len(finished_images) == job.submission.parameters.num_images:
             # Only its end was not written any more.
@@ -162,7 +159,7 @@ class RunningJob:
         except _StoppedError:
             pass
         if self.job.state.has_ended:
-            await self._remove_snapshot()
+            await self._snapshots.remove(self.job)
         elif self._is_lost:
             raise ClaimLostError(self.job.job_id, self.job.claim_number)
         elif self._cancel_reason is not None:
@@ -194,8 +191,8 @@ class RunningJob:
             case PreviewMade(step, data):
                 self._feed.publish(Previewed(step, data))
             case SnapshotTaken():
-                if time.monotonic() - self._snapshot_time >= SNAPSHOT_SECONDS:
-                    await self._save_snapshot()
+                if self._snapshots.is_due:
+                    self.job = await self._snapshots.keep(self.job)
             case RequestRestarted():
                 self._restart(event)
             case ImageFinished():
@@ -262,22 +259,6 @@ class RunningJob:
         drawn = job.with_image(image, event.decode_seconds)
         await self._save(replace(drawn, last_sequence=image.last_sequence))
 
-    async def _save_snapshot(self) -> None:
-        """Keep the newest snapshot; one that cannot be kept is made up for by the next."""
-        if self._snapshot is None:
-            return
-        snapshot, self._snapshot = self._snapshot, None
-        self._snapshot_time = time.monotonic()
-        try:
-            await self._tools.artifacts.write_snapshot(self.job.job_id, snapshot.data)
-            job = replace(self.job, snapshot_step=snapshot.step)
-            await self._tools.store.save(job)
-        except (*TRANSIENT_ERRORS, StorageFullError) as error:
-            self._snapshot_outage.note_failure(error)
-        else:
-            self._snapshot_outage.note_success()
-            self.job = job
-
     async def _end_cancelled(self, reason: CancelReason) -> None:
         job_id = self.job.job_id
         is_late = reason is CancelReason.DEADLINE
@@ -286,7 +267,7 @@ class RunningJob:
         await self._end(
             JobState.CANCELLED, DeadlineExceededError(job_id) if is_late else JobCancelledError(job_id)
         )
-        await self._remove_snapshot()
+        await self._snapshots.remove(self.job)
 
     async def _end(self, state: JobState, error: HiDreamError | None = None) -> None:
         ended = self.job.ended(state, time.time(), error)
@@ -299,16 +280,8 @@ class RunningJob:
         self._feed.sync(job)
 
     async def _release(self) -> None:
-        await self._save_snapshot()
+        self.job = await self._snapshots.keep(self.job)
         self._feed.sync(await self._tools.store.release(self.job))
-
-    async def _remove_snapshot(self) -> None:
-        if self.job.snapshot_step is None:
-            return
-        try:
-            await self._tools.artifacts.remove_snapshot(self.job.job_id)
-        except ArtifactUnavailableError as error:
-            logger.warning("a snapshot stays until its job is removed: %s", error)
 
     async def _lasting(self, action: Callable[[], Awaitable[Result]]) -> Result:
         """Do it, again and again until the stores heal; raises _StoppedError when the job is stopped."""
@@ -329,11 +302,3 @@ class RunningJob:
         self._stopped.clear()
         await self._end(JobState.FAILED, error)
         return error
-
-
-def _step_of(snapshot: bytes | None) -> int | None:
-    """The step it was taken after: later than the row's where a kill came between. None: it is unreadable."""
-    try:
-        return None if snapshot is None else unpack(snapshot).step
-    except SnapshotError:
-        return None
