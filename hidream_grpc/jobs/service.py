@@ -13,6 +13,7 @@ from hidream_grpc.errors import (
     NotServingError,
 )
 from hidream_grpc.jobs.callers import PresentCallers
+from hidream_grpc.jobs.calls import RunningCalls
 from hidream_grpc.jobs.counts import JobCounts
 from hidream_grpc.jobs.events import JobEvent, Queued
 from hidream_grpc.jobs.executor import ClaimLimits, Engine, JobExecutor
@@ -75,6 +76,7 @@ class JobService:
         self._is_draining = False
         self._closed = asyncio.Event()
         self._changed = asyncio.Event()
+        self._calls = RunningCalls()
         self._callers = PresentCallers(self._cancel_of_anybody, self._closed)
 
     # --- what the server asks ---------------------------------------------------------------------
@@ -154,6 +156,7 @@ class JobService:
             pass
         await self.executor.release_all()
         self._close()
+        await self._calls.wait()
 
     # --- what callers ask -------------------------------------------------------------------------
 
@@ -165,6 +168,8 @@ class JobService:
     async def submit_all(self, submissions: Sequence[Submission], owner: str) -> tuple[Job, ...]:
         """Accept all requests or none; what is returned survives every process.
 
+        A caller that is cancelled meanwhile leaves what is accepted then, as `leave` says.
+
         Raises:
             NotServingError: the engine is starting, has failed, or the service drains.
             QueueFullError, CallerQueueFullError: too many jobs wait.
@@ -173,7 +178,8 @@ class JobService:
             StoreUnavailableError, StoreFullError: the store is lost or full.
         """
         self._check_serving()
-        accepted = await self._intake.accept(submissions, owner, self.retry_after_seconds)
+        accepting = self._intake.accept(submissions, owner, self.retry_after_seconds)
+        accepted = await self._calls.finish(accepting, if_left=self._leave_all)
         for submission in submissions:
             if submission.deadline_seconds is not None and not submission.is_detached:
                 self._housekeeping.expect_late_job(submission.deadline_seconds)
@@ -282,6 +288,11 @@ class JobService:
             raise NotServingError("the model is loading", START_RETRY_SECONDS)
         if not self.takes_requests:
             raise NotServingError("the devices are not available", START_RETRY_SECONDS)
+
+    def _leave_all(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            if not job.submission.is_detached:
+                self.leave(job.job_id, CancelReason.CALLER_LEFT)
 
     async def _wait_for_end(self, job_id: str) -> None:
         async with contextlib.aclosing(self.follow(None, job_id)) as events:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 from typing import Any
 
 import grpc
@@ -320,3 +322,16 @@ def test_a_job_that_was_cancelled_or_deleted_gives_its_request_id_free(narrow: S
     assert get(narrow, first.job_id).state == job_pb2.JOB_STATE_CANCELLED
     delete(narrow, third.job_id)
     assert drawn(narrow, request_id="free-again", seed=4).state == job_pb2.JOB_STATE_SUCCEEDED
+
+
+def test_callers_that_vanish_while_they_submit_hold_up_nobody(stub: Stub, server: LiveServer) -> None:
+    generator = random.Random(6)
+    for number in range(60):
+        call: Any = stub.SubmitJob.future(submission(f"vanishes-{number}", num_inference_steps=1))  # type: ignore[attr-defined]
+        time.sleep(generator.uniform(0.0, 0.01))
+        call.cancel()
+    # Whether it was accepted or not, it is one job that can be asked for again.
+    first, *others = [submit(stub, request_id="vanishes-0", num_inference_steps=1).job_id for _ in range(3)]
+    assert others == [first, first]
+    assert events(stub, first)[-1].HasField("succeeded")
+    assert "does not answer" not in server.log

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -18,6 +19,7 @@ from hidream_grpc.errors import (
     StoreFullError,
     StoreUnavailableError,
 )
+from hidream_grpc.jobs.calls import RunningCalls
 from hidream_grpc.jobs.job import CancelReason, Job, JobState
 from hidream_grpc.jobs.store import claims, queries
 from hidream_grpc.jobs.store.acceptance import accept
@@ -37,12 +39,32 @@ from hidream_grpc.jobs.store.page_token import decode_page_token, encode_page_to
 from hidream_grpc.jobs.store.records import EndedJob, HeldClaim, Page, QueueLimits, Usage
 from hidream_grpc.jobs.store.rows import job_of
 
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+def _uninterrupted(
+    method: Callable[Concatenate[SqlJobStore, P], Coroutine[Any, Any, Result]], /
+) -> Callable[Concatenate[SqlJobStore, P], Coroutine[Any, Any, Result]]:
+    """A method that goes on to its end when its caller is cancelled.
+
+    SQLite's driver works in a thread, which a cancellation does not reach: a transaction that is left in
+    the middle keeps the database locked for all others.
+    """
+
+    @functools.wraps(method)
+    async def call(self: SqlJobStore, /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        return await self._calls.finish(method(self, *args, **kwargs))
+
+    return call
+
 
 class SqlJobStore:
     """Jobs in SQLite or PostgreSQL. What a method changed is durable when it returns.
 
     Every method may raise StoreUnavailableError (after a write: whether it was made is not known) or
-    StoreFullError (nothing was changed); the store heals without being opened again.
+    StoreFullError (nothing was changed); the store heals without being opened again. A call whose caller
+    is cancelled goes on to its end: the caller does not know what became of it.
     """
 
     def __init__(self, url: str) -> None:
@@ -53,6 +75,7 @@ class SqlJobStore:
         """
         self._database = Database(url)
         self._hub = ChangeHub()
+        self._calls = RunningCalls()
         is_sqlite = self._database.is_sqlite
         self._listener = None if is_sqlite else PostgresListener(self._database, self._hub)
         self._num_ended: Counter[JobState] = Counter()
@@ -89,12 +112,14 @@ class SqlJobStore:
 
     async def close(self) -> None:
         """Close all connections; claims stay until their leases run out. May be called twice."""
+        await self._calls.wait()
         if self._listener is not None:
             await self._listener.stop()
         await self._database.close()
 
     # --- for callers ------------------------------------------------------------------------------
 
+    @_uninterrupted
     async def add(self, new_jobs: Sequence[Job], limits: QueueLimits) -> tuple[Job, ...]:
         """Accept all jobs of one owner, or none.
 
@@ -124,6 +149,7 @@ class SqlJobStore:
         self._committed(changes)
         return accepted
 
+    @_uninterrupted
     async def get(self, owner: str | None, job_id: str) -> Job:
         """A job as it is now; of anybody where the owner is None.
 
@@ -133,6 +159,7 @@ class SqlJobStore:
         async with self._database.read() as connection:
             return job_of(await _row(connection, owner, job_id))
 
+    @_uninterrupted
     async def get_all(self, job_ids: Collection[str]) -> tuple[Job, ...]:
         """Those of the jobs that are there, in any order."""
         found: list[Job] = []
@@ -141,6 +168,7 @@ class SqlJobStore:
                 found.extend(map(job_of, await connection.execute(queries.by_job_ids(some))))
         return tuple(found)
 
+    @_uninterrupted
     async def held_request_ids(self, owner: str, request_ids: Collection[str]) -> frozenset[str]:
         """Those of the request ids that stand for a job of the owner already."""
         held: set[str] = set()
@@ -151,6 +179,7 @@ class SqlJobStore:
                 )
         return frozenset(held)
 
+    @_uninterrupted
     async def list(
         self,
         owner: str | None,
@@ -177,6 +206,7 @@ class SqlJobStore:
         next_page_token = encode_page_token(shown[-1].number, filter_digest) if has_more else ""
         return Page(tuple(map(job_of, shown)), next_page_token)
 
+    @_uninterrupted
     async def request_cancel(self, owner: str | None, job_id: str, reason: CancelReason) -> Job:
         """End a job that nobody has; tell whoever has it to stop. Nothing happens to one that has ended.
 
@@ -203,6 +233,7 @@ class SqlJobStore:
         self._committed([change], job)
         return job
 
+    @_uninterrupted
     async def delete(self, owner: str | None, job_id: str) -> Job:
         """Remove a job that has ended; its request id is free again.
 
@@ -222,12 +253,14 @@ class SqlJobStore:
         self._committed([change])
         return job
 
+    @_uninterrupted
     async def counts(self, owner: str | None = None) -> Counter[JobState]:
         """Jobs by state that are kept; of one owner only those that have not ended."""
         query = queries.counts() if owner is None else queries.counts_of_owner(owner)
         async with self._database.read() as connection:
             return Counter({JobState(state): count for state, count in await connection.execute(query)})
 
+    @_uninterrupted
     async def queue_order(self) -> tuple[str, ...]:
         """Ids of the jobs that wait, in the order in which they will be claimed."""
         async with self._database.read() as connection:
@@ -237,6 +270,7 @@ class SqlJobStore:
 
     # --- for replicas -----------------------------------------------------------------------------
 
+    @_uninterrupted
     async def claim(
         self,
         replica_id: str,
@@ -264,6 +298,7 @@ class SqlJobStore:
                 claimed.append(job)
         return tuple(claimed)
 
+    @_uninterrupted
     async def renew(
         self, replica_id: str, job_ids: Collection[str], lease_seconds: float
     ) -> tuple[HeldClaim, ...]:
@@ -275,6 +310,7 @@ class SqlJobStore:
         async with self._database.write() as connection:
             return await claims.renew(connection, replica_id, job_ids, lease_seconds)
 
+    @_uninterrupted
     async def save(self, job: Job) -> None:
         """Write what whoever has the job made of it. With a job that has ended, the claim ends too.
 
@@ -291,6 +327,7 @@ class SqlJobStore:
             await self._tell(connection, [change])
         self._committed([change], job)
 
+    @_uninterrupted
     async def release(self, job: Job) -> Job:
         """Give a job back: QUEUED again, with its images and snapshot, or CANCELLED if that was asked for.
 
@@ -304,6 +341,7 @@ class SqlJobStore:
         self._committed([change], released)
         return released
 
+    @_uninterrupted
     async def overdue(self, limit: int = 100) -> tuple[str, ...]:
         """Ids of jobs whose deadline has passed: `request_cancel` each with CancelReason.DEADLINE."""
         async with self._database.read() as connection:
@@ -311,12 +349,14 @@ class SqlJobStore:
 
     # --- for retention ----------------------------------------------------------------------------
 
+    @_uninterrupted
     async def ended(self, before_time: float | None = None, limit: int = 100) -> tuple[EndedJob, ...]:
         """Jobs that have ended (before a time, in seconds since the epoch), the oldest end first."""
         async with self._database.read() as connection:
             rows = await connection.execute(queries.ended(before_time, limit))
             return tuple(EndedJob(*row) for row in rows)
 
+    @_uninterrupted
     async def usage(self) -> Usage:
         """How much is kept of jobs that have ended."""
         async with self._database.read() as connection:
@@ -332,6 +372,7 @@ class SqlJobStore:
         """
         return self._hub.subscribe()
 
+    @_uninterrupted
     async def publish(self, job_id: str, payload: bytes) -> None:
         """Tell all subscribers, of all replicas, something that is kept nowhere.
 

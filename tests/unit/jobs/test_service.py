@@ -39,6 +39,7 @@ from hidream_grpc.jobs.events import (
 )
 from hidream_grpc.jobs.job import CancelReason, JobState, Priority, Submission
 from hidream_grpc.jobs.service import MIN_RETRY_SECONDS
+from tests.job_stores import eventually
 from tests.unit.jobs.service_bench import (
     DATA,
     EXECUTION,
@@ -319,6 +320,23 @@ async def test_a_caller_that_leaves_stops_its_job_unless_another_caller_stays(be
             bench.service.leave(watched.job_id, CancelReason.CALLER_LEFT)
             await bench.ended(watched.job_id, JobState.CANCELLED)
             assert await bench.run() == called.job_id
+
+
+async def test_a_caller_that_goes_while_its_job_is_accepted_leaves_none_that_is_drawn(bench: Bench) -> None:
+    await busy(bench)
+    for name, is_detached in (("awaited", False), ("detached", True)):
+        call = asyncio.create_task(bench.submit(submission(name, is_detached=is_detached)))
+        await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    async def states() -> dict[str, JobState] | None:
+        jobs = (await bench.service.list(None, (), {}, 10, "")).jobs
+        found = {job.submission.request_id: job.state for job in jobs}
+        return found if found.get("awaited") is JobState.CANCELLED and "detached" in found else None
+
+    assert (await eventually(states))["detached"] is JobState.QUEUED
 
 
 @pytest.mark.parametrize("deadline_seconds", [-1.0, 0.0, 0.02])
