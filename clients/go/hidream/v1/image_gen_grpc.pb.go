@@ -122,9 +122,8 @@ type ImageGenClient interface {
 	//
 	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
 	GetJob(ctx context.Context, in *GetJobRequest, opts ...grpc.CallOption) (*Job, error)
-	// Lists the caller's jobs, newest first. A page token stays valid while jobs come and go.
-	//
-	// Status codes, besides those of the service:
+	// Lists the caller's jobs, newest first. A page token stays valid while jobs come and go. There are no
+	// status codes besides those of the service.
 	ListJobs(ctx context.Context, in *ListJobsRequest, opts ...grpc.CallOption) (*ListJobsResponse, error)
 	// Streams the events of one job, from any point, to its end: the same events as `Generate`.
 	// Closing the stream does not touch the job. A job's failure or cancellation is its last event,
@@ -419,9 +418,8 @@ type ImageGenServer interface {
 	//
 	//   - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
 	GetJob(context.Context, *GetJobRequest) (*Job, error)
-	// Lists the caller's jobs, newest first. A page token stays valid while jobs come and go.
-	//
-	// Status codes, besides those of the service:
+	// Lists the caller's jobs, newest first. A page token stays valid while jobs come and go. There are no
+	// status codes besides those of the service.
 	ListJobs(context.Context, *ListJobsRequest) (*ListJobsResponse, error)
 	// Streams the events of one job, from any point, to its end: the same events as `Generate`.
 	// Closing the stream does not touch the job. A job's failure or cancellation is its last event,

@@ -234,10 +234,8 @@ class ImageGenServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListJobs(self, request, context):
-        """Lists the caller's jobs, newest first. A page token stays valid while jobs come and go.
-
-        Status codes, besides those of the service:
-
+        """Lists the caller's jobs, newest first. A page token stays valid while jobs come and go. There are no
+        status codes besides those of the service.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -123,9 +123,8 @@ class ImageGenStub:
       - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
     """
     ListJobs: _grpc.UnaryUnaryMultiCallable[_image_gen_pb2.ListJobsRequest, _image_gen_pb2.ListJobsResponse]
-    """Lists the caller's jobs, newest first. A page token stays valid while jobs come and go.
-
-    Status codes, besides those of the service:
+    """Lists the caller's jobs, newest first. A page token stays valid while jobs come and go. There are no
+    status codes besides those of the service.
     """
     WatchJob: _grpc.UnaryStreamMultiCallable[_image_gen_pb2.WatchJobRequest, _image_gen_pb2.WatchJobResponse]
     """Streams the events of one job, from any point, to its end: the same events as `Generate`.
@@ -276,9 +275,8 @@ class ImageGenAsyncStub(ImageGenStub):
       - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
     """
     ListJobs: _aio.UnaryUnaryMultiCallable[_image_gen_pb2.ListJobsRequest, _image_gen_pb2.ListJobsResponse]  # type: ignore[assignment]
-    """Lists the caller's jobs, newest first. A page token stays valid while jobs come and go.
-
-    Status codes, besides those of the service:
+    """Lists the caller's jobs, newest first. A page token stays valid while jobs come and go. There are no
+    status codes besides those of the service.
     """
     WatchJob: _aio.UnaryStreamMultiCallable[_image_gen_pb2.WatchJobRequest, _image_gen_pb2.WatchJobResponse]  # type: ignore[assignment]
     """Streams the events of one job, from any point, to its end: the same events as `Generate`.
@@ -456,9 +454,8 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
         request: _image_gen_pb2.ListJobsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_image_gen_pb2.ListJobsResponse, _abc.Awaitable[_image_gen_pb2.ListJobsResponse]]:
-        """Lists the caller's jobs, newest first. A page token stays valid while jobs come and go.
-
-        Status codes, besides those of the service:
+        """Lists the caller's jobs, newest first. A page token stays valid while jobs come and go. There are no
+        status codes besides those of the service.
         """
 
     @_abc_1.abstractmethod
