@@ -89,6 +89,8 @@ class StoreMirror:
         self._executor = executor
         self._positions = positions
         self._outdated: set[str] = set()
+        # What is told of a job while its row is read waits: the row tells what came before.
+        self._held_back: dict[str, list[JobEvent]] = {}
         self._is_outdated = asyncio.Event()
 
     async def run(self) -> None:
@@ -130,11 +132,20 @@ class StoreMirror:
 
     def _read_again(self, job_id: str) -> None:
         self._outdated.add(job_id)
+        self._held_back.setdefault(job_id, [])
         self._is_outdated.set()
 
     def _pass_on(self, job_id: str, payload: bytes) -> None:
-        feed, event = self._feeds.get(job_id), _decoder.decode(payload).event()
-        if feed is not None and event is not None and self._executor.job(job_id) is None:
+        event = _decoder.decode(payload).event()
+        if event is None or self._feeds.get(job_id) is None:
+            return
+        if (held_back := self._held_back.get(job_id)) is not None:
+            held_back.append(event)
+        else:
+            self._put(job_id, event)
+
+    def _put(self, job_id: str, event: JobEvent) -> None:
+        if (feed := self._feeds.get(job_id)) and self._executor.job(job_id) is None:
             feed.put(event)
 
     async def _refresh_forever(self) -> None:
@@ -147,6 +158,9 @@ class StoreMirror:
                 try:
                     await self._refresh(job_id)
                     outage.note_success()
+                    if job_id not in self._outdated:
+                        for event in self._held_back.pop(job_id):
+                            self._put(job_id, event)
                 except HiDreamError as error:
                     outage.note_failure(error)
                     self._outdated.add(job_id)
