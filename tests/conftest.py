@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,8 @@ from hypothesis import settings
 from hidream.v1 import image_gen_pb2_grpc
 from tests.live_server import LiveServer, running_server
 
+# Servers that tests break on purpose are no news.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 # On shared cores an example that took long says nothing.
 settings.register_profile("shared cores", deadline=None)
 settings.load_profile("shared cores")

@@ -4,87 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-
-import msgspec
 
 from hidream_grpc.errors import HiDreamError, JobNotFoundError
-from hidream_grpc.jobs.events import JobEvent, Progressed, Restarted
+from hidream_grpc.jobs.callers import PresentCallers
+from hidream_grpc.jobs.events import JobEvent
 from hidream_grpc.jobs.executor import JobExecutor
 from hidream_grpc.jobs.feeds import JobFeeds
-from hidream_grpc.jobs.job import Progress
 from hidream_grpc.jobs.outages import Outage
 from hidream_grpc.jobs.positions import QueuePositions
+from hidream_grpc.jobs.replicas import (
+    CallerPresent,
+    CallerSought,
+    ReplicaMessage,
+    ReplicaTeller,
+    Told,
+    decode,
+)
 from hidream_grpc.jobs.store.changes import Change, ChangeKind
 from hidream_grpc.jobs.store.store import SqlJobStore
 
 logger = logging.getLogger(__name__)
 
 HEAL_SECONDS = 0.5
-TOLD_SECONDS = 0.25
-"""How often progress is told to other replicas, for each job."""
-
-
-class _ToldEvent(msgspec.Struct, frozen=True):
-    """What no row tells, on its way to other replicas: one of the two."""
-
-    sequence: int
-    time: float
-    progress: Progress | None = None
-    restarted: Restarted | None = None
-
-    @classmethod
-    def of(cls, event: JobEvent) -> _ToldEvent:
-        if isinstance(event.body, Restarted):
-            return cls(event.sequence, event.time, restarted=event.body)
-        assert isinstance(event.body, Progressed)
-        return cls(event.sequence, event.time, progress=event.body.progress)
-
-    def event(self) -> JobEvent | None:
-        body = self.restarted or (None if self.progress is None else Progressed(self.progress))
-        return None if body is None else JobEvent(self.sequence, self.time, body)
-
-
-_decoder = msgspec.json.Decoder(_ToldEvent)
-
-
-class ProgressTeller:
-    """Tells other replicas of progress and restarts, where there can be any."""
-
-    def __init__(self, store: SqlJobStore) -> None:
-        self._store = store
-        self._told: dict[str, float] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def tell(self, job_id: str, event: JobEvent) -> None:
-        """Pass an event on, unless progress was passed on just now."""
-        if not self._store.is_shared:
-            return
-        now = time.monotonic()
-        is_progress = isinstance(event.body, Progressed)
-        if is_progress and now - self._told.get(job_id, 0.0) < TOLD_SECONDS:
-            return
-        self._told = {other: told for other, told in self._told.items() if now - told < TOLD_SECONDS}
-        self._told[job_id] = now
-        payload = msgspec.json.encode(_ToldEvent.of(event))
-        task = asyncio.create_task(self._publish(job_id, payload))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _publish(self, job_id: str, payload: bytes) -> None:
-        try:
-            await self._store.publish(job_id, payload)
-        except HiDreamError as error:
-            logger.debug("progress was not told: %s", error)
 
 
 class StoreMirror:
     """Follows the changes of the store for feeds, executor and positions."""
 
     def __init__(
-        self, store: SqlJobStore, feeds: JobFeeds, executor: JobExecutor, positions: QueuePositions
+        self,
+        store: SqlJobStore,
+        feeds: JobFeeds,
+        executor: JobExecutor,
+        positions: QueuePositions,
+        callers: PresentCallers,
     ) -> None:
         self._store = store
+        self._callers = callers
+        self._teller = ReplicaTeller(store)
         self._feeds = feeds
         self._executor = executor
         self._positions = positions
@@ -106,7 +63,7 @@ class StoreMirror:
         job_id = change.job_id
         match change.kind:
             case ChangeKind.PUBLISHED:
-                self._pass_on(job_id, change.payload)
+                self._hear(job_id, decode(change.payload))
                 return
             case ChangeKind.CANCEL_REQUESTED:
                 # Its reason is in the row; it may be claimed here at this moment, without a feed.
@@ -135,9 +92,19 @@ class StoreMirror:
         self._held_back.setdefault(job_id, [])
         self._is_outdated.set()
 
-    def _pass_on(self, job_id: str, payload: bytes) -> None:
-        event = _decoder.decode(payload).event()
-        if event is None or self._feeds.get(job_id) is None:
+    def _hear(self, job_id: str, message: ReplicaMessage | None) -> None:
+        match message:
+            case Told():
+                if event := message.event():
+                    self._pass_on(job_id, event)
+            case CallerSought():
+                if self._callers.are_present(job_id):
+                    self._teller.tell(job_id, CallerPresent())
+            case CallerPresent():
+                self._callers.note_present_elsewhere(job_id)
+
+    def _pass_on(self, job_id: str, event: JobEvent) -> None:
+        if self._feeds.get(job_id) is None:
             return
         if (held_back := self._held_back.get(job_id)) is not None:
             held_back.append(event)

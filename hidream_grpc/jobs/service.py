@@ -25,6 +25,7 @@ from hidream_grpc.jobs.limits import RequestLimits
 from hidream_grpc.jobs.mirror import StoreMirror
 from hidream_grpc.jobs.positions import QueuePositions
 from hidream_grpc.jobs.removal import remove_job, remove_old_job
+from hidream_grpc.jobs.replicas import CallerSought, ReplicaTeller
 from hidream_grpc.jobs.retention import Retention, RetentionLimits, RetentionReport
 from hidream_grpc.jobs.running_job import JobTools
 from hidream_grpc.jobs.state_changes import JobChange, StateChanges
@@ -65,7 +66,14 @@ class JobService:
             self._may_claim,
             self._on_held,
         )
-        self._mirror = StoreMirror(self._store, self._feeds, self.executor, self._positions)
+        self._closed = asyncio.Event()
+        teller = ReplicaTeller(self._store)
+        self._callers = PresentCallers(
+            self._cancel_of_anybody,
+            self._closed,
+            (lambda job_id: teller.tell(job_id, CallerSought())) if self._store.is_shared else None,
+        )
+        self._mirror = StoreMirror(self._store, self._feeds, self.executor, self._positions, self._callers)
         self._housekeeping = Housekeeping(
             self._store,
             Retention(retention, self._store, self._remove_old, self._feeds.has_readers, observe_retention),
@@ -74,10 +82,8 @@ class JobService:
         self._intake = JobIntake(self._store, limits, self._wait_for_end)
         self._engine_state = EngineState.STARTING
         self._is_draining = False
-        self._closed = asyncio.Event()
         self._changed = asyncio.Event()
         self._calls = RunningCalls()
-        self._callers = PresentCallers(self._cancel_of_anybody, self._closed)
 
     # --- what the server asks ---------------------------------------------------------------------
 

@@ -29,8 +29,8 @@ from hidream_grpc.errors import (
 from hidream_grpc.jobs.artifacts import ArtifactStore
 from hidream_grpc.jobs.estimates import EngineCapacity
 from hidream_grpc.jobs.job import Execution
-from hidream_grpc.jobs.mirror import ProgressTeller
 from hidream_grpc.jobs.outlook import Outlook
+from hidream_grpc.jobs.replicas import ProgressTeller
 from hidream_grpc.jobs.retention import RetentionLimits
 from hidream_grpc.jobs.running_job import JobTools
 from hidream_grpc.jobs.service import JobService

@@ -15,6 +15,7 @@ from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, job_pb2
 from tests.failure.kill_loop import LONG_STEPS, downloaded, job_request
 from tests.live_server import LiveServer, running_server, wait_until
 from tests.postgres import PostgresServer, running_postgres
+from tests.streams import follow, is_progress, read_until, request
 
 WAIT_SECONDS = 60.0
 
@@ -111,6 +112,25 @@ def test_a_replica_cancels_what_the_other_draws_and_its_progress_is_told_by_both
         for stub in (one, other):
             wait_for_state(stub, job_id, job_pb2.JOB_STATE_CANCELLED)
         assert num_ends(first, job_id) + num_ends(second, job_id) == 0
+
+
+def test_a_caller_that_tries_again_at_the_other_replica_keeps_its_job(
+    pair: tuple[LiveServer, LiveServer],
+) -> None:
+    first, second = pair
+    message = request(num_inference_steps=LONG_STEPS, width=128, height=128, request_id="tried-again")
+    with first.stub() as one, second.stub() as other:
+        lost, again = one.Generate(message), other.Generate(message)
+        assert read_until(lost, is_progress)[-1].job_id == read_until(again, is_progress)[-1].job_id
+        lost.cancel()
+        stream = follow(again)
+        assert stream.kinds[-1] == "succeeded"
+        assert stream.job.execution.attempt == 1
+        # Without one that tries again it stops.
+        alone = one.Generate(request(num_inference_steps=LONG_STEPS, width=256, height=256))
+        job_id = read_until(alone, is_progress)[-1].job_id
+        alone.cancel()
+        wait_for_state(other, job_id, job_pb2.JOB_STATE_CANCELLED)
 
 
 @pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "drained"])

@@ -11,15 +11,17 @@ from typing import Any, cast
 import pytest
 
 from hidream_grpc.errors import JobNotFoundError, StoreUnavailableError
-from hidream_grpc.jobs import mirror
+from hidream_grpc.jobs import callers, mirror, replicas
+from hidream_grpc.jobs.callers import PresentCallers
 from hidream_grpc.jobs.estimates import EngineCapacity
 from hidream_grpc.jobs.events import JobEvent, JobFeed, Progressed, Restarted, Started, Succeeded
 from hidream_grpc.jobs.feeds import JobFeeds
 from hidream_grpc.jobs.job import CancelReason, Job, Progress, claim_sequence
-from hidream_grpc.jobs.mirror import ProgressTeller, StoreMirror
+from hidream_grpc.jobs.mirror import StoreMirror
 from hidream_grpc.jobs.outlook import Outlook
 from hidream_grpc.jobs.positions import QueuePositions
-from hidream_grpc.jobs.store.changes import ChangeKind
+from hidream_grpc.jobs.replicas import CallerPresent, CallerSought, ProgressTeller, ReplicaTeller, decode
+from hidream_grpc.jobs.store.changes import Change, ChangeKind, Subscription
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.job_stores import OWNER, added, claimed, eventually, finished, new_job, started
 
@@ -73,7 +75,15 @@ class Here:
         self.executor = NotedExecutor()
         outlook = Outlook(lambda: EngineCapacity(1, 1 << 20, num_ranks=1))
         positions = QueuePositions(store, self.feeds, outlook)
-        self.mirror = StoreMirror(store, self.feeds, cast(Any, self.executor), positions)
+        self.stopped: list[str] = []
+        teller = ReplicaTeller(store)
+        self.callers = PresentCallers(
+            self._stop, asyncio.Event(), lambda job_id: teller.tell(job_id, CallerSought())
+        )
+        self.mirror = StoreMirror(store, self.feeds, cast(Any, self.executor), positions, self.callers)
+
+    async def _stop(self, job_id: str, reason: CancelReason) -> None:
+        self.stopped.append(job_id)
 
 
 @pytest.fixture
@@ -92,6 +102,11 @@ async def here(tmp_path: Path) -> AsyncIterator[Here]:
 def progressed(job: Job, counter: int, step: int) -> JobEvent:
     body = Progressed(Progress(step, 4, 0.1, None))
     return JobEvent(claim_sequence(job.claim_number, counter), time.time(), body)
+
+
+async def _first(changes: Subscription, count: int) -> AsyncIterator[Change]:
+    for _ in range(count):
+        yield await anext(changes)
 
 
 async def events(feed: JobFeed, count: int) -> list[JobEvent]:
@@ -138,7 +153,7 @@ async def test_progress_that_overtakes_the_row_is_told_after_what_the_row_says(h
 async def test_progress_is_told_now_and_then_and_every_restart(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirror, "TOLD_SECONDS", 3600.0)
+    monkeypatch.setattr(replicas, "TOLD_SECONDS", 3600.0)
     (job,) = await added(here.store, new_job())
     teller = ProgressTeller(here.store)
     with here.store.subscribe() as changes:
@@ -199,3 +214,45 @@ async def test_what_is_drawn_here_is_told_by_who_draws_it_alone(here: Here) -> N
         await here.store.save(started(other_claim))
         await events(other_feed, 1)
         assert feed.next_after(0) is None
+
+
+async def test_a_job_whose_caller_went_away_is_stopped_unless_another_replica_has_one(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with here.store.subscribe() as changes:
+        here.callers.leave("wanted", CancelReason.CALLER_LEFT)
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            assert (await anext(changes)).job_id == "wanted"
+        ReplicaTeller(here.store).tell("wanted", CallerPresent())
+        monkeypatch.setattr(callers, "ANSWER_SECONDS", 0.01)
+        here.callers.leave("unwanted", CancelReason.CALLER_LEFT)
+
+        async def is_stopped() -> bool:
+            return here.stopped == ["unwanted"]
+
+        await eventually(is_stopped)
+
+
+async def test_who_has_a_caller_of_the_job_says_so_when_asked(here: Here) -> None:
+    asker = ReplicaTeller(here.store)
+    with here.store.subscribe() as changes:
+        asker.tell("nobody's", CallerSought())
+        with here.callers.present("wanted"):
+            asker.tell("wanted", CallerSought())
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                told = [(change.job_id, decode(change.payload)) async for change in _first(changes, 3)]
+    assert told == [("nobody's", CallerSought()), ("wanted", CallerSought()), ("wanted", CallerPresent())]
+
+
+async def test_what_only_another_version_says_is_passed_over(here: Here) -> None:
+    (job,) = await added(here.store, new_job())
+    with here.feeds.used(job.job_id, is_reader=True) as feed:
+        for payload in (
+            b'{"type":"new","what":1}',
+            b"not even JSON",
+            b'{"type":"told","sequence":1,"time":2}',
+        ):
+            await here.store.publish(job.job_id, payload)
+        (claim,) = await claimed(here.store, "another")
+        await here.store.save(started(claim))
+        assert isinstance((await events(feed, 1))[0].body, Started)
