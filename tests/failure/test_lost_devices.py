@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from hidream_grpc.devices.base import CPU
 from hidream_grpc.devices.detect import select_devices
+from hidream_grpc.engine import supervisor
 from hidream_grpc.engine.group_config import GroupTimeouts
 from hidream_grpc.engine.requests import EngineEvent, RequestRestarted, StepFinished
 from hidream_grpc.engine.supervisor import RankGroup
@@ -26,6 +27,12 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 NUM_STEPS = 20
 REQUEST = picture(num_inference_steps=NUM_STEPS, width=128, height=128)
 TIMEOUTS = GroupTimeouts(load_seconds=120.0, init_seconds=1.0)
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is broken by a test needs no time to come back."""
+    monkeypatch.setattr(supervisor, "DEVICE_PAUSE_SECONDS", 0.02)
 
 
 @pytest.fixture
