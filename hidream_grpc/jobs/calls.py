@@ -34,10 +34,10 @@ class RunningCalls:
                 task.add_done_callback(lambda _: _hand_over(task, if_left))
             raise
 
-    async def wait(self) -> None:
-        """Return when all that have begun have ended."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+    async def wait(self, timeout_seconds: float) -> None:
+        """Return when all that have begun have ended, or the time is over."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_seconds)
 
 
 def _hand_over(task: asyncio.Task[Result], receive: Callable[[Result], None]) -> None:

@@ -1,28 +1,29 @@
-"""Claims jobs for the engine of this server, keeps the claims, and sees the jobs to their ends."""
+"""Claims jobs for the engine of this server, and sees them to their ends."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import time
-import uuid
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
+from hidream_grpc.background import BackgroundTasks, keep_doing
 from hidream_grpc.engine.requests import EngineRequest
-from hidream_grpc.errors import ClaimLostError, StoreFullError, StoreUnavailableError
+from hidream_grpc.errors import ClaimLostError
 from hidream_grpc.jobs.feeds import JobFeeds
 from hidream_grpc.jobs.job import CancelReason, Job
-from hidream_grpc.jobs.outages import Outage
 from hidream_grpc.jobs.pauses import wait_at_most
-from hidream_grpc.jobs.running_job import HEAL_SECONDS, TRANSIENT_ERRORS, JobTools, RunningJob
+from hidream_grpc.jobs.running_job import TRANSIENT_ERRORS, JobTools, RunningJob
+from hidream_grpc.jobs.store.records import HeldClaim
 
 logger = logging.getLogger(__name__)
 
-RELEASE_SECONDS = 5.0
+RELEASE_SECONDS = 4.0
+LOOK_SECONDS = 5.0
+"""Between two looks for jobs, when nothing says that there are some."""
 
 
 class Engine(Protocol):
@@ -31,25 +32,27 @@ class Engine(Protocol):
     def notify(self) -> None:
         """Say that a job waits."""
 
-    def cancel(self, job_id: str) -> None:
-        """Drop a running job at its next step."""
+    def cancel(self, claim_id: str) -> None:
+        """Drop a running request at its next step; nothing happens when there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClaimLimits:
-    """How many jobs are claimed, and how long a claim lasts without being renewed."""
+    """How many jobs are claimed, and of which model."""
 
     max_running_jobs: int
     max_running_jobs_of_caller: int | None
-    lease_seconds: float
+    model_fingerprint: str
 
 
 class JobExecutor:
     """The engine's backlog. Belongs to the event loop's thread.
 
     Args:
+        replica_id: of this server as it is registered now.
         may_claim: whether the engine can work.
         on_change: called when a job was claimed or is held no more, with it as it is then.
+        on_lost: called when a claim was lost, with its job.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class JobExecutor:
         feeds: JobFeeds,
         tools: JobTools,
         limits: ClaimLimits,
+        replica_id: Callable[[], str],
         may_claim: Callable[[], bool],
         on_change: Callable[[Job], None],
     ) -> None:
@@ -65,16 +69,17 @@ class JobExecutor:
         self._feeds = feeds
         self._tools = tools
         self._limits = limits
+        self._replica_id = replica_id
         self._may_claim = may_claim
         self._on_change = on_change
-        self._replica_id = uuid.uuid4().hex
         self._held: dict[str, RunningJob] = {}
         self._requests: deque[tuple[RunningJob, EngineRequest]] = deque()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = BackgroundTasks()
         self._wake = asyncio.Event()
-        self._renew_time = time.monotonic()
-        self._is_claiming = False
-        self._cancelled_meanwhile: dict[str, CancelReason] = {}
+        self._claiming = asyncio.Lock()
+        # Of jobs that may be claimed at this moment, and are not yet known here.
+        self._early_cancels: dict[str, CancelReason] = {}
+        self._may_have_lost_track = False
         self._is_closed = False
 
     @property
@@ -95,89 +100,105 @@ class JobExecutor:
         """Stop a job, where it is claimed here."""
         if running := self._held.get(job_id):
             running.cancel(reason)
-            self._engine.cancel(job_id)
-        elif self._is_claiming:
-            # It may be claimed already, and not yet known here.
-            self._cancelled_meanwhile[job_id] = reason
+            self._engine.cancel(running.claim_id)
+        elif self._claiming.locked():
+            self._early_cancels[job_id] = reason
+
+    def note_claim(self, job_id: str, claim_number: int) -> None:
+        """Note that a job has this claim now, here or elsewhere."""
+        running = self._held.get(job_id)
+        if running is not None and running.job.claim_number < claim_number:
+            self._lose(running)
+
+    def lose_all(self) -> None:
+        """Note that this replica was removed as dead: its claims are others'."""
+        for running in self._held.values():
+            self._lose(running)
 
     def take(self) -> EngineRequest | None:
         """The engine's next job (`engine.requests.Backlog`)."""
         while self._requests:
             running, request = self._requests.popleft()
-            if not running.is_stopped:
+            if running.is_running:
                 self._tools.outlook.note_taken(running.job)
                 return request
         return None
 
     async def run(self) -> None:
-        """Claim and renew until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._claim_forever())
-            tasks.create_task(self._renew_forever())
+        """Claim until cancelled."""
+        await keep_doing("claim jobs", self._claim, lambda: wait_at_most(self._wake, LOOK_SECONDS))
+
+    async def check_claims(self) -> None:
+        """Compare what is held here with what the store says; both are put right.
+
+        Raises:
+            StoreUnavailableError: the store cannot be read.
+        """
+        async with self._claiming:
+            await self._check_claims()
 
     async def release_all(self) -> None:
-        """Claim nothing more, and give back what is claimed, for somebody else or after a restart."""
+        """Claim nothing more, and give back what is claimed, for another replica or after a restart."""
         self._is_closed = True
-        for job_id, running in tuple(self._held.items()):
+        for running in tuple(self._held.values()):
             running.give_back()
-            self._engine.cancel(job_id)
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=RELEASE_SECONDS)
+            self._engine.cancel(running.claim_id)
+        await self._tasks.wait(RELEASE_SECONDS)
 
     # --- claims -----------------------------------------------------------------------------------
 
-    async def _claim_forever(self) -> None:
-        outage = Outage(logger, "claim jobs")
-        while True:
-            self._wake.clear()
-            try:
-                await self._claim()
-                outage.note_success()
-            except (StoreUnavailableError, StoreFullError) as error:
-                outage.note_failure(error)
-                await asyncio.sleep(HEAL_SECONDS)
-                continue
-            # A lease that runs out tells nobody.
-            await wait_at_most(self._wake, self._limits.lease_seconds / 3)
-
     async def _claim(self) -> None:
+        self._wake.clear()
         room = self._limits.max_running_jobs - len(self._held)
         if self._is_closed or room <= 0 or not self._may_claim():
             return
-        if time.monotonic() - self._renew_time > self._limits.lease_seconds / 2:
-            # What ran out while the store was lost is ours, unless somebody else has taken it.
-            await self._renew()
-        self._is_claiming = True
-        try:
-            jobs = await self._tools.store.claim(
-                self._replica_id, self._limits.lease_seconds, room, self._limits.max_running_jobs_of_caller
-            )
-            for job in jobs:
-                self._hold(job)
-        finally:
-            self._is_claiming = False
-            self._cancelled_meanwhile.clear()
+        async with self._claiming:
+            if self._may_have_lost_track:
+                await self._check_claims()
+            self._may_have_lost_track = True
+            try:
+                jobs = await self._tools.store.claim(
+                    self._replica_id(),
+                    self._limits.model_fingerprint,
+                    room,
+                    self._limits.max_running_jobs_of_caller,
+                )
+                for job in jobs:
+                    self._hold(job)
+            finally:
+                self._early_cancels.clear()
+            self._may_have_lost_track = False
+
+    async def _check_claims(self) -> None:
+        replica_id = self._replica_id()
+        claims = {claim.job_id: claim for claim in await self._tools.store.held(replica_id)}
+        for job_id, claim in claims.items():
+            running = self._held.get(job_id)
+            if running is None or running.job.claim_number != claim.claim_number:
+                await self._give_up(replica_id, claim)
+            elif claim.cancel_reason is not None:
+                self.cancel(job_id, claim.cancel_reason)
+
+    async def _give_up(self, replica_id: str, claim: HeldClaim) -> None:
+        """Give back a claim whose answer was lost, or that could not be given back before."""
+        logger.warning("giving back a job that is not drawn here", extra={"job_id": claim.job_id})
+        await self._tools.store.abandon(replica_id, claim)
 
     def _hold(self, job: Job) -> None:
         job_id = job.job_id
-        if stale := self._held.get(job_id):
-            # Our own lease ran out while this process stood still.
-            stale.lose()
-            self._engine.cancel(job_id)
+        self.note_claim(job_id, job.claim_number)
         resources = ExitStack()
         feed = resources.enter_context(self._feeds.used(job_id, is_reader=False))
         running = RunningJob(job, feed, self._tools)
         self._held[job_id] = running
         # Whoever is taken at once has had a place, too.
         feed.tell_first_place()
-        if reason := self._cancelled_meanwhile.get(job_id):
+        if reason := self._early_cancels.get(job_id):
             running.cancel(reason)
         if self._is_closed:
             running.give_back()
         self._on_change(job)
-        task = asyncio.create_task(self._see_to_its_end(running, resources))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.start(self._see_to_its_end(running, resources), f"run job {job_id}")
 
     async def _see_to_its_end(self, running: RunningJob, resources: ExitStack) -> None:
         job_id = running.job.job_id
@@ -188,6 +209,7 @@ class JobExecutor:
                     self._engine.notify()
                 await self._run(running)
             finally:
+                self._engine.cancel(running.claim_id)
                 if self._held.get(job_id) is running:
                     del self._held[job_id]
                     self._tools.outlook.note_gone(job_id)
@@ -196,58 +218,21 @@ class JobExecutor:
 
     async def _run(self, running: RunningJob) -> None:
         job = running.job
-        log_fields = {"job_id": job.job_id, "request_id": job.submission.request_id}
+        facts = {"job_id": job.job_id, "request_id": job.submission.request_id}
         try:
             await running.run()
         except ClaimLostError:
-            logger.warning("job is another's by now", extra=log_fields)
-            if self._held.get(job.job_id) is running:
-                self._engine.cancel(job.job_id)
+            logger.warning("job is another's by now", extra=facts)
+            await self._remove_unnamed_images(running.job)
         except TRANSIENT_ERRORS as error:
-            logger.warning("job could not be given back: %s", error, extra=log_fields)
-        except Exception:
-            # Whatever it is: a job must end.
-            self._engine.cancel(job.job_id)
-            error_id = (await running.fail()).error_id
-            logger.exception("job failed", extra=log_fields | {"error_id": error_id})
+            self._may_have_lost_track = True
+            logger.warning("job could not be given back: %s", error, extra=facts)
         else:
             if running.job.state.has_ended:
-                self._engine.cancel(job.job_id)
                 total_seconds = round(running.job.timings.total_seconds, 3)
-                logger.info(
-                    "job %s",
-                    running.job.state.lower(),
-                    extra=log_fields | {"total_seconds": total_seconds},
-                )
+                facts |= {"total_seconds": total_seconds}
+                logger.info("job %s", running.job.state.lower(), extra=facts)
 
-    async def _renew_forever(self) -> None:
-        interval_seconds = self._limits.lease_seconds / 3
-        outage = Outage(logger, "renew claims")
-        while True:
-            start = time.monotonic()
-            try:
-                await self._renew()
-                outage.note_success()
-            except (StoreUnavailableError, StoreFullError) as error:
-                outage.note_failure(error)
-                await asyncio.sleep(HEAL_SECONDS)
-                continue
-            await asyncio.sleep(max(0.0, start + interval_seconds - time.monotonic()))
-
-    async def _renew(self) -> None:
-        held = dict(self._held)
-        now = time.monotonic()
-        if not held:
-            self._renew_time = now
-            return
-        claims = await self._tools.store.renew(self._replica_id, held.keys(), self._limits.lease_seconds)
-        self._renew_time = now
-        kept = {claim.job_id: claim for claim in claims}
-        for job_id, running in held.items():
-            claim = kept.get(job_id)
-            if claim is None or claim.claim_number != running.job.claim_number:
-                if not running.job.state.has_ended:
-                    running.lose()
-                    self._engine.cancel(job_id)
-            elif claim.cancel_reason is not None:
-                self.cancel(job_id, claim.cancel_reason)
+    def _lose(self, running: RunningJob) -> None:
+        running.lose()
+        self._engine.cancel(running.claim_id)

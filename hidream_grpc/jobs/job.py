@@ -57,12 +57,26 @@ class CancelReason(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Which model checked a request, and draws it.
+
+    Attributes:
+        fingerprint: of the checkpoint's configuration and weights; another one draws other images.
+    """
+
+    name: str
+    variant: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
 class Submission:
     """A request that was checked: nothing in it is missing or out of range.
 
     Attributes:
         request_id: the caller's name of the request, or one that was made up.
         caller: who asked; callers take turns.
+        model: None in what was kept before there were several: any model draws it.
         deadline_seconds: time left until the caller's deadline; None for none.
     """
 
@@ -73,6 +87,7 @@ class Submission:
     labels: Mapping[str, str] = field(default_factory=dict)
     is_detached: bool = False
     deadline_seconds: float | None = None
+    model: ModelIdentity | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +130,7 @@ class StoredImage:
         first_sequence: of the event of its first part.
         time: when that event happened, in seconds since the epoch.
         chunk_bytes: of every part but the last, fixed when it is told: its parts keep their sequences.
+        claim_number: of the claim that stored it, which is part of its key.
     """
 
     index: int
@@ -127,11 +143,25 @@ class StoredImage:
     first_sequence: int = 0
     time: float = 0.0
     chunk_bytes: int = 0
+    claim_number: int = 0
 
     @property
     def last_sequence(self) -> int:
         """Of the event of its last part."""
         return self.first_sequence + max(0, self.size_bytes - 1) // self.chunk_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSnapshot:
+    """What a job can go on from, in the artifact store.
+
+    Attributes:
+        claim_number: of the claim that stored it, which is part of its key.
+        step: that it was taken after; the stored one may be newer.
+    """
+
+    claim_number: int
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +176,7 @@ class Job:
         last_sequence: of the newest event that is kept; of the last event of a job that has ended.
         deadline_time: when the job stops; None for never.
         cancel_reason: who or what stopped the job, or asks for it while the job still runs.
-        snapshot_step: the step that the newest snapshot was taken after; None without a snapshot.
+        snapshot: the newest that counts; None without one.
     """
 
     job_id: str
@@ -167,12 +197,17 @@ class Job:
     last_sequence: int = 0
     deadline_time: float | None = None
     cancel_reason: CancelReason | None = None
-    snapshot_step: int | None = None
+    snapshot: StoredSnapshot | None = None
+
+    @property
+    def model_fingerprint(self) -> str:
+        """Of the model that draws the job; empty where any may."""
+        return "" if self.submission.model is None else self.submission.model.fingerprint
 
     def started(self, execution: Execution, now: float) -> Job:
         """QUEUED → RUNNING; one that was given back has been started before, and keeps the time of that."""
         self._expect(JobState.QUEUED)
-        start_time = now if self.start_time is None else self.start_time
+        start_time = max(now, self.create_time) if self.start_time is None else self.start_time
         return replace(
             self,
             state=JobState.RUNNING,
@@ -239,10 +274,12 @@ class Job:
     def ended(self, state: JobState, now: float, error: HiDreamError | None = None) -> Job:
         """QUEUED or RUNNING → one of the states that a job never leaves."""
         self._expect(JobState.QUEUED, JobState.RUNNING)
-        timings = replace(self.timings, total_seconds=now - self.create_time)
+        # Clocks of replicas follow that of the database by less than a second.
+        end_time = max(now, self.start_time or self.create_time)
+        timings = replace(self.timings, total_seconds=end_time - self.create_time)
         if self.start_time is None:
-            timings = replace(timings, queue_seconds=now - self.create_time)
-        return replace(self, state=state, stage=None, error=error, end_time=now, timings=timings)
+            timings = replace(timings, queue_seconds=timings.total_seconds)
+        return replace(self, state=state, stage=None, error=error, end_time=end_time, timings=timings)
 
     def _expect(self, *states: JobState) -> None:
         if self.state not in states:

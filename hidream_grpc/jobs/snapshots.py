@@ -1,77 +1,71 @@
-"""Snapshots of one job that is drawn here, on their way to the artifact store."""
+"""Snapshots of one claim of a job, on their way to the artifact store while the job goes on."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from dataclasses import replace
+from collections.abc import Callable
 
+from hidream_grpc.background import Outage
 from hidream_grpc.engine.requests import SnapshotTaken
-from hidream_grpc.errors import (
-    ArtifactUnavailableError,
-    StorageFullError,
-    StoreFullError,
-    StoreUnavailableError,
-)
+from hidream_grpc.errors import ArtifactUnavailableError, StorageFullError
 from hidream_grpc.jobs.artifacts import ArtifactStore
-from hidream_grpc.jobs.job import Job
-from hidream_grpc.jobs.outages import Outage
-from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.model.snapshot_format import SnapshotError, unpack
 
 logger = logging.getLogger(__name__)
 
 SNAPSHOT_SECONDS = 1.0
-"""Between two that are kept, however many are taken."""
+"""Between two that are stored, however many are taken."""
 
 
 class SnapshotKeeper:
-    """Keeps the newest snapshot; one that cannot be kept is made up for by the next."""
+    """Stores the newest snapshot; one that cannot be stored is made up for by the next.
 
-    def __init__(self, job_id: str, store: SqlJobStore, artifacts: ArtifactStore) -> None:
-        self._store = store
+    Args:
+        on_stored: called with the step of each that is in the artifact store.
+    """
+
+    def __init__(
+        self, job_id: str, claim_number: int, artifacts: ArtifactStore, on_stored: Callable[[int], None]
+    ) -> None:
+        self._job_id = job_id
+        self._claim_number = claim_number
         self._artifacts = artifacts
+        self._on_stored = on_stored
         self._newest: SnapshotTaken | None = None
-        self._kept_time = 0.0
+        self._has_newest = asyncio.Event()
+        self._storing = asyncio.Lock()
         self._outage = Outage(logger, f"keep snapshots of job {job_id}")
 
     def take(self, snapshot: SnapshotTaken) -> None:
         """Remember it in place of the one before: each is megabytes."""
         self._newest = snapshot
+        self._has_newest.set()
 
-    @property
-    def is_due(self) -> bool:
-        """Whether the last one was kept long enough ago."""
-        return time.monotonic() - self._kept_time >= SNAPSHOT_SECONDS
+    async def run(self) -> None:
+        """Store the newest, now and then, until cancelled."""
+        while True:
+            await self._has_newest.wait()
+            begin = time.monotonic()
+            await self.store()
+            await asyncio.sleep(max(0.0, begin + SNAPSHOT_SECONDS - time.monotonic()))
 
-    async def keep(self, job: Job) -> Job:
-        """Write the newest, if there is one that is not written; returns the job with its step.
-
-        Raises:
-            ClaimLostError: somebody else has the job.
-        """
-        snapshot, self._newest = self._newest, None
-        if snapshot is None:
-            return job
-        self._kept_time = time.monotonic()
-        kept = replace(job, snapshot_step=snapshot.step)
-        try:
-            await self._artifacts.write_snapshot(job.job_id, snapshot.data)
-            await self._store.save(kept)
-        except (StoreUnavailableError, StoreFullError, ArtifactUnavailableError, StorageFullError) as error:
-            self._outage.note_failure(error)
-            return job
-        self._outage.note_success()
-        return kept
-
-    async def remove(self, job: Job) -> None:
-        """Remove what is kept of a job that has ended."""
-        if job.snapshot_step is None:
-            return
-        try:
-            await self._artifacts.remove_snapshot(job.job_id)
-        except ArtifactUnavailableError as error:
-            logger.warning("a snapshot stays until its job is removed: %s", error)
+    async def store(self) -> None:
+        """Store the newest, where it is not stored; may be called beside `run`."""
+        async with self._storing:
+            snapshot, self._newest = self._newest, None
+            self._has_newest.clear()
+            if snapshot is None:
+                return
+            try:
+                await self._artifacts.write_snapshot(self._job_id, self._claim_number, snapshot.data)
+            except (ArtifactUnavailableError, StorageFullError) as error:
+                self._outage.note_failure(error)
+                self._newest = self._newest or snapshot
+                return
+            self._outage.note_success()
+            self._on_stored(snapshot.step)
 
 
 def step_of(snapshot: bytes | None) -> int | None:

@@ -1,4 +1,4 @@
-"""Accepting jobs, all or none, within a transaction that is the only one of its kind."""
+"""Accepting jobs, all or none, within one transaction."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from hidream_grpc.errors import CallerQueueFullError, QueueFullError, RequestIdConflictError
 from hidream_grpc.jobs.job import Job
 from hidream_grpc.jobs.store import queries
-from hidream_grpc.jobs.store.records import QueueLimits
+from hidream_grpc.jobs.store.database import Database, Lock
+from hidream_grpc.jobs.store.records import AttachedCall, QueueLimits
 from hidream_grpc.jobs.store.rows import job_of, new_row, request_digest
 
 
 async def accept(
-    connection: AsyncConnection, new_jobs: Sequence[Job], limits: QueueLimits
+    database: Database,
+    connection: AsyncConnection,
+    new_jobs: Sequence[Job],
+    limits: QueueLimits,
+    attached_call: AttachedCall | None,
 ) -> tuple[Job, ...]:
     """Insert the jobs whose request ids are free; see `SqlJobStore.add`."""
     (owner,) = {job.owner for job in new_jobs}
@@ -30,16 +35,29 @@ async def accept(
     for job in new_jobs:
         request_id = job.submission.request_id
         holder = holders.setdefault(request_id, job)
-        if request_digest(holder.submission) != request_digest(job.submission):
+        if not _asks_for_the_same(holder, job):
             raise RequestIdConflictError(request_id, holder.job_id)
         if request_id in earlier:
             holders[request_id] = await _with_later_deadline(connection, holder, job)
         elif holder is job:
             added.append(job)
     if added:
+        # For the numbers of jobs that wait; that a request id is free is the database's to see to.
+        await database.lock(connection, Lock.ACCEPT)
         await _check_limits(connection, added, limits)
         await _insert(connection, added)
-    return tuple(holders[job.submission.request_id] for job in new_jobs)
+    accepted = tuple(holders[job.submission.request_id] for job in new_jobs)
+    if attached_call is not None:
+        (job,) = accepted
+        if not job.state.has_ended:
+            call = queries.attach(attached_call.call_id, job.job_id, attached_call.replica_id)
+            await connection.execute(call)
+    return accepted
+
+
+def _asks_for_the_same(holder: Job, job: Job) -> bool:
+    models = {each.submission.model.name for each in (holder, job) if each.submission.model is not None}
+    return len(models) <= 1 and request_digest(holder.submission) == request_digest(job.submission)
 
 
 async def _with_later_deadline(connection: AsyncConnection, holder: Job, job: Job) -> Job:
@@ -54,12 +72,14 @@ async def _with_later_deadline(connection: AsyncConnection, holder: Job, job: Jo
 
 
 async def _check_limits(connection: AsyncConnection, added: Collection[Job], limits: QueueLimits) -> None:
-    num_waiting = (await connection.execute(queries.num_waiting())).scalar_one()
+    (model_fingerprint,) = {job.model_fingerprint for job in added}
+    num_waiting = (await connection.execute(queries.num_waiting(model_fingerprint))).scalar_one()
     if num_waiting + len(added) > limits.max_queued_jobs:
         raise QueueFullError(limits.max_queued_jobs, limits.retry_after_seconds)
     if limits.max_queued_jobs_of_caller is not None:
         for caller, num_added in Counter(job.submission.caller for job in added).items():
-            num_waiting = (await connection.execute(queries.num_waiting(caller))).scalar_one()
+            query = queries.num_waiting(model_fingerprint, caller)
+            num_waiting = (await connection.execute(query)).scalar_one()
             if num_waiting + num_added > limits.max_queued_jobs_of_caller:
                 raise CallerQueueFullError(
                     caller, limits.max_queued_jobs_of_caller, limits.retry_after_seconds

@@ -46,11 +46,16 @@ class ChangeKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Something happened to a job."""
+    """Something happened to a job.
+
+    Attributes:
+        claim_number: of the job after a change of its row.
+    """
 
     kind: ChangeKind
     job_id: str = ""
     payload: bytes = b""
+    claim_number: int = 0
 
 
 _decoder = msgspec.json.Decoder(Change)

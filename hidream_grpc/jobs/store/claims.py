@@ -2,64 +2,77 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection
 from dataclasses import replace
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from hidream_grpc.errors import ClaimLostError
+from hidream_grpc.errors import ClaimLostError, JobInternalError
 from hidream_grpc.jobs.job import CancelReason, Job, JobState
 from hidream_grpc.jobs.store import queries
-from hidream_grpc.jobs.store.records import HeldClaim
-from hidream_grpc.jobs.store.rows import job_of
+from hidream_grpc.jobs.store.order import CallerLoads, ClaimOrder, WaitingJob, claim_order
+from hidream_grpc.jobs.store.records import AttachedCall
+from hidream_grpc.jobs.store.rows import failed_document, job_of
 
 
-async def claim_next(
+async def queue_order(
+    connection: AsyncConnection,
+    model_fingerprint: str,
+    max_running_jobs_of_caller: int | None,
+    max_claims: int | None = None,
+) -> ClaimOrder:
+    """The order of the jobs of a model that wait; for so many claims, as much of it as they need."""
+    if max_claims is None:
+        query = queries.waiting(model_fingerprint)
+    else:
+        query = queries.first_to_claim(model_fingerprint, max_claims)
+    waiting = [WaitingJob(*row) for row in await connection.execute(query)]
+    if not waiting:
+        return ClaimOrder((), ())
+    last_turns = {row.caller: row.last_turn for row in await connection.execute(queries.last_turns())}
+    num_running: dict[str, int] = {}
+    if max_running_jobs_of_caller is not None:
+        rows = await connection.execute(queries.num_running_by_caller())
+        num_running = {row.caller: row.num_running for row in rows}
+    return claim_order(waiting, CallerLoads(last_turns, num_running, max_running_jobs_of_caller))
+
+
+async def claim_first(
     connection: AsyncConnection,
     replica_id: str,
-    lease_seconds: float,
-    max_running_jobs_of_caller: int | None,
+    order: ClaimOrder,
+    now: float,
     is_sqlite: bool,
-) -> Job | None:
-    """Claim the next job, or end it where it is to be cancelled or too late; None when none waits."""
-    row = (await connection.execute(queries.next_job(max_running_jobs_of_caller))).one_or_none()
-    if row is None:
-        return None
-    job = job_of(row)
-    if row.is_late or job.cancel_reason is not None:
-        reason = job.cancel_reason or CancelReason.DEADLINE
-        job = job.cancelled_unclaimed(reason, time.time())
-        await connection.execute(queries.write_ended_unclaimed(row.number, job))
-        return job
-    await connection.execute(queries.claim(row.number, replica_id, lease_seconds))
-    if job.state is JobState.QUEUED:
-        await connection.execute(queries.take_turn(job.submission.caller, is_sqlite))
-    return replace(job, claim_number=job.claim_number + 1)
-
-
-async def renew(
-    connection: AsyncConnection, replica_id: str, job_ids: Collection[str], lease_seconds: float
-) -> tuple[HeldClaim, ...]:
-    """Prolong the leases of those of the jobs that the replica still has, and return these."""
-    await connection.execute(queries.renew(replica_id, job_ids, lease_seconds))
-    rows = (await connection.execute(queries.held(replica_id, job_ids))).all()
-    return tuple(
-        HeldClaim(
-            row.job_id,
-            row.claim_number,
-            None if row.cancel_reason is None else CancelReason(row.cancel_reason),
-            row.deadline_time,
-        )
-        for row in rows
-    )
+    limit: int,
+) -> tuple[Job, ...]:
+    """Claim the first jobs of an order; end those that are to be cancelled, too late or unreadable."""
+    chosen = order.claimable[:limit]
+    if not chosen:
+        return ()
+    query = queries.to_claim([waiting.number for waiting in chosen])
+    rows = {row.number: row for row in await connection.execute(query)}
+    claimed: list[Job] = []
+    for number in (waiting.number for waiting in chosen if waiting.number in rows):
+        job = job_of(rows[number])
+        if job.state.has_ended:
+            assert isinstance(job.error, JobInternalError)
+            await connection.execute(queries.fail_unreadable(number, failed_document(job.error), now))
+        elif (reason := _reason_to_end(job, now)) is not None:
+            job = job.cancelled_unclaimed(reason, now)
+            await connection.execute(queries.write_ended_unclaimed(number, job))
+        else:
+            await connection.execute(queries.claim(number, replica_id))
+            if job.state is JobState.QUEUED:
+                await connection.execute(queries.take_turn(job.submission.caller, is_sqlite))
+            job = replace(job, claim_number=job.claim_number + 1)
+        claimed.append(job)
+    return tuple(claimed)
 
 
 async def save(connection: AsyncConnection, job: Job) -> bool:
     """Write a claimed job; False when it is there already, which may be for the end of a job only.
 
     Raises:
-        ClaimLostError: somebody else has the job, or it was given back, has ended or was deleted.
+        ClaimLostError: another claim has the job, or it was given back, has ended or was deleted.
     """
     write = queries.write_ended_claimed if job.state.has_ended else queries.write_claimed
     if (await connection.execute(write(job))).rowcount:
@@ -69,7 +82,7 @@ async def save(connection: AsyncConnection, job: Job) -> bool:
     raise ClaimLostError(job.job_id, job.claim_number)
 
 
-async def release(connection: AsyncConnection, job: Job) -> Job:
+async def release(connection: AsyncConnection, job: Job, now: float) -> Job:
     """Give a claimed job back, or end it if that was asked for; returns it as it is then.
 
     Raises:
@@ -84,9 +97,22 @@ async def release(connection: AsyncConnection, job: Job) -> Job:
     if released.cancel_reason is None:
         await connection.execute(queries.write_released(row.number, released))
     else:
-        released = released.cancelled_unclaimed(released.cancel_reason, time.time())
+        released = released.cancelled_unclaimed(released.cancel_reason, now)
         await connection.execute(queries.write_ended_unclaimed(row.number, released))
     return released
+
+
+async def leave(connection: AsyncConnection, job_number: int, call: AttachedCall) -> bool:
+    """Note that a caller waits no more; returns whether it was the last one that waited."""
+    await connection.execute(queries.detach(call.call_id))
+    return (await connection.execute(queries.num_attached(job_number))).scalar_one() == 0
+
+
+def _reason_to_end(job: Job, now: float) -> CancelReason | None:
+    if job.cancel_reason is not None:
+        return job.cancel_reason
+    is_late = job.deadline_time is not None and job.deadline_time <= now
+    return CancelReason.DEADLINE if is_late else None
 
 
 async def _is_written_end(connection: AsyncConnection, job: Job) -> bool:

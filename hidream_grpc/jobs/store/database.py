@@ -7,42 +7,32 @@ import fcntl
 import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.functions import GenericFunction
 
 from hidream_grpc.errors import StoreInUseError
 from hidream_grpc.jobs.store.failures import translated
-from hidream_grpc.jobs.store.migrate import migrate
+from hidream_grpc.jobs.store.migrate import is_migrated, migrate
 
 BUSY_TIMEOUT_SECONDS = 5.0
 CONNECT_TIMEOUT_SECONDS = 5.0
 STATEMENT_TIMEOUT_SECONDS = 15.0
-_ADVISORY_LOCK = 0x68696472
-"""Of PostgreSQL, for what must not be done twice at once: accepting jobs, and migrations."""
+IDLE_IN_TRANSACTION_SECONDS = 5.0
+"""PostgreSQL ends a session whose client says nothing for so long in the middle of a transaction: one that
+was stopped while it held locks."""
 _IS_WRITE = "hidream_is_write"
 
 
-class now(GenericFunction[float]):  # noqa: N801  (read as SQL)
-    """Seconds since the epoch by the database's clock, which all replicas share."""
+class Lock(IntEnum):
+    """What must not be done twice at once over all replicas: numbers of PostgreSQL's advisory locks."""
 
-    type = sa.Double()
-    name = "hidream_now"
-    inherit_cache = True
-
-
-@compiles(now, "postgresql")
-def _now_of_postgresql(element: now, compiler: Any, **_: Any) -> str:
-    return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
-
-
-@compiles(now, "sqlite")
-def _now_of_sqlite(element: now, compiler: Any, **_: Any) -> str:
-    return "((julianday('now') - 2440587.5) * 86400.0)"
+    MIGRATE = 0x68696472
+    ACCEPT = 0x68696473
+    CLAIM = 0x68696474
 
 
 class Database:
@@ -67,9 +57,12 @@ class Database:
         if self._path is not None:
             self._lock(self._path)
         try:
-            async with self.write() as connection:
-                await self.lock(connection)
-                await connection.run_sync(migrate)
+            async with self.read() as connection:
+                is_current = await connection.run_sync(is_migrated)
+            if not is_current:
+                async with self.write() as connection:
+                    await self.lock(connection, Lock.MIGRATE)
+                    await connection.run_sync(migrate)
         except BaseException:
             await self.close()
             raise
@@ -99,10 +92,13 @@ class Database:
                 async with self._transaction() as connection:
                     yield connection
 
-    async def lock(self, connection: AsyncConnection) -> None:
-        """Be the only one, over all replicas, until the transaction ends."""
+    async def lock(self, connection: AsyncConnection, lock: Lock) -> None:
+        """Be the only one to do this, over all replicas, until the transaction ends.
+
+        Take it as late in a transaction as can be: a replica that is stopped meanwhile holds up all others.
+        """
         if not self.is_sqlite:
-            await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_ADVISORY_LOCK)))
+            await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock.value)))
 
     @asynccontextmanager
     async def connect(self) -> AsyncGenerator[AsyncConnection]:
@@ -133,9 +129,19 @@ class Database:
 def _postgresql_engine(url: sa.URL) -> AsyncEngine:
     return create_async_engine(
         url,
+        # Not what the database or the role has as its default.
+        isolation_level="READ COMMITTED",
         pool_pre_ping=True,
         pool_timeout=STATEMENT_TIMEOUT_SECONDS,
-        connect_args={"timeout": CONNECT_TIMEOUT_SECONDS, "command_timeout": STATEMENT_TIMEOUT_SECONDS},
+        connect_args={
+            "timeout": CONNECT_TIMEOUT_SECONDS,
+            "command_timeout": STATEMENT_TIMEOUT_SECONDS,
+            "server_settings": {
+                "application_name": "hidream-grpc",
+                "statement_timeout": f"{STATEMENT_TIMEOUT_SECONDS * 1000:.0f}",
+                "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_SECONDS * 1000:.0f}",
+            },
+        },
     )
 
 

@@ -7,62 +7,50 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import asyncpg
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from hidream_grpc.errors import HiDreamError, StoreFullError, StoreUnavailableError
+from hidream_grpc.errors import StoreFullError, StoreUnavailableError
 
 UNAVAILABLE_RETRY_SECONDS = 1.0
 FULL_RETRY_SECONDS = 5.0
 
 _POSTGRESQL_DISK_FULL = "53100"
-# Classes of SQLSTATE: connection, transaction rollback, resources, intervention of the operator, system;
-# and a server that has become read-only.
-_POSTGRESQL_UNAVAILABLE = ("08", "25006", "40", "53", "55P03", "57", "58")
-_SQLITE_UNAVAILABLE = frozenset(
-    {
-        sqlite3.SQLITE_BUSY,
-        sqlite3.SQLITE_CANTOPEN,
-        sqlite3.SQLITE_CORRUPT,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_LOCKED,
-        sqlite3.SQLITE_NOTADB,
-        sqlite3.SQLITE_PERM,
-        sqlite3.SQLITE_READONLY,
-    }
-)
+# Serialization failure, deadlock, and a key that another transaction has inserted meanwhile.
+_POSTGRESQL_CONFLICTS = ("40001", "40P01", "23505")
 _SQLITE_PRIMARY_CODE = 0xFF
+
+
+class TransactionConflict(Exception):  # noqa: N818  (the caller's sign to begin anew; it leaves no method)
+    """The database has undone a transaction that may succeed when it is made again."""
 
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Turn failures of the database into ours; what is a mistake in our code passes as it is.
+    """Turn failures of the database into ours.
+
+    Whatever a database says that is not foreseen here is an outage like any other: a right that was
+    revoked, a table that is gone, a password that was changed. Each can be put right without a restart.
 
     Raises:
-        StoreUnavailableError: the database cannot be reached, or not written now.
+        StoreUnavailableError: the database cannot be reached, or not used now.
         StoreFullError: the database has no room.
+        TransactionConflict: the transaction is to be made again.
     """
     try:
         yield
     except DBAPIError as error:
-        if meaning := _meaning(error):
-            raise meaning from error
-        raise
-    except (PoolTimeoutError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        # A connection that cannot be opened: not wrapped by SQLAlchemy.
+        raise _meaning(error) from error
+    except (SQLAlchemyError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        # A connection that cannot be opened is not wrapped by SQLAlchemy; nor is a wait for one.
         raise StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS) from error
 
 
-def _meaning(error: DBAPIError) -> HiDreamError | None:
+def _meaning(error: DBAPIError) -> Exception:
     cause: BaseException | None = error.orig
     state = getattr(cause, "sqlstate", None) or ""
     code = getattr(cause, "sqlite_errorcode", 0) & _SQLITE_PRIMARY_CODE
     if state == _POSTGRESQL_DISK_FULL or code == sqlite3.SQLITE_FULL:
         return StoreFullError(FULL_RETRY_SECONDS)
-    if (
-        error.connection_invalidated
-        or state.startswith(_POSTGRESQL_UNAVAILABLE)
-        or code in _SQLITE_UNAVAILABLE
-    ):
-        return StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS)
-    return None
+    if state in _POSTGRESQL_CONFLICTS:
+        return TransactionConflict()
+    return StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS)

@@ -12,14 +12,12 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.sql.dml import ReturningInsert
 
 from hidream_grpc.jobs.job import Job, JobState
-from hidream_grpc.jobs.store.database import now
 from hidream_grpc.jobs.store.rows import changed_columns, label_digest
-from hidream_grpc.jobs.store.schema import job_labels, jobs, turns
+from hidream_grpc.jobs.store.schema import attached_calls, identity, job_labels, jobs, replicas, turns
 
 _has_not_ended = jobs.c.end_time.is_(None)
-_is_unclaimed = sa.and_(
-    _has_not_ended, sa.or_(jobs.c.lease_end_time.is_(None), jobs.c.lease_end_time <= now())
-)
+_is_held = sa.exists().where(replicas.c.replica_id == jobs.c.replica_id)
+_is_unclaimed = sa.and_(_has_not_ended, ~_is_held)
 _is_waiting = sa.and_(_is_unclaimed, jobs.c.state == JobState.QUEUED)
 _MAX_VALUES = 1000
 
@@ -91,9 +89,10 @@ def label_rows(job_number: int, labels: Mapping[str, str]) -> list[dict[str, Any
     return [{"label_digest": digest, "job_number": job_number} for digest in sorted(digests)]
 
 
-def num_waiting(caller: str | None = None) -> sa.Select[int]:
-    """Jobs that nobody has and that were not begun, of all callers or of one."""
-    query = sa.select(sa.func.count()).select_from(jobs).where(_is_waiting)
+def num_waiting(model_fingerprint: str, caller: str | None = None) -> sa.Select[int]:
+    """Jobs of a model that no replica has and that were not begun, of all callers or of one."""
+    is_counted = sa.and_(_is_waiting, _is_of_model(model_fingerprint))
+    query = sa.select(sa.func.count()).select_from(jobs).where(is_counted)
     return query if caller is None else query.where(jobs.c.caller == caller)
 
 
@@ -107,9 +106,26 @@ def counts_of_owner(owner: str) -> sa.Select[str, int]:
     return counts().where(jobs.c.owner == owner, _has_not_ended)
 
 
-def waiting() -> sa.Select[Any]:
-    """All jobs that wait."""
-    return sa.select(jobs.c.number, jobs.c.job_id, jobs.c.caller, jobs.c.priority).where(_is_waiting)
+def waiting(model_fingerprint: str) -> sa.Select[Any]:
+    """All jobs of a model that wait and were not begun: columns of `WaitingJob`."""
+    return sa.select(*_waiting_columns()).where(_is_waiting, _is_of_model(model_fingerprint))
+
+
+def first_to_claim(model_fingerprint: str, max_jobs: int) -> sa.Select[Any]:
+    """Of the jobs that no replica has the oldest of each caller in each priority: columns of `WaitingJob`.
+
+    Whoever claims so many jobs needs no others to put them in order, however many wait.
+    """
+    age = (
+        sa.func.row_number()
+        .over(partition_by=(_was_begun(), jobs.c.priority, jobs.c.caller), order_by=jobs.c.number)
+        .label("age")
+    )
+    oldest = (
+        sa.select(*_waiting_columns(), age).where(_is_unclaimed, _is_of_model(model_fingerprint)).subquery()
+    )
+    columns = (c for c in oldest.c if c.name != "age")
+    return sa.select(*columns).where(oldest.c.age <= max_jobs)
 
 
 def last_turns() -> sa.Select[str, int]:
@@ -117,48 +133,27 @@ def last_turns() -> sa.Select[str, int]:
     return sa.select(turns.c.caller, turns.c.last_turn)
 
 
-def next_job(max_running_jobs_of_caller: int | None) -> sa.Select[Any]:
-    """The job that is claimed next, locked; one that another replica just claims is passed over.
+def num_running_by_caller() -> sa.Select[str, int]:
+    """How many jobs of each caller replicas have now."""
+    num_running = sa.func.count().label("num_running")
+    return sa.select(jobs.c.caller, num_running).where(_has_not_ended, _is_held).group_by(jobs.c.caller)
 
-    Jobs that were begun and lost their replica go first: they have had their turn.
-    """
-    query = (
-        sa.select(jobs, (jobs.c.deadline_time <= now()).label("is_late"))
-        .outerjoin(turns, turns.c.caller == jobs.c.caller)
-        .where(_is_unclaimed)
-        .order_by(
-            sa.case((jobs.c.state == JobState.RUNNING, 0), else_=1),
-            jobs.c.priority.desc(),
-            sa.func.coalesce(turns.c.last_turn, 0),
-            jobs.c.number,
-        )
-        .limit(1)
+
+def to_claim(numbers: Collection[int]) -> sa.Select[Any]:
+    """Those of the jobs that no replica has, locked; one that is being cancelled is passed over."""
+    return (
+        sa.select(jobs)
+        .where(jobs.c.number.in_(numbers), _is_unclaimed)
         .with_for_update(of=jobs, skip_locked=True)
     )
-    if max_running_jobs_of_caller is not None:
-        others = jobs.alias()
-        num_running = (
-            sa.select(sa.func.count())
-            .select_from(others)
-            .where(
-                others.c.caller == jobs.c.caller, others.c.end_time.is_(None), others.c.lease_end_time > now()
-            )
-            .scalar_subquery()
-        )
-        query = query.where(num_running < max_running_jobs_of_caller)
-    return query
 
 
-def claim(number: int, replica_id: str, lease_seconds: float) -> sa.Update:
+def claim(number: int, replica_id: str) -> sa.Update:
     """Give a job to a replica."""
     return (
         sa.update(jobs)
         .where(jobs.c.number == number)
-        .values(
-            claim_number=jobs.c.claim_number + 1,
-            replica_id=replica_id,
-            lease_end_time=now() + lease_seconds,
-        )
+        .values(claim_number=jobs.c.claim_number + 1, replica_id=replica_id)
     )
 
 
@@ -174,25 +169,94 @@ def take_turn(caller: str, is_sqlite: bool) -> Any:
     )
 
 
-def renew(replica_id: str, job_ids: Collection[str], lease_seconds: float) -> sa.Update:
-    """Prolong the leases of those of the jobs that the replica has."""
+def held(replica_id: str) -> sa.Select[Any]:
+    """The claims that a replica has: columns of `HeldClaim`."""
+    return sa.select(jobs.c.job_id, jobs.c.claim_number, jobs.c.cancel_reason).where(
+        jobs.c.replica_id == replica_id, _has_not_ended
+    )
+
+
+def abandon(replica_id: str, job_id: str, claim_number: int) -> sa.Update:
+    """Give back a job that its replica does not draw, as it is."""
     return (
         sa.update(jobs)
-        .where(jobs.c.replica_id == replica_id, jobs.c.job_id.in_(job_ids), _has_not_ended)
-        .values(lease_end_time=now() + lease_seconds)
+        .where(
+            jobs.c.job_id == job_id,
+            jobs.c.replica_id == replica_id,
+            jobs.c.claim_number == claim_number,
+            _has_not_ended,
+        )
+        .values(replica_id=None)
     )
 
 
-def held(replica_id: str, job_ids: Collection[str]) -> sa.Select[Any]:
-    """Those of the jobs that the replica has."""
-    return sa.select(jobs.c.job_id, jobs.c.claim_number, jobs.c.cancel_reason, jobs.c.deadline_time).where(
-        jobs.c.replica_id == replica_id, jobs.c.job_id.in_(job_ids), _has_not_ended
+def add_replica(replica_id: str, model: str) -> sa.Insert:
+    """Let a replica have jobs and callers."""
+    return sa.insert(replicas).values(replica_id=replica_id, heartbeat=0, model=model)
+
+
+def beat(replica_id: str) -> sa.Update:
+    """Show that a replica lives."""
+    return (
+        sa.update(replicas)
+        .where(replicas.c.replica_id == replica_id)
+        .values(heartbeat=replicas.c.heartbeat + 1)
     )
 
 
-def forget_claims() -> sa.Update:
-    """Make all jobs claimable: whoever had them is gone."""
-    return sa.update(jobs).where(_has_not_ended).values(replica_id=None, lease_end_time=None)
+def all_replicas() -> sa.Select[Any]:
+    """Every replica that has not been removed: columns of `ReplicaRecord`."""
+    return sa.select(replicas.c.replica_id, replicas.c.heartbeat, replicas.c.model)
+
+
+def remove_replica(replica_id: str, heartbeat: int | None = None) -> sa.Delete:
+    """Take a replica its jobs and callers, unless it has shown since that it lives."""
+    removal = sa.delete(replicas).where(replicas.c.replica_id == replica_id)
+    return removal if heartbeat is None else removal.where(replicas.c.heartbeat == heartbeat)
+
+
+def remove_all_replicas() -> tuple[sa.Delete, sa.Delete]:
+    """Take every replica its jobs and callers: their processes are gone."""
+    return sa.delete(replicas), sa.delete(attached_calls)
+
+
+def database_time() -> sa.Select[float]:
+    """Seconds since the epoch by PostgreSQL's clock, which all replicas share."""
+    return sa.select(sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double))
+
+
+def store_id() -> sa.Select[str]:
+    """Which store this is."""
+    return sa.select(identity.c.store_id)
+
+
+def attach(call_id: str, job_id: str, replica_id: str) -> sa.Insert:
+    """Note that a caller waits for a job at a replica."""
+    job_number = sa.select(jobs.c.number).where(jobs.c.job_id == job_id).scalar_subquery()
+    return sa.insert(attached_calls).values(call_id=call_id, job_number=job_number, replica_id=replica_id)
+
+
+def detach(call_id: str) -> sa.Delete:
+    """Note that a caller waits no more."""
+    return sa.delete(attached_calls).where(attached_calls.c.call_id == call_id)
+
+
+def move_calls(from_replica_id: str, to_replica_id: str) -> sa.Update:
+    """Note that a replica goes on under another id."""
+    return (
+        sa.update(attached_calls)
+        .where(attached_calls.c.replica_id == from_replica_id)
+        .values(replica_id=to_replica_id)
+    )
+
+
+def num_attached(number: int) -> sa.Select[int]:
+    """How many callers wait for a job, at replicas that live."""
+    return (
+        sa.select(sa.func.count())
+        .select_from(attached_calls.join(replicas, attached_calls.c.replica_id == replicas.c.replica_id))
+        .where(attached_calls.c.job_number == number)
+    )
 
 
 def write_claimed(job: Job) -> sa.Update:
@@ -225,11 +289,7 @@ def write_ended_unclaimed(number: int, job: Job) -> sa.Update:
 
 def write_released(number: int, job: Job) -> sa.Update:
     """Give back a job whose row is locked."""
-    return (
-        sa.update(jobs)
-        .where(jobs.c.number == number)
-        .values(**changed_columns(job), replica_id=None, lease_end_time=None)
-    )
+    return sa.update(jobs).where(jobs.c.number == number).values(**changed_columns(job), replica_id=None)
 
 
 def ask_to_cancel(number: int, reason: str) -> sa.Update:
@@ -246,11 +306,11 @@ def set_deadline(job_id: str, deadline_time: float | None) -> sa.Update:
     return sa.update(jobs).where(jobs.c.job_id == job_id).values(deadline_time=deadline_time)
 
 
-def overdue(limit: int) -> sa.Select[str]:
+def overdue(now: float, limit: int) -> sa.Select[str]:
     """Jobs whose deadline has passed, and that do not yet know."""
     return (
         sa.select(jobs.c.job_id)
-        .where(_has_not_ended, jobs.c.deadline_time <= now(), jobs.c.cancel_reason.is_(None))
+        .where(_has_not_ended, jobs.c.deadline_time <= now, jobs.c.cancel_reason.is_(None))
         .limit(limit)
     )
 
@@ -260,21 +320,30 @@ def delete(number: int) -> sa.Delete:
     return sa.delete(jobs).where(jobs.c.number == number)
 
 
-def delete_idle_turn(caller: str) -> sa.Delete:
-    """Forget the turn of a caller without any job."""
-    has_jobs = sa.exists().where(jobs.c.caller == caller)
-    return sa.delete(turns).where(turns.c.caller == caller, ~has_jobs)
+def delete_ended(job_ids: Collection[str]) -> sa.Delete:
+    """Remove those of the jobs that have ended, and their labels with them; returns the ids."""
+    return sa.delete(jobs).where(jobs.c.job_id.in_(job_ids), ~_has_not_ended)
 
 
-def ended(before_time: float | None, limit: int) -> sa.Select[Any]:
-    """Jobs that have ended, those that ended first first."""
+def delete_idle_turns() -> sa.Delete:
+    """Forget the turns of callers without any job."""
+    return sa.delete(turns).where(~sa.exists().where(jobs.c.caller == turns.c.caller))
+
+
+def ended(after: tuple[float, int] | None, limit: int) -> sa.Select[Any]:
+    """Jobs that have ended, those that ended first first, from behind an end time and number on.
+
+    Columns of `EndedJob`.
+    """
     query = (
-        sa.select(jobs.c.job_id, jobs.c.owner, jobs.c.end_time, jobs.c.image_bytes)
-        .where(jobs.c.end_time.is_not(None))
+        sa.select(jobs.c.job_id, jobs.c.number, jobs.c.end_time, jobs.c.image_bytes)
+        .where(~_has_not_ended)
         .order_by(jobs.c.end_time, jobs.c.number)
         .limit(limit)
     )
-    return query if before_time is None else query.where(jobs.c.end_time < before_time)
+    if after is None:
+        return query
+    return query.where(sa.tuple_(jobs.c.end_time, jobs.c.number) > sa.tuple_(*after))
 
 
 def usage() -> sa.Select[Any]:
@@ -290,9 +359,29 @@ def notify(channel: str, texts: Sequence[str]) -> sa.Select[Any]:
     return sa.select(sa.func.pg_notify(channel, sa.func.unnest(sa.cast(list(texts), ARRAY(sa.Text)))))
 
 
+def fail_unreadable(number: int, run: str, end_time: float) -> sa.Update:
+    """End a job whose row cannot be read, and that no replica has."""
+    return (
+        sa.update(jobs)
+        .where(jobs.c.number == number)
+        .values(state=JobState.FAILED, run=run, end_time=end_time, replica_id=None)
+    )
+
+
+def _waiting_columns() -> tuple[sa.ColumnElement[Any], ...]:
+    return (jobs.c.number, jobs.c.job_id, jobs.c.caller, jobs.c.priority, _was_begun())
+
+
+def _was_begun() -> sa.ColumnElement[bool]:
+    return (jobs.c.state != JobState.QUEUED).label("was_begun")
+
+
+def _is_of_model(fingerprint: str) -> sa.ColumnElement[bool]:
+    return jobs.c.model_fingerprint.in_((fingerprint, ""))
+
+
 def _no_claim(job: Job) -> dict[str, Any]:
     return {
         "replica_id": None,
-        "lease_end_time": None,
         "cancel_reason": None if job.cancel_reason is None else job.cancel_reason.value,
     }

@@ -25,21 +25,42 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
+class AttachedCall:
+    """A caller that waits for its job at a replica."""
+
+    call_id: str
+    replica_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class HeldClaim:
-    """A job that a replica has, and what others want of it."""
+    """A claim that a replica has, and why others want its job stopped."""
 
     job_id: str
     claim_number: int
     cancel_reason: CancelReason | None
-    deadline_time: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaRecord:
+    """A server that draws jobs of the store.
+
+    Attributes:
+        heartbeat: grows while it lives.
+        model: what it told of its model when it came, as JSON.
+    """
+
+    replica_id: str
+    heartbeat: int
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
 class EndedJob:
-    """What retention has to know of a job."""
+    """What retention has to know of a job that has ended."""
 
     job_id: str
-    owner: str
+    number: int
     end_time: float
     image_bytes: int
 

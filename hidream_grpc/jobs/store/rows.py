@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +14,7 @@ import msgspec
 from sqlalchemy import Row
 
 from hidream_grpc import errors
-from hidream_grpc.errors import HiDreamError
+from hidream_grpc.errors import HiDreamError, JobInternalError
 from hidream_grpc.jobs.job import (
     CancelReason,
     Execution,
@@ -21,9 +23,20 @@ from hidream_grpc.jobs.job import (
     JobState,
     Progress,
     StoredImage,
+    StoredSnapshot,
     Submission,
     Timings,
+    claim_sequence,
 )
+from hidream_grpc.model.parameters import GenerationParameters
+
+logger = logging.getLogger(__name__)
+
+ERROR_ID_DIGITS = 12
+NOTHING_KNOWN = GenerationParameters(
+    prompt="", width=0, height=0, num_inference_steps=0, guidance_scale=0.0, seed=0
+)
+"""What an unreadable row asks for."""
 
 _KEPT_ERRORS: Mapping[str, type[HiDreamError]] = {
     error_type.__name__: error_type
@@ -58,7 +71,7 @@ class _RunDocument:
     start_time: float | None = None
     started_sequence: int = 0
     last_sequence: int = 0
-    snapshot_step: int | None = None
+    snapshot: StoredSnapshot | None = None
 
 
 _run_decoder = msgspec.json.Decoder(_RunDocument)
@@ -79,6 +92,7 @@ def new_row(job: Job) -> dict[str, Any]:
         "deadline_time": job.deadline_time,
         "submission": _json(submission),
         "claim_number": job.claim_number,
+        "model_fingerprint": job.model_fingerprint,
         **changed_columns(job),
     }
 
@@ -100,14 +114,70 @@ def changed_columns(job: Job) -> dict[str, Any]:
                 start_time=job.start_time,
                 started_sequence=job.started_sequence,
                 last_sequence=job.last_sequence,
-                snapshot_step=job.snapshot_step,
+                snapshot=job.snapshot,
             )
         ),
     }
 
 
 def job_of(row: Row[Any]) -> Job:
-    """The job that a row of the table `jobs` stands for."""
+    """The job that a row of the table `jobs` stands for.
+
+    A row that cannot be read, because a newer version of the service or a hand wrote it, stands for a job
+    that FAILED. The log says why, once, with the error id that callers are told.
+    """
+    try:
+        return _read(row)
+    except (msgspec.MsgspecError, ValueError, TypeError, KeyError) as error:
+        return _unreadable(row, error)
+
+
+def failed_document(error: JobInternalError) -> str:
+    """The run of a job that fails because its row cannot be read."""
+    return _json(_RunDocument(error=_error_document(error)))
+
+
+def _unreadable(row: Row[Any], reason: Exception) -> Job:
+    error = _kept_error(row)
+    if error is None:
+        # The same id at every replica, and after a restart: the row is read again and again.
+        digest = hashlib.sha256(f"{row.job_id} {row.run} {row.submission} {row.state}".encode())
+        error = JobInternalError(digest.hexdigest()[:ERROR_ID_DIGITS])
+        _log_once(row.job_id, error.error_id, str(reason))
+    try:
+        submission = _submission_decoder.decode(row.submission)
+    except msgspec.MsgspecError:
+        submission = Submission(NOTHING_KNOWN, row.request_id, row.caller)
+    return Job(
+        job_id=row.job_id,
+        submission=submission,
+        create_time=row.create_time,
+        state=JobState.FAILED,
+        error=error,
+        end_time=row.end_time or row.create_time,
+        owner=row.owner,
+        claim_number=row.claim_number,
+        last_sequence=claim_sequence(row.claim_number + 1, 1),
+    )
+
+
+def _kept_error(row: Row[Any]) -> JobInternalError | None:
+    """What the job was ended with when its row was found unreadable before."""
+    try:
+        document = _run_decoder.decode(row.run).error
+        error = None if document is None else _error_of(document)
+    except (msgspec.MsgspecError, ValueError, TypeError, KeyError):
+        return None
+    return error if isinstance(error, JobInternalError) else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _log_once(job_id: str, error_id: str, reason: str) -> None:
+    facts = {"job_id": job_id, "error_id": error_id}
+    logger.error("a job failed because its row cannot be read: %s", reason, extra=facts)
+
+
+def _read(row: Row[Any]) -> Job:
     run = _run_decoder.decode(row.run)
     return Job(
         job_id=row.job_id,
@@ -128,7 +198,7 @@ def job_of(row: Row[Any]) -> Job:
         last_sequence=run.last_sequence,
         deadline_time=row.deadline_time,
         cancel_reason=None if row.cancel_reason is None else CancelReason(row.cancel_reason),
-        snapshot_step=run.snapshot_step,
+        snapshot=run.snapshot,
     )
 
 

@@ -39,11 +39,12 @@ jobs = sa.Table(
     sa.Column("cancel_reason", sa.Text),
     sa.Column("image_bytes", sa.BigInteger, nullable=False),
     sa.Column("claim_number", sa.BigInteger, nullable=False),
-    # Both NULL while nobody has the job.
+    # A replica has the job for as long as it is in `replicas`; NULL: none has it.
     sa.Column("replica_id", sa.Text),
-    sa.Column("lease_end_time", sa.Double),
     sa.Column("submission", sa.Text, nullable=False),
     sa.Column("run", sa.Text, nullable=False),
+    # Empty in the rows of before there was the column: any server may draw those.
+    sa.Column("model_fingerprint", sa.Text, nullable=False, server_default=""),
     sa.UniqueConstraint("job_id"),
     sa.Index(
         "ix_jobs_request_id",
@@ -89,3 +90,32 @@ turns = sa.Table(
     sa.Index("ix_turns_last_turn", "last_turn"),
 )
 """When each caller last had a turn."""
+
+replicas = sa.Table(
+    "replicas",
+    metadata,
+    sa.Column("replica_id", sa.Text, primary_key=True),
+    # Grows while the replica lives; when it stands still for too long, others remove the row.
+    sa.Column("heartbeat", sa.BigInteger, nullable=False),
+    sa.Column("model", sa.Text, nullable=False),
+)
+"""The servers that draw jobs of this store. A replica that has no row has no jobs and no callers."""
+
+attached_calls = sa.Table(
+    "attached_calls",
+    metadata,
+    sa.Column("call_id", sa.Text, primary_key=True),
+    sa.Column(
+        "job_number",
+        sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
+        sa.ForeignKey(jobs.c.number, ondelete="CASCADE"),
+        nullable=False,
+    ),
+    sa.Column("replica_id", sa.Text, nullable=False),
+    sa.Index("ix_attached_calls_job_number", "job_number"),
+    sa.Index("ix_attached_calls_replica_id", "replica_id"),
+)
+"""Callers that wait for their job, each at a replica: the last one that leaves stops the job."""
+
+identity = sa.Table("store_identity", metadata, sa.Column("store_id", sa.Text, primary_key=True))
+"""One row: which store this is. An artifact store belongs to one store of jobs."""

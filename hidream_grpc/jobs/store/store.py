@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
-import time
+import random
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -33,11 +34,24 @@ from hidream_grpc.jobs.store.changes import (
     Subscription,
     to_text,
 )
-from hidream_grpc.jobs.store.database import Database
-from hidream_grpc.jobs.store.order import WaitingJob, claim_order
+from hidream_grpc.jobs.store.clock import StoreClock
+from hidream_grpc.jobs.store.database import Database, Lock
+from hidream_grpc.jobs.store.failures import UNAVAILABLE_RETRY_SECONDS, TransactionConflict
 from hidream_grpc.jobs.store.page_token import decode_page_token, encode_page_token, filter_digest_of
-from hidream_grpc.jobs.store.records import EndedJob, HeldClaim, Page, QueueLimits, Usage
+from hidream_grpc.jobs.store.records import (
+    AttachedCall,
+    EndedJob,
+    HeldClaim,
+    Page,
+    QueueLimits,
+    ReplicaRecord,
+    Usage,
+)
 from hidream_grpc.jobs.store.rows import job_of
+
+MAX_CONFLICTS = 20
+MAX_CONFLICT_SECONDS = 0.05
+CLOSE_SECONDS = 2.0
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -46,15 +60,24 @@ Result = TypeVar("Result")
 def _uninterrupted(
     method: Callable[Concatenate[SqlJobStore, P], Coroutine[Any, Any, Result]], /
 ) -> Callable[Concatenate[SqlJobStore, P], Coroutine[Any, Any, Result]]:
-    """A method that goes on to its end when its caller is cancelled.
+    """A method that goes on to its end when its caller is cancelled, and begins anew after a conflict.
 
     SQLite's driver works in a thread, which a cancellation does not reach: a transaction that is left in
     the middle keeps the database locked for all others.
     """
 
+    async def run(self: SqlJobStore, /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        for _ in range(MAX_CONFLICTS):
+            try:
+                return await method(self, *args, **kwargs)
+            except TransactionConflict:
+                # Two that undo each other must not begin again at the same moment.
+                await asyncio.sleep(random.uniform(0, MAX_CONFLICT_SECONDS))
+        raise StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS)
+
     @functools.wraps(method)
     async def call(self: SqlJobStore, /, *args: P.args, **kwargs: P.kwargs) -> Result:
-        return await self._calls.finish(method(self, *args, **kwargs))
+        return await self._calls.finish(run(self, *args, **kwargs))
 
     return call
 
@@ -79,6 +102,7 @@ class SqlJobStore:
         is_sqlite = self._database.is_sqlite
         self._listener = None if is_sqlite else PostgresListener(self._database, self._hub)
         self._num_ended: Counter[JobState] = Counter()
+        self.clock = StoreClock()
 
     @property
     def is_shared(self) -> bool:
@@ -105,14 +129,16 @@ class SqlJobStore:
                 await self._listener.start()
             else:
                 async with self._database.write() as connection:
-                    await connection.execute(queries.forget_claims())
+                    for removal in queries.remove_all_replicas():
+                        await connection.execute(removal)
+            await self.follow_clock()
         except BaseException:
             await self.close()
             raise
 
     async def close(self) -> None:
-        """Close all connections; claims stay until their leases run out. May be called twice."""
-        await self._calls.wait()
+        """Close all connections, whether the database answers or not. May be called twice."""
+        await self._calls.wait(CLOSE_SECONDS)
         if self._listener is not None:
             await self._listener.stop()
         await self._database.close()
@@ -120,7 +146,9 @@ class SqlJobStore:
     # --- for callers ------------------------------------------------------------------------------
 
     @_uninterrupted
-    async def add(self, new_jobs: Sequence[Job], limits: QueueLimits) -> tuple[Job, ...]:
+    async def add(
+        self, new_jobs: Sequence[Job], limits: QueueLimits, attached_call: AttachedCall | None = None
+    ) -> tuple[Job, ...]:
         """Accept all jobs of one owner, or none.
 
         A job whose request id is held already stands for the one that holds it: that one is returned in
@@ -129,7 +157,8 @@ class SqlJobStore:
 
         Args:
             new_jobs: QUEUED, of one owner, with job ids of their own.
-            limits: of what waits afterwards; jobs that were there do not count as new.
+            limits: of what waits afterwards, for the same model; jobs that were there do not count as new.
+            attached_call: a caller that waits for the job, where there is one; see `leave`.
 
         Returns:
             A job for each one given: the same job id tells that it is new.
@@ -141,8 +170,7 @@ class SqlJobStore:
         if not new_jobs:
             return ()
         async with self._database.write() as connection:
-            await self._database.lock(connection)
-            accepted = await accept(connection, new_jobs, limits)
+            accepted = await accept(self._database, connection, new_jobs, limits, attached_call)
             pairs = zip(new_jobs, accepted, strict=True)
             changes = [Change(ChangeKind.ADDED, new.job_id) for new, job in pairs if new.job_id == job.job_id]
             await self._tell(connection, changes)
@@ -155,9 +183,10 @@ class SqlJobStore:
 
         Raises:
             JobNotFoundError: no such job, or it is another's.
+            JobInternalError: its row cannot be read, and whoever claims it has not ended it yet.
         """
         async with self._database.read() as connection:
-            return job_of(await _row(connection, owner, job_id))
+            return _readable(await _row(connection, owner, job_id))
 
     @_uninterrupted
     async def get_all(self, job_ids: Collection[str]) -> tuple[Job, ...]:
@@ -218,19 +247,27 @@ class SqlJobStore:
         """
         async with self._database.write() as connection:
             row = await _row(connection, owner, job_id, for_update=True)
-            job = job_of(row)
-            if job.state.has_ended:
-                return job
-            if row.is_unclaimed:
-                job = job.cancelled_unclaimed(job.cancel_reason or reason, time.time())
-                await connection.execute(queries.write_ended_unclaimed(row.number, job))
-                change = Change(ChangeKind.CHANGED, job_id)
-            else:
-                job = replace(job, cancel_reason=job.cancel_reason or reason)
-                await connection.execute(queries.ask_to_cancel(row.number, reason.value))
-                change = Change(ChangeKind.CANCEL_REQUESTED, job_id)
-            await self._tell(connection, [change])
-        self._committed([change], job)
+            job, changes = await self._cancel(connection, row, reason)
+        self._committed(changes, job)
+        return job
+
+    @_uninterrupted
+    async def leave(self, job_id: str, call: AttachedCall, reason: CancelReason | None) -> Job | None:
+        """Note that a caller waits no more; with a reason the job is cancelled if it was the last.
+
+        Returns:
+            The job where it was cancelled, as `request_cancel` does.
+
+        Raises:
+            JobNotFoundError: no such job.
+        """
+        async with self._database.write() as connection:
+            row = await _row(connection, None, job_id, for_update=True)
+            is_last = await claims.leave(connection, row.number, call)
+            if not is_last or reason is None:
+                return None
+            job, changes = await self._cancel(connection, row, reason)
+        self._committed(changes, job)
         return job
 
     @_uninterrupted
@@ -245,10 +282,10 @@ class SqlJobStore:
         async with self._database.write() as connection:
             row = await _row(connection, owner, job_id, for_update=True)
             job = job_of(row)
-            if not job.state.has_ended:
+            if row.end_time is None:
                 raise JobNotEndedError(job_id)
-            await connection.execute(queries.delete(row.number))
-            await connection.execute(queries.delete_idle_turn(row.caller))
+            await connection.execute(queries.delete_ended([job_id]))
+            await connection.execute(queries.delete_idle_turns())
             await self._tell(connection, [change])
         self._committed([change])
         return job
@@ -261,66 +298,137 @@ class SqlJobStore:
             return Counter({JobState(state): count for state, count in await connection.execute(query)})
 
     @_uninterrupted
-    async def queue_order(self) -> tuple[str, ...]:
-        """Ids of the jobs that wait, in the order in which they will be claimed."""
+    async def queue_order(
+        self, model_fingerprint: str, max_running_jobs_of_caller: int | None = None
+    ) -> tuple[str, ...]:
+        """Ids of the jobs of a model that wait, in the order in which they will be claimed."""
         async with self._database.read() as connection:
-            waiting = [WaitingJob(*row) for row in await connection.execute(queries.waiting())]
-            turns = {row.caller: row.last_turn for row in await connection.execute(queries.last_turns())}
-        return tuple(claim_order(waiting, turns))
+            order = await claims.queue_order(connection, model_fingerprint, max_running_jobs_of_caller)
+        return tuple(job.job_id for job in order if not job.was_begun)
 
     # --- for replicas -----------------------------------------------------------------------------
+
+    @_uninterrupted
+    async def store_id(self) -> str:
+        """Which store this is: the same for all replicas, another one for each database."""
+        async with self._database.read() as connection:
+            return str((await connection.execute(queries.store_id())).scalar_one())
+
+    @_uninterrupted
+    async def join(self, replica_id: str, model: str, before: str | None = None) -> None:
+        """Let a replica have jobs and callers, from now until it leaves, or is removed as dead.
+
+        Args:
+            replica_id: that no replica had before.
+            model: what others are told of its model.
+            before: the id that it had, if it was removed as dead: its callers are still there.
+        """
+        async with self._database.write() as connection:
+            await connection.execute(queries.add_replica(replica_id, model))
+            if before is not None:
+                await connection.execute(queries.remove_replica(before))
+                await connection.execute(queries.move_calls(before, replica_id))
+
+    @_uninterrupted
+    async def beat(self, replica_id: str) -> tuple[ReplicaRecord, ...]:
+        """Show that a replica lives.
+
+        Returns:
+            All replicas. Where this one is not among them it was removed as dead, with all its claims.
+        """
+        async with self._database.write() as connection:
+            await connection.execute(queries.beat(replica_id))
+            rows = (await connection.execute(queries.all_replicas())).all()
+        return tuple(ReplicaRecord(*row) for row in rows)
+
+    @_uninterrupted
+    async def remove_replica(self, replica_id: str, heartbeat: int | None = None) -> bool:
+        """Take a replica its jobs and callers; with a heartbeat only if that is still its newest.
+
+        Returns:
+            Whether it was removed.
+        """
+        change = Change(ChangeKind.ANYTHING)
+        async with self._database.write() as connection:
+            removal = queries.remove_replica(replica_id, heartbeat)
+            if not (await connection.execute(removal)).rowcount:
+                return False
+            await self._tell(connection, [change])
+        self._committed([change])
+        return True
 
     @_uninterrupted
     async def claim(
         self,
         replica_id: str,
-        lease_seconds: float,
+        model_fingerprint: str,
         limit: int,
         max_running_jobs_of_caller: int | None = None,
     ) -> tuple[Job, ...]:
-        """Take jobs to draw: those that lost their replica, then by priority, callers taking turns.
+        """Take jobs of a model to draw: those that lost their replica, then in the order of `queue_order`.
 
-        A claimed job is as it was left, QUEUED or RUNNING, with a claim number of its own. Jobs that are
-        to be cancelled, or too late, end here instead. When the store fails after some were claimed,
-        these are returned.
+        Claims of all replicas are made one after another. A claimed job is as it was left, QUEUED or
+        RUNNING, with a claim number of its own. Jobs that are to be cancelled, too late, or unreadable end
+        here instead. When the store fails after some were claimed, these are returned.
         """
         claimed: list[Job] = []
-        while len(claimed) < limit:
+        while (room := limit - len(claimed)) > 0:
             try:
-                job = await self._claim_next(replica_id, lease_seconds, max_running_jobs_of_caller)
-            except (StoreUnavailableError, StoreFullError):
+                jobs = await self._claim_some(replica_id, model_fingerprint, room, max_running_jobs_of_caller)
+            except (StoreUnavailableError, StoreFullError, TransactionConflict):
                 if claimed:
                     break
                 raise
-            if job is None:
+            if not jobs:
                 break
-            if not job.state.has_ended:
-                claimed.append(job)
+            claimed += [job for job in jobs if not job.state.has_ended]
         return tuple(claimed)
 
     @_uninterrupted
-    async def renew(
-        self, replica_id: str, job_ids: Collection[str], lease_seconds: float
-    ) -> tuple[HeldClaim, ...]:
-        """Prolong the leases of jobs that the replica draws.
+    async def held(self, replica_id: str) -> tuple[HeldClaim, ...]:
+        """The claims that a replica has, by the store."""
+        async with self._database.read() as connection:
+            rows = (await connection.execute(queries.held(replica_id))).all()
+        return tuple(
+            HeldClaim(
+                row.job_id,
+                row.claim_number,
+                None if row.cancel_reason is None else CancelReason(row.cancel_reason),
+            )
+            for row in rows
+        )
 
-        Returns:
-            Those that it still has; of the others, or with another claim number, the claim is lost.
-        """
+    @_uninterrupted
+    async def abandon(self, replica_id: str, claim: HeldClaim) -> None:
+        """Give a job back as it is, of which its replica knows nothing; nothing if it has it no more."""
+        change = Change(ChangeKind.CHANGED, claim.job_id, claim_number=claim.claim_number)
         async with self._database.write() as connection:
-            return await claims.renew(connection, replica_id, job_ids, lease_seconds)
+            query = queries.abandon(replica_id, claim.job_id, claim.claim_number)
+            if (await connection.execute(query)).rowcount:
+                await self._tell(connection, [change])
+        self._committed([change])
+
+    @_uninterrupted
+    async def follow_clock(self) -> None:
+        """Have the clock follow the database's, where replicas share one."""
+        if self._database.is_sqlite:
+            return
+        async with self._database.read() as connection:
+            asked_at = self.clock.elapsed_seconds()
+            epoch_seconds = (await connection.execute(queries.database_time())).scalar_one()
+            self.clock.follow(epoch_seconds, asked_at)
 
     @_uninterrupted
     async def save(self, job: Job) -> None:
-        """Write what whoever has the job made of it. With a job that has ended, the claim ends too.
+        """Write what the replica that has the job made of it. With a job that has ended the claim ends too.
 
         `cancel_reason` and `deadline_time` of a job that has not ended are not written: they are others'.
         To write the same end again, after a StoreUnavailableError, is no error.
 
         Raises:
-            ClaimLostError: somebody else has the job, or it was given back, has ended or was deleted.
+            ClaimLostError: another claim has the job, or it was given back, has ended or was deleted.
         """
-        change = Change(ChangeKind.CHANGED, job.job_id)
+        change = _changed(job)
         async with self._database.write() as connection:
             if not await claims.save(connection, job):
                 return
@@ -334,9 +442,9 @@ class SqlJobStore:
         Raises:
             ClaimLostError: as `save`.
         """
-        change = Change(ChangeKind.CHANGED, job.job_id)
+        change = _changed(job)
         async with self._database.write() as connection:
-            released = await claims.release(connection, job)
+            released = await claims.release(connection, job, self.clock.now())
             await self._tell(connection, [change])
         self._committed([change], released)
         return released
@@ -345,16 +453,28 @@ class SqlJobStore:
     async def overdue(self, limit: int = 100) -> tuple[str, ...]:
         """Ids of jobs whose deadline has passed: `request_cancel` each with CancelReason.DEADLINE."""
         async with self._database.read() as connection:
-            return tuple((await connection.execute(queries.overdue(limit))).scalars())
+            return tuple((await connection.execute(queries.overdue(self.clock.now(), limit))).scalars())
 
     # --- for retention ----------------------------------------------------------------------------
 
     @_uninterrupted
-    async def ended(self, before_time: float | None = None, limit: int = 100) -> tuple[EndedJob, ...]:
-        """Jobs that have ended (before a time, in seconds since the epoch), the oldest end first."""
+    async def ended(self, after: EndedJob | None = None, limit: int = 100) -> tuple[EndedJob, ...]:
+        """Jobs that have ended, the oldest end first; those behind one of them where it is given."""
+        behind = None if after is None else (after.end_time, after.number)
         async with self._database.read() as connection:
-            rows = await connection.execute(queries.ended(before_time, limit))
+            rows = await connection.execute(queries.ended(behind, limit))
             return tuple(EndedJob(*row) for row in rows)
+
+    @_uninterrupted
+    async def delete_ended(self, job_ids: Collection[str]) -> None:
+        """Remove those of the jobs that are there and have ended, of anybody."""
+        changes = [Change(ChangeKind.DELETED, job_id) for job_id in job_ids]
+        async with self._database.write() as connection:
+            for some in queries.batches(job_ids):
+                await connection.execute(queries.delete_ended(some))
+            await connection.execute(queries.delete_idle_turns())
+            await self._tell(connection, changes)
+        self._committed(changes)
 
     @_uninterrupted
     async def usage(self) -> Usage:
@@ -390,19 +510,38 @@ class SqlJobStore:
 
     # --- the rest ---------------------------------------------------------------------------------
 
-    async def _claim_next(
-        self, replica_id: str, lease_seconds: float, max_running_jobs_of_caller: int | None
-    ) -> Job | None:
+    async def _claim_some(
+        self, replica_id: str, model_fingerprint: str, limit: int, max_running_jobs_of_caller: int | None
+    ) -> tuple[Job, ...]:
         async with self._database.write() as connection:
-            job = await claims.claim_next(
-                connection, replica_id, lease_seconds, max_running_jobs_of_caller, self._database.is_sqlite
+            await self._database.lock(connection, Lock.CLAIM)
+            order = await claims.queue_order(connection, model_fingerprint, max_running_jobs_of_caller, limit)
+            jobs = await claims.claim_first(
+                connection, replica_id, order, self.clock.now(), self._database.is_sqlite, limit
             )
-            if job is None:
-                return None
-            change = Change(ChangeKind.CHANGED, job.job_id)
-            await self._tell(connection, [change])
-        self._committed([change], job)
-        return job
+            changes = [_changed(job) for job in jobs]
+            await self._tell(connection, changes)
+        for job, change in zip(jobs, changes, strict=True):
+            self._committed([change], job)
+        return jobs
+
+    async def _cancel(
+        self, connection: AsyncConnection, row: Row[Any], reason: CancelReason
+    ) -> tuple[Job, Sequence[Change]]:
+        """End a job whose row is locked, or have its replica end it."""
+        job = _readable(row)
+        if job.state.has_ended:
+            return job, ()
+        if row.is_unclaimed:
+            job = job.cancelled_unclaimed(job.cancel_reason or reason, self.clock.now())
+            await connection.execute(queries.write_ended_unclaimed(row.number, job))
+            change = _changed(job)
+        else:
+            job = replace(job, cancel_reason=job.cancel_reason or reason)
+            await connection.execute(queries.ask_to_cancel(row.number, reason.value))
+            change = Change(ChangeKind.CANCEL_REQUESTED, job.job_id)
+        await self._tell(connection, [change])
+        return job, (change,)
 
     async def _tell(self, connection: AsyncConnection, changes: Sequence[Change]) -> None:
         """PostgreSQL tells everybody, this process included, when the transaction commits."""
@@ -411,10 +550,22 @@ class SqlJobStore:
 
     def _committed(self, changes: Sequence[Change], job: Job | None = None) -> None:
         """With SQLite nobody else is there to be told."""
-        if job is not None and job.state.has_ended:
+        if changes and job is not None and job.state.has_ended:
             self._num_ended[job.state] += 1
         if self._database.is_sqlite:
             self._hub.tell(changes)
+
+
+def _changed(job: Job) -> Change:
+    return Change(ChangeKind.CHANGED, job.job_id, claim_number=job.claim_number)
+
+
+def _readable(row: Row[Any]) -> Job:
+    """The job of a row that was not found unreadable; raises JobInternalError for one that just was."""
+    job = job_of(row)
+    if job.error is not None and row.end_time is None:
+        raise job.error
+    return job
 
 
 async def _row(
