@@ -29,6 +29,7 @@ from hidream_grpc.model.checkpoint_files import (
     token_limit,
 )
 from hidream_grpc.model.demo import DEMO_NAME, demo_checkpoint_path
+from hidream_grpc.model.fingerprint import fingerprint_of
 from hidream_grpc.model.sizes import ImageSize, SizeLimits
 from hidream_grpc.model.variants import SUPPORTED_SCHEDULERS, Variant, default_schedule, identify_variant
 
@@ -48,7 +49,7 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointDescription:
-    """A whole checkpoint, as far as its configuration files tell.
+    """A whole checkpoint, as its files tell.
 
     Attributes:
         name: of its folder, or `demo`.
@@ -61,6 +62,7 @@ class CheckpointDescription:
         num_attention_heads: of the transformer; tensor parallel divides them.
         num_routed_experts: of the transformer; expert parallel divides them.
         needs_extra_model: the checkpoint itself holds no Llama.
+        fingerprint: tells it from any other checkpoint, also from a later one in the same folder.
     """
 
     name: str
@@ -73,12 +75,13 @@ class CheckpointDescription:
     num_attention_heads: int
     num_routed_experts: int
     needs_extra_model: bool
+    fingerprint: str
 
 
 def describe_checkpoint(model_path: Path, extra_model_path: Path | None) -> CheckpointDescription:
     """Check that a checkpoint is whole and fits together, and say what it is.
 
-    Reads configuration files only; of weights it checks that the files are there.
+    Reads configuration files; of the weights it checks that the files are there, and reads samples.
 
     Args:
         model_path: a HiDream-I1 in diffusers format.
@@ -119,6 +122,7 @@ def describe_checkpoint(model_path: Path, extra_model_path: Path | None) -> Chec
         num_attention_heads=transformer.num_attention_heads,
         num_routed_experts=transformer.num_routed_experts,
         needs_extra_model=not has_llama(model_path),
+        fingerprint=fingerprint_of(model_path, extra_model_path),
     )
 
 

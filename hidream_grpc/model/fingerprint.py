@@ -1,0 +1,121 @@
+"""Which checkpoint this is, whatever its folder is called: told from samples of its files. Torch-free."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from hidream_grpc.errors import ModelNotFoundError
+from hidream_grpc.model.checkpoint_files import (
+    EXTRA_MODEL_PATH_FLAG,
+    LLAMA,
+    LLAMA_TOKENIZER,
+    MODEL_PATH_FLAG,
+    has_llama,
+    llama_folder,
+    llama_tokenizer_folder,
+    weight_files,
+)
+
+_DIGITS = 16
+_SAMPLE_BYTES = 4096
+_MAX_SAMPLES = 16
+"""Of one weight file: a checkpoint of 60 GB costs a few megabytes of reading."""
+
+_PIPELINE_FILES = ("model_index.json", "generation_config.json", "scheduler/scheduler_config.json")
+_COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+_TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+)
+
+
+def fingerprint_of(model_path: Path, extra_model_path: Path | None) -> str:
+    """Tell a checkpoint from any other by the files that are loaded, in milliseconds.
+
+    It covers every configuration and tokenizer file, and of each weight file the size, the header and samples
+    spread over its data: retrained weights differ, while a few altered bytes may lie between two samples.
+    Where the checkpoint lies, when it was written and what else is in its folders make no difference.
+
+    Args:
+        model_path: a HiDream-I1 in diffusers format.
+        extra_model_path: the Llama folder; counts only where the checkpoint holds none.
+
+    Returns:
+        Hexadecimal digits.
+
+    Raises:
+        ModelNotFoundError: a file is missing or cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name, path, flag in _files(model_path, extra_model_path):
+        size_bytes, parts = _read(path, flag)
+        digest.update(f"{name}\n{size_bytes}\n".encode())
+        for part in parts:
+            digest.update(part)
+    return digest.hexdigest()[:_DIGITS]
+
+
+def _files(model_path: Path, extra_model_path: Path | None) -> Iterator[tuple[str, Path, str]]:
+    """Name within the checkpoint, path, and flag that named the folder, of each file that is loaded."""
+    flag = MODEL_PATH_FLAG
+    for name in _PIPELINE_FILES:
+        if (model_path / name).is_file():
+            yield name, model_path / name, flag
+    for component in _COMPONENTS:
+        yield from _component_files(component, model_path / component, flag)
+    for tokenizer in _TOKENIZERS:
+        yield from _tokenizer_files(tokenizer, model_path / tokenizer, flag)
+    if not has_llama(model_path):
+        flag = EXTRA_MODEL_PATH_FLAG
+    yield from _component_files(LLAMA, llama_folder(model_path, extra_model_path), flag)
+    yield from _tokenizer_files(LLAMA_TOKENIZER, llama_tokenizer_folder(model_path, extra_model_path), flag)
+
+
+def _component_files(name: str, folder: Path, flag: str) -> Iterator[tuple[str, Path, str]]:
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    for path in (folder / "config.json", *indexes, *weight_files(folder, flag)):
+        yield f"{name}/{path.name}", path, flag
+
+
+def _tokenizer_files(name: str, folder: Path, flag: str) -> Iterator[tuple[str, Path, str]]:
+    for file_name in _TOKENIZER_FILES:
+        if (folder / file_name).is_file():
+            yield f"{name}/{file_name}", folder / file_name, flag
+
+
+def _read(path: Path, flag: str) -> tuple[int, list[bytes]]:
+    """Size in bytes, and what counts of the content."""
+    try:
+        with path.open("rb") as file:
+            size_bytes = file.seek(0, 2)
+            file.seek(0)
+            parts = _read_samples(file, size_bytes) if path.suffix == ".safetensors" else [file.read()]
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ModelNotFoundError(flag, path, reason) from None
+    return size_bytes, parts
+
+
+def _read_samples(file: BinaryIO, size_bytes: int) -> list[bytes]:
+    """The header of a safetensors file, and samples of its data: the first, the last, and between them."""
+    header_length = file.read(8)
+    data_start = 8 + int.from_bytes(header_length, "little")
+    if len(header_length) < 8 or data_start > size_bytes:
+        raise ValueError("not a whole safetensors file")
+    parts = [file.read(data_start - 8)]
+    if size_bytes - data_start <= _MAX_SAMPLES * _SAMPLE_BYTES:
+        return [*parts, file.read()]
+    last_start = size_bytes - _SAMPLE_BYTES
+    for index in range(_MAX_SAMPLES):
+        file.seek(data_start + index * (last_start - data_start) // (_MAX_SAMPLES - 1))
+        parts.append(file.read(_SAMPLE_BYTES))
+    return parts
