@@ -21,10 +21,12 @@
     │   ├── StoreUnavailableError       the database of the jobs does not answer
     │   ├── StoreFullError              the database of the jobs has no room
     │   ├── TooManyReadersError         the caller follows too many jobs at once
+    │   ├── ModelNotServedError         nothing was accepted: no live server draws with the model asked for
     │   ├── NotServingError             starting, draining, or the devices are lost
     │   ├── ArtifactUnavailableError    images cannot be stored or read now
     │   ├── ImageNotFoundError          the job has no such image, or has it no longer
     │   ├── ImageNotFinishedError       the job is still at the image
+    │   ├── ImageDamagedError           the stored image is gone, short or altered
     │   ├── OffsetOutOfRangeError       beyond the image's size
     │   ├── DeadlineExceededError       the caller's deadline passed before the job ended
     │   └── JobCancelledError           somebody cancelled the job
@@ -240,6 +242,16 @@ class TooManyReadersError(RequestError):
         self.retry_after_seconds = retry_after_seconds
 
 
+class ModelNotServedError(RequestError):
+    """No live server of the job store draws with the model asked for; nothing was accepted."""
+
+    def __init__(self, model: str, live_models: tuple[str, ...]) -> None:
+        named = ", ".join(live_models) or "none"
+        super().__init__(f"no live server draws with the model {model!r}; live models: {named}")
+        self.model = model
+        self.live_models = live_models
+
+
 class NotServingError(RequestError):
     """The service is starting or draining, or its devices are lost."""
 
@@ -271,6 +283,15 @@ class ImageNotFinishedError(RequestError):
 
     def __init__(self, job_id: str, index: int) -> None:
         super().__init__(f"image {index} of job {job_id} is not finished; watch the job")
+        self.job_id = job_id
+        self.index = index
+
+
+class ImageDamagedError(RequestError):
+    """An image that was stored is gone, short or altered; what was read of it must not be used."""
+
+    def __init__(self, job_id: str, index: int) -> None:
+        super().__init__(f"image {index} of job {job_id} is damaged; ask for it again with the same seed")
         self.job_id = job_id
         self.index = index
 

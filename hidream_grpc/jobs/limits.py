@@ -38,6 +38,7 @@ class RequestLimits:
     max_queued_jobs_per_caller: int | None = None
     max_running_jobs_per_caller: int | None = None
     max_pixel_steps_per_minute_per_caller: int | None = None
+    max_streams_per_caller: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,18 @@ def _not_finished(error: errors.ImageNotFinishedError) -> list[Message]:
     return [error_details_pb2.PreconditionFailure(violations=[violation]), _job(error.job_id, error)]
 
 
+def _not_served(error: errors.ModelNotServedError) -> list[Message]:
+    violation = error_details_pb2.PreconditionFailure.Violation(
+        type="MODEL", subject=error.model, description=str(error)
+    )
+    return [error_details_pb2.PreconditionFailure(violations=[violation])]
+
+
+def _damaged(error: errors.ImageDamagedError) -> list[Message]:
+    metadata = {"job_id": error.job_id, "image_index": str(error.index)}
+    return [error_details_pb2.ErrorInfo(reason="IMAGE_DAMAGED", domain=DOMAIN, metadata=metadata)]
+
+
 def _unauthenticated(error: errors.UnauthenticatedError) -> list[Message]:
     return [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
 
@@ -98,10 +110,12 @@ TABLE: dict[type[errors.HiDreamError], _Row] = {
         code_pb2.RESOURCE_EXHAUSTED,
         lambda e: [_quota("max_streams", e), _retry(e.retry_after_seconds)],
     ),
+    errors.ModelNotServedError: _Row(code_pb2.FAILED_PRECONDITION, _not_served),
     errors.NotServingError: _Row(code_pb2.UNAVAILABLE, lambda e: [_retry(e.retry_after_seconds)]),
     errors.ArtifactUnavailableError: _Row(code_pb2.UNAVAILABLE, lambda e: [_retry(e.retry_after_seconds)]),
     errors.ImageNotFoundError: _Row(code_pb2.NOT_FOUND, lambda e: [_job(e.job_id, e)]),
     errors.ImageNotFinishedError: _Row(code_pb2.FAILED_PRECONDITION, _not_finished),
+    errors.ImageDamagedError: _Row(code_pb2.DATA_LOSS, _damaged),
     errors.OffsetOutOfRangeError: _Row(code_pb2.OUT_OF_RANGE, _bad_offset),
     errors.DeadlineExceededError: _Row(code_pb2.DEADLINE_EXCEEDED, lambda e: [_job(e.job_id, e)]),
     errors.JobCancelledError: _Row(code_pb2.CANCELLED, lambda e: [_job(e.job_id, e)]),

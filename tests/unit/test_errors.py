@@ -4,7 +4,13 @@ import inspect
 import re
 
 import hidream_grpc.errors
-from hidream_grpc.errors import FieldViolation, HiDreamError, InvalidRequestError, JobInternalError
+from hidream_grpc.errors import (
+    FieldViolation,
+    HiDreamError,
+    InvalidRequestError,
+    JobInternalError,
+    ModelNotServedError,
+)
 
 
 def test_the_tree_at_the_top_of_the_module_shows_every_error_below_its_parent() -> None:
@@ -30,6 +36,13 @@ def test_a_bad_request_names_every_field_in_its_text() -> None:
     error = InvalidRequestError(violations)
     assert str(error) == "spec.width: is odd; labels: are too many"
     assert error.violations == violations
+
+
+def test_a_model_that_nobody_serves_is_refused_with_those_that_live() -> None:
+    assert str(ModelNotServedError("dev", ("demo", "full"))) == (
+        "no live server draws with the model 'dev'; live models: demo, full"
+    )
+    assert str(ModelNotServedError("dev", ())).endswith("live models: none")
 
 
 def test_every_internal_error_has_an_id_of_its_own() -> None:

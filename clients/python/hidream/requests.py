@@ -38,6 +38,7 @@ class SubmitOptions(TypedDict, total=False):
         preview: also send a small picture after each step.
         priority: which jobs go first when several wait.
         labels: free labels, to find the job again.
+        model: name of the model that is to draw, one of `info().live_models`; the server's own when absent.
     """
 
     negative_prompt: str | None
@@ -53,6 +54,7 @@ class SubmitOptions(TypedDict, total=False):
     preview: bool | None
     priority: Priority | None
     labels: Mapping[str, str] | None
+    model: str | None
 
 
 class GenerateOptions(SubmitOptions, total=False):

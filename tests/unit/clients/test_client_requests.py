@@ -25,6 +25,7 @@ def test_every_argument_reaches_its_field() -> None:
         detached=True,
         priority="HIGH",
         labels={"team": "art"},
+        model="dev",
     )
     assert request == image_gen_pb2.GenerateRequest(
         spec=image_pb2.ImageSpec(
@@ -44,6 +45,7 @@ def test_every_argument_reaches_its_field() -> None:
         detached=True,
         priority=job_pb2.PRIORITY_HIGH,
         labels={"team": "art"},
+        model="dev",
     )
 
 
@@ -86,6 +88,7 @@ def test_what_is_not_given_stays_absent_and_is_the_servers_to_decide() -> None:
     absent: dict[str, Any] = dict.fromkeys(GenerateOptions.__annotations__)
     assert generate_request("a", **absent) == generate_request("a")
     assert not generate_request("a").spec.HasField("seed")
+    assert not generate_request("a").HasField("model")
     assert generate_request("a", seed=0).spec.HasField("seed")
 
 

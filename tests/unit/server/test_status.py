@@ -43,10 +43,12 @@ EXAMPLES: dict[type[HiDreamError], HiDreamError] = {
         errors.StoreUnavailableError(1.0),
         errors.StoreFullError(5.0),
         errors.TooManyReadersError(1000, 1.5),
+        errors.ModelNotServedError("dev", ("demo", "full")),
         errors.NotServingError("the model is loading", 2.0),
         errors.ArtifactUnavailableError(5.0),
         errors.ImageNotFoundError("j1", 3),
         errors.ImageNotFinishedError("j1", 3),
+        errors.ImageDamagedError("j1", 3),
         errors.OffsetOutOfRangeError(11, 10),
         errors.DeadlineExceededError("j1"),
         errors.JobCancelledError("j1"),
@@ -104,10 +106,12 @@ def test_every_status_has_a_code_a_text_and_details(error: HiDreamError) -> None
         (errors.StoreUnavailableError, "UNAVAILABLE", {"RetryInfo"}),
         (errors.StoreFullError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "RetryInfo"}),
         (errors.TooManyReadersError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "RetryInfo"}),
+        (errors.ModelNotServedError, "FAILED_PRECONDITION", {"PreconditionFailure"}),
         (errors.NotServingError, "UNAVAILABLE", {"RetryInfo"}),
         (errors.ArtifactUnavailableError, "UNAVAILABLE", {"RetryInfo"}),
         (errors.ImageNotFoundError, "NOT_FOUND", {"ResourceInfo"}),
         (errors.ImageNotFinishedError, "FAILED_PRECONDITION", {"PreconditionFailure", "ResourceInfo"}),
+        (errors.ImageDamagedError, "DATA_LOSS", {"ErrorInfo"}),
         (errors.OffsetOutOfRangeError, "OUT_OF_RANGE", {"BadRequest"}),
         (errors.DeadlineExceededError, "DEADLINE_EXCEEDED", {"ResourceInfo"}),
         (errors.JobCancelledError, "CANCELLED", {"ResourceInfo"}),
@@ -163,9 +167,22 @@ def test_a_limit_of_the_caller_names_caller_and_limit_with_the_time_to_come_back
 
 def test_errors_of_a_job_name_the_job() -> None:
     for error in EXAMPLES.values():
-        if hasattr(error, "job_id"):
+        if hasattr(error, "job_id") and not isinstance(error, errors.ImageDamagedError):
             resource = details(to_status(error))["ResourceInfo"]
             assert (resource.resource_type, resource.resource_name) == ("Job", "j1")
+
+
+def test_a_damaged_image_is_told_by_its_job_and_number() -> None:
+    info = details(to_status(EXAMPLES[errors.ImageDamagedError]))["ErrorInfo"]
+    assert (info.reason, info.domain) == ("IMAGE_DAMAGED", "hidream.v1")
+    assert dict(info.metadata) == {"job_id": "j1", "image_index": "3"}
+
+
+def test_a_model_that_nobody_serves_is_told_with_those_that_live() -> None:
+    failure = details(to_status(EXAMPLES[errors.ModelNotServedError]))["PreconditionFailure"]
+    (violation,) = failure.violations
+    assert (violation.type, violation.subject) == ("MODEL", "dev")
+    assert "demo, full" in violation.description
 
 
 def test_a_failure_of_ours_tells_an_id_and_nothing_else() -> None:

@@ -45,7 +45,11 @@ type GenerateRequest struct {
 	Priority Priority `protobuf:"varint,5,opt,name=priority,proto3,enum=hidream.v1.Priority" json:"priority,omitempty"`
 	// Free labels, to find the job again. At most `limits.max_labels`, keys and values each at most
 	// `limits.max_label_bytes` bytes; keys are not empty.
-	Labels        map[string]string `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Labels map[string]string `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Name of the model that is to draw, as `ServerInfo.model.name`: that of the server that is asked, or
+	// one of `ServerInfo.live_models`; for any other the answer is FAILED_PRECONDITION. Absent: the model of
+	// the server that is asked.
+	Model         *string `protobuf:"bytes,7,opt,name=model,proto3,oneof" json:"model,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -122,6 +126,13 @@ func (x *GenerateRequest) GetLabels() map[string]string {
 	return nil
 }
 
+func (x *GenerateRequest) GetModel() string {
+	if x != nil && x.Model != nil {
+		return *x.Model
+	}
+	return ""
+}
+
 // Response stream of `ImageGen.Generate`.
 type GenerateResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -189,7 +200,9 @@ type SubmitJobRequest struct {
 	// As `GenerateRequest.priority`.
 	Priority Priority `protobuf:"varint,4,opt,name=priority,proto3,enum=hidream.v1.Priority" json:"priority,omitempty"`
 	// As `GenerateRequest.labels`.
-	Labels        map[string]string `protobuf:"bytes,5,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	Labels map[string]string `protobuf:"bytes,5,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// As `GenerateRequest.model`.
+	Model         *string `protobuf:"bytes,6,opt,name=model,proto3,oneof" json:"model,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -257,6 +270,13 @@ func (x *SubmitJobRequest) GetLabels() map[string]string {
 		return x.Labels
 	}
 	return nil
+}
+
+func (x *SubmitJobRequest) GetModel() string {
+	if x != nil && x.Model != nil {
+		return *x.Model
+	}
+	return ""
 }
 
 // Request of `ImageGen.BatchSubmitJobs`.
@@ -991,7 +1011,7 @@ var File_hidream_v1_image_gen_proto protoreflect.FileDescriptor
 const file_hidream_v1_image_gen_proto_rawDesc = "" +
 	"\n" +
 	"\x1ahidream/v1/image_gen.proto\x12\n" +
-	"hidream.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16hidream/v1/image.proto\x1a\x14hidream/v1/job.proto\x1a\x1chidream/v1/server_info.proto\"\xbf\x02\n" +
+	"hidream.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16hidream/v1/image.proto\x1a\x14hidream/v1/job.proto\x1a\x1chidream/v1/server_info.proto\"\xe4\x02\n" +
 	"\x0fGenerateRequest\x12)\n" +
 	"\x04spec\x18\x01 \x01(\v2\x15.hidream.v1.ImageSpecR\x04spec\x12\x1d\n" +
 	"\n" +
@@ -999,23 +1019,27 @@ const file_hidream_v1_image_gen_proto_rawDesc = "" +
 	"\apreview\x18\x03 \x01(\bR\apreview\x12\x1a\n" +
 	"\bdetached\x18\x04 \x01(\bR\bdetached\x120\n" +
 	"\bpriority\x18\x05 \x01(\x0e2\x14.hidream.v1.PriorityR\bpriority\x12?\n" +
-	"\x06labels\x18\x06 \x03(\v2'.hidream.v1.GenerateRequest.LabelsEntryR\x06labels\x1a9\n" +
+	"\x06labels\x18\x06 \x03(\v2'.hidream.v1.GenerateRequest.LabelsEntryR\x06labels\x12\x19\n" +
+	"\x05model\x18\a \x01(\tH\x00R\x05model\x88\x01\x01\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"U\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\b\n" +
+	"\x06_model\"U\n" +
 	"\x10GenerateResponse\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12*\n" +
-	"\x05event\x18\x02 \x01(\v2\x14.hidream.v1.JobEventR\x05event\"\xa5\x02\n" +
+	"\x05event\x18\x02 \x01(\v2\x14.hidream.v1.JobEventR\x05event\"\xca\x02\n" +
 	"\x10SubmitJobRequest\x12)\n" +
 	"\x04spec\x18\x01 \x01(\v2\x15.hidream.v1.ImageSpecR\x04spec\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x02 \x01(\tR\trequestId\x12\x18\n" +
 	"\apreview\x18\x03 \x01(\bR\apreview\x120\n" +
 	"\bpriority\x18\x04 \x01(\x0e2\x14.hidream.v1.PriorityR\bpriority\x12@\n" +
-	"\x06labels\x18\x05 \x03(\v2(.hidream.v1.SubmitJobRequest.LabelsEntryR\x06labels\x1a9\n" +
+	"\x06labels\x18\x05 \x03(\v2(.hidream.v1.SubmitJobRequest.LabelsEntryR\x06labels\x12\x19\n" +
+	"\x05model\x18\x06 \x01(\tH\x00R\x05model\x88\x01\x01\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"R\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\b\n" +
+	"\x06_model\"R\n" +
 	"\x16BatchSubmitJobsRequest\x128\n" +
 	"\brequests\x18\x01 \x03(\v2\x1c.hidream.v1.SubmitJobRequestR\brequests\">\n" +
 	"\x17BatchSubmitJobsResponse\x12#\n" +
@@ -1176,6 +1200,8 @@ func file_hidream_v1_image_gen_proto_init() {
 	file_hidream_v1_image_proto_init()
 	file_hidream_v1_job_proto_init()
 	file_hidream_v1_server_info_proto_init()
+	file_hidream_v1_image_gen_proto_msgTypes[0].OneofWrappers = []any{}
+	file_hidream_v1_image_gen_proto_msgTypes[2].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

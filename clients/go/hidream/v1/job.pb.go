@@ -301,6 +301,9 @@ type Job struct {
 	// Time until a QUEUED job starts, from measured times. Absent while the server cannot tell, and
 	// when the job does not wait.
 	EstimatedWait *durationpb.Duration `protobuf:"bytes,17,opt,name=estimated_wait,json=estimatedWait,proto3" json:"estimated_wait,omitempty"`
+	// Name of the model that checked the request and that draws it, as `ServerInfo.model.name`; fixed when
+	// the job is accepted.
+	Model         string `protobuf:"bytes,18,opt,name=model,proto3" json:"model,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -452,6 +455,13 @@ func (x *Job) GetEstimatedWait() *durationpb.Duration {
 		return x.EstimatedWait
 	}
 	return nil
+}
+
+func (x *Job) GetModel() string {
+	if x != nil {
+		return x.Model
+	}
+	return ""
 }
 
 // How a job is drawn: what the same image can be asked for again with.
@@ -1310,7 +1320,7 @@ var File_hidream_v1_job_proto protoreflect.FileDescriptor
 const file_hidream_v1_job_proto_rawDesc = "" +
 	"\n" +
 	"\x14hidream/v1/job.proto\x12\n" +
-	"hidream.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x16hidream/v1/image.proto\"\xed\x06\n" +
+	"hidream.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x16hidream/v1/image.proto\"\x83\a\n" +
 	"\x03Job\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x1d\n" +
 	"\n" +
@@ -1332,7 +1342,8 @@ const file_hidream_v1_job_proto_rawDesc = "" +
 	"\n" +
 	"start_time\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\x125\n" +
 	"\bend_time\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x12@\n" +
-	"\x0eestimated_wait\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\restimatedWait\x1a9\n" +
+	"\x0eestimated_wait\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\restimatedWait\x12\x14\n" +
+	"\x05model\x18\x12 \x01(\tR\x05model\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x87\x01\n" +

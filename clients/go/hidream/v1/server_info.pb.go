@@ -118,7 +118,10 @@ type ServerInfo struct {
 	// Rank processes replaced since the start.
 	NumRankRestarts int32 `protobuf:"varint,12,opt,name=num_rank_restarts,json=numRankRestarts,proto3" json:"num_rank_restarts,omitempty"`
 	// Devices that the operator named and the layout does not use, by the operator's numbers.
-	IdleDevices   []int32 `protobuf:"varint,13,rep,packed,name=idle_devices,json=idleDevices,proto3" json:"idle_devices,omitempty"`
+	IdleDevices []int32 `protobuf:"varint,13,rep,packed,name=idle_devices,json=idleDevices,proto3" json:"idle_devices,omitempty"`
+	// Models that live servers of this job store draw with, this server's included, by name: what a request
+	// may name. `num_parameters` is 0 for those of other servers.
+	LiveModels    []*ModelInfo `protobuf:"bytes,14,rep,name=live_models,json=liveModels,proto3" json:"live_models,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -244,6 +247,13 @@ func (x *ServerInfo) GetIdleDevices() []int32 {
 	return nil
 }
 
+func (x *ServerInfo) GetLiveModels() []*ModelInfo {
+	if x != nil {
+		return x.LiveModels
+	}
+	return nil
+}
+
 // The loaded checkpoint.
 type ModelInfo struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -257,6 +267,9 @@ type ModelInfo struct {
 	Shift float32 `protobuf:"fixed32,4,opt,name=shift,proto3" json:"shift,omitempty"`
 	// Weights of all components. 0 until the ranks have loaded.
 	NumParameters int64 `protobuf:"varint,5,opt,name=num_parameters,json=numParameters,proto3" json:"num_parameters,omitempty"`
+	// Fingerprint of the checkpoint's configuration and weights, a word to compare: two servers with the same
+	// name and another fingerprint draw other images. Empty while the server does not know it.
+	Fingerprint   string `protobuf:"bytes,6,opt,name=fingerprint,proto3" json:"fingerprint,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -324,6 +337,13 @@ func (x *ModelInfo) GetNumParameters() int64 {
 		return x.NumParameters
 	}
 	return 0
+}
+
+func (x *ModelInfo) GetFingerprint() string {
+	if x != nil {
+		return x.Fingerprint
+	}
+	return ""
 }
 
 // The device of one rank.
@@ -577,7 +597,8 @@ type RequestLimits struct {
 	MaxQueuedJobs int32 `protobuf:"varint,9,opt,name=max_queued_jobs,json=maxQueuedJobs,proto3" json:"max_queued_jobs,omitempty"`
 	// Jobs that this server draws at the same time.
 	MaxRunningJobs int32 `protobuf:"varint,10,opt,name=max_running_jobs,json=maxRunningJobs,proto3" json:"max_running_jobs,omitempty"`
-	// Streams that are open at this server at the same time.
+	// Streams that are open at this server at the same time, of all callers; a further one answers
+	// RESOURCE_EXHAUSTED.
 	MaxStreams int32 `protobuf:"varint,11,opt,name=max_streams,json=maxStreams,proto3" json:"max_streams,omitempty"`
 	// Bytes of a request id.
 	MaxRequestIdBytes int32 `protobuf:"varint,12,opt,name=max_request_id_bytes,json=maxRequestIdBytes,proto3" json:"max_request_id_bytes,omitempty"`
@@ -604,8 +625,11 @@ type RequestLimits struct {
 	// RESOURCE_EXHAUSTED with the time until it fits; a request or batch that alone is more answers
 	// INVALID_ARGUMENT. Absent: any amount.
 	MaxPixelStepsPerMinutePerCaller *int64 `protobuf:"varint,21,opt,name=max_pixel_steps_per_minute_per_caller,json=maxPixelStepsPerMinutePerCaller,proto3,oneof" json:"max_pixel_steps_per_minute_per_caller,omitempty"`
-	unknownFields                   protoimpl.UnknownFields
-	sizeCache                       protoimpl.SizeCache
+	// Streams of one caller that are open at this server at the same time; a further one answers
+	// RESOURCE_EXHAUSTED. Absent: only `max_streams` counts.
+	MaxStreamsPerCaller *int32 `protobuf:"varint,22,opt,name=max_streams_per_caller,json=maxStreamsPerCaller,proto3,oneof" json:"max_streams_per_caller,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *RequestLimits) Reset() {
@@ -781,6 +805,13 @@ func (x *RequestLimits) GetMaxRunningJobsPerCaller() int32 {
 func (x *RequestLimits) GetMaxPixelStepsPerMinutePerCaller() int64 {
 	if x != nil && x.MaxPixelStepsPerMinutePerCaller != nil {
 		return *x.MaxPixelStepsPerMinutePerCaller
+	}
+	return 0
+}
+
+func (x *RequestLimits) GetMaxStreamsPerCaller() int32 {
+	if x != nil && x.MaxStreamsPerCaller != nil {
+		return *x.MaxStreamsPerCaller
 	}
 	return 0
 }
@@ -973,7 +1004,7 @@ var File_hidream_v1_server_info_proto protoreflect.FileDescriptor
 const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\n" +
 	"\x1chidream/v1/server_info.proto\x12\n" +
-	"hidream.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe9\x04\n" +
+	"hidream.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa1\x05\n" +
 	"\n" +
 	"ServerInfo\x12-\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x17.hidream.v1.ServerStateR\x05state\x12+\n" +
@@ -992,13 +1023,16 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"generation\x18\v \x01(\x05R\n" +
 	"generation\x12*\n" +
 	"\x11num_rank_restarts\x18\f \x01(\x05R\x0fnumRankRestarts\x12!\n" +
-	"\fidle_devices\x18\r \x03(\x05R\vidleDevices\"\x94\x01\n" +
+	"\fidle_devices\x18\r \x03(\x05R\vidleDevices\x126\n" +
+	"\vlive_models\x18\x0e \x03(\v2\x15.hidream.v1.ModelInfoR\n" +
+	"liveModels\"\xb6\x01\n" +
 	"\tModelInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\avariant\x18\x02 \x01(\tR\avariant\x12\x1c\n" +
 	"\tscheduler\x18\x03 \x01(\tR\tscheduler\x12\x14\n" +
 	"\x05shift\x18\x04 \x01(\x02R\x05shift\x12%\n" +
-	"\x0enum_parameters\x18\x05 \x01(\x03R\rnumParameters\"\xaf\x01\n" +
+	"\x0enum_parameters\x18\x05 \x01(\x03R\rnumParameters\x12 \n" +
+	"\vfingerprint\x18\x06 \x01(\tR\vfingerprint\"\xaf\x01\n" +
 	"\n" +
 	"DeviceInfo\x12\x12\n" +
 	"\x04rank\x18\x01 \x01(\x05R\x04rank\x12\x1f\n" +
@@ -1017,7 +1051,7 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\x0eguidance_scale\x18\x04 \x01(\x02R\rguidanceScale\x12\x1d\n" +
 	"\n" +
 	"num_images\x18\x05 \x01(\x05R\tnumImages\x12\x18\n" +
-	"\aquality\x18\x06 \x01(\x05R\aquality\"\xb7\b\n" +
+	"\aquality\x18\x06 \x01(\x05R\aquality\"\x8c\t\n" +
 	"\rRequestLimits\x12*\n" +
 	"\x11max_prompt_tokens\x18\x01 \x01(\x05R\x0fmaxPromptTokens\x12(\n" +
 	"\x10max_prompt_bytes\x18\x02 \x01(\x05R\x0emaxPromptBytes\x12#\n" +
@@ -1044,10 +1078,12 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\bmax_seed\x18\x12 \x01(\x03R\amaxSeed\x12?\n" +
 	"\x1amax_queued_jobs_per_caller\x18\x13 \x01(\x05H\x00R\x16maxQueuedJobsPerCaller\x88\x01\x01\x12A\n" +
 	"\x1bmax_running_jobs_per_caller\x18\x14 \x01(\x05H\x01R\x17maxRunningJobsPerCaller\x88\x01\x01\x12S\n" +
-	"%max_pixel_steps_per_minute_per_caller\x18\x15 \x01(\x03H\x02R\x1fmaxPixelStepsPerMinutePerCaller\x88\x01\x01B\x1d\n" +
+	"%max_pixel_steps_per_minute_per_caller\x18\x15 \x01(\x03H\x02R\x1fmaxPixelStepsPerMinutePerCaller\x88\x01\x01\x128\n" +
+	"\x16max_streams_per_caller\x18\x16 \x01(\x05H\x03R\x13maxStreamsPerCaller\x88\x01\x01B\x1d\n" +
 	"\x1b_max_queued_jobs_per_callerB\x1e\n" +
 	"\x1c_max_running_jobs_per_callerB(\n" +
-	"&_max_pixel_steps_per_minute_per_caller\"\xa7\x01\n" +
+	"&_max_pixel_steps_per_minute_per_callerB\x19\n" +
+	"\x17_max_streams_per_caller\"\xa7\x01\n" +
 	"\tJobCounts\x12\x16\n" +
 	"\x06queued\x18\x01 \x01(\x05R\x06queued\x12\x18\n" +
 	"\arunning\x18\x02 \x01(\x05R\arunning\x12\x1c\n" +
@@ -1097,20 +1133,21 @@ var file_hidream_v1_server_info_proto_goTypes = []any{
 	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
 }
 var file_hidream_v1_server_info_proto_depIdxs = []int32{
-	0, // 0: hidream.v1.ServerInfo.state:type_name -> hidream.v1.ServerState
-	2, // 1: hidream.v1.ServerInfo.model:type_name -> hidream.v1.ModelInfo
-	3, // 2: hidream.v1.ServerInfo.devices:type_name -> hidream.v1.DeviceInfo
-	5, // 3: hidream.v1.ServerInfo.defaults:type_name -> hidream.v1.RequestDefaults
-	6, // 4: hidream.v1.ServerInfo.limits:type_name -> hidream.v1.RequestLimits
-	4, // 5: hidream.v1.ServerInfo.recommended_sizes:type_name -> hidream.v1.ImageSize
-	7, // 6: hidream.v1.ServerInfo.jobs:type_name -> hidream.v1.JobCounts
-	8, // 7: hidream.v1.ServerInfo.versions:type_name -> hidream.v1.Versions
-	9, // 8: hidream.v1.ServerInfo.start_time:type_name -> google.protobuf.Timestamp
-	9, // [9:9] is the sub-list for method output_type
-	9, // [9:9] is the sub-list for method input_type
-	9, // [9:9] is the sub-list for extension type_name
-	9, // [9:9] is the sub-list for extension extendee
-	0, // [0:9] is the sub-list for field type_name
+	0,  // 0: hidream.v1.ServerInfo.state:type_name -> hidream.v1.ServerState
+	2,  // 1: hidream.v1.ServerInfo.model:type_name -> hidream.v1.ModelInfo
+	3,  // 2: hidream.v1.ServerInfo.devices:type_name -> hidream.v1.DeviceInfo
+	5,  // 3: hidream.v1.ServerInfo.defaults:type_name -> hidream.v1.RequestDefaults
+	6,  // 4: hidream.v1.ServerInfo.limits:type_name -> hidream.v1.RequestLimits
+	4,  // 5: hidream.v1.ServerInfo.recommended_sizes:type_name -> hidream.v1.ImageSize
+	7,  // 6: hidream.v1.ServerInfo.jobs:type_name -> hidream.v1.JobCounts
+	8,  // 7: hidream.v1.ServerInfo.versions:type_name -> hidream.v1.Versions
+	9,  // 8: hidream.v1.ServerInfo.start_time:type_name -> google.protobuf.Timestamp
+	2,  // 9: hidream.v1.ServerInfo.live_models:type_name -> hidream.v1.ModelInfo
+	10, // [10:10] is the sub-list for method output_type
+	10, // [10:10] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_hidream_v1_server_info_proto_init() }

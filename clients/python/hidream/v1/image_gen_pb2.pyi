@@ -53,6 +53,7 @@ class GenerateRequest(_message.Message):
     DETACHED_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """A name that the caller chooses for this request, so that a retry does not draw twice: while the
     job is kept, the same id with the same request follows that job, and with another request
@@ -67,6 +68,11 @@ class GenerateRequest(_message.Message):
     """Let the job go on when this call ends early. Default false: it is cancelled then."""
     priority: _job_pb2.Priority.ValueType
     """Which jobs go first when several wait. Unspecified means PRIORITY_NORMAL."""
+    model: _builtins.str
+    """Name of the model that is to draw, as `ServerInfo.model.name`: that of the server that is asked, or
+    one of `ServerInfo.live_models`; for any other the answer is FAILED_PRECONDITION. Absent: the model of
+    the server that is asked.
+    """
     @_builtins.property
     def spec(self) -> _image_pb2.ImageSpec:
         """What to draw. Required."""
@@ -86,12 +92,15 @@ class GenerateRequest(_message.Message):
         detached: _builtins.bool = ...,
         priority: _job_pb2.Priority.ValueType = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        model: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["detached", b"detached", "labels", b"labels", "preview", b"preview", "priority", b"priority", "request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "detached", b"detached", "labels", b"labels", "model", b"model", "preview", b"preview", "priority", b"priority", "request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__model: _TypeAlias = _typing.Literal["model"]  # noqa: Y015
+    _WhichOneofArgType__model: _TypeAlias = _typing.Literal["_model", b"_model"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__model) -> _WhichOneofReturnType__model | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
@@ -154,12 +163,15 @@ class SubmitJobRequest(_message.Message):
     PREVIEW_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """As `GenerateRequest.request_id`."""
     preview: _builtins.bool
     """As `GenerateRequest.preview`."""
     priority: _job_pb2.Priority.ValueType
     """As `GenerateRequest.priority`."""
+    model: _builtins.str
+    """As `GenerateRequest.model`."""
     @_builtins.property
     def spec(self) -> _image_pb2.ImageSpec:
         """What to draw. Required."""
@@ -176,12 +188,15 @@ class SubmitJobRequest(_message.Message):
         preview: _builtins.bool = ...,
         priority: _job_pb2.Priority.ValueType = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        model: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "preview", b"preview", "priority", b"priority", "request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "labels", b"labels", "model", b"model", "preview", b"preview", "priority", b"priority", "request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__model: _TypeAlias = _typing.Literal["model"]  # noqa: Y015
+    _WhichOneofArgType__model: _TypeAlias = _typing.Literal["_model", b"_model"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__model) -> _WhichOneofReturnType__model | None: ...
 
 Global___SubmitJobRequest: _TypeAlias = SubmitJobRequest  # noqa: Y015
 

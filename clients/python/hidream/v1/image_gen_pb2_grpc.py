@@ -188,6 +188,12 @@ class ImageGenServicer:
         Nothing was accepted; retry after the delay.
         - `RESOURCE_EXHAUSTED` (`QuotaFailure`): the job does not fit the device's memory even alone, or
         the images do not fit the server's storage. Retrying the same request rarely helps.
+        - `FAILED_PRECONDITION` (`PreconditionFailure` of the type `MODEL`; its subject is the model asked
+        for, its description names those that live): no live server of the job store draws with
+        `model`. Nothing was accepted. Do not retry.
+        - `DATA_LOSS` (`ErrorInfo` with reason `IMAGE_DAMAGED`, `job_id` and `image_index` in its metadata):
+        an image was stored and is gone, short or altered. What was received of it must not be used. Do
+        not retry: ask again with the same seed and another `request_id`.
         - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
         - `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
         - `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
@@ -206,6 +212,9 @@ class ImageGenServicer:
         - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, or the caller has used
         up its share (the violation's subject is then the caller). Nothing was accepted; retry after
         the delay.
+        - `FAILED_PRECONDITION` (`PreconditionFailure` of the type `MODEL`; its subject is the model asked
+        for, its description names those that live): no live server of the job store draws with
+        `model`. Nothing was accepted. Do not retry.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -216,7 +225,8 @@ class ImageGenServicer:
 
         Status codes, besides those of the service:
 
-        - `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`: as `SubmitJob`, for the batch as a whole.
+        - `ALREADY_EXISTS`, `RESOURCE_EXHAUSTED`, `FAILED_PRECONDITION`: as `SubmitJob`, for the batch as a
+        whole.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -248,8 +258,13 @@ class ImageGenServicer:
 
         Status codes, besides those of the service:
 
-        - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller. Do not retry.
-        - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
+        - `NOT_FOUND` (`ResourceInfo`): no such job, or it belongs to another caller, or it was removed, in
+        the middle of the stream too. Do not retry.
+        - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open, or too many of the
+        caller (the violation's subject is then the caller). Retry after the delay.
+        - `DATA_LOSS` (`ErrorInfo` with reason `IMAGE_DAMAGED`, `job_id` and `image_index` in its metadata):
+        an image was stored and is gone, short or altered. What was received of it must not be used. Do
+        not retry: ask for the job again, with the same seed.
         - `UNAVAILABLE` (`RetryInfo`): the server is going away. Watch again, on any server, with the last
         `sequence` received.
         """
@@ -286,11 +301,15 @@ class ImageGenServicer:
 
         Status codes, besides those of the service:
 
-        - `NOT_FOUND` (`ResourceInfo`): no such job or image, or it was removed. Do not retry.
+        - `NOT_FOUND` (`ResourceInfo`): no such job or image, or the job belongs to another caller, or it was
+        removed, in the middle of the stream too. Do not retry.
         - `FAILED_PRECONDITION` (`PreconditionFailure`): the image is not finished; watch the job.
         - `OUT_OF_RANGE`: the offset lies beyond the image's size. Do not retry.
-        - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open. Retry after the
-        delay.
+        - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open, or too many of the
+        caller (the violation's subject is then the caller). Retry after the delay.
+        - `DATA_LOSS` (`ErrorInfo` with reason `IMAGE_DAMAGED`, `job_id` and `image_index` in its metadata):
+        the image was stored and is gone, short or altered. What was received of it must not be used. Do
+        not retry: ask for the job again, with the same seed.
         - `UNAVAILABLE` (`RetryInfo`), after the first piece too: go on from the bytes received, on any
         server.
         """
@@ -305,7 +324,8 @@ class ImageGenServicer:
 
         Status codes, besides those of the service:
 
-        - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open.
+        - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): too many streams are open, or too many of the
+        caller (the violation's subject is then the caller). Retry after the delay.
         - `UNAVAILABLE` (`RetryInfo`): the server is going away, or its job store is lost. Watch again, on
         any server.
         """

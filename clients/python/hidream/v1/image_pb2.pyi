@@ -170,7 +170,7 @@ class ImageInfo(_message.Message):
     size_bytes: _builtins.int
     """Size of the file, in bytes."""
     sha256: _builtins.bytes
-    """SHA-256 of the file: 32 bytes."""
+    """SHA-256 of the file: 32 bytes. What was received and has another one must not be used."""
     def __init__(
         self,
         *,

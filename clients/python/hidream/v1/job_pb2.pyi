@@ -188,6 +188,7 @@ class Job(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     ESTIMATED_WAIT_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The server's name of the job."""
     request_id: _builtins.str
@@ -200,6 +201,10 @@ class Job(_message.Message):
     """Place in the queue, 1 for the next. 0 when the job does not wait."""
     priority: Global___Priority.ValueType
     """Which jobs go first when several wait."""
+    model: _builtins.str
+    """Name of the model that checked the request and that draws it, as `ServerInfo.model.name`; fixed when
+    the job is accepted.
+    """
     @_builtins.property
     def spec(self) -> _image_pb2.ImageSpec:
         """What is drawn, every field decided."""
@@ -266,10 +271,11 @@ class Job(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         estimated_wait: _duration_pb2.Duration | None = ...,
+        model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "estimated_wait", b"estimated_wait", "execution", b"execution", "progress", b"progress", "spec", b"spec", "start_time", b"start_time", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "estimated_wait", b"estimated_wait", "execution", b"execution", "images", b"images", "job_id", b"job_id", "labels", b"labels", "priority", b"priority", "progress", b"progress", "queue_position", b"queue_position", "request_id", b"request_id", "spec", b"spec", "stage", b"stage", "start_time", b"start_time", "state", b"state", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "estimated_wait", b"estimated_wait", "execution", b"execution", "images", b"images", "job_id", b"job_id", "labels", b"labels", "model", b"model", "priority", b"priority", "progress", b"progress", "queue_position", b"queue_position", "request_id", b"request_id", "spec", b"spec", "stage", b"stage", "start_time", b"start_time", "state", b"state", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

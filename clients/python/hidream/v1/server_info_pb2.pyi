@@ -75,6 +75,7 @@ class ServerInfo(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     NUM_RANK_RESTARTS_FIELD_NUMBER: _builtins.int
     IDLE_DEVICES_FIELD_NUMBER: _builtins.int
+    LIVE_MODELS_FIELD_NUMBER: _builtins.int
     state: Global___ServerState.ValueType
     """Whether it takes requests."""
     layout: _builtins.str
@@ -121,6 +122,12 @@ class ServerInfo(_message.Message):
     def idle_devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Devices that the operator named and the layout does not use, by the operator's numbers."""
 
+    @_builtins.property
+    def live_models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelInfo]:
+        """Models that live servers of this job store draw with, this server's included, by name: what a request
+        may name. `num_parameters` is 0 for those of other servers.
+        """
+
     def __init__(
         self,
         *,
@@ -137,10 +144,11 @@ class ServerInfo(_message.Message):
         generation: _builtins.int = ...,
         num_rank_restarts: _builtins.int = ...,
         idle_devices: _abc.Iterable[_builtins.int] | None = ...,
+        live_models: _abc.Iterable[Global___ModelInfo] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "jobs", b"jobs", "limits", b"limits", "model", b"model", "start_time", b"start_time", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "devices", b"devices", "generation", b"generation", "idle_devices", b"idle_devices", "jobs", b"jobs", "layout", b"layout", "limits", b"limits", "model", b"model", "num_rank_restarts", b"num_rank_restarts", "recommended_sizes", b"recommended_sizes", "start_time", b"start_time", "state", b"state", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "devices", b"devices", "generation", b"generation", "idle_devices", b"idle_devices", "jobs", b"jobs", "layout", b"layout", "limits", b"limits", "live_models", b"live_models", "model", b"model", "num_rank_restarts", b"num_rank_restarts", "recommended_sizes", b"recommended_sizes", "start_time", b"start_time", "state", b"state", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -157,6 +165,7 @@ class ModelInfo(_message.Message):
     SCHEDULER_FIELD_NUMBER: _builtins.int
     SHIFT_FIELD_NUMBER: _builtins.int
     NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the checkpoint's folder, or `demo`."""
     variant: _builtins.str
@@ -167,6 +176,10 @@ class ModelInfo(_message.Message):
     """The scheduler's timestep shift."""
     num_parameters: _builtins.int
     """Weights of all components. 0 until the ranks have loaded."""
+    fingerprint: _builtins.str
+    """Fingerprint of the checkpoint's configuration and weights, a word to compare: two servers with the same
+    name and another fingerprint draw other images. Empty while the server does not know it.
+    """
     def __init__(
         self,
         *,
@@ -175,10 +188,11 @@ class ModelInfo(_message.Message):
         scheduler: _builtins.str = ...,
         shift: _builtins.float = ...,
         num_parameters: _builtins.int = ...,
+        fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "num_parameters", b"num_parameters", "scheduler", b"scheduler", "shift", b"shift", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "name", b"name", "num_parameters", b"num_parameters", "scheduler", b"scheduler", "shift", b"shift", "variant", b"variant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -317,6 +331,7 @@ class RequestLimits(_message.Message):
     MAX_QUEUED_JOBS_PER_CALLER_FIELD_NUMBER: _builtins.int
     MAX_RUNNING_JOBS_PER_CALLER_FIELD_NUMBER: _builtins.int
     MAX_PIXEL_STEPS_PER_MINUTE_PER_CALLER_FIELD_NUMBER: _builtins.int
+    MAX_STREAMS_PER_CALLER_FIELD_NUMBER: _builtins.int
     max_prompt_tokens: _builtins.int
     """Tokens of a prompt, for each text encoder, its special tokens included."""
     max_prompt_bytes: _builtins.int
@@ -338,7 +353,9 @@ class RequestLimits(_message.Message):
     max_running_jobs: _builtins.int
     """Jobs that this server draws at the same time."""
     max_streams: _builtins.int
-    """Streams that are open at this server at the same time."""
+    """Streams that are open at this server at the same time, of all callers; a further one answers
+    RESOURCE_EXHAUSTED.
+    """
     max_request_id_bytes: _builtins.int
     """Bytes of a request id."""
     max_labels: _builtins.int
@@ -367,6 +384,10 @@ class RequestLimits(_message.Message):
     RESOURCE_EXHAUSTED with the time until it fits; a request or batch that alone is more answers
     INVALID_ARGUMENT. Absent: any amount.
     """
+    max_streams_per_caller: _builtins.int
+    """Streams of one caller that are open at this server at the same time; a further one answers
+    RESOURCE_EXHAUSTED. Absent: only `max_streams` counts.
+    """
     def __init__(
         self,
         *,
@@ -391,10 +412,11 @@ class RequestLimits(_message.Message):
         max_queued_jobs_per_caller: _builtins.int | None = ...,
         max_running_jobs_per_caller: _builtins.int | None = ...,
         max_pixel_steps_per_minute_per_caller: _builtins.int | None = ...,
+        max_streams_per_caller: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller", "_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller", "_max_running_jobs_per_caller", b"_max_running_jobs_per_caller", "max_pixel_steps_per_minute_per_caller", b"max_pixel_steps_per_minute_per_caller", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_running_jobs_per_caller", b"max_running_jobs_per_caller"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller", "_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller", "_max_running_jobs_per_caller", b"_max_running_jobs_per_caller", "_max_streams_per_caller", b"_max_streams_per_caller", "max_pixel_steps_per_minute_per_caller", b"max_pixel_steps_per_minute_per_caller", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_running_jobs_per_caller", b"max_running_jobs_per_caller", "max_streams_per_caller", b"max_streams_per_caller"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller", "_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller", "_max_running_jobs_per_caller", b"_max_running_jobs_per_caller", "chunk_bytes", b"chunk_bytes", "max_guidance_scale", b"max_guidance_scale", "max_label_bytes", b"max_label_bytes", "max_labels", b"max_labels", "max_num_images", b"max_num_images", "max_num_inference_steps", b"max_num_inference_steps", "max_pixel_steps_per_minute_per_caller", b"max_pixel_steps_per_minute_per_caller", "max_pixels", b"max_pixels", "max_preview_side_pixels", b"max_preview_side_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompt_tokens", b"max_prompt_tokens", "max_queued_jobs", b"max_queued_jobs", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_receive_message_bytes", b"max_receive_message_bytes", "max_request_id_bytes", b"max_request_id_bytes", "max_running_jobs", b"max_running_jobs", "max_running_jobs_per_caller", b"max_running_jobs_per_caller", "max_seed", b"max_seed", "max_streams", b"max_streams", "min_side_pixels", b"min_side_pixels", "size_multiple", b"size_multiple"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller", "_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller", "_max_running_jobs_per_caller", b"_max_running_jobs_per_caller", "_max_streams_per_caller", b"_max_streams_per_caller", "chunk_bytes", b"chunk_bytes", "max_guidance_scale", b"max_guidance_scale", "max_label_bytes", b"max_label_bytes", "max_labels", b"max_labels", "max_num_images", b"max_num_images", "max_num_inference_steps", b"max_num_inference_steps", "max_pixel_steps_per_minute_per_caller", b"max_pixel_steps_per_minute_per_caller", "max_pixels", b"max_pixels", "max_preview_side_pixels", b"max_preview_side_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompt_tokens", b"max_prompt_tokens", "max_queued_jobs", b"max_queued_jobs", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_receive_message_bytes", b"max_receive_message_bytes", "max_request_id_bytes", b"max_request_id_bytes", "max_running_jobs", b"max_running_jobs", "max_running_jobs_per_caller", b"max_running_jobs_per_caller", "max_seed", b"max_seed", "max_streams", b"max_streams", "max_streams_per_caller", b"max_streams_per_caller", "min_side_pixels", b"min_side_pixels", "size_multiple", b"size_multiple"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_pixel_steps_per_minute_per_caller: _TypeAlias = _typing.Literal["max_pixel_steps_per_minute_per_caller"]  # noqa: Y015
     _WhichOneofArgType__max_pixel_steps_per_minute_per_caller: _TypeAlias = _typing.Literal["_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller"]  # noqa: Y015
@@ -402,12 +424,16 @@ class RequestLimits(_message.Message):
     _WhichOneofArgType__max_queued_jobs_per_caller: _TypeAlias = _typing.Literal["_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller"]  # noqa: Y015
     _WhichOneofReturnType__max_running_jobs_per_caller: _TypeAlias = _typing.Literal["max_running_jobs_per_caller"]  # noqa: Y015
     _WhichOneofArgType__max_running_jobs_per_caller: _TypeAlias = _typing.Literal["_max_running_jobs_per_caller", b"_max_running_jobs_per_caller"]  # noqa: Y015
+    _WhichOneofReturnType__max_streams_per_caller: _TypeAlias = _typing.Literal["max_streams_per_caller"]  # noqa: Y015
+    _WhichOneofArgType__max_streams_per_caller: _TypeAlias = _typing.Literal["_max_streams_per_caller", b"_max_streams_per_caller"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_pixel_steps_per_minute_per_caller) -> _WhichOneofReturnType__max_pixel_steps_per_minute_per_caller | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_queued_jobs_per_caller) -> _WhichOneofReturnType__max_queued_jobs_per_caller | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_running_jobs_per_caller) -> _WhichOneofReturnType__max_running_jobs_per_caller | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_streams_per_caller) -> _WhichOneofReturnType__max_streams_per_caller | None: ...
 
 Global___RequestLimits: _TypeAlias = RequestLimits  # noqa: Y015
 
