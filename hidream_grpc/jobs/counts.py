@@ -7,9 +7,9 @@ import contextlib
 import logging
 from collections import Counter
 
+from hidream_grpc.background import Outage
 from hidream_grpc.errors import HiDreamError
 from hidream_grpc.jobs.job import JobState
-from hidream_grpc.jobs.outages import Outage
 from hidream_grpc.jobs.store.store import SqlJobStore
 
 logger = logging.getLogger(__name__)

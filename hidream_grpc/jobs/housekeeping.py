@@ -7,9 +7,9 @@ import contextlib
 import logging
 import time
 
+from hidream_grpc.background import Outage
 from hidream_grpc.errors import HiDreamError, JobNotFoundError
 from hidream_grpc.jobs.job import CancelReason
-from hidream_grpc.jobs.outages import Outage
 from hidream_grpc.jobs.pauses import wait_at_most
 from hidream_grpc.jobs.retention import Retention
 from hidream_grpc.jobs.store.store import SqlJobStore

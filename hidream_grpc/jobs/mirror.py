@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from hidream_grpc.background import Outage
 from hidream_grpc.errors import HiDreamError, JobNotFoundError
 from hidream_grpc.jobs.callers import PresentCallers
 from hidream_grpc.jobs.events import JobEvent
 from hidream_grpc.jobs.executor import JobExecutor
 from hidream_grpc.jobs.feeds import JobFeeds
-from hidream_grpc.jobs.outages import Outage
 from hidream_grpc.jobs.positions import QueuePositions
 from hidream_grpc.jobs.replicas import (
     CallerPresent,

@@ -6,11 +6,11 @@ import asyncio
 import logging
 from collections.abc import Collection, Mapping
 
+from hidream_grpc.background import Outage
 from hidream_grpc.errors import HiDreamError
 from hidream_grpc.jobs.events import FIRST_PLACE, JobFeed, Queued
 from hidream_grpc.jobs.feeds import JobFeeds
 from hidream_grpc.jobs.job import Job
-from hidream_grpc.jobs.outages import Outage
 from hidream_grpc.jobs.outlook import Outlook
 from hidream_grpc.jobs.pauses import wait_at_most
 from hidream_grpc.jobs.store.store import SqlJobStore
