@@ -65,7 +65,7 @@ class BackgroundTasks:
 async def keep_doing(
     activity: str,
     action: Callable[[], Awaitable[None]],
-    pause: Callable[[], Awaitable[None]],
+    pause: Callable[[], Awaitable[object]],
     retry_seconds: float = RETRY_SECONDS,
 ) -> NoReturn:
     """Do something again and again until cancelled, whatever goes wrong.

@@ -1,18 +1,22 @@
 """Finished images and snapshots of jobs, in a folder or in an S3 bucket.
 
-    images/<job_id>/<index>       the file that the caller gets
-    snapshots/<job_id>/newest     what a running job can go on from
+    images/<job_id>/<claim_number>/<index>     the file that the caller gets
+    snapshots/<job_id>/<claim_number>          what a running job can go on from
+    store_id                                   the job store that all of these belong to
 
-Each is there whole or not at all, whoever is killed and whatever runs full.
+Each is there whole or not at all, whatever is killed and whatever runs full. A key holds the number of the
+claim that wrote it, and the job's row says which counts: a server that is late overwrites nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,7 +32,21 @@ logger = logging.getLogger(__name__)
 MAX_CALLS_AT_ONCE = 16
 RETRY_AFTER_SECONDS = 5.0
 
+IMAGES = "images"
+SNAPSHOTS = "snapshots"
+STORE_ID = "store_id"
+
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """An image, or where it has no index a snapshot, or what a writer that was killed left half written."""
+
+    key: str
+    job_id: str
+    claim_number: int
+    index: int | None
 
 
 class ArtifactStore:
@@ -54,15 +72,15 @@ class ArtifactStore:
         self._threads = ThreadPoolExecutor(MAX_CALLS_AT_ONCE, thread_name_prefix="artifacts")
 
     async def write(
-        self, job_id: str, index: int, parameters: GenerationParameters, data: bytes
+        self, job_id: str, claim_number: int, index: int, parameters: GenerationParameters, data: bytes
     ) -> StoredImage:
-        """Store one image, durably; a second time replaces it.
+        """Store one image, durably; a second time, by the same claim, replaces it.
 
         Raises:
             StorageFullError: the store has no room; nothing of the image is left.
         """
         sha256 = await self._in_thread(lambda: hashlib.sha256(data).digest())
-        await self._put(job_id, _image_key(job_id, index), data)
+        await self._put(job_id, _image_key(job_id, claim_number, index), data)
         return StoredImage(
             index=index,
             width=parameters.width,
@@ -71,43 +89,64 @@ class ArtifactStore:
             mime_type=parameters.output_format.mime_type,
             size_bytes=len(data),
             sha256=sha256,
+            claim_number=claim_number,
         )
 
-    async def read(self, job_id: str, index: int, offset: int, length: int) -> bytes:
+    async def read(self, job_id: str, image: StoredImage, offset: int, length: int) -> bytes:
         """Read up to length bytes of a stored image; none beyond its end.
 
         Raises:
             ImageNotFoundError: the image is not there.
         """
+        key = _image_key(job_id, image.claim_number, image.index)
         try:
-            key = _image_key(job_id, index)
             return await self._call(lambda: self._objects.get_range(key, offset, length))
         except FileNotFoundError:
-            raise ImageNotFoundError(job_id, index) from None
+            raise ImageNotFoundError(job_id, image.index) from None
 
-    async def write_snapshot(self, job_id: str, data: bytes) -> None:
-        """Store the newest snapshot of a job, durably; the one before stays until this one is whole.
+    async def write_snapshot(self, job_id: str, claim_number: int, data: bytes) -> None:
+        """Store a claim's newest snapshot, durably; the one before stays until this one is whole.
 
         Raises:
             StorageFullError: the store has no room.
         """
-        await self._put(job_id, _snapshot_key(job_id), data)
+        await self._put(job_id, _snapshot_key(job_id, claim_number), data)
 
-    async def read_snapshot(self, job_id: str) -> bytes | None:
-        """The newest snapshot of a job; None when there is none."""
+    async def read_snapshot(self, job_id: str, claim_number: int) -> bytes | None:
+        """The newest snapshot of a claim; None when there is none."""
+        key = _snapshot_key(job_id, claim_number)
         try:
-            return await self._call(lambda: self._objects.get(_snapshot_key(job_id)))
+            return await self._call(lambda: self._objects.get(key))
         except FileNotFoundError:
             return None
 
-    async def remove_snapshot(self, job_id: str) -> None:
-        """Remove the snapshot of a job, if there is one."""
-        await self._call(lambda: self._objects.remove_below(f"snapshots/{job_id}"))
+    async def remove_snapshots(self, job_id: str) -> None:
+        """Remove the snapshots of all claims of a job, if there are any."""
+        await self._call(lambda: self._objects.remove_below(f"{SNAPSHOTS}/{job_id}"))
 
     async def remove(self, job_id: str) -> None:
-        """Remove all images of a job and its snapshot, if there are any."""
-        await self._call(lambda: self._objects.remove_below(f"images/{job_id}"))
-        await self.remove_snapshot(job_id)
+        """Remove all images of a job and its snapshots, if there are any."""
+        for folder in (IMAGES, SNAPSHOTS):
+            await self._call(functools.partial(self._objects.remove_below, f"{folder}/{job_id}"))
+
+    async def belongs_to(self, store_id: str) -> bool:
+        """Whether the files are those of this job store; a store that has none takes it as its own."""
+        return await self._call(lambda: self._objects.claim(STORE_ID, store_id.encode()) == store_id.encode())
+
+    async def files(self, max_files: int) -> AsyncIterator[tuple[StoredFile, ...]]:
+        """All images and snapshots, so many at a time.
+
+        A file that is made or removed meanwhile may be missing. What has another name is passed over.
+        """
+        for folder in (IMAGES, SNAPSHOTS):
+            listing = iter(self._objects.keys(folder, max_files))
+            while keys := await self._call(functools.partial(next, listing, None)):
+                yield tuple(file for file in map(_file_of, keys) if file is not None)
+
+    async def remove_files(self, files: Collection[StoredFile]) -> None:
+        """Remove files of `files`; one that is gone already is no error."""
+        keys = [file.key for file in files]
+        await self._call(lambda: self._objects.remove(keys))
 
     async def _put(self, job_id: str, key: str, data: bytes) -> None:
         try:
@@ -145,9 +184,28 @@ def _unavailable(reason: str) -> ArtifactUnavailableError:
     return ArtifactUnavailableError(RETRY_AFTER_SECONDS)
 
 
-def _image_key(job_id: str, index: int) -> str:
-    return f"images/{job_id}/{index}"
+def image_file(job_id: str, claim_number: int, index: int) -> StoredFile:
+    """An image of a claim, whether it is stored or not."""
+    return StoredFile(_image_key(job_id, claim_number, index), job_id, claim_number, index)
 
 
-def _snapshot_key(job_id: str) -> str:
-    return f"snapshots/{job_id}/newest"
+def _image_key(job_id: str, claim_number: int, index: int) -> str:
+    # Images of before claims had numbers have none.
+    return f"{IMAGES}/{job_id}/{claim_number}/{index}" if claim_number else f"{IMAGES}/{job_id}/{index}"
+
+
+def _snapshot_key(job_id: str, claim_number: int) -> str:
+    return f"{SNAPSHOTS}/{job_id}/{claim_number}"
+
+
+def _file_of(key: str) -> StoredFile | None:
+    match key.split("/"):
+        case ["images", job_id, claim_number, index] if claim_number.isdecimal():
+            return StoredFile(key, job_id, int(claim_number), int(index) if index.isdecimal() else None)
+        case ["images", job_id, index]:
+            # Of before claims had numbers.
+            return StoredFile(key, job_id, 0, int(index) if index.isdecimal() else None)
+        case ["snapshots", job_id, claim_number]:
+            return StoredFile(key, job_id, int(claim_number) if claim_number.isdecimal() else 0, None)
+        case _:
+            return None

@@ -1,91 +1,54 @@
-"""Who stays with a job: when its last caller goes away, the job is stopped."""
+"""Callers that wait for their jobs: when the last one of a job goes away, the job is stopped.
+
+Who waits is written in the store, so that it holds for all replicas.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable
 
-from hidream_grpc.errors import HiDreamError, StoreFullError, StoreUnavailableError
-from hidream_grpc.jobs.job import CancelReason
+from hidream_grpc.background import RETRY_SECONDS, BackgroundTasks, Outage
+from hidream_grpc.errors import JobNotFoundError
+from hidream_grpc.jobs.job import CancelReason, Job
 from hidream_grpc.jobs.pauses import wait_at_most
+from hidream_grpc.jobs.store.records import AttachedCall
+from hidream_grpc.jobs.store.store import SqlJobStore
 
-HEAL_SECONDS = 0.5
-ANSWER_SECONDS = 0.5
-"""How long other replicas have to say that a caller of the job is with them."""
-
-Cancel = Callable[[str, CancelReason], Awaitable[object]]
+logger = logging.getLogger(__name__)
 
 
-class PresentCallers:
-    """Callers that wait for their job at this server.
+class AttachedCallers:
+    """Callers that wait for their jobs at this server.
 
     Args:
-        cancel: stops a job; may raise any HiDreamError.
         closed: once it is set, nobody leaves any more: the server goes.
-        seek: asks other replicas for a caller of a job; None where there are none.
+        on_cancelled: called with a job that was stopped, as it is then.
     """
 
     def __init__(
-        self, cancel: Cancel, closed: asyncio.Event, seek: Callable[[str], None] | None = None
+        self, store: SqlJobStore, closed: asyncio.Event, on_cancelled: Callable[[Job], None]
     ) -> None:
-        self._cancel = cancel
+        self._store = store
         self._closed = closed
-        self._seek = seek
-        self._sought: dict[str, asyncio.Event] = {}
-        self._present: Counter[str] = Counter()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._on_cancelled = on_cancelled
+        self._tasks = BackgroundTasks()
 
-    @contextmanager
-    def present(self, job_id: str) -> Iterator[None]:
-        """Note that a caller stays with the job until the block ends."""
-        self._present[job_id] += 1
-        try:
-            yield
-        finally:
-            self._present[job_id] -= 1
-            if not self._present[job_id]:
-                del self._present[job_id]
+    def leave(self, job_id: str, call: AttachedCall, reason: CancelReason | None) -> None:
+        """Note that a caller waits no more, and with a reason stop the job if it was the last one."""
+        if not self._closed.is_set():
+            self._tasks.start(self._leave(job_id, call, reason), f"let a caller of job {job_id} go")
 
-    def are_present(self, job_id: str) -> bool:
-        """Whether any caller stays with the job here."""
-        return self._present[job_id] > 0
-
-    def note_present_elsewhere(self, job_id: str) -> None:
-        """Note that another replica has a caller of the job."""
-        if answer := self._sought.get(job_id):
-            answer.set()
-
-    def leave(self, job_id: str, reason: CancelReason) -> None:
-        """Stop a job whose caller went away, unless another one stays with it."""
-        if self._present[job_id] or self._closed.is_set():
-            return
-        task = asyncio.create_task(self._stop(job_id, reason))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _stop(self, job_id: str, reason: CancelReason) -> None:
+    async def _leave(self, job_id: str, call: AttachedCall, reason: CancelReason | None) -> None:
+        outage = Outage(logger, f"note that a caller of job {job_id} left")
         while not self._closed.is_set():
-            if await self._is_wanted(job_id):
-                return
             try:
-                await self._cancel(job_id, reason)
-            except (StoreUnavailableError, StoreFullError):
-                await asyncio.sleep(HEAL_SECONDS)
-            except HiDreamError:
+                if (job := await self._store.leave(job_id, call, reason)) is not None:
+                    self._on_cancelled(job)
                 return
-            else:
+            except JobNotFoundError:
                 return
-
-    async def _is_wanted(self, job_id: str) -> bool:
-        """Whether a caller that tried again, through another connection, waits for it by now."""
-        if self._seek is not None:
-            answer = self._sought.setdefault(job_id, asyncio.Event())
-            self._seek(job_id)
-            try:
-                if await wait_at_most(answer, ANSWER_SECONDS):
-                    return True
-            finally:
-                self._sought.pop(job_id, None)
-        return self.are_present(job_id)
+            except Exception as error:
+                outage.note_failure(error)
+                await wait_at_most(self._closed, RETRY_SECONDS)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections import Counter
 
-from hidream_grpc.background import Outage
+from hidream_grpc.background import keep_doing
 from hidream_grpc.errors import HiDreamError
 from hidream_grpc.jobs.job import JobState
 from hidream_grpc.jobs.store.store import SqlJobStore
-
-logger = logging.getLogger(__name__)
 
 PAUSE_SECONDS = 0.5
 """Between two counts, however much changes."""
@@ -36,15 +33,14 @@ class JobCounts:
 
     async def run(self) -> None:
         """Count whenever something has changed, until cancelled."""
-        outage = Outage(logger, "count jobs")
         with self._store.subscribe() as changes:
-            while True:
+
+            async def count() -> None:
                 changes.skip()
-                try:
-                    self._by_state = await self._store.counts()
-                    outage.note_success()
-                except HiDreamError as error:
-                    outage.note_failure(error)
-                else:
-                    await anext(changes)
+                self._by_state = await self._store.counts()
+
+            async def wait_for_changes() -> None:
                 await asyncio.sleep(PAUSE_SECONDS)
+                await anext(changes)
+
+            await keep_doing("count jobs", count, wait_for_changes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from hidream_grpc.errors import HiDreamError, JobCancelledError
@@ -145,7 +145,9 @@ class JobFeed:
     What the job's row tells (`sync`) has the same sequences in every process; the rest is told once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        """Take what tells seconds since the epoch."""
+        self._clock = clock
         self._newest: dict[type[Body], JobEvent] = {}
         self._images: dict[int, StoredImage] = {}
         self._last_sequence = 0
@@ -166,7 +168,7 @@ class JobFeed:
 
     def publish(self, body: Body) -> JobEvent:
         """Make an event known; an older one of its kind is forgotten."""
-        event = JobEvent(self._last_sequence + 1, time.time(), body)
+        event = JobEvent(self._last_sequence + 1, self._clock(), body)
         self.put(event)
         return event
 
@@ -186,7 +188,7 @@ class JobFeed:
     def tell_place(self, place: Queued) -> None:
         """Make a place in the queue known, unless the job has started or the newest says much the same."""
         told = self._newest_place()
-        if self._is_waiting and (told is None or place.is_news(told[0], time.time() - told[1])):
+        if self._is_waiting and (told is None or place.is_news(told[0], self._clock() - told[1])):
             self.publish(place)
 
     def tell_first_place(self) -> None:

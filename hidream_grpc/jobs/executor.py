@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
@@ -64,6 +64,7 @@ class JobExecutor:
         replica_id: Callable[[], str],
         may_claim: Callable[[], bool],
         on_change: Callable[[Job], None],
+        on_lost: Callable[[Job], Coroutine[None, None, None]],
     ) -> None:
         self._engine = engine
         self._feeds = feeds
@@ -72,6 +73,7 @@ class JobExecutor:
         self._replica_id = replica_id
         self._may_claim = may_claim
         self._on_change = on_change
+        self._on_lost = on_lost
         self._held: dict[str, RunningJob] = {}
         self._requests: deque[tuple[RunningJob, EngineRequest]] = deque()
         self._tasks = BackgroundTasks()
@@ -223,15 +225,15 @@ class JobExecutor:
             await running.run()
         except ClaimLostError:
             logger.warning("job is another's by now", extra=facts)
-            await self._remove_unnamed_images(running.job)
+            self._tasks.start(self._on_lost(running.job), f"clean up after job {job.job_id}")
         except TRANSIENT_ERRORS as error:
             self._may_have_lost_track = True
             logger.warning("job could not be given back: %s", error, extra=facts)
         else:
             if running.job.state.has_ended:
                 total_seconds = round(running.job.timings.total_seconds, 3)
-                facts |= {"total_seconds": total_seconds}
-                logger.info("job %s", running.job.state.lower(), extra=facts)
+                extra = {**facts, "total_seconds": total_seconds}
+                logger.info("job %s", running.job.state.lower(), extra=extra)
 
     def _lose(self, running: RunningJob) -> None:
         running.lose()

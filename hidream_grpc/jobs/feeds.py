@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,14 +22,16 @@ class _Entry:
 class JobFeeds:
     """One feed a job, however many need it; a feed that nobody needs is forgotten."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """Take what tells seconds since the epoch."""
+        self._clock = clock
         self._entries: dict[str, _Entry] = {}
         self._closing_error: HiDreamError | None = None
 
     @contextmanager
     def used(self, job_id: str, *, is_reader: bool) -> Iterator[JobFeed]:
         """The feed of a job, kept until the block ends."""
-        entry = self._entries.setdefault(job_id, _Entry(JobFeed()))
+        entry = self._entries.setdefault(job_id, _Entry(JobFeed(self._clock)))
         entry.num_users += 1
         entry.num_readers += is_reader
         if self._closing_error is not None:

@@ -1,20 +1,17 @@
-"""What nobody asks for: late jobs are stopped, old ones removed with their images."""
+"""What nobody asks for: late jobs are stopped, old ones removed, and files that no job names."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import time
 
-from hidream_grpc.background import Outage
-from hidream_grpc.errors import HiDreamError, JobNotFoundError
+from hidream_grpc.background import keep_doing
+from hidream_grpc.errors import JobNotFoundError
 from hidream_grpc.jobs.job import CancelReason
+from hidream_grpc.jobs.orphans import OrphanedFiles
 from hidream_grpc.jobs.pauses import wait_at_most
 from hidream_grpc.jobs.retention import Retention
 from hidream_grpc.jobs.store.store import SqlJobStore
-
-logger = logging.getLogger(__name__)
 
 LATE_LOOK_SECONDS = 1.0
 SWEEP_SECONDS = 10.0
@@ -24,11 +21,23 @@ LATE_SECONDS = 0.01
 
 
 class Housekeeping:
-    """Looks at deadlines and at what has ended, again and again."""
+    """Looks at deadlines, at what has ended, and at files, again and again.
 
-    def __init__(self, store: SqlJobStore, retention: Retention) -> None:
+    Args:
+        orphan_sweep_seconds: between two looks at all files.
+    """
+
+    def __init__(
+        self,
+        store: SqlJobStore,
+        retention: Retention,
+        orphans: OrphanedFiles,
+        orphan_sweep_seconds: float,
+    ) -> None:
         self._store = store
         self._retention = retention
+        self._orphans = orphans
+        self._orphan_sweep_seconds = orphan_sweep_seconds
         self._has_late = asyncio.Event()
         self._has_ended = asyncio.Event()
 
@@ -43,34 +52,29 @@ class Housekeeping:
     async def run(self) -> None:
         """Keep house until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._stop_late_jobs_forever())
-            tasks.create_task(self._sweep_forever())
+            tasks.create_task(keep_doing("stop late jobs", self._stop_late_jobs, self._pause_between_looks))
+            tasks.create_task(keep_doing("remove old jobs", self._sweep, self._pause_between_sweeps))
+            tasks.create_task(
+                keep_doing("remove files without a job", self._orphans.sweep, self._pause_between_orphans)
+            )
 
-    async def _stop_late_jobs_forever(self) -> None:
-        outage = Outage(logger, "stop late jobs")
-        while True:
-            self._has_late.clear()
-            try:
-                for job_id in await self._store.overdue():
-                    await self._cancel(job_id)
-                outage.note_success()
-            except HiDreamError as error:
-                outage.note_failure(error)
-            await wait_at_most(self._has_late, LATE_LOOK_SECONDS)
+    async def _stop_late_jobs(self) -> None:
+        self._has_late.clear()
+        for job_id in await self._store.overdue():
+            # It may be stopped by another replica, and removed.
+            with contextlib.suppress(JobNotFoundError):
+                await self._store.request_cancel(None, job_id, CancelReason.DEADLINE)
 
-    async def _cancel(self, job_id: str) -> None:
-        # It may be stopped by another replica, and removed.
-        with contextlib.suppress(JobNotFoundError):
-            await self._store.request_cancel(None, job_id, CancelReason.DEADLINE)
+    async def _sweep(self) -> None:
+        self._has_ended.clear()
+        await self._retention.sweep(self._store.clock.now())
 
-    async def _sweep_forever(self) -> None:
-        outage = Outage(logger, "remove old jobs")
-        while True:
-            self._has_ended.clear()
-            try:
-                await self._retention.sweep(time.time())
-                outage.note_success()
-            except HiDreamError as error:
-                outage.note_failure(error)
-            await asyncio.sleep(MIN_SWEEP_SECONDS)
-            await wait_at_most(self._has_ended, SWEEP_SECONDS)
+    async def _pause_between_looks(self) -> None:
+        await wait_at_most(self._has_late, LATE_LOOK_SECONDS)
+
+    async def _pause_between_sweeps(self) -> None:
+        await asyncio.sleep(MIN_SWEEP_SECONDS)
+        await wait_at_most(self._has_ended, SWEEP_SECONDS)
+
+    async def _pause_between_orphans(self) -> None:
+        await asyncio.sleep(self._orphan_sweep_seconds)

@@ -11,7 +11,7 @@ from hidream_grpc.errors import JobNotFoundError
 from hidream_grpc.jobs.job import Job, Submission
 from hidream_grpc.jobs.limits import RequestLimits
 from hidream_grpc.jobs.quotas import CallerQuotas
-from hidream_grpc.jobs.store.records import QueueLimits
+from hidream_grpc.jobs.store.records import AttachedCall, QueueLimits
 from hidream_grpc.jobs.store.store import SqlJobStore
 
 
@@ -32,7 +32,11 @@ class JobIntake:
         self.num_accepted = 0
 
     async def accept(
-        self, submissions: Sequence[Submission], owner: str, retry_after_seconds: float
+        self,
+        submissions: Sequence[Submission],
+        owner: str,
+        retry_after_seconds: float,
+        attached_call: AttachedCall | None = None,
     ) -> tuple[Job, ...]:
         """The job of each request: a new one, or the one that has its request id; durable on return.
 
@@ -42,13 +46,15 @@ class JobIntake:
             RequestIdConflictError: a request id was used with another request.
             StoreUnavailableError, StoreFullError: the store is lost or full.
         """
-        now = time.time()
+        now = self._store.clock.now()
         jobs = [_new_job(submission, owner, now) for submission in submissions]
         limits = QueueLimits(
             self._limits.max_queued_jobs, self._limits.max_queued_jobs_per_caller, retry_after_seconds
         )
         with self._quotas.charged(submissions[0].caller, await self._new_pixel_steps(submissions, owner)):
-            while being_cancelled := _being_cancelled(jobs, accepted := await self._store.add(jobs, limits)):
+            while being_cancelled := _being_cancelled(
+                jobs, accepted := await self._store.add(jobs, limits, attached_call)
+            ):
                 for job in being_cancelled:
                     with contextlib.suppress(JobNotFoundError):
                         await self._wait_for_end(job.job_id)

@@ -177,6 +177,7 @@ class Job:
         deadline_time: when the job stops; None for never.
         cancel_reason: who or what stopped the job, or asks for it while the job still runs.
         snapshot: the newest that counts; None without one.
+        is_unreadable: whether its row cannot be read: then it is FAILED, and what it asked for is made up.
     """
 
     job_id: str
@@ -198,6 +199,7 @@ class Job:
     deadline_time: float | None = None
     cancel_reason: CancelReason | None = None
     snapshot: StoredSnapshot | None = None
+    is_unreadable: bool = False
 
     @property
     def model_fingerprint(self) -> str:

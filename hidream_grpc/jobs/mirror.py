@@ -5,27 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from hidream_grpc.background import Outage
-from hidream_grpc.errors import HiDreamError, JobNotFoundError
-from hidream_grpc.jobs.callers import PresentCallers
+from hidream_grpc.background import Outage, keep_doing
+from hidream_grpc.errors import JobInternalError, JobNotFoundError
 from hidream_grpc.jobs.events import JobEvent
 from hidream_grpc.jobs.executor import JobExecutor
 from hidream_grpc.jobs.feeds import JobFeeds
 from hidream_grpc.jobs.positions import QueuePositions
-from hidream_grpc.jobs.replicas import (
-    CallerPresent,
-    CallerSought,
-    ReplicaMessage,
-    ReplicaTeller,
-    Told,
-    decode,
-)
-from hidream_grpc.jobs.store.changes import Change, ChangeKind
+from hidream_grpc.jobs.replicas import decode
+from hidream_grpc.jobs.store.changes import Change, ChangeKind, Subscription
 from hidream_grpc.jobs.store.store import SqlJobStore
 
 logger = logging.getLogger(__name__)
-
-HEAL_SECONDS = 0.5
 
 
 class StoreMirror:
@@ -37,11 +27,8 @@ class StoreMirror:
         feeds: JobFeeds,
         executor: JobExecutor,
         positions: QueuePositions,
-        callers: PresentCallers,
     ) -> None:
         self._store = store
-        self._callers = callers
-        self._teller = ReplicaTeller(store)
         self._feeds = feeds
         self._executor = executor
         self._positions = positions
@@ -56,14 +43,25 @@ class StoreMirror:
             self._everything_changed()
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._refresh_forever())
-                async for change in changes:
-                    self._note(change)
+                tasks.create_task(self._follow(changes))
+
+    async def _follow(self, changes: Subscription) -> None:
+        outage = Outage(logger, "follow the changes of the store")
+        async for change in changes:
+            try:
+                self._note(change)
+                outage.note_success()
+            except Exception as error:
+                # Whatever it is: what comes after it must be heard.
+                outage.note_failure(error)
+                self._everything_changed()
 
     def _note(self, change: Change) -> None:
         job_id = change.job_id
         match change.kind:
             case ChangeKind.PUBLISHED:
-                self._hear(job_id, decode(change.payload))
+                if (told := decode(change.payload)) and (event := told.event()):
+                    self._pass_on(job_id, event)
                 return
             case ChangeKind.CANCEL_REQUESTED:
                 # Its reason is in the row; it may be claimed here at this moment, without a feed.
@@ -74,16 +72,18 @@ class StoreMirror:
             case ChangeKind.ANYTHING:
                 self._everything_changed()
             case ChangeKind.ADDED | ChangeKind.CHANGED:
+                self._executor.note_claim(job_id, change.claim_number)
                 if self._executor.job(job_id) is None:
-                    self._outdate(job_id)
+                    self.outdate(job_id)
         self._positions.notify()
         self._executor.notify()
 
     def _everything_changed(self) -> None:
         for job_id in self._feeds.job_ids:
-            self._outdate(job_id)
+            self.outdate(job_id)
 
-    def _outdate(self, job_id: str) -> None:
+    def outdate(self, job_id: str) -> None:
+        """Read the job's row again for those who follow it here: what is known of it may be old."""
         if self._feeds.get(job_id) is not None:
             self._read_again(job_id)
 
@@ -91,17 +91,6 @@ class StoreMirror:
         self._outdated.add(job_id)
         self._held_back.setdefault(job_id, [])
         self._is_outdated.set()
-
-    def _hear(self, job_id: str, message: ReplicaMessage | None) -> None:
-        match message:
-            case Told():
-                if event := message.event():
-                    self._pass_on(job_id, event)
-            case CallerSought():
-                if self._callers.are_present(job_id):
-                    self._teller.tell(job_id, CallerPresent())
-            case CallerPresent():
-                self._callers.note_present_elsewhere(job_id)
 
     def _pass_on(self, job_id: str, event: JobEvent) -> None:
         if self._feeds.get(job_id) is None:
@@ -116,27 +105,26 @@ class StoreMirror:
             feed.put(event)
 
     async def _refresh_forever(self) -> None:
-        outage = Outage(logger, "read jobs that are followed")
-        while True:
-            await self._is_outdated.wait()
-            self._is_outdated.clear()
-            while self._outdated:
-                job_id = self._outdated.pop()
-                try:
-                    await self._refresh(job_id)
-                    outage.note_success()
-                    if job_id not in self._outdated:
-                        for event in self._held_back.pop(job_id):
-                            self._put(job_id, event)
-                except HiDreamError as error:
-                    outage.note_failure(error)
-                    self._outdated.add(job_id)
-                    await asyncio.sleep(HEAL_SECONDS)
+        await keep_doing("read jobs that are followed", self._refresh_outdated, self._is_outdated.wait)
+
+    async def _refresh_outdated(self) -> None:
+        self._is_outdated.clear()
+        while self._outdated:
+            job_id = self._outdated.pop()
+            try:
+                await self._refresh(job_id)
+            except Exception:
+                self._outdated.add(job_id)
+                raise
+            if job_id not in self._outdated:
+                for event in self._held_back.pop(job_id):
+                    self._put(job_id, event)
 
     async def _refresh(self, job_id: str) -> None:
         try:
             job = await self._store.get(None, job_id)
-        except JobNotFoundError as error:
+        except (JobNotFoundError, JobInternalError) as error:
+            # An unreadable row ends its readers, not this loop.
             if feed := self._feeds.get(job_id):
                 feed.close(error)
             return

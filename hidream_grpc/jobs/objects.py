@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, S3Store
 
 from hidream_grpc.errors import ConfigurationError
@@ -64,6 +66,23 @@ class Objects:
                 raise
         return b""
 
+    def claim(self, key: str, data: bytes) -> bytes:
+        """Make an object where there is none; what it then holds, by whichever hand."""
+        with contextlib.suppress(AlreadyExistsError):
+            obstore.put(self._store, key, data, mode="create", use_multipart=False)
+        return self.get(key)
+
+    def keys(self, folder: str, max_keys: int) -> Iterator[list[str]]:
+        """The keys of all objects of a folder, so many at a time."""
+        for found in obstore.list(self._store, folder, chunk_size=max_keys):
+            yield [item["path"] for item in found]
+
+    def remove(self, keys: list[str]) -> None:
+        """Remove objects; one that is gone already is no error."""
+        for key in keys:
+            with contextlib.suppress(FileNotFoundError):
+                obstore.delete(self._store, key)
+
     def remove_below(self, folder: str) -> None:
         """Remove all objects of a folder, if there are any."""
         for found in obstore.list(self._store, folder):
@@ -83,12 +102,29 @@ class FolderObjects(Objects):
         path = self._directory / key
         try:
             # obstore does not sync. The last is the folder that has the entry of a new job.
-            for each in (path, path.parent, path.parent.parent):
+            for each in (path, *list(path.parents)[: key.count("/")]):
                 _sync(each)
         except OSError:
             # A network file system may tell only now that it had no room.
             path.unlink(missing_ok=True)
             raise
+
+    def keys(self, folder: str, max_keys: int) -> Iterator[list[str]]:
+        """The keys of all objects of a folder, and of staged files, so many at a time."""
+        files = (path for path in (self._directory / folder).rglob("*") if path.is_file())
+        keys = (str(path.relative_to(self._directory)) for path in files)
+        while some := list(itertools.islice(keys, max_keys)):
+            yield some
+
+    def remove(self, keys: list[str]) -> None:
+        """Remove objects, and the folders that are empty then; what is gone already is no error."""
+        for key in keys:
+            path = self._directory / key
+            path.unlink(missing_ok=True)
+            for folder in list(path.parents)[: key.count("/") - 1]:
+                # Others are in it, or it is gone.
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
     def remove_below(self, folder: str) -> None:
         """Remove all objects of a folder, and staged files of writers that were killed."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Collection, Mapping
 
-from hidream_grpc.background import Outage
+from hidream_grpc.background import keep_doing
 from hidream_grpc.errors import HiDreamError
 from hidream_grpc.jobs.events import FIRST_PLACE, JobFeed, Queued
+from hidream_grpc.jobs.executor import ClaimLimits
 from hidream_grpc.jobs.feeds import JobFeeds
 from hidream_grpc.jobs.job import Job
 from hidream_grpc.jobs.outlook import Outlook
 from hidream_grpc.jobs.pauses import wait_at_most
 from hidream_grpc.jobs.store.store import SqlJobStore
-
-logger = logging.getLogger(__name__)
 
 PAUSE_SECONDS = 0.1
 """Between two looks at the queue, however much changes."""
@@ -26,8 +24,9 @@ REFRESH_SECONDS = 1.0
 class QueuePositions:
     """Tells those that wait, and knows the places of all."""
 
-    def __init__(self, store: SqlJobStore, feeds: JobFeeds, outlook: Outlook) -> None:
+    def __init__(self, store: SqlJobStore, feeds: JobFeeds, outlook: Outlook, limits: ClaimLimits) -> None:
         self._store = store
+        self._limits = limits
         self._feeds = feeds
         self._outlook = outlook
         self._places: Mapping[str, int] = {}
@@ -65,19 +64,18 @@ class QueuePositions:
 
     async def run(self) -> None:
         """Keep the places up to date until cancelled."""
-        outage = Outage(logger, "read the queue")
-        while True:
-            self._changed.clear()
-            try:
-                await self._refresh()
-                outage.note_success()
-            except HiDreamError as error:
-                outage.note_failure(error)
-            await asyncio.sleep(PAUSE_SECONDS)
-            if self._places:
-                await wait_at_most(self._changed, REFRESH_SECONDS)
-            else:
-                await self._changed.wait()
+        await keep_doing("read the queue", self._refresh_changed, self._pause)
+
+    async def _refresh_changed(self) -> None:
+        self._changed.clear()
+        await self._refresh()
+
+    async def _pause(self) -> None:
+        await asyncio.sleep(PAUSE_SECONDS)
+        if self._places:
+            await wait_at_most(self._changed, REFRESH_SECONDS)
+        else:
+            await self._changed.wait()
 
     async def _refresh(self) -> None:
         """Read the queue once for all who ask while it is being read."""
@@ -93,7 +91,9 @@ class QueuePositions:
                 feed.tell_place(place)
 
     async def _read(self) -> None:
-        order = await self._store.queue_order()
+        order = await self._store.queue_order(
+            self._limits.model_fingerprint, self._limits.max_running_jobs_of_caller
+        )
         missing = [job_id for job_id in order if job_id not in self._waiting]
         found = {job.job_id: job for job in await self._store.get_all(missing)} if missing else {}
         known = {**self._waiting, **found}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 
 import msgspec
 
+from hidream_grpc.background import BackgroundTasks
 from hidream_grpc.errors import HiDreamError
 from hidream_grpc.jobs.events import JobEvent, Progressed, Restarted
 from hidream_grpc.jobs.job import Progress
@@ -41,19 +41,10 @@ class Told(msgspec.Struct, frozen=True, tag="told"):
         return None if body is None else JobEvent(self.sequence, self.time, body)
 
 
-class CallerSought(msgspec.Struct, frozen=True, tag="caller_sought"):
-    """The last caller at one replica went away: who has another says so."""
+_decoder = msgspec.json.Decoder(Told)
 
 
-class CallerPresent(msgspec.Struct, frozen=True, tag="caller_present"):
-    """A caller waits for the job at this replica."""
-
-
-ReplicaMessage = Told | CallerSought | CallerPresent
-_decoder: msgspec.json.Decoder[ReplicaMessage] = msgspec.json.Decoder(ReplicaMessage)
-
-
-def decode(payload: bytes) -> ReplicaMessage | None:
+def decode(payload: bytes) -> Told | None:
     """A message; None for one that only another version of the service knows."""
     try:
         return _decoder.decode(payload)
@@ -62,37 +53,20 @@ def decode(payload: bytes) -> ReplicaMessage | None:
         return None
 
 
-class ReplicaTeller:
-    """Tells other replicas, where there can be any, and does not wait for it."""
+class ProgressTeller:
+    """Tells other replicas, where there can be any, of progress now and then, and of every restart.
+
+    It does not wait for the store; what is told while that is lost is lost.
+    """
 
     def __init__(self, store: SqlJobStore) -> None:
         self._store = store
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def tell(self, job_id: str, message: ReplicaMessage) -> None:
-        """Send a message about a job; it is lost when the store is."""
-        task = asyncio.create_task(self._publish(job_id, msgspec.json.encode(message)))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _publish(self, job_id: str, payload: bytes) -> None:
-        try:
-            await self._store.publish(job_id, payload)
-        except HiDreamError as error:
-            logger.debug("other replicas were not told: %s", error)
-
-
-class ProgressTeller:
-    """Tells other replicas of progress now and then, and of every restart."""
-
-    def __init__(self, store: SqlJobStore) -> None:
-        self._is_shared = store.is_shared
-        self._teller = ReplicaTeller(store)
+        self._tasks = BackgroundTasks()
         self._told: dict[str, float] = {}
 
     def tell(self, job_id: str, event: JobEvent) -> None:
         """Pass an event on, unless progress was passed on just now."""
-        if not self._is_shared:
+        if not self._store.is_shared:
             return
         now = time.monotonic()
         is_progress = isinstance(event.body, Progressed)
@@ -100,4 +74,10 @@ class ProgressTeller:
             return
         self._told = {other: told for other, told in self._told.items() if now - told < TOLD_SECONDS}
         self._told[job_id] = now
-        self._teller.tell(job_id, Told.of(event))
+        self._tasks.start(self._publish(job_id, msgspec.json.encode(Told.of(event))), "tell other replicas")
+
+    async def _publish(self, job_id: str, payload: bytes) -> None:
+        try:
+            await self._store.publish(job_id, payload)
+        except HiDreamError as error:
+            logger.debug("other replicas were not told: %s", error)

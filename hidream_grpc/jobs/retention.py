@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
 
+from hidream_grpc.background import Outage
+from hidream_grpc.errors import ArtifactUnavailableError
+from hidream_grpc.jobs.artifacts import ArtifactStore
 from hidream_grpc.jobs.store.records import EndedJob, Usage
+from hidream_grpc.jobs.store.store import SqlJobStore
 
 logger = logging.getLogger(__name__)
 
 MAX_JOBS_READ = 1000
 """At once; a sweep goes on until all that goes is gone."""
+JOBS_OF_A_BATCH = 100
+"""Removed together: their files at the same time, their rows in one transaction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +65,6 @@ class RetentionReport:
     num_removed: Mapping[RemovalReason, int]
 
 
-class EndedJobs(Protocol):
-    """What is asked of the job store (`jobs/store/store.py`)."""
-
-    async def ended(self, before_time: float | None = None, limit: int = 100) -> tuple[EndedJob, ...]:
-        """Jobs that have ended, the oldest end first."""
-
-    async def usage(self) -> Usage:
-        """How much is kept of all of them."""
-
-
 def choose_removals(
     oldest: Sequence[EndedJob], usage: Usage, limits: RetentionLimits, now: float
 ) -> tuple[Removal, ...]:
@@ -103,59 +99,94 @@ class Retention:
     def __init__(
         self,
         limits: RetentionLimits,
-        jobs: EndedJobs,
-        remove: Callable[[str], Awaitable[None]],
+        store: SqlJobStore,
+        artifacts: ArtifactStore,
         is_read: Callable[[str], bool],
         observe: Callable[[RetentionReport], None],
     ) -> None:
-        """Take what removes a job with its images, what knows its readers, and what hears of every sweep."""
+        """Take what knows the readers of a job here, and what hears of every sweep."""
         self._limits = limits
-        self._jobs = jobs
-        self._remove = remove
+        self._store = store
+        self._artifacts = artifacts
         self._is_read = is_read
         self._observe = observe
         self._told: frozenset[str] = frozenset()
+        self._outage = Outage(logger, "remove the images of old jobs")
 
     async def sweep(self, now: float) -> RetentionReport:
         """Remove what goes, oldest first; in a dry run say once of each job that it would go.
 
-        A job that somebody reads here stays until the next sweep.
+        A job that somebody reads here, or whose images cannot be removed, stays until the next sweep, and
+        holds up no other.
+
+        Args:
+            now: seconds since the epoch by the store's clock.
 
         Raises:
-            HiDreamError: whatever `remove` or the store raises. What went before is reported, the rest is
-                the next sweep's.
+            StoreUnavailableError: what went before is reported, the rest is the next sweep's.
         """
         num_removed: Counter[RemovalReason] = Counter()
+        usage = await self._store.usage()
+        would_go: list[Removal] = []
         try:
-            while await self._sweep_some(now, num_removed):
-                pass
+            last: EndedJob | None = None
+            while oldest := await self._store.ended(last, MAX_JOBS_READ):
+                last = oldest[-1]
+                removals = choose_removals(oldest, usage, self._limits, now)
+                if self._limits.is_dry_run:
+                    would_go += removals
+                    removed: Sequence[Removal] = removals
+                else:
+                    removed = await self._remove(removals)
+                    num_removed.update(removal.reason for removal in removed)
+                usage = _without(usage, removed)
+                if len(removals) < len(oldest):
+                    break
         finally:
-            usage = await self._jobs.usage()
             report = RetentionReport(usage.num_ended_jobs, usage.image_bytes, dict(num_removed))
             self._observe(report)
+            if num_removed:
+                facts = {reason.value: count for reason, count in num_removed.items()}
+                logger.info("removed %d old jobs", num_removed.total(), extra=facts)
+        self._tell(would_go)
         return report
 
-    async def _sweep_some(self, now: float, num_removed: Counter[RemovalReason]) -> bool:
-        """Returns whether there may be more to remove."""
-        oldest = await self._jobs.ended(limit=MAX_JOBS_READ)
-        removals = choose_removals(oldest, await self._jobs.usage(), self._limits, now)
-        if self._limits.is_dry_run:
-            self._tell(removals)
-            return False
-        num_before = num_removed.total()
-        for removal in removals:
-            job = removal.job
-            if self._is_read(job.job_id):
-                continue
-            await self._remove(job.job_id)
-            num_removed[removal.reason] += 1
-            logger.info("job removed", extra={"job_id": job.job_id, "reason": removal.reason.value})
-        return len(removals) == MAX_JOBS_READ and num_removed.total() > num_before
+    async def _remove(self, removals: Sequence[Removal]) -> list[Removal]:
+        """Remove jobs with their images; returns those that are gone."""
+        removed: list[Removal] = []
+        unread = [removal for removal in removals if not self._is_read(removal.job.job_id)]
+        for start in range(0, len(unread), JOBS_OF_A_BATCH):
+            batch = unread[start : start + JOBS_OF_A_BATCH]
+            have_no_files = await asyncio.gather(*(self._remove_files(removal.job) for removal in batch))
+            gone = [removal for removal, is_gone in zip(batch, have_no_files, strict=True) if is_gone]
+            await self._store.delete_ended([removal.job.job_id for removal in gone])
+            removed += gone
+        return removed
 
-    def _tell(self, removals: tuple[Removal, ...]) -> None:
+    async def _remove_files(self, job: EndedJob) -> bool:
+        """Remove the images of a job; returns whether there are none now.
+
+        The files go before the row: whatever is killed between the two leaves nothing behind for ever.
+        """
+        if job.image_bytes == 0:
+            return True
+        try:
+            await self._artifacts.remove(job.job_id)
+        except ArtifactUnavailableError as error:
+            self._outage.note_failure(error)
+            return False
+        self._outage.note_success()
+        return True
+
+    def _tell(self, removals: Sequence[Removal]) -> None:
         for removal in removals:
             job = removal.job
             if job.job_id not in self._told:
                 facts = {"job_id": job.job_id, "reason": removal.reason.value, "size_bytes": job.image_bytes}
                 logger.info("job would be removed (dry run)", extra=facts)
         self._told = frozenset(removal.job.job_id for removal in removals)
+
+
+def _without(usage: Usage, removals: Sequence[Removal]) -> Usage:
+    image_bytes = sum(removal.job.image_bytes for removal in removals)
+    return Usage(usage.num_ended_jobs - len(removals), usage.image_bytes - image_bytes)

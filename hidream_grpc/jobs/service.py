@@ -4,37 +4,58 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
+from hidream_grpc.background import keep_doing
 from hidream_grpc.engine.requests import EngineState
-from hidream_grpc.errors import (
-    NotServingError,
-)
-from hidream_grpc.jobs.callers import PresentCallers
+from hidream_grpc.errors import HiDreamError, NotServingError
+from hidream_grpc.jobs.callers import AttachedCallers
 from hidream_grpc.jobs.calls import RunningCalls
 from hidream_grpc.jobs.counts import JobCounts
 from hidream_grpc.jobs.events import JobEvent, Queued
 from hidream_grpc.jobs.executor import ClaimLimits, Engine, JobExecutor
 from hidream_grpc.jobs.feeds import JobFeeds
 from hidream_grpc.jobs.housekeeping import Housekeeping
+from hidream_grpc.jobs.image_reader import ImageReader
 from hidream_grpc.jobs.intake import JobIntake
 from hidream_grpc.jobs.job import CancelReason, Job, JobState, Submission, claim_sequence
 from hidream_grpc.jobs.limits import RequestLimits
+from hidream_grpc.jobs.membership import LiveModel, Membership
 from hidream_grpc.jobs.mirror import StoreMirror
+from hidream_grpc.jobs.orphans import OrphanedFiles
 from hidream_grpc.jobs.positions import QueuePositions
-from hidream_grpc.jobs.removal import remove_job, remove_old_job
-from hidream_grpc.jobs.replicas import CallerSought, ReplicaTeller
+from hidream_grpc.jobs.removal import remove_job
 from hidream_grpc.jobs.retention import Retention, RetentionLimits, RetentionReport
 from hidream_grpc.jobs.running_job import JobTools
 from hidream_grpc.jobs.state_changes import JobChange, StateChanges
-from hidream_grpc.jobs.store.records import Page
+from hidream_grpc.jobs.store.records import AttachedCall, Page
 
+logger = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 1.0
+"""What a call of the store that has begun still gets when the server ends."""
 START_RETRY_SECONDS = 2.0
 MIN_RETRY_SECONDS = 1.0
 MAX_RESUMED_COUNTER = 2**31
 """A reader may say that it has seen so many events of a claim; there is room for as many more."""
+
+
+@dataclass(frozen=True, slots=True)
+class StorePolicy:
+    """How this server deals with the store and with the files.
+
+    Attributes:
+        lease_seconds: after so long without a heartbeat a replica is dead.
+        retention: what is kept of jobs that have ended.
+        orphan_sweep_seconds: between two looks for files that no job names.
+    """
+
+    lease_seconds: float
+    retention: RetentionLimits
+    orphan_sweep_seconds: float
 
 
 class JobService:
@@ -47,37 +68,39 @@ class JobService:
         self,
         tools: JobTools,
         engine: Engine,
+        model: LiveModel,
         limits: RequestLimits,
-        lease_seconds: float,
-        retention: RetentionLimits,
+        policy: StorePolicy,
         observe_retention: Callable[[RetentionReport], None],
     ) -> None:
         self._store = tools.store
         self._artifacts = tools.artifacts
         self._outlook = tools.outlook
         self._limits = limits
-        self._feeds = JobFeeds()
-        self._positions = QueuePositions(self._store, self._feeds, self._outlook)
+        self._feeds = JobFeeds(self._store.clock.now)
+        claim_limits = ClaimLimits(
+            limits.max_running_jobs, limits.max_running_jobs_per_caller, model.identity.fingerprint
+        )
+        self._positions = QueuePositions(self._store, self._feeds, self._outlook, claim_limits)
+        self._membership = Membership(self._store, model, policy.lease_seconds, self._lose_all)
         self.executor = JobExecutor(
             engine,
             self._feeds,
             tools,
-            ClaimLimits(limits.max_running_jobs, limits.max_running_jobs_per_caller, lease_seconds),
+            claim_limits,
+            lambda: self._membership.replica_id,
             self._may_claim,
             self._on_held,
+            self._on_lost,
         )
         self._closed = asyncio.Event()
-        teller = ReplicaTeller(self._store)
-        self._callers = PresentCallers(
-            self._cancel_of_anybody,
-            self._closed,
-            (lambda job_id: teller.tell(job_id, CallerSought())) if self._store.is_shared else None,
+        self._callers = AttachedCallers(self._store, self._closed, self._on_cancelled)
+        self._mirror = StoreMirror(self._store, self._feeds, self.executor, self._positions)
+        self._orphans = OrphanedFiles(self._store, self._artifacts)
+        retention = Retention(
+            policy.retention, self._store, self._artifacts, self._feeds.has_readers, observe_retention
         )
-        self._mirror = StoreMirror(self._store, self._feeds, self.executor, self._positions, self._callers)
-        self._housekeeping = Housekeeping(
-            self._store,
-            Retention(retention, self._store, self._remove_old, self._feeds.has_readers, observe_retention),
-        )
+        self._housekeeping = Housekeeping(self._store, retention, self._orphans, policy.orphan_sweep_seconds)
         self._counts = JobCounts(self._store)
         self._intake = JobIntake(self._store, limits, self._wait_for_end)
         self._engine_state = EngineState.STARTING
@@ -131,9 +154,17 @@ class JobService:
         """When a place in the queue is likely to be free."""
         return max(MIN_RETRY_SECONDS, self._outlook.next_start_seconds or 0.0)
 
+    async def join(self) -> None:
+        """Register with the store, before anything is accepted; raises StoreUnavailableError."""
+        await self._membership.join()
+
     async def run(self) -> None:
         """Draw jobs, follow the store, and clean up, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
+            if self._store.is_shared:
+                tasks.create_task(
+                    keep_doing("show that this server lives", self._beat, self._membership.pause)
+                )
             for work in (
                 self._mirror,
                 self.executor,
@@ -162,16 +193,25 @@ class JobService:
             pass
         await self.executor.release_all()
         self._close()
-        await self._calls.wait()
+        await self._calls.wait(CLOSE_SECONDS)
+        with contextlib.suppress(HiDreamError, TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._membership.leave()
 
     # --- what callers ask -------------------------------------------------------------------------
 
-    async def submit(self, submission: Submission, owner: str = "") -> Job:
-        """Accept a request, or follow up on the one of this owner that has its request id."""
-        (job,) = await self.submit_all([submission], owner)
+    async def submit(self, submission: Submission, owner: str = "", call_id: str = "") -> Job:
+        """Accept a request, or follow up on the one of this owner that has its request id.
+
+        Args:
+            call_id: of a caller that stays with the job until it calls `leave`; empty for one that does not.
+        """
+        (job,) = await self.submit_all([submission], owner, call_id)
         return job
 
-    async def submit_all(self, submissions: Sequence[Submission], owner: str) -> tuple[Job, ...]:
+    async def submit_all(
+        self, submissions: Sequence[Submission], owner: str, call_id: str = ""
+    ) -> tuple[Job, ...]:
         """Accept all requests or none; what is returned survives every process.
 
         A caller that is cancelled meanwhile leaves what is accepted then, as `leave` says.
@@ -184,8 +224,9 @@ class JobService:
             StoreUnavailableError, StoreFullError: the store is lost or full.
         """
         self._check_serving()
-        accepting = self._intake.accept(submissions, owner, self.retry_after_seconds)
-        accepted = await self._calls.finish(accepting, if_left=self._leave_all)
+        call = AttachedCall(call_id, self._membership.replica_id) if call_id else None
+        accepting = self._intake.accept(submissions, owner, self.retry_after_seconds, call)
+        accepted = await self._calls.finish(accepting, if_left=partial(self._leave_early, call_id))
         for submission in submissions:
             if submission.deadline_seconds is not None and not submission.is_detached:
                 self._housekeeping.expect_late_job(submission.deadline_seconds)
@@ -254,19 +295,12 @@ class JobService:
     async def cancel(self, owner: str | None, job_id: str, reason: CancelReason) -> Job:
         """Stop a job: a running one takes no further step. Nothing happens to one that has ended."""
         job = await self._store.request_cancel(owner, job_id, reason)
-        if job.state.has_ended:
-            self._housekeeping.note_end()
-        else:
-            self.executor.cancel(job_id, reason)
+        self._on_cancelled(job)
         return job
 
-    def called(self, job_id: str) -> AbstractContextManager[None]:
-        """Note that a caller stays with the job until the block ends; who only watches is none."""
-        return self._callers.present(job_id)
-
-    def leave(self, job_id: str, reason: CancelReason) -> None:
-        """Stop a job whose caller went away, unless another caller stays with it."""
-        self._callers.leave(job_id, reason)
+    def leave(self, job_id: str, call_id: str, reason: CancelReason | None) -> None:
+        """Note that a caller of `submit` goes; with a reason the job stops if it was the last one."""
+        self._callers.leave(job_id, AttachedCall(call_id, self._membership.replica_id), reason)
 
     async def delete(self, owner: str | None, job_id: str) -> None:
         """Remove a job that has ended, and its images; raises JobNotFoundError or JobNotEndedError."""
@@ -281,9 +315,9 @@ class JobService:
             finally:
                 self._note_reader_left()
 
-    async def read_image(self, job_id: str, index: int, offset: int, length: int) -> bytes:
-        """A part of a finished image."""
-        return await self._artifacts.read(job_id, index, offset, length)
+    def image_reader(self, job_id: str) -> ImageReader:
+        """What reads the finished images of a job for one stream, and checks them."""
+        return ImageReader(job_id, self._store, self._artifacts)
 
     # --- the rest ---------------------------------------------------------------------------------
 
@@ -295,18 +329,34 @@ class JobService:
         if not self.takes_requests:
             raise NotServingError("the devices are not available", START_RETRY_SECONDS)
 
-    def _leave_all(self, jobs: Sequence[Job]) -> None:
+    def _leave_early(self, call_id: str, jobs: Sequence[Job]) -> None:
         for job in jobs:
-            if not job.submission.is_detached:
-                self.leave(job.job_id, CancelReason.CALLER_LEFT)
+            if call_id and not job.submission.is_detached:
+                self.leave(job.job_id, call_id, CancelReason.CALLER_LEFT)
 
     async def _wait_for_end(self, job_id: str) -> None:
         async with contextlib.aclosing(self.follow(None, job_id)) as events:
             async for _ in events:
                 pass
 
-    async def _cancel_of_anybody(self, job_id: str, reason: CancelReason) -> None:
-        await self.cancel(None, job_id, reason)
+    async def _beat(self) -> None:
+        await self._membership.beat()
+        await self.executor.check_claims()
+
+    def _lose_all(self) -> None:
+        self.executor.lose_all()
+
+    async def _on_lost(self, job: Job) -> None:
+        try:
+            await self._orphans.remove_lost(job)
+        except HiDreamError as error:
+            logger.warning("images of a lost claim stay until the next sweep: %s", error)
+
+    def _on_cancelled(self, job: Job) -> None:
+        if job.state.has_ended:
+            self._housekeeping.note_end()
+        else:
+            self.executor.cancel(job.job_id, job.cancel_reason or CancelReason.CALLER_LEFT)
 
     def _may_claim(self) -> bool:
         return self._engine_state is EngineState.SERVING and not self._is_draining
@@ -314,6 +364,9 @@ class JobService:
     def _on_held(self, job: Job) -> None:
         if job.state.has_ended:
             self._housekeeping.note_end()
+        elif self.executor.job(job.job_id) is None:
+            # What becomes of it now is told by its row.
+            self._mirror.outdate(job.job_id)
         self._positions.notify()
         self._changed.set()
 
@@ -335,9 +388,6 @@ class JobService:
     def _close(self) -> None:
         self._closed.set()
         self._feeds.close(_going_away())
-
-    async def _remove_old(self, job_id: str) -> None:
-        await remove_old_job(self._store, self._artifacts, job_id)
 
 
 def _going_away() -> NotServingError:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Collection, Mapping
 from dataclasses import dataclass
 
-from hidream_grpc.errors import HiDreamError, JobNotFoundError
+from hidream_grpc.errors import HiDreamError, JobInternalError, JobNotFoundError
 from hidream_grpc.jobs.job import Job, JobState
 from hidream_grpc.jobs.store.changes import Change, ChangeKind, Subscription
 from hidream_grpc.jobs.store.store import SqlJobStore
@@ -82,11 +81,12 @@ class StateChanges:
     async def _news_of(self, job_id: str) -> JobChange | None:
         try:
             job = await self._store.get(self._owner, job_id)
-        except JobNotFoundError:
+        except (JobNotFoundError, JobInternalError):
+            # An unreadable row is told once it has ended.
             return None
         if any(job.submission.labels.get(key) != value for key, value in self._labels.items()):
             return None
-        return JobChange(job, job.end_time or time.time()) if self._is_news(job) else None
+        return JobChange(job, job.end_time or self._store.clock.now()) if self._is_news(job) else None
 
     def _is_news(self, job: Job) -> bool:
         before = self._told.get(job.job_id)

@@ -47,12 +47,20 @@ async def accept(
         await _check_limits(connection, added, limits)
         await _insert(connection, added)
     accepted = tuple(holders[job.submission.request_id] for job in new_jobs)
-    if attached_call is not None:
-        (job,) = accepted
-        if not job.state.has_ended:
-            call = queries.attach(attached_call.call_id, job.job_id, attached_call.replica_id)
-            await connection.execute(call)
-    return accepted
+    if attached_call is None:
+        return accepted
+    (job,) = accepted
+    return (await _attach(connection, job, attached_call),)
+
+
+async def _attach(connection: AsyncConnection, job: Job, call: AttachedCall) -> Job:
+    """Have a caller wait for a job that has not ended; returns it as it is then."""
+    if job.state.has_ended or job.cancel_reason is not None:
+        return job
+    await connection.execute(queries.attach(call.call_id, job.job_id, call.replica_id))
+    # The new row has waited for one who stops the job at this moment, as its last caller.
+    row = (await connection.execute(queries.by_job_id(None, job.job_id))).one()
+    return job_of(row)
 
 
 def _asks_for_the_same(holder: Job, job: Job) -> bool:

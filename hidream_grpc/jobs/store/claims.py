@@ -53,7 +53,7 @@ async def claim_first(
     claimed: list[Job] = []
     for number in (waiting.number for waiting in chosen if waiting.number in rows):
         job = job_of(rows[number])
-        if job.state.has_ended:
+        if job.is_unreadable:
             assert isinstance(job.error, JobInternalError)
             await connection.execute(queries.fail_unreadable(number, failed_document(job.error), now))
         elif (reason := _reason_to_end(job, now)) is not None:

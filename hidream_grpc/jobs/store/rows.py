@@ -158,6 +158,7 @@ def _unreadable(row: Row[Any], reason: Exception) -> Job:
         owner=row.owner,
         claim_number=row.claim_number,
         last_sequence=claim_sequence(row.claim_number + 1, 1),
+        is_unreadable=True,
     )
 
 

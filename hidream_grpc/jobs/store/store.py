@@ -563,7 +563,7 @@ def _changed(job: Job) -> Change:
 def _readable(row: Row[Any]) -> Job:
     """The job of a row that was not found unreadable; raises JobInternalError for one that just was."""
     job = job_of(row)
-    if job.error is not None and row.end_time is None:
+    if job.is_unreadable and row.end_time is None and job.error is not None:
         raise job.error
     return job
 

@@ -1,0 +1,158 @@
+"""This server among those that share a store: it shows that it lives, and finds out which do not.
+
+A replica that lives raises its heartbeat in the store. What others see standing still for a whole lease,
+by the time that they were awake themselves, they remove; its jobs are then anybody's. No clock has a say
+in that but each observer's own, which never steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import msgspec
+
+from hidream_grpc.jobs.job import ModelIdentity
+from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
+from hidream_grpc.jobs.store.clock import boot_seconds
+from hidream_grpc.jobs.store.records import ReplicaRecord
+from hidream_grpc.jobs.store.store import SqlJobStore
+
+logger = logging.getLogger(__name__)
+
+BEATS_PER_LEASE = 3
+WAKE_LOOK_SECONDS = 0.5
+"""How soon after a sleep of the machine, in which timers stand still, a beat that is due is made up for."""
+
+
+class SilenceObserver:
+    """How long the heartbeats of others stand still. Pure, but for what it remembers.
+
+    Args:
+        lease_seconds: after so long a replica is dead.
+        max_gap_seconds: between two looks; a longer one is the observer's own pause, and counts as so long.
+    """
+
+    def __init__(self, lease_seconds: float, max_gap_seconds: float) -> None:
+        self._lease_seconds = lease_seconds
+        self._max_gap_seconds = max_gap_seconds
+        self._heartbeats: dict[str, int] = {}
+        self._silent_seconds: dict[str, float] = {}
+        self._look_time: float | None = None
+
+    def dead(self, records: Iterable[ReplicaRecord], now: float) -> list[ReplicaRecord]:
+        """Look at the heartbeats as they are now, in seconds of any clock that never goes back."""
+        gap_seconds = 0.0 if self._look_time is None else now - self._look_time
+        self._look_time = now
+        records = tuple(records)
+        silent_seconds = {}
+        for record in records:
+            stands_still = self._heartbeats.get(record.replica_id) == record.heartbeat
+            before = self._silent_seconds.get(record.replica_id, 0.0)
+            gap = min(gap_seconds, self._max_gap_seconds)
+            silent_seconds[record.replica_id] = before + gap if stands_still else 0.0
+        self._silent_seconds = silent_seconds
+        self._heartbeats = {record.replica_id: record.heartbeat for record in records}
+        return [r for r in records if silent_seconds[r.replica_id] >= self._lease_seconds]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveModel:
+    """A model that a live replica draws with, and what a request for it is checked against."""
+
+    identity: ModelIdentity
+    scheduler: str
+    shift: float
+    limits: RequestLimits
+    defaults: RequestDefaults
+
+
+class Membership:
+    """Registers this replica, and keeps it registered. Belongs to the event loop's thread.
+
+    Attributes:
+        replica_id: another one each time that this replica was removed as dead.
+
+    Args:
+        on_removed: called when others have taken this replica for dead: its claims are lost.
+    """
+
+    def __init__(
+        self,
+        store: SqlJobStore,
+        model: LiveModel,
+        lease_seconds: float,
+        on_removed: Callable[[], None],
+    ) -> None:
+        self.replica_id = uuid.uuid4().hex
+        self.own_model = model
+        self._store = store
+        self._on_removed = on_removed
+        self._beat_seconds = lease_seconds / BEATS_PER_LEASE
+        self._observer = SilenceObserver(lease_seconds, 2 * self._beat_seconds)
+        self._models: tuple[LiveModel, ...] = (model,)
+        self._has_joined = False
+        self._id_before: str | None = None
+        self._next_beat_time = 0.0
+
+    @property
+    def live_models(self) -> tuple[LiveModel, ...]:
+        """Models of all replicas that live, this one's first, as last heard."""
+        return self._models
+
+    async def join(self) -> None:
+        """Register this replica; raises StoreUnavailableError."""
+        model = msgspec.json.encode(self.own_model).decode()
+        await self._store.join(self.replica_id, model, self._id_before)
+        self._has_joined = True
+        self._id_before = None
+
+    async def leave(self) -> None:
+        """Give up what this replica still has, at once; raises StoreUnavailableError."""
+        await self._store.remove_replica(self.replica_id)
+        self._has_joined = False
+
+    async def beat(self) -> None:
+        """Show that this replica lives, and look at the others; raises StoreUnavailableError."""
+        if not self._has_joined:
+            await self.join()
+        records = await self._store.beat(self.replica_id)
+        if all(record.replica_id != self.replica_id for record in records):
+            self._note_removal()
+            await self.join()
+            records = await self._store.beat(self.replica_id)
+        await self._store.follow_clock()
+        self._note_models(records)
+        others = (record for record in records if record.replica_id != self.replica_id)
+        for dead in self._observer.dead(others, boot_seconds()):
+            if await self._store.remove_replica(dead.replica_id, dead.heartbeat):
+                logger.warning("replica %s was silent for a lease: its jobs go on elsewhere", dead.replica_id)
+        self._next_beat_time = boot_seconds() + self._beat_seconds
+
+    async def pause(self) -> None:
+        """Wait until the next beat is due, also over a sleep of the machine."""
+        while (left_seconds := self._next_beat_time - boot_seconds()) > 0:  # noqa: ASYNC110  (timers sleep too)
+            await asyncio.sleep(min(left_seconds, WAKE_LOOK_SECONDS))
+
+    def _note_removal(self) -> None:
+        logger.warning("this replica was taken for dead: what it drew goes on elsewhere")
+        self._id_before, self.replica_id = self.replica_id, uuid.uuid4().hex
+        self._has_joined = False
+        self._on_removed()
+
+    def _note_models(self, records: Iterable[ReplicaRecord]) -> None:
+        models = {self.own_model.identity: self.own_model}
+        for record in records:
+            try:
+                model = _decoder.decode(record.model)
+            except msgspec.MsgspecError as error:
+                logger.debug("a replica of another version: %s", error)
+            else:
+                models.setdefault(model.identity, model)
+        self._models = tuple(models.values())
+
+
+_decoder = msgspec.json.Decoder(LiveModel)
