@@ -20,7 +20,8 @@
     │   ├── CallerQuotaError            nothing was accepted: the caller's work of this minute is used up
     │   ├── StoreUnavailableError       the database of the jobs does not answer
     │   ├── StoreFullError              the database of the jobs has no room
-    │   ├── TooManyReadersError         the caller follows too many jobs at once
+    │   ├── TooManyReadersError         too many streams are open, of all callers together
+    │   ├── CallerStreamLimitError      the caller has too many streams open
     │   ├── ModelNotServedError         nothing was accepted: no live server draws with the model asked for
     │   ├── NotServingError             starting, draining, or the devices are lost
     │   ├── ArtifactUnavailableError    images cannot be stored or read now
@@ -239,6 +240,18 @@ class TooManyReadersError(RequestError):
     def __init__(self, max_streams: int, retry_after_seconds: float) -> None:
         super().__init__(f"too many open streams: max_streams is {max_streams}")
         self.max_streams = max_streams
+        self.retry_after_seconds = retry_after_seconds
+
+
+class CallerStreamLimitError(RequestError):
+    """As many streams of this caller as it may have are open."""
+
+    def __init__(self, caller: str, max_streams_per_caller: int, retry_after_seconds: float) -> None:
+        super().__init__(
+            f"too many of your streams are open: max_streams_per_caller is {max_streams_per_caller}"
+        )
+        self.caller = caller
+        self.max_streams_per_caller = max_streams_per_caller
         self.retry_after_seconds = retry_after_seconds
 
 

@@ -116,6 +116,9 @@ class Settings(BaseSettings):
         int, Field(ge=4096, description="width × height × samples of one forward of the transformer")
     ] = 8 * 1024 * 1024
     max_streams: Annotated[int, Field(ge=1, le=100_000, description="streams open at the same time")] = 1000
+    max_streams_per_caller: Annotated[
+        int, Field(ge=1, le=100_000, description="streams of one caller open at the same time")
+    ] = 200
     max_num_images: Annotated[int, Field(ge=1, le=64, description="images of one request")] = 8
     max_num_inference_steps: Annotated[int, Field(ge=1, le=1000, description="steps of one request")] = 150
     max_guidance_scale: Annotated[float, Field(gt=0, le=100, description="largest guidance scale")] = 20.0

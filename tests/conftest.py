@@ -19,7 +19,9 @@ settings.load_profile("shared cores")
 @pytest.fixture(scope="session")
 def server() -> Iterator[LiveServer]:
     """One server with the demo model for all tests that leave it as they found it."""
-    with running_server("--metrics-port", "0", "--grace-seconds", "5") as live:
+    # All readers of a test come from one host, and are one caller.
+    flags = ("--max-streams-per-caller", "1000", "--grace-seconds", "5")
+    with running_server("--metrics-port", "0", *flags) as live:
         yield live
 
 

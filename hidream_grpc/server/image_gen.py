@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, aclosing
 from typing import Any, TypeAlias
 
 import grpc.aio
 from google.protobuf import empty_pb2
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, image_pb2, job_pb2, server_info_pb2
-from hidream_grpc.errors import TooManyReadersError
 from hidream_grpc.jobs.events import Cancelled, Failed, ImagePart, JobEvent
 from hidream_grpc.jobs.job import CancelReason, Job
 from hidream_grpc.jobs.limits import RequestLimits
@@ -26,6 +25,7 @@ from hidream_grpc.server.job_requests import (
     checked_watch,
     finished_image,
 )
+from hidream_grpc.server.streams import OpenStreams
 from hidream_grpc.server.validation import RequestValidator
 
 # Text: only the stubs know the class as generic.
@@ -45,7 +45,7 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         self._jobs = jobs
         self._validator = validator
         self._limits = limits
-        self._num_streams = 0
+        self._streams = OpenStreams(limits.max_streams, limits.max_streams_per_caller)
         self._describe_server = describe_server
 
     async def Generate(  # noqa: N802
@@ -177,16 +177,8 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
     def _owner(self) -> str:
         return current_call().owner
 
-    @contextmanager
-    def _stream(self) -> Iterator[None]:
-        max_streams = self._limits.max_streams
-        if self._num_streams >= max_streams:
-            raise TooManyReadersError(max_streams, self._jobs.retry_after_seconds)
-        self._num_streams += 1
-        try:
-            yield
-        finally:
-            self._num_streams -= 1
+    def _stream(self) -> AbstractContextManager[None]:
+        return self._streams.opened(current_call().caller, self._jobs.retry_after_seconds)
 
     async def _shown(self, jobs: Sequence[Job]) -> list[job_pb2.Job]:
         return list(map(convert.job, jobs, await self._jobs.places(jobs)))

@@ -37,6 +37,7 @@ def request_limits(settings: Settings, checkpoint: CheckpointDescription) -> Req
         max_queued_jobs_per_caller=settings.max_queued_jobs_per_caller,
         max_running_jobs_per_caller=settings.max_running_jobs_per_caller,
         max_pixel_steps_per_minute_per_caller=settings.max_pixel_steps_per_minute_per_caller,
+        max_streams_per_caller=settings.max_streams_per_caller,
     )
 
 

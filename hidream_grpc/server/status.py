@@ -110,6 +110,10 @@ TABLE: dict[type[errors.HiDreamError], _Row] = {
         code_pb2.RESOURCE_EXHAUSTED,
         lambda e: [_quota("max_streams", e), _retry(e.retry_after_seconds)],
     ),
+    errors.CallerStreamLimitError: _Row(
+        code_pb2.RESOURCE_EXHAUSTED,
+        lambda e: [_quota(e.caller, e), _retry(e.retry_after_seconds)],
+    ),
     errors.ModelNotServedError: _Row(code_pb2.FAILED_PRECONDITION, _not_served),
     errors.NotServingError: _Row(code_pb2.UNAVAILABLE, lambda e: [_retry(e.retry_after_seconds)]),
     errors.ArtifactUnavailableError: _Row(code_pb2.UNAVAILABLE, lambda e: [_retry(e.retry_after_seconds)]),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import socket
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +18,19 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, job_pb2, server_info_pb2
+from hidream_grpc.server.listening import OTHER_CALLS_OF_A_CONNECTION
 from tests.job_calls import bad_fields, calls_about, not_found
 from tests.live_server import LiveServer, running_server, wait_until
 from tests.streams import follow, is_progress, read_until, request
 
-CALLERS = ("alice", "bob", "carol", "dave")
+CALLERS = ("alice", "bob", "carol", "dave", "grace")
 TOKENS = {name: f"token-of-{name}-0123456789" for name in CALLERS}
 WRONG_TOKEN = "token-of-nobody-0123456789"
 LONG_STEPS = 150
 MAX_PIXEL_STEPS = 128 * 128 * LONG_STEPS * 2
+MAX_STREAMS = 4
+SETTINGS_MAX_CONCURRENT_STREAMS = 3
+"""RFC 9113, 6.5.2."""
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -78,6 +84,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         "--max-queued-jobs-per-caller": 1,
         "--max-running-jobs-per-caller": 1,
         "--max-pixel-steps-per-minute-per-caller": MAX_PIXEL_STEPS,
+        "--max-streams-per-caller": MAX_STREAMS,
         "--grace-seconds": 5,
         "--log-level": "DEBUG",
     }
@@ -181,7 +188,7 @@ def test_a_token_is_known_as_soon_as_it_stands_in_the_file_and_no_longer(guarded
         guarded.write(KNOWN + line_of("erin", token))
         wait_until(lambda: guarded.knows(token), 10, "the new caller is known")
         guarded.write(KNOWN + f"erin {token} and more\n")
-        complaint = f"{guarded.path}, line 6: must be a name and a token; the callers stay as they were"
+        complaint = f"{guarded.path}, line 7: must be a name and a token; the callers stay as they were"
         # The file is looked at when somebody calls.
         wait_until(lambda: guarded.knows(token) and complaint in guarded.server.log, 10, "it is told")
         assert guarded.knows(TOKENS["alice"])
@@ -343,11 +350,79 @@ def test_the_work_of_a_minute_is_limited_and_the_caller_told_when_more_fits(
     assert 0 < retry.retry_delay.ToTimedelta().total_seconds() <= 60
 
 
+def test_a_caller_with_all_of_its_streams_open_is_refused_and_others_watch_on(
+    guarded_stub: image_gen_pb2_grpc.ImageGenStub,
+) -> None:
+    stub, mine, labels = guarded_stub, bearer(TOKENS["grace"]), {"watched": "by grace"}
+    for name in ("bob", "grace"):
+        message = request(num_inference_steps=1)
+        message.labels.update(labels)
+        job_id = follow(stub.Generate(message, metadata=bearer(TOKENS[name]))).job.job_id
+    streams: list[Any] = []
+
+    def watch(name: str) -> None:
+        message = image_gen_pb2.WatchJobsRequest(labels=labels)
+        changes = stub.WatchJobs(message, metadata=bearer(TOKENS[name]))
+        # It is open once it tells of the job that is there.
+        next(changes)
+        streams.append(changes)
+
+    def can_watch() -> bool:
+        try:
+            watch("grace")
+        except grpc.RpcError as error:
+            assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            return False
+        return True
+
+    # Her call that drew the job may still be ending.
+    for _ in range(MAX_STREAMS):
+        wait_until(can_watch, 10, "grace has one stream more")
+    one_too_many: list[Callable[[], object]] = [
+        lambda: watch("grace"),
+        lambda: next(stub.Generate(request(), metadata=mine)),
+        lambda: next(stub.WatchJob(image_gen_pb2.WatchJobRequest(job_id=job_id), metadata=mine)),
+        lambda: next(stub.DownloadImage(image_gen_pb2.DownloadImageRequest(job_id=job_id), metadata=mine)),
+    ]
+    for call in one_too_many:
+        with pytest.raises(grpc.RpcError) as refused:
+            call()
+        assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        found = details_of(refused.value, error_details_pb2.QuotaFailure(), error_details_pb2.RetryInfo())
+        (violation,) = found[0].violations
+        assert violation.subject == "grace"
+        assert f"max_streams_per_caller is {MAX_STREAMS}" in violation.description
+        assert found[1].retry_delay.ToNanoseconds() > 0
+    # What is no stream still answers her.
+    assert stub.ListJobs(image_gen_pb2.ListJobsRequest(), metadata=mine).jobs
+    watch("bob")
+
+    streams.pop(0).cancel()
+    wait_until(can_watch, 10, "grace may open one again")
+    assert not can_watch()
+    for stream in streams:
+        stream.cancel()
+
+
+def test_a_connection_has_room_for_more_calls_than_a_caller_may_have_streams(guarded: Guarded) -> None:
+    host, _, port = guarded.server.address.rpartition(":")
+    empty_settings = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + empty_settings)
+        with connection.makefile("rb") as frames:
+            header = frames.read(9)
+            assert header[3] == empty_settings[3]
+            payload = frames.read(int.from_bytes(header[:3], "big"))
+    settings = dict(struct.iter_unpack(">HI", payload))
+    assert settings[SETTINGS_MAX_CONCURRENT_STREAMS] == MAX_STREAMS + OTHER_CALLS_OF_A_CONNECTION
+
+
 def test_callers_can_see_their_limits(guarded: Guarded) -> None:
     limits = guarded.info(bearer(TOKENS["dave"])).limits
     assert limits.max_queued_jobs_per_caller == 1
     assert limits.max_running_jobs_per_caller == 1
     assert limits.max_pixel_steps_per_minute_per_caller == MAX_PIXEL_STEPS
+    assert limits.max_streams_per_caller == MAX_STREAMS
 
 
 def test_where_no_tokens_are_configured_everybody_may_call_and_limits_of_callers_are_absent(

@@ -51,6 +51,7 @@ FLAGS = {
     "--max-running-jobs-per-caller",
     "--max-step-pixels",
     "--max-streams",
+    "--max-streams-per-caller",
     "--metrics-port",
     "--model-path",
     "--replace",
@@ -88,6 +89,11 @@ def test_every_limit_that_an_operator_sets_for_requests_is_shown_to_callers() ->
     assert limits - LIMITS_OF_THE_SERVER_ALONE <= shown
 
 
+def test_one_caller_has_at_most_a_fifth_of_the_streams_by_default() -> None:
+    settings = load_settings({}, None)
+    assert settings.max_streams_per_caller * 5 == settings.max_streams
+
+
 def test_a_flag_goes_before_the_environment_the_environment_before_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +113,7 @@ OUT_OF_RANGE = {
     "max_running_jobs_per_caller": "0",
     "max_pixel_steps_per_minute_per_caller": "0",
     "max_streams": "-1",
+    "max_streams_per_caller": "0",
     "max_num_images": "65",
     "max_num_inference_steps": "many",
     "max_guidance_scale": "nan",

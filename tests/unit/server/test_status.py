@@ -43,6 +43,7 @@ EXAMPLES: dict[type[HiDreamError], HiDreamError] = {
         errors.StoreUnavailableError(1.0),
         errors.StoreFullError(5.0),
         errors.TooManyReadersError(1000, 1.5),
+        errors.CallerStreamLimitError("alice", 200, 3.5),
         errors.ModelNotServedError("dev", ("demo", "full")),
         errors.NotServingError("the model is loading", 2.0),
         errors.ArtifactUnavailableError(5.0),
@@ -106,6 +107,7 @@ def test_every_status_has_a_code_a_text_and_details(error: HiDreamError) -> None
         (errors.StoreUnavailableError, "UNAVAILABLE", {"RetryInfo"}),
         (errors.StoreFullError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "RetryInfo"}),
         (errors.TooManyReadersError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "RetryInfo"}),
+        (errors.CallerStreamLimitError, "RESOURCE_EXHAUSTED", {"QuotaFailure", "RetryInfo"}),
         (errors.ModelNotServedError, "FAILED_PRECONDITION", {"PreconditionFailure"}),
         (errors.NotServingError, "UNAVAILABLE", {"RetryInfo"}),
         (errors.ArtifactUnavailableError, "UNAVAILABLE", {"RetryInfo"}),
@@ -153,6 +155,7 @@ def test_a_reached_limit_is_named_with_the_time_to_come_back(
     [
         (errors.CallerQueueFullError, "max_queued_jobs_per_caller is 8", 2.5),
         (errors.CallerQuotaError, "max_pixel_steps_per_minute_per_caller, which is 1000", 12.5),
+        (errors.CallerStreamLimitError, "max_streams_per_caller is 200", 3.5),
     ],
 )
 def test_a_limit_of_the_caller_names_caller_and_limit_with_the_time_to_come_back(

@@ -1,0 +1,49 @@
+"""How many streams are open, of all callers and of each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hidream_grpc.errors import CallerStreamLimitError, TooManyReadersError
+
+
+class OpenStreams:
+    """Counts the open streams of a server, and refuses those beyond its limits.
+
+    Args:
+        max_streams: of all callers.
+        max_streams_per_caller: of one caller; None where only max_streams counts.
+    """
+
+    def __init__(self, max_streams: int, max_streams_per_caller: int | None) -> None:
+        self._max_streams = max_streams
+        self._max_streams_per_caller = max_streams_per_caller
+        self._num_streams: Counter[str] = Counter()
+
+    @property
+    def callers(self) -> frozenset[str]:
+        """Callers that have a stream open."""
+        return frozenset(self._num_streams)
+
+    @contextmanager
+    def opened(self, caller: str, retry_after_seconds: float) -> Iterator[None]:
+        """Count one stream of this caller until the block ends.
+
+        Raises:
+            CallerStreamLimitError: this caller has as many open as it may.
+            TooManyReadersError: all callers together have.
+        """
+        limit = self._max_streams_per_caller
+        if limit is not None and self._num_streams[caller] >= limit:
+            raise CallerStreamLimitError(caller, limit, retry_after_seconds)
+        if self._num_streams.total() >= self._max_streams:
+            raise TooManyReadersError(self._max_streams, retry_after_seconds)
+        self._num_streams[caller] += 1
+        try:
+            yield
+        finally:
+            self._num_streams[caller] -= 1
+            if not self._num_streams[caller]:
+                del self._num_streams[caller]
