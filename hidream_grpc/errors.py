@@ -5,6 +5,7 @@
     │   ├── ConfigurationError          a flag or variable is out of its range
     │   ├── AddressInUseError           another process listens there
     │   ├── ModelNotFoundError          a model folder is missing or incomplete
+    │   ├── CheckpointChangedError      other files lie in the model folder than at the start of the server
     │   ├── DeviceUnavailableError      the device type or one of the devices is not there
     │   ├── DeviceFailedError           devices cannot be opened; the engine takes the others, while there are
     │   ├── StoreInUseError             another server has the job store open
@@ -84,6 +85,17 @@ class ModelNotFoundError(StartupError):
         self.flag = flag
         self.path = path
         self.reason = reason
+
+
+class CheckpointChangedError(StartupError):
+    """The files of the checkpoint are not those that the server described when it started."""
+
+    def __init__(self, model_path: Path) -> None:
+        super().__init__(
+            f"the checkpoint in {model_path} has changed since the server started: "
+            "put its files back, or restart the server to serve the new ones"
+        )
+        self.model_path = model_path
 
 
 class DeviceUnavailableError(StartupError):

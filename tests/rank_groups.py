@@ -19,6 +19,7 @@ from hidream_grpc.engine.group_config import GroupConfig, GroupTimeouts
 from hidream_grpc.engine.messages import Admission, Decode, DecodedImage, StepPlan
 from hidream_grpc.engine.supervisor import RankGroup
 from hidream_grpc.model.demo import demo_checkpoint_path
+from hidream_grpc.model.fingerprint import fingerprint_of
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
 
@@ -26,9 +27,13 @@ _plan_ids = itertools.count(1)
 
 
 def group_config(num_ranks: int, **changes: object) -> GroupConfig:
-    """Ranks on the CPU with the demo model, one thread each."""
+    """Ranks on the CPU with the demo model, one thread each.
+
+    Another `model_path` comes with its `checkpoint_fingerprint`.
+    """
     config = GroupConfig(
         model_path=demo_checkpoint_path(),
+        checkpoint_fingerprint=fingerprint_of(demo_checkpoint_path(), None),
         devices=select_devices(CPU, tuple(range(num_ranks))),
         layout=Layout(data_parallel=num_ranks),
         timeouts=GroupTimeouts(load_seconds=120.0),

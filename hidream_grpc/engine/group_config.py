@@ -45,6 +45,7 @@ class GroupConfig:
     Attributes:
         model_path: a HiDream-I1 in diffusers format.
         extra_model_path: the Llama folder, where the checkpoint holds none.
+        checkpoint_fingerprint: that their files must have whenever a rank loads them.
         devices: that the ranks may use; the first of them while they work, those beyond are spares.
         layout: how the ranks share the work.
         smaller_layouts: what to try, in this order, when too few devices work for `layout`.
@@ -58,6 +59,7 @@ class GroupConfig:
 
     model_path: Path
     extra_model_path: Path | None = None
+    checkpoint_fingerprint: str
     devices: DeviceSelection
     layout: Layout
     smaller_layouts: tuple[Layout, ...] = ()

@@ -17,7 +17,7 @@ from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.step_shapes import StepShape
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -94,11 +94,13 @@ ZygoteEvent = ZygoteReady | ProcessStarted | StartRefused | ProcessEnded
 class Load(_Message, frozen=True):
     """First command of a rank: open the device, load the weights, compile for the shapes of steps.
 
+    A checkpoint of another fingerprint is refused: the server has described this one to its callers.
     pulse_path is the page in which the rank says that it waits for others, see `engine/pulse.py`.
     """
 
     model_path: Path
     extra_model_path: Path | None
+    checkpoint_fingerprint: str
     layout: Layout
     device_type: str
     local_index: int

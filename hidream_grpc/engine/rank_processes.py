@@ -178,6 +178,7 @@ class RankProcesses:
             return Load(
                 model_path=self._config.model_path,
                 extra_model_path=self._config.extra_model_path,
+                checkpoint_fingerprint=self._config.checkpoint_fingerprint,
                 layout=placement.layout,
                 device_type=placement.devices.device_type.name,
                 local_index=placement.devices.local_index(rank),

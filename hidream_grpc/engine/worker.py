@@ -191,7 +191,9 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
         try:
             device = open_device(load.device_type, load.local_index)
             groups = ParallelGroups(load.layout, rank, PulseWriter(load.pulse_path))
-            model = HiDreamModel.from_pretrained(load.model_path, load.extra_model_path, device, groups)
+            model = HiDreamModel.from_pretrained(
+                load.model_path, load.extra_model_path, device, groups, load.checkpoint_fingerprint
+            )
             if load.compile_shapes:
                 model.compile(load.compile_shapes)
         except HiDreamError as error:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from hidream_grpc.errors import ModelNotFoundError
+from hidream_grpc.errors import CheckpointChangedError, ModelNotFoundError
 from hidream_grpc.model.checkpoint_files import (
     EXTRA_MODEL_PATH_FLAG,
     LLAMA,
@@ -53,7 +54,7 @@ def fingerprint_of(model_path: Path, extra_model_path: Path | None) -> str:
         Hexadecimal digits.
 
     Raises:
-        ModelNotFoundError: a file is missing or cannot be read.
+        ModelNotFoundError: a configuration is missing, or a file cannot be read.
     """
     digest = hashlib.sha256()
     for name, path, flag in _files(model_path, extra_model_path):
@@ -64,9 +65,31 @@ def fingerprint_of(model_path: Path, extra_model_path: Path | None) -> str:
     return digest.hexdigest()[:_DIGITS]
 
 
+@contextmanager
+def unchanged_checkpoint(model_path: Path, extra_model_path: Path | None, fingerprint: str) -> Iterator[None]:
+    """Make sure that what is loaded inside is this checkpoint, and stays it until it is loaded.
+
+    Raises:
+        CheckpointChangedError: it is another one, before or after; also in place of the error of a load whose
+            files were exchanged meanwhile.
+        ModelNotFoundError: a file is missing or cannot be read.
+    """
+    _require(model_path, extra_model_path, fingerprint)
+    try:
+        yield
+    finally:
+        _require(model_path, extra_model_path, fingerprint)
+
+
+def _require(model_path: Path, extra_model_path: Path | None, fingerprint: str) -> None:
+    if fingerprint_of(model_path, extra_model_path) != fingerprint:
+        raise CheckpointChangedError(model_path)
+
+
 def _files(model_path: Path, extra_model_path: Path | None) -> Iterator[tuple[str, Path, str]]:
     """Name within the checkpoint, path, and flag that named the folder, of each file that is loaded."""
     flag = MODEL_PATH_FLAG
+    llama = llama_folder(model_path, extra_model_path)
     for name in _PIPELINE_FILES:
         if (model_path / name).is_file():
             yield name, model_path / name, flag
@@ -76,7 +99,7 @@ def _files(model_path: Path, extra_model_path: Path | None) -> Iterator[tuple[st
         yield from _tokenizer_files(tokenizer, model_path / tokenizer, flag)
     if not has_llama(model_path):
         flag = EXTRA_MODEL_PATH_FLAG
-    yield from _component_files(LLAMA, llama_folder(model_path, extra_model_path), flag)
+    yield from _component_files(LLAMA, llama, flag)
     yield from _tokenizer_files(LLAMA_TOKENIZER, llama_tokenizer_folder(model_path, extra_model_path), flag)
 
 
@@ -100,7 +123,7 @@ def _read(path: Path, flag: str) -> tuple[int, list[bytes]]:
             file.seek(0)
             parts = _read_samples(file, size_bytes) if path.suffix == ".safetensors" else [file.read()]
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise ModelNotFoundError(flag, path, reason) from None
     return size_bytes, parts
 

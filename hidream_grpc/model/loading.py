@@ -35,7 +35,16 @@ def load_module(module_class: type[_Module], folder: Path, device: Device) -> _M
     # Every model of both libraries has it, without a common type that says so.
     from_pretrained: Any = module_class.from_pretrained  # type: ignore[attr-defined]
     module: _Module = from_pretrained(folder, dtype=device.dtype, local_files_only=True, use_safetensors=True)
-    return module.to(device.torch_device).eval()
+    module = module.to(device.torch_device).eval()
+    if device.torch_device.type == "cpu":
+        _own_memory(module)
+    return module
+
+
+def _own_memory(module: nn.Module) -> None:
+    """Copy the weights: in the dtype of their file they are a mapping of it, which a write to it changes."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def load_tokenizer(tokenizer_class: type[_Tokenizer], folder: Path) -> _Tokenizer:

@@ -23,6 +23,7 @@ from hidream_grpc.model.checkpoint_files import MODEL_PATH_FLAG, TransformerConf
 from hidream_grpc.model.compilation import compile_blocks
 from hidream_grpc.model.conditioning import Conditioning
 from hidream_grpc.model.denoising import DenoisingState, StepBatch
+from hidream_grpc.model.fingerprint import fingerprint_of, unchanged_checkpoint
 from hidream_grpc.model.images import encode_image
 from hidream_grpc.model.loading import load_module, load_scheduler, quieten_libraries
 from hidream_grpc.model.parallel.groups import ParallelGroups
@@ -49,6 +50,7 @@ class HiDreamModel:
         scheduler_name: class of the checkpoint's scheduler in diffusers.
         shift: of the scheduler's timesteps.
         num_parameters: weights of all components.
+        fingerprint: of the checkpoint, see `fingerprint_of`.
     """
 
     def __init__(
@@ -60,10 +62,12 @@ class HiDreamModel:
         device: Device,
         groups: ParallelGroups,
         num_parameters: int,
+        fingerprint: str,
     ) -> None:
         self.scheduler_name = type(scheduler).__name__
         self.shift = float(getattr(scheduler.config, "flow_shift", None) or scheduler.config.shift)
         self.num_parameters = num_parameters
+        self.fingerprint = fingerprint
         self._prompt_encoder = prompt_encoder
         self._transformer = transformer
         self._vae = vae
@@ -80,6 +84,7 @@ class HiDreamModel:
         extra_model_path: Path | None,
         device: Device,
         groups: ParallelGroups | None = None,
+        fingerprint: str | None = None,
     ) -> HiDreamModel:
         """Load a rank's share of a checkpoint that `describe_checkpoint` has accepted, from local files.
 
@@ -88,9 +93,27 @@ class HiDreamModel:
             extra_model_path: the Llama folder, where the checkpoint holds none.
             device: where it runs, and in which dtype.
             groups: of the rank; None for one rank that has the whole model.
+            fingerprint: of the checkpoint that it must be; None for whatever lies there.
+
+        Raises:
+            CheckpointChangedError: it is another checkpoint, or became one while it was read.
         """
         quieten_libraries()
         groups = groups or ParallelGroups(Layout())
+        if fingerprint is None:
+            fingerprint = fingerprint_of(model_path, extra_model_path)
+        with unchanged_checkpoint(model_path, extra_model_path, fingerprint):
+            return cls._load(model_path, extra_model_path, device, groups, fingerprint)
+
+    @classmethod
+    def _load(
+        cls,
+        model_path: Path,
+        extra_model_path: Path | None,
+        device: Device,
+        groups: ParallelGroups,
+        fingerprint: str,
+    ) -> HiDreamModel:
         config = read_json(model_path / "transformer" / "config.json", TransformerConfig, MODEL_PATH_FLAG)
         with torch.device("meta"):
             transformer = HiDreamTransformer(config, groups, device)
@@ -110,6 +133,7 @@ class HiDreamModel:
             num_parameters=num_weights(model_path / "transformer")
             + num_weights(model_path / "vae")
             + text_encoders.num_parameters,
+            fingerprint=fingerprint,
         )
 
     @torch.inference_mode()

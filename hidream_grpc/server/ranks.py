@@ -28,6 +28,7 @@ def group_config(settings: Settings, model_path: Path, checkpoint: CheckpointDes
     return GroupConfig(
         model_path=model_path,
         extra_model_path=settings.extra_model_path,
+        checkpoint_fingerprint=checkpoint.fingerprint,
         devices=devices,
         layout=layout,
         smaller_layouts=smaller_layouts(layout, divisions),

@@ -114,7 +114,9 @@ async def test_without_any_device_the_group_does_not_start_and_says_why(
 
 
 async def test_a_bad_checkpoint_is_not_taken_for_a_broken_device(tmp_path: Path) -> None:
-    group = RankGroup(group_config(2, model_path=tmp_path, smaller_layouts=(Layout(),)))
+    group = RankGroup(
+        group_config(2, model_path=tmp_path, checkpoint_fingerprint="", smaller_layouts=(Layout(),))
+    )
     with pytest.raises(StartupError, match="no such file") as refused:
         await group.start()
     assert not isinstance(refused.value, DeviceFailedError)

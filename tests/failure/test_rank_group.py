@@ -277,7 +277,7 @@ async def test_all_ranks_are_replaced_where_survivors_cannot_join_again(
 
 async def test_a_model_that_cannot_be_loaded_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     before = set(psutil.Process().children(recursive=True))
-    group = RankGroup(group_config(1, model_path=tmp_path))
+    group = RankGroup(group_config(1, model_path=tmp_path, checkpoint_fingerprint=""))
     with pytest.raises(StartupError, match=r"^-m/--model-path: .+no such file$"):
         await group.start()
     assert set(psutil.Process().children(recursive=True)) <= before

@@ -112,6 +112,7 @@ async def test_messages_cross_in_both_directions_and_in_order(pair: Pair) -> Non
     load = Load(
         model_path=Path("/models/HiDream"),
         extra_model_path=None,
+        checkpoint_fingerprint="86637e71f35d8ddd",
         layout=Layout(tensor_parallel=2, expert_parallel=2),
         device_type="cpu",
         local_index=3,

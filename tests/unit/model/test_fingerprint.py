@@ -169,4 +169,4 @@ def test_a_missing_weight_file_of_the_llama_folder_is_one_line_that_names_its_fl
     (llama / "config.json").unlink()
     with pytest.raises(ModelNotFoundError) as raised:
         fingerprint_of(checkpoint, llama)
-    assert str(raised.value) == f"-e/--extra-model-path: {llama / 'config.json'}: No such file or directory"
+    assert str(raised.value) == f"-e/--extra-model-path: {llama / 'config.json'}: no such file"

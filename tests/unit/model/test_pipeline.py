@@ -13,8 +13,10 @@ from diffusers import HiDreamImagePipeline
 from PIL import Image
 
 from hidream_grpc.devices.base import open_device
+from hidream_grpc.errors import CheckpointChangedError
 from hidream_grpc.model.demo import demo_checkpoint_path
 from hidream_grpc.model.denoising import StepBatch
+from hidream_grpc.model.fingerprint import fingerprint_of
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.pipeline import HiDreamModel
@@ -173,11 +175,41 @@ def test_loading_and_drawing_write_nothing_to_the_terminal(tiny_checkpoint: Path
 
 
 def test_what_the_server_imports_of_the_model_is_free_of_torch() -> None:
-    modules = ["checkpoint", "demo", "images", "parameters", "placement", "prompt_tokens", "sizes"]
-    modules += ["text_encoder_files", "variants"]
+    modules = ["checkpoint", "demo", "fingerprint", "images", "parameters", "placement", "prompt_tokens"]
+    modules += ["sizes", "snapshot_format", "text_encoder_files", "variants"]
     program = f"import sys, {', '.join(f'hidream_grpc.model.{module}' for module in modules)}\n"
     program += "print([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout == "[]\n"
+
+
+def test_a_loaded_model_has_its_weights_in_memory_and_not_in_its_files(own_checkpoint: Path) -> None:
+    # In the dtype of the files, in which the libraries keep a mapping of them.
+    model = HiDreamModel.from_pretrained(own_checkpoint, None, open_device("cpu", 0))
+    before = denoise(model, parameters()).latents
+    assert str(own_checkpoint) not in Path("/proc/self/maps").read_text()
+    for weights in own_checkpoint.rglob("*.safetensors"):
+        with weights.open("r+b") as file:
+            file.seek(weights.stat().st_size // 2)
+            file.write(b"\1" * (weights.stat().st_size // 2))
+    assert torch.equal(denoise(model, parameters()).latents, before)
+
+
+def test_a_checkpoint_that_is_not_the_one_that_was_described_is_refused(own_checkpoint: Path) -> None:
+    with pytest.raises(CheckpointChangedError, match=f"the checkpoint in {own_checkpoint} has changed"):
+        HiDreamModel.from_pretrained(own_checkpoint, None, open_device("cpu", 0), fingerprint="0" * 16)
+
+
+def test_a_checkpoint_that_is_exchanged_while_it_is_read_is_refused(
+    own_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exchange(*_arguments: object) -> None:
+        (own_checkpoint / "scheduler" / "scheduler_config.json").write_text("{}")
+        raise RuntimeError("size mismatch")
+
+    fingerprint = fingerprint_of(own_checkpoint, None)
+    monkeypatch.setattr("hidream_grpc.model.pipeline.load_share", exchange)
+    with pytest.raises(CheckpointChangedError):
+        HiDreamModel.from_pretrained(own_checkpoint, None, open_device("cpu", 0), fingerprint=fingerprint)
