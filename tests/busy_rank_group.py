@@ -16,10 +16,10 @@ async def main() -> None:
     group = RankGroup(group_config(2))
     await group.start()
     request = picture(width=256, height=256, num_inference_steps=1000)
-    await group.execute(plan(admissions=(admission("endless", request),), step_jobs=("endless",)))
+    await group.execute(plan(admissions=(admission("endless", request),), step_claims=("endless",)))
     print(json.dumps([group.zygote_pid, group.store_pid, *group.rank_pids]), flush=True)  # noqa: T201
     while True:
-        await group.execute(plan(step_jobs=("endless",)))
+        await group.execute(plan(step_claims=("endless",)))
 
 
 if __name__ == "__main__":

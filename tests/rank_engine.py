@@ -71,7 +71,7 @@ class RankEngine:
             self._news.set()
 
         self._waiting.append(
-            EngineRequest(job_id, f"request of {job_id}", parameters, note, snapshot=snapshot)
+            EngineRequest(job_id, job_id, f"request of {job_id}", parameters, note, snapshot=snapshot)
         )
         self.controller.notify()
 

@@ -54,8 +54,13 @@ def picture(**changes: object) -> GenerationParameters:
     return GenerationParameters(**(values | changes))  # type: ignore[arg-type]
 
 
-def admission(job_id: str, parameters: GenerationParameters) -> Admission:
-    return Admission(job_id=job_id, request_id=f"request of {job_id}", parameters=parameters)
+def admission(claim_id: str, parameters: GenerationParameters) -> Admission:
+    return Admission(
+        claim_id=claim_id,
+        job_id=f"job of {claim_id}",
+        request_id=f"request of {claim_id}",
+        parameters=parameters,
+    )
 
 
 def plan(**content: object) -> StepPlan:
@@ -65,18 +70,18 @@ def plan(**content: object) -> StepPlan:
 
 async def draw(group: RankGroup, parameters: GenerationParameters) -> bytes:
     """Draw image 0 of a request, step by step; its bytes."""
-    job_id = f"job {next(_plan_ids)}"
-    await group.execute(plan(admissions=(admission(job_id, parameters),)))
+    claim_id = f"job {next(_plan_ids)}"
+    await group.execute(plan(admissions=(admission(claim_id, parameters),)))
     for _ in range(parameters.num_inference_steps):
-        await group.execute(plan(step_jobs=(job_id,)))
-    image = await decode(group, job_id)
-    await group.execute(plan(releases=(job_id,)))
+        await group.execute(plan(step_claims=(claim_id,)))
+    image = await decode(group, claim_id)
+    await group.execute(plan(releases=(claim_id,)))
     return image.data
 
 
-async def decode(group: RankGroup, job_id: str, rank: int = 0) -> DecodedImage:
+async def decode(group: RankGroup, claim_id: str, rank: int = 0) -> DecodedImage:
     """Have one rank decode image 0."""
-    answers = await group.execute(plan(decodes=(Decode(job_id=job_id, image_index=0, rank=rank),)))
+    answers = await group.execute(plan(decodes=(Decode(claim_id=claim_id, image_index=0, rank=rank),)))
     (image,) = answers[rank].images
     return image
 

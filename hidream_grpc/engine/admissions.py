@@ -20,9 +20,9 @@ class Admissions:
         # Every one that was in a plan and not yet released.
         self._held: set[str] = set()
 
-    def ask(self, job_id: str) -> None:
+    def ask(self, claim_id: str) -> None:
         """Have the ranks start a request, again if they hold it."""
-        self._waiting.append(job_id)
+        self._waiting.append(claim_id)
 
     def forget_all(self) -> None:
         """Note that the ranks hold nothing any more, and wait for nothing."""
@@ -36,33 +36,33 @@ class Admissions:
             running: all that run; who is not among them is not started any more.
             suspect: the only one that may be started now; None for all.
         """
-        self._waiting = [job_id for job_id in self._waiting if job_id in running]
+        self._waiting = [claim_id for claim_id in self._waiting if claim_id in running]
         admissions: list[Admission] = []
         room_bytes = MAX_ADMITTED_SNAPSHOT_BYTES
-        for job_id in [j for j in self._waiting if suspect in (None, j)]:
-            admission = running[job_id].admission()
+        for claim_id in [j for j in self._waiting if suspect in (None, j)]:
+            admission = running[claim_id].admission()
             room_bytes -= len(admission.snapshot)
             if admissions and room_bytes < 0:
                 break
             admissions.append(admission)
-            self._waiting.remove(job_id)
+            self._waiting.remove(claim_id)
         return tuple(admissions)
 
     def releases(
         self, running: Mapping[str, RunningRequest], admissions: tuple[Admission, ...]
     ) -> tuple[str, ...]:
         """What the ranks must forget in a plan: what runs no more, and what they start again."""
-        started = {admission.job_id for admission in admissions}
-        return tuple(job_id for job_id in self._held if job_id not in running or job_id in started)
+        started = {admission.claim_id for admission in admissions}
+        return tuple(claim_id for claim_id in self._held if claim_id not in running or claim_id in started)
 
     def ready(self, admissions: tuple[Admission, ...]) -> set[str]:
         """The requests that the ranks can work at in a plan with these admissions."""
-        return (self._held | {admission.job_id for admission in admissions}) - set(self._waiting)
+        return (self._held | {admission.claim_id for admission in admissions}) - set(self._waiting)
 
     def planned(self, plan: StepPlan) -> None:
         """Note that the ranks get this plan."""
-        self._held |= {admission.job_id for admission in plan.admissions}
+        self._held |= {admission.claim_id for admission in plan.admissions}
 
     def done(self, plan: StepPlan) -> None:
         """Note that the ranks have done this plan."""
-        self._held -= set(plan.releases) - {admission.job_id for admission in plan.admissions}
+        self._held -= set(plan.releases) - {admission.claim_id for admission in plan.admissions}

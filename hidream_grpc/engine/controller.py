@@ -81,10 +81,10 @@ class Controller:
         """Say that the backlog has a request."""
         self._wake.set()
 
-    def cancel(self, job_id: str) -> None:
+    def cancel(self, claim_id: str) -> None:
         """Drop a running request: it takes no further step and reports nothing more."""
-        if self._active.pop(job_id, None) is not None:
-            self._forget(job_id)
+        if self._active.pop(claim_id, None) is not None:
+            self._forget(claim_id)
 
     async def run(self, backlog: Backlog) -> None:
         """Start the group and work off the backlog until cancelled; then nothing of the group is left.
@@ -114,8 +114,8 @@ class Controller:
                 return
             answers = await self._group.execute(plan)
             ran_out = self._apply(plan, answers)
-            for job_id in ran_out & self._active.keys():
-                await self._retry_alone(job_id, at_work)
+            for claim_id in ran_out & self._active.keys():
+                await self._retry_alone(claim_id, at_work)
         except RankDiedError as loss:
             lost = loss
         else:
@@ -133,18 +133,18 @@ class Controller:
         ready = self._admissions.ready(admissions)
         if suspect is not None:
             ready &= {suspect}
-        step_jobs = self._scheduler.next_step(ready)
+        step_claims = self._scheduler.next_step(ready)
         decodes = self._scheduler.next_decodes(self._group.world_size, ready)
-        if not (step_jobs or decodes or releases or admissions or self._scheduler.decoding):
+        if not (step_claims or decodes or releases or admissions or self._scheduler.decoding):
             return None
         plan = StepPlan(
             plan_id=self._next_plan_id,
             releases=releases,
             admissions=admissions,
-            step_jobs=step_jobs,
-            snapshot_job=self._pace.next_job(step_jobs),
+            step_claims=step_claims,
+            snapshot_claim=self._pace.next_claim(step_claims),
             decodes=decodes,
-            decode_budget_seconds=self._decode_budget_seconds(step_jobs),
+            decode_budget_seconds=self._decode_budget_seconds(step_claims),
         )
         self._next_plan_id += 1
         self._scheduler.planned(decodes)
@@ -155,22 +155,24 @@ class Controller:
         """The progress of each job that the ranks do something for in a plan."""
         if plan is None:
             return {}
-        jobs = (*plan.step_jobs, *(a.job_id for a in plan.admissions), *self._scheduler.decoding)
-        return {job_id: self._scheduler.progress_of(job_id) for job_id in jobs}
+        jobs = (*plan.step_claims, *(a.claim_id for a in plan.admissions), *self._scheduler.decoding)
+        return {claim_id: self._scheduler.progress_of(claim_id) for claim_id in jobs}
 
-    def _decode_budget_seconds(self, step_jobs: tuple[str, ...]) -> float | None:
+    def _decode_budget_seconds(self, step_claims: tuple[str, ...]) -> float | None:
         """One step time of those that step, so that a decode at most doubles their wait, but for a slice.
 
         A round without a step has a budget too: a request may arrive meanwhile.
         """
-        known = (self._active[job_id].step_seconds for job_id in step_jobs)
+        known = (self._active[claim_id].step_seconds for claim_id in step_claims)
         return min((seconds for seconds in known if seconds is not None), default=self._step_seconds)
 
     def _start(self, request: EngineRequest) -> None:
         active = RunningRequest.start(request)
-        self._active[request.job_id] = active
-        self._scheduler.admit(request.job_id, request.parameters, active.resume_step, request.finished_images)
-        self._admissions.ask(request.job_id)
+        self._active[request.claim_id] = active
+        self._scheduler.admit(
+            request.claim_id, request.parameters, active.resume_step, request.finished_images
+        )
+        self._admissions.ask(request.claim_id)
         request.on_event(RequestStarted())
 
     async def _wait_for_work(self) -> None:
@@ -197,41 +199,41 @@ class Controller:
             self._on_prompts(PromptReport(counts.num_prompt_cache_hits, counts.num_prompt_cache_misses))
         encode_seconds = max(answer.encode_seconds for answer in answers)
         for admission in plan.admissions:
-            if active := self._active.get(admission.job_id):
+            if active := self._active.get(admission.claim_id):
                 active.request.on_event(PromptsEncoded(encode_seconds))
-        faults = {fault.job_id: fault for answer in answers for fault in answer.faults}
-        ran_out = {fault.job_id for fault in faults.values() if _is_out_of_memory(fault)}
+        faults = {fault.claim_id: fault for answer in answers for fault in answer.faults}
+        ran_out = {fault.claim_id for fault in faults.values() if _is_out_of_memory(fault)}
         for fault in faults.values():
-            if fault.job_id not in ran_out:
-                self._fail(fault.job_id, JobInternalError(fault.error_id))
-        if plan.step_jobs:
+            if fault.claim_id not in ran_out:
+                self._fail(fault.claim_id, JobInternalError(fault.error_id))
+        if plan.step_claims:
             self._apply_step(plan, answers, not_stepped=ran_out)
         for image in (image for answer in answers for image in answer.images):
-            self._scheduler.decoded(image.job_id, image.image_index)
-            if active := self._active.get(image.job_id):
-                self._note_progress(image.job_id)
+            self._scheduler.decoded(image.claim_id, image.image_index)
+            if active := self._active.get(image.claim_id):
+                self._note_progress(image.claim_id)
                 active.request.on_event(ImageFinished(image.image_index, image.data, image.decode_seconds))
-                if self._scheduler.is_finished(image.job_id):
-                    self._finish(image.job_id)
+                if self._scheduler.is_finished(image.claim_id):
+                    self._finish(image.claim_id)
         return ran_out
 
     def _apply_step(self, plan: StepPlan, answers: tuple[PlanDone, ...], not_stepped: Set[str]) -> None:
         step_seconds = max(answer.step_seconds for answer in answers)
-        previews = {preview.job_id: preview.data for answer in answers for preview in answer.previews}
-        stepped = tuple(j for j in plan.step_jobs if j in self._active and j not in not_stepped)
+        previews = {preview.claim_id: preview.data for answer in answers for preview in answer.previews}
+        stepped = tuple(j for j in plan.step_claims if j in self._active and j not in not_stepped)
         self._step_seconds = step_seconds
         self._scheduler.stepped(stepped)
         self._pace.stepped(stepped, step_seconds)
         num_samples = 0
-        for job_id in stepped:
-            active = self._active[job_id]
-            step = self._scheduler.step_of(job_id)
+        for claim_id in stepped:
+            active = self._active[claim_id]
+            step = self._scheduler.step_of(claim_id)
             num_samples += active.request.parameters.num_samples
             active.step_seconds = step_seconds
-            self._note_progress(job_id)
+            self._note_progress(claim_id)
             active.request.on_event(StepFinished(step, step_seconds))
-            if job_id in previews:
-                active.request.on_event(PreviewMade(step, previews[job_id]))
+            if claim_id in previews:
+                active.request.on_event(PreviewMade(step, previews[claim_id]))
         if stepped:
             parameters = self._active[stepped[0]].request.parameters
             self._on_step(
@@ -255,51 +257,51 @@ class Controller:
         """Keep the snapshot that came with a step; returns what it cost, in seconds."""
         cost_seconds = 0.0
         for snapshot in filter(None, (answer.snapshot for answer in answers)):
-            if active := self._active.get(snapshot.job_id):
+            if active := self._active.get(snapshot.claim_id):
                 active.snapshot = Snapshot(snapshot.step, snapshot.data)
                 active.request.on_event(SnapshotTaken(snapshot.step, snapshot.data))
                 cost_seconds += self._pace.taken(
-                    snapshot.job_id, snapshot.snapshot_seconds, len(snapshot.data)
+                    snapshot.claim_id, snapshot.snapshot_seconds, len(snapshot.data)
                 )
         return cost_seconds
 
-    def _note_progress(self, job_id: str) -> None:
-        self._strikes.progressed(job_id, self._scheduler.progress_of(job_id))
+    def _note_progress(self, claim_id: str) -> None:
+        self._strikes.progressed(claim_id, self._scheduler.progress_of(claim_id))
 
-    def _finish(self, job_id: str) -> None:
-        active = self._active.pop(job_id)
-        self._forget(job_id)
+    def _finish(self, claim_id: str) -> None:
+        active = self._active.pop(claim_id)
+        self._forget(claim_id)
         active.request.on_event(RequestFinished())
 
-    def _fail(self, job_id: str, error: JobError) -> None:
-        if active := self._active.pop(job_id, None):
-            self._forget(job_id)
+    def _fail(self, claim_id: str, error: JobError) -> None:
+        if active := self._active.pop(claim_id, None):
+            self._forget(claim_id)
             active.request.on_event(RequestFailed(error))
 
-    def _forget(self, job_id: str) -> None:
-        self._scheduler.release(job_id)
-        self._strikes.forget(job_id)
-        self._pace.forget(job_id)
+    def _forget(self, claim_id: str) -> None:
+        self._scheduler.release(claim_id)
+        self._strikes.forget(claim_id)
+        self._pace.forget(claim_id)
         # Even an idle group must be told, or the ranks keep the latents.
         self._wake.set()
 
     # --- when something went wrong ----------------------------------------------------------------
 
-    async def _retry_alone(self, job_id: str, at_work: dict[str, int]) -> None:
+    async def _retry_alone(self, claim_id: str, at_work: dict[str, int]) -> None:
         """Start a job again that had no room, without others beside it; fail one that was alone before."""
-        suspects = {job_id: at_work[job_id]}
-        logger.warning("job %s", OUT_OF_MEMORY_REASON, extra=self._active[job_id].log_fields)
+        suspects = {claim_id: at_work[claim_id]}
+        logger.warning("job %s", OUT_OF_MEMORY_REASON, extra=self._active[claim_id].log_fields)
         self._judge(suspects, OUT_OF_MEMORY_REASON, LossCause.OUT_OF_MEMORY, was_alone=at_work == suspects)
-        await self._resume((job_id,), OUT_OF_MEMORY_REASON)
+        await self._resume((claim_id,), OUT_OF_MEMORY_REASON)
 
     async def _recover(self, loss: RankDiedError, plan: StepPlan | None, at_work: dict[str, int]) -> None:
         """Bring the group back, however long it takes, and let the running requests go on."""
         logger.warning("the rank group was lost: %s", loss)
         self._on_state(EngineState.RECOVERING)
         if plan is not None and loss.cause is LossCause.OUT_OF_MEMORY:
-            self._scheduler.lower_limit(plan.step_jobs)
+            self._scheduler.lower_limit(plan.step_claims)
             logger.warning("a step may hold %d pixels from now on", self._scheduler.max_step_pixels)
-        suspects = {job_id: progress for job_id, progress in at_work.items() if job_id in self._active}
+        suspects = {claim_id: progress for claim_id, progress in at_work.items() if claim_id in self._active}
         if suspects and loss.cause is not LossCause.OUTSIDE:
             self._judge(suspects, str(loss), loss.cause, was_alone=len(at_work) == 1)
         # A survivor may hold states of the plan that failed: all ranks forget, and start alike.
@@ -316,10 +318,10 @@ class Controller:
 
     async def _keep_snapshots(self) -> None:
         """Take what the ranks have before they go."""
-        steps = {job_id: self._scheduler.step_of(job_id) for job_id in self._active}
+        steps = {claim_id: self._scheduler.step_of(claim_id) for claim_id in self._active}
         try:
-            for job_id, snapshot in (await committed_snapshots(self._group, steps)).items():
-                if active := self._active.get(job_id):
+            for claim_id, snapshot in (await committed_snapshots(self._group, steps)).items():
+                if active := self._active.get(claim_id):
                     active.snapshot = snapshot
         except RankDiedError as loss:
             logger.warning("running jobs may lose steps: %s", loss)
@@ -331,27 +333,30 @@ class Controller:
             logger.warning("jobs that may have caused it go on one by one: %d", len(suspects))
             return
         internal_error = JobInternalError.new()
+        job_id = self._active[guilty].request.job_id
         logger.error(
             "job failed: the rank group was lost while it ran alone: %s",
             reason,
             extra=self._active[guilty].log_fields | {"error_id": internal_error.error_id},
         )
         is_out_of_memory = cause is LossCause.OUT_OF_MEMORY
-        self._fail(guilty, OutOfDeviceMemoryError(guilty) if is_out_of_memory else internal_error)
+        self._fail(guilty, OutOfDeviceMemoryError(job_id) if is_out_of_memory else internal_error)
 
-    async def _resume(self, job_ids: tuple[str, ...], reason: str) -> None:
+    async def _resume(self, claim_ids: tuple[str, ...], reason: str) -> None:
         """Have jobs go on from where they are, as far as that is still known; raises RankDiedError."""
-        steps = {job_id: self._scheduler.step_of(job_id) for job_id in job_ids if job_id in self._active}
+        steps = {
+            claim_id: self._scheduler.step_of(claim_id) for claim_id in claim_ids if claim_id in self._active
+        }
         snapshots = await committed_snapshots(self._group, steps)
-        for job_id, step in steps.items():
-            active = self._active.get(job_id)
+        for claim_id, step in steps.items():
+            active = self._active.get(claim_id)
             if active is None:
                 continue
-            active.snapshot = snapshots.get(job_id, active.snapshot)
+            active.snapshot = snapshots.get(claim_id, active.snapshot)
             active.attempt += 1
             self.num_lost_steps += step - active.resume_step
-            self._scheduler.restart(job_id, active.resume_step)
-            self._admissions.ask(job_id)
+            self._scheduler.restart(claim_id, active.resume_step)
+            self._admissions.ask(claim_id)
             active.request.on_event(RequestRestarted(active.attempt, reason, active.resume_step))
 
 

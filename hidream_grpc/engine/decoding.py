@@ -83,7 +83,7 @@ class RunningDecode:
 
     def _image(self, data: bytes) -> DecodedImage:
         return DecodedImage(
-            job_id=self.admission.job_id,
+            claim_id=self.admission.claim_id,
             image_index=self._image_index,
             data=data,
             decode_seconds=self._seconds,

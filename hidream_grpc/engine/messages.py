@@ -128,9 +128,10 @@ class JoinGroup(_Message, frozen=True):
 class Admission(_Message, frozen=True):
     """Start a request: encode its prompts, draw its first latents, or take those of a snapshot.
 
-    request_id is the caller's, for the log lines of the rank; snapshot is empty for a start from the seed.
+    job_id and request_id are for the log lines of the rank; snapshot is empty for a start from the seed.
     """
 
+    claim_id: str
     job_id: str
     request_id: str
     parameters: GenerationParameters
@@ -140,7 +141,7 @@ class Admission(_Message, frozen=True):
 class Decode(_Message, frozen=True):
     """Turn one image of a fully denoised request into a file, on a rank that is at no other."""
 
-    job_id: str
+    claim_id: str
     image_index: int
     rank: int
 
@@ -148,18 +149,20 @@ class Decode(_Message, frozen=True):
 class StepPlan(_Message, frozen=True):
     """One round of work. Every rank gets the same plan and does its share of it.
 
-    In this order: forget `releases`, start `admissions`, one denoising step of `step_jobs`
+    A request is named by its claim: another claim of the same job is another request.
+
+    In this order: forget `releases`, start `admissions`, one denoising step of `step_claims`
     (all of one width and height, each at its own step), then start `decodes`, and go on with those of
     this plan and of earlier ones until `decode_budget_seconds` are spent (None for no limit). A rank
     decodes one image at a time; it is in the `PlanDone` of the plan that it is finished in. Rank 0 hands up
-    a snapshot of `snapshot_job`, one of the `step_jobs`, after its step.
+    a snapshot of `snapshot_claim`, one of the `step_claims`, after its step.
     """
 
     plan_id: int
     releases: tuple[str, ...] = ()
     admissions: tuple[Admission, ...] = ()
-    step_jobs: tuple[str, ...] = ()
-    snapshot_job: str | None = None
+    step_claims: tuple[str, ...] = ()
+    snapshot_claim: str | None = None
     decodes: tuple[Decode, ...] = ()
     decode_budget_seconds: float | None = None
 
@@ -171,7 +174,7 @@ class GiveSnapshot(_Message, frozen=True):
     in the plan that was lost, the one after that too.
     """
 
-    job_id: str
+    claim_id: str
     step: int
 
 
@@ -233,14 +236,14 @@ class Joined(_Message, frozen=True):
 
 
 class JobFault(_Message, frozen=True):
-    """One job failed on this rank while the group is whole.
+    """One request failed on this rank while the group is whole.
 
-    A job whose admission fails on any rank is forgotten by all of them; one that fails later stays
+    A request whose admission fails on any rank is forgotten by all of them; one that fails later stays
     until the controller releases it. kind is the name of an error of `hidream_grpc.errors` that the
     controller knows how to build.
     """
 
-    job_id: str
+    claim_id: str
     kind: str
     error_id: str
 
@@ -248,14 +251,14 @@ class JobFault(_Message, frozen=True):
 class Preview(_Message, frozen=True):
     """A small JPEG of the current latents of image 0."""
 
-    job_id: str
+    claim_id: str
     data: bytes
 
 
 class DecodedImage(_Message, frozen=True):
     """One finished image as the bytes of a file; decode_seconds is the time that the decoder ran."""
 
-    job_id: str
+    claim_id: str
     image_index: int
     data: bytes
     decode_seconds: float
@@ -264,7 +267,7 @@ class DecodedImage(_Message, frozen=True):
 class StepSnapshot(_Message, frozen=True):
     """A request after a step, as `model.snapshot_format` has it; snapshot_seconds is what making it took."""
 
-    job_id: str
+    claim_id: str
     step: int
     data: bytes
     snapshot_seconds: float
@@ -303,7 +306,7 @@ class GroupBroken(_Message, frozen=True):
 class SnapshotGiven(_Message, frozen=True):
     """The snapshot that was asked for; data is empty where this rank does not have it."""
 
-    job_id: str
+    claim_id: str
     step: int
     data: bytes
 

@@ -34,7 +34,7 @@ class PlanLimits:
         )
         self._is_first = True
         self._kind: _Kind = (0, 0, 0)
-        # Of each job: pixels of one image, pixels of a step.
+        # Of each request: pixels of one image, pixels of a step.
         self._pixels: dict[str, tuple[int, int]] = {}
         self._decoding: set[tuple[str, int]] = set()
 
@@ -52,18 +52,20 @@ class PlanLimits:
 
     def start(self, plan: StepPlan) -> float:
         """The limit of a plan that starts now, in seconds."""
-        for job_id in plan.releases:
-            self._forget(job_id)
+        for claim_id in plan.releases:
+            self._forget(claim_id)
         num_prompts = 0
         for admission in plan.admissions:
             parameters = admission.parameters
             image_pixels = parameters.width * parameters.height
-            self._pixels[admission.job_id] = (image_pixels, image_pixels * parameters.num_samples)
+            self._pixels[admission.claim_id] = (image_pixels, image_pixels * parameters.num_samples)
             num_prompts += len(parameters.prompts)
-        self._decoding.update((decode.job_id, decode.image_index) for decode in plan.decodes)
-        step_pixels = sum(self._pixels.get(job_id, (0, 0))[1] for job_id in plan.step_jobs)
+        self._decoding.update((decode.claim_id, decode.image_index) for decode in plan.decodes)
+        step_pixels = sum(self._pixels.get(claim_id, (0, 0))[1] for claim_id in plan.step_claims)
         # Ranks decode beside each other: the largest image counts.
-        decode_pixels = max((self._pixels.get(job_id, (0, 0))[0] for job_id, _ in self._decoding), default=0)
+        decode_pixels = max(
+            (self._pixels.get(claim_id, (0, 0))[0] for claim_id, _ in self._decoding), default=0
+        )
         self._kind = (num_prompts.bit_length(), step_pixels.bit_length(), decode_pixels.bit_length())
         if self._is_first or not self._recent[self._kind]:
             return self._unknown_seconds
@@ -75,10 +77,10 @@ class PlanLimits:
             self._recent[self._kind].append(plan_seconds)
         self._is_first = False
         for answer in answers:
-            self._decoding.difference_update((image.job_id, image.image_index) for image in answer.images)
+            self._decoding.difference_update((image.claim_id, image.image_index) for image in answer.images)
             for fault in answer.faults:
-                self._forget(fault.job_id)
+                self._forget(fault.claim_id)
 
-    def _forget(self, job_id: str) -> None:
-        self._pixels.pop(job_id, None)
-        self._decoding = {image for image in self._decoding if image[0] != job_id}
+    def _forget(self, claim_id: str) -> None:
+        self._pixels.pop(claim_id, None)
+        self._decoding = {image for image in self._decoding if image[0] != claim_id}

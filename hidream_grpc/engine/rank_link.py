@@ -157,17 +157,17 @@ class RankLink:
                 case GroupBroken(generation=self._generation, reason=reason, cause=cause):
                     raise RankDiedError((self.rank,), reason, cause)
 
-    async def snapshot_of(self, job_id: str, step: int) -> bytes:
+    async def snapshot_of(self, claim_id: str, step: int) -> bytes:
         """A request as it was after a step, or nothing where the rank does not have it.
 
         Raises:
             RankDiedError: it died.
         """
-        await self._channel.send(GiveSnapshot(job_id=job_id, step=step))
+        await self._channel.send(GiveSnapshot(claim_id=claim_id, step=step))
         while True:
             match await self._next_event():
-                case SnapshotGiven(job_id=given_id, step=given_step, data=data):
-                    if (given_id, given_step) == (job_id, step):
+                case SnapshotGiven(claim_id=given_id, step=given_step, data=data):
+                    if (given_id, given_step) == (claim_id, step):
                         return data
 
     def look(self) -> RankLook | None:

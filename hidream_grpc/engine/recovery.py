@@ -51,7 +51,7 @@ async def committed_snapshots(group: RankGroup, steps: Mapping[str, int]) -> dic
         RankDiedError: a rank died.
     """
     snapshots = {}
-    for job_id, step in steps.items():
-        if step and (data := await group.snapshot_of(job_id, step)):
-            snapshots[job_id] = Snapshot(step, data)
+    for claim_id, step in steps.items():
+        if step and (data := await group.snapshot_of(claim_id, step)):
+            snapshots[claim_id] = Snapshot(step, data)
     return snapshots

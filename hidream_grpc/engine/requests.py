@@ -115,7 +115,8 @@ class EngineRequest:
     """A request that the engine may start.
 
     Attributes:
-        job_id: names the request in plans, events and logs.
+        claim_id: names the request in plans and at the ranks; another claim of its job is another request.
+        job_id: names it in logs and errors.
         request_id: the caller's name of it, for the logs.
         parameters: what to draw.
         on_event: called in the event loop, in order, for each event; must not block or raise.
@@ -123,6 +124,7 @@ class EngineRequest:
         finished_images: those that need not be decoded any more.
     """
 
+    claim_id: str
     job_id: str
     request_id: str
     parameters: GenerationParameters

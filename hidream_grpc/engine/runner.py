@@ -91,8 +91,8 @@ class Runner:
         self._release(plan.releases)
         admitted = self._admit(plan.admissions, faults)
         # Only they may be missing: refused in this very plan.
-        refused = {admission.job_id for admission in plan.admissions} - self._jobs.keys()
-        stepped = [self._jobs[job_id] for job_id in plan.step_jobs if job_id not in refused]
+        refused = {admission.claim_id for admission in plan.admissions} - self._jobs.keys()
+        stepped = [self._jobs[claim_id] for claim_id in plan.step_claims if claim_id not in refused]
         step_seconds = self._denoise_step(stepped)
         return PlanDone(
             plan_id=plan.plan_id,
@@ -110,21 +110,23 @@ class Runner:
         """The group is lost: no plan will come any more, only `snapshot`."""
         self._decoding = None
 
-    def snapshot(self, job_id: str, step: int) -> bytes:
-        """A request as it was after a step; empty where it is not known.
+    def snapshot(self, claim_id: str, step: int) -> bytes:
+        """A request as it was after a step; empty where it is not known, or cannot be had any more."""
+        if (job := self._jobs.get(claim_id)) is None:
+            return b""
+        try:
+            snapshot = job.after_step(step)
+            return snapshot.to_bytes() if snapshot else b""
+        except Exception:
+            # The device may have failed with the plan: another rank, or an older snapshot, will do.
+            logger.exception("cannot give a snapshot", extra={"job_id": job.admission.job_id})
+            return b""
 
-        Raises:
-            Exception: of the device that the request's tensors are on.
-        """
-        job = self._jobs.get(job_id)
-        snapshot = job.after_step(step) if job else None
-        return snapshot.to_bytes() if snapshot else b""
-
-    def _release(self, job_ids: Sequence[str]) -> None:
+    def _release(self, claim_ids: Sequence[str]) -> None:
         """Forget requests, and the image of one of them that this rank may be at."""
-        for job_id in job_ids:
-            self._jobs.pop(job_id, None)
-        if self._decoding is not None and self._decoding.admission.job_id in job_ids:
+        for claim_id in claim_ids:
+            self._jobs.pop(claim_id, None)
+        if self._decoding is not None and self._decoding.admission.claim_id in claim_ids:
             self._decoding = None
 
     def _admit(self, admissions: Sequence[Admission], faults: list[JobFault]) -> _Admitted:
@@ -139,14 +141,14 @@ class Runner:
                 # What fails on another rank is that rank's to report.
                 if encoded.has_all_of(admission.parameters.prompts):
                     state = self._begin(admission, encoded)
-                    self._jobs[admission.job_id] = _RunningJob(admission, state)
+                    self._jobs[admission.claim_id] = _RunningJob(admission, state)
         self._device.synchronize()
         encode_seconds = time.monotonic() - started
-        succeeded_here = [admission.job_id in self._jobs for admission in admissions]
+        succeeded_here = [admission.claim_id in self._jobs for admission in admissions]
         succeeded = self._world.all_true(succeeded_here, self._device.torch_device)
         for admission, is_admitted in zip(admissions, succeeded, strict=True):
             if not is_admitted:
-                self._jobs.pop(admission.job_id, None)
+                self._jobs.pop(admission.claim_id, None)
         return _Admitted(encode_seconds, encoded.num_cache_hits, encoded.num_cache_misses)
 
     def _begin(self, admission: Admission, encoded: EncodedPrompts) -> DenoisingState:
@@ -173,16 +175,16 @@ class Runner:
         for job in jobs:
             if job.admission.parameters.with_previews:
                 with self._own_work_of(job.admission, faults):
-                    yield Preview(job_id=job.admission.job_id, data=self._model.preview(job.state))
+                    yield Preview(claim_id=job.admission.claim_id, data=self._model.preview(job.state))
 
     def _take_snapshot(self, plan: StepPlan, faults: list[JobFault]) -> Iterator[StepSnapshot]:
-        job = self._jobs.get(plan.snapshot_job) if plan.snapshot_job else None
+        job = self._jobs.get(plan.snapshot_claim) if plan.snapshot_claim else None
         if job is None or self._world.index != SNAPSHOT_RANK:
             return
         started = time.monotonic()
         with self._own_work_of(job.admission, faults):
             yield StepSnapshot(
-                job_id=job.admission.job_id,
+                claim_id=job.admission.claim_id,
                 step=job.state.step,
                 data=Snapshot.of(job.state).to_bytes(),
                 snapshot_seconds=time.monotonic() - started,
@@ -191,13 +193,13 @@ class Runner:
     def _decode(self, plan: StepPlan, refused: set[str], faults: list[JobFault]) -> tuple[DecodedImage, ...]:
         """Go on with the image that this rank decodes, as far as the plan's budget goes."""
         for decode in plan.decodes:
-            if decode.rank == self._world.index and decode.job_id not in refused:
+            if decode.rank == self._world.index and decode.claim_id not in refused:
                 self._start_decoding(decode, faults)
         current, self._decoding = self._decoding, None
         if current is None:
             return ()
         with self._own_work_of(current.admission, faults):
-            image = current.advance(plan.decode_budget_seconds, waits_for_file=not plan.step_jobs)
+            image = current.advance(plan.decode_budget_seconds, waits_for_file=not plan.step_claims)
             if image is not None:
                 return (image,)
             self._decoding = current
@@ -206,7 +208,7 @@ class Runner:
     def _start_decoding(self, decode: Decode, faults: list[JobFault]) -> None:
         if self._decoding is not None:
             raise ValueError("a rank decodes one image at a time")
-        job = self._jobs[decode.job_id]
+        job = self._jobs[decode.claim_id]
         with self._own_work_of(job.admission, faults):
             decoding = self._model.start_decoding(job.state, decode.image_index)
             self._decoding = RunningDecode(job.admission, decode.image_index, decoding, self._device)
@@ -228,4 +230,4 @@ class Runner:
                 },
             )
             kind = OutOfDeviceMemoryError if is_out_of_memory else JobInternalError
-            faults.append(JobFault(job_id=admission.job_id, kind=kind.__name__, error_id=error_id))
+            faults.append(JobFault(claim_id=admission.claim_id, kind=kind.__name__, error_id=error_id))

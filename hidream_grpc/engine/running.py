@@ -65,6 +65,7 @@ class RunningRequest:
     def admission(self) -> Admission:
         """What has a rank start it."""
         return Admission(
+            claim_id=self.request.claim_id,
             job_id=self.request.job_id,
             request_id=self.request.request_id,
             parameters=self.request.parameters,

@@ -62,8 +62,8 @@ class StepScheduler:
     def __len__(self) -> int:
         return len(self._running)
 
-    def __contains__(self, job_id: str) -> bool:
-        return job_id in self._running
+    def __contains__(self, claim_id: str) -> bool:
+        return claim_id in self._running
 
     @property
     def has_capacity(self) -> bool:
@@ -75,15 +75,17 @@ class StepScheduler:
         """How much one step may hold now; see `lower_limit`."""
         return self._max_step_pixels
 
-    def lower_limit(self, job_ids: Iterable[str]) -> None:
+    def lower_limit(self, claim_ids: Iterable[str]) -> None:
         """Note that the step of these requests together did not fit the device: half of it is the limit."""
-        step_pixels = sum(self._running[job_id].step_pixels for job_id in job_ids if job_id in self._running)
+        step_pixels = sum(
+            self._running[claim_id].step_pixels for claim_id in claim_ids if claim_id in self._running
+        )
         if step_pixels:
             self._max_step_pixels = min(self._max_step_pixels, step_pixels // 2)
 
     def admit(
         self,
-        job_id: str,
+        claim_id: str,
         parameters: GenerationParameters,
         step: int = 0,
         finished_images: frozenset[int] = frozenset(),
@@ -92,15 +94,15 @@ class StepScheduler:
         # Before those that have just taken a step, behind those that wait: newcomers starve nobody.
         last_turn = self._turn - 1
         undecoded = set(range(parameters.num_images)) - finished_images
-        self._running[job_id] = _Running(parameters, last_turn, step, undecoded)
+        self._running[claim_id] = _Running(parameters, last_turn, step, undecoded)
 
-    def release(self, job_id: str) -> None:
+    def release(self, claim_id: str) -> None:
         """Forget a request that ended, or was cancelled; a rank that is at one of its images is free."""
-        self._running.pop(job_id, None)
+        self._running.pop(claim_id, None)
 
-    def restart(self, job_id: str, step: int = 0) -> None:
+    def restart(self, claim_id: str, step: int = 0) -> None:
         """Put a request back to a step; images that are decoded stay decoded, others are given up."""
-        request = self._running[job_id]
+        request = self._running[claim_id]
         request.step = step
         request.last_turn = -1
         request.decoding.clear()
@@ -113,9 +115,9 @@ class StepScheduler:
         """
         waiting = sorted(
             (
-                (job_id, request)
-                for job_id, request in self._running.items()
-                if not request.is_denoised and (ready is None or job_id in ready)
+                (claim_id, request)
+                for claim_id, request in self._running.items()
+                if not request.is_denoised and (ready is None or claim_id in ready)
             ),
             key=lambda item: item[1].last_turn,
         )
@@ -124,9 +126,9 @@ class StepScheduler:
         size = waiting[0][1].size
         chosen: list[str] = []
         room = self._max_step_pixels
-        for job_id, request in waiting:
+        for claim_id, request in waiting:
             if request.size == size and (not chosen or request.step_pixels <= room):
-                chosen.append(job_id)
+                chosen.append(claim_id)
                 room -= request.step_pixels
         return tuple(chosen)
 
@@ -140,49 +142,49 @@ class StepScheduler:
         busy = {rank for request in self._running.values() for rank in request.decoding.values()}
         free = (rank for rank in range(world_size) if rank not in busy)
         waiting = (
-            (job_id, image_index)
-            for job_id, request in self._running.items()
-            if request.is_denoised and (ready is None or job_id in ready)
+            (claim_id, image_index)
+            for claim_id, request in self._running.items()
+            if request.is_denoised and (ready is None or claim_id in ready)
             for image_index in sorted(request.undecoded - request.decoding.keys())
         )
         return tuple(
-            Decode(job_id=job_id, image_index=image_index, rank=rank)
-            for rank, (job_id, image_index) in zip(free, waiting, strict=False)
+            Decode(claim_id=claim_id, image_index=image_index, rank=rank)
+            for rank, (claim_id, image_index) in zip(free, waiting, strict=False)
         )
 
     @property
     def decoding(self) -> tuple[str, ...]:
         """The requests that ranks are at images of; an image may take several rounds."""
-        return tuple(job_id for job_id, request in self._running.items() if request.decoding)
+        return tuple(claim_id for claim_id, request in self._running.items() if request.decoding)
 
     def planned(self, decodes: tuple[Decode, ...]) -> None:
         """Note that these ranks are at these images, until they are decoded."""
         for decode in decodes:
-            self._running[decode.job_id].decoding[decode.image_index] = decode.rank
+            self._running[decode.claim_id].decoding[decode.image_index] = decode.rank
 
-    def stepped(self, job_ids: tuple[str, ...]) -> None:
+    def stepped(self, claim_ids: tuple[str, ...]) -> None:
         """Note that these requests took a step in one forward."""
         self._turn += 1
-        for job_id in job_ids:
-            if job_id in self._running:
-                self._running[job_id].step += 1
-                self._running[job_id].last_turn = self._turn
+        for claim_id in claim_ids:
+            if claim_id in self._running:
+                self._running[claim_id].step += 1
+                self._running[claim_id].last_turn = self._turn
 
-    def decoded(self, job_id: str, image_index: int) -> None:
+    def decoded(self, claim_id: str, image_index: int) -> None:
         """Note that an image is finished."""
-        if job_id in self._running:
-            self._running[job_id].undecoded.discard(image_index)
-            self._running[job_id].decoding.pop(image_index, None)
+        if claim_id in self._running:
+            self._running[claim_id].undecoded.discard(image_index)
+            self._running[claim_id].decoding.pop(image_index, None)
 
-    def step_of(self, job_id: str) -> int:
+    def step_of(self, claim_id: str) -> int:
         """Steps that a request has taken."""
-        return self._running[job_id].step
+        return self._running[claim_id].step
 
-    def progress_of(self, job_id: str) -> int:
+    def progress_of(self, claim_id: str) -> int:
         """A number that grows with every step and every image of a request."""
-        request = self._running[job_id]
+        request = self._running[claim_id]
         return request.step + request.parameters.num_images - len(request.undecoded)
 
-    def is_finished(self, job_id: str) -> bool:
+    def is_finished(self, claim_id: str) -> bool:
         """Whether all images of the request are decoded."""
-        return not self._running[job_id].undecoded
+        return not self._running[claim_id].undecoded

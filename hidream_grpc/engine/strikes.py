@@ -15,7 +15,7 @@ class Strikes:
     """The suspects, in the order in which they run alone."""
 
     def __init__(self) -> None:
-        # Job to the progress that clears it.
+        # Claim to the progress that clears it.
         self._suspects: dict[str, int] = {}
         self._struck_alone: set[str] = set()
 
@@ -35,21 +35,21 @@ class Strikes:
             The job that is guilty, if that is known.
         """
         if was_alone:
-            (job_id,) = suspects
-            if job_id in self._suspects or job_id in self._struck_alone:
-                self.forget(job_id)
-                return job_id
-            self._struck_alone.add(job_id)
-        for job_id, progress in suspects.items():
-            self._suspects[job_id] = max(progress, self._suspects.get(job_id, progress))
+            (claim_id,) = suspects
+            if claim_id in self._suspects or claim_id in self._struck_alone:
+                self.forget(claim_id)
+                return claim_id
+            self._struck_alone.add(claim_id)
+        for claim_id, progress in suspects.items():
+            self._suspects[claim_id] = max(progress, self._suspects.get(claim_id, progress))
         return None
 
-    def progressed(self, job_id: str, progress: int) -> None:
+    def progressed(self, claim_id: str, progress: int) -> None:
         """Note how far a job has come; a suspect that went further than it was is cleared."""
-        if job_id in self._suspects and progress > self._suspects[job_id]:
-            del self._suspects[job_id]
+        if claim_id in self._suspects and progress > self._suspects[claim_id]:
+            del self._suspects[claim_id]
 
-    def forget(self, job_id: str) -> None:
+    def forget(self, claim_id: str) -> None:
         """Forget a job that has ended."""
-        self._suspects.pop(job_id, None)
-        self._struck_alone.discard(job_id)
+        self._suspects.pop(claim_id, None)
+        self._struck_alone.discard(claim_id)

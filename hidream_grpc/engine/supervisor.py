@@ -134,7 +134,7 @@ class RankGroup:
         self._limits.done(answers, time.monotonic() - started)
         return answers
 
-    async def snapshot_of(self, job_id: str, step: int) -> bytes | None:
+    async def snapshot_of(self, claim_id: str, step: int) -> bytes | None:
         """A request as it was after a step, from the lowest rank that has it so; None when none does.
 
         After `recover` the ranks that kept their processes have the requests of the plan that was lost, as
@@ -146,7 +146,7 @@ class RankGroup:
         for rank in self._processes.ranks:
             try:
                 async with asyncio.timeout(SNAPSHOT_SECONDS):
-                    if data := await rank.snapshot_of(job_id, step):
+                    if data := await rank.snapshot_of(claim_id, step):
                         return data
             except TimeoutError:
                 logger.warning("rank %d gives no snapshot within %g s", rank.rank, SNAPSHOT_SECONDS)

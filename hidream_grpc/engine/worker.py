@@ -155,14 +155,8 @@ class Worker:
 
     def _give_snapshot(self, command: GiveSnapshot) -> SnapshotGiven:
         runner = self._lost_runner or self._runner
-        data = b""
-        try:
-            if runner is not None:
-                data = runner.snapshot(command.job_id, command.step)
-        except Exception:
-            # The device may have failed with the plan: another rank, or an older snapshot, will do.
-            logger.exception("cannot give a snapshot", extra={"job_id": command.job_id})
-        return SnapshotGiven(job_id=command.job_id, step=command.step, data=data)
+        data = runner.snapshot(command.claim_id, command.step) if runner else b""
+        return SnapshotGiven(claim_id=command.claim_id, step=command.step, data=data)
 
 
 def work(socket_path: Path, rank: int) -> None:

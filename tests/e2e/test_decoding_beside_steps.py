@@ -73,14 +73,16 @@ async def group() -> AsyncIterator[RankGroup]:
 async def denoised(group: RankGroup) -> AsyncIterator[None]:
     """Two requests: "large" has taken all its steps, "small" has a thousand."""
     admissions = (admission("large", LARGE), admission("small", SMALL))
-    await group.execute(plan(admissions=admissions, step_jobs=("large",)))
+    await group.execute(plan(admissions=admissions, step_claims=("large",)))
     yield
     await group.execute(plan(releases=("large", "small")))
 
 
 async def step_and_decode(group: RankGroup, *decodes: Decode) -> tuple[DecodedImage, ...]:
     """One step of "small", and one slice of each image that a rank is at; the images that are finished."""
-    answers = await group.execute(plan(step_jobs=("small",), decodes=decodes, decode_budget_seconds=NO_TIME))
+    answers = await group.execute(
+        plan(step_claims=("small",), decodes=decodes, decode_budget_seconds=NO_TIME)
+    )
     assert not any(answer.faults for answer in answers)
     return tuple(image for answer in answers for image in answer.images)
 
@@ -90,7 +92,7 @@ async def test_another_request_takes_a_step_after_every_slice_and_the_image_is_t
     group: RankGroup, num_slices: int
 ) -> None:
     in_one_piece = await decode(group, "large", rank=1)
-    images = await step_and_decode(group, Decode(job_id="large", image_index=0, rank=0))
+    images = await step_and_decode(group, Decode(claim_id="large", image_index=0, rank=0))
     num_steps = 1
     while not images:
         images = await step_and_decode(group)
@@ -106,7 +108,7 @@ async def test_ranks_decode_an_image_each_at_the_same_time(group: RankGroup) -> 
     expected = (await decode(group, "large")).data
     images = list(
         await step_and_decode(
-            group, *(Decode(job_id="large", image_index=0, rank=rank) for rank in range(group.world_size))
+            group, *(Decode(claim_id="large", image_index=0, rank=rank) for rank in range(group.world_size))
         )
     )
     assert not images
@@ -119,14 +121,14 @@ async def test_ranks_decode_an_image_each_at_the_same_time(group: RankGroup) -> 
 async def test_a_released_request_leaves_its_rank_free_in_the_same_plan(group: RankGroup) -> None:
     undisturbed = await draw(group, picture(num_inference_steps=1))
     await group.execute(
-        plan(admissions=(admission("next", picture(num_inference_steps=1)),), step_jobs=("next",))
+        plan(admissions=(admission("next", picture(num_inference_steps=1)),), step_claims=("next",))
     )
-    assert not await step_and_decode(group, Decode(job_id="large", image_index=0, rank=0))
+    assert not await step_and_decode(group, Decode(claim_id="large", image_index=0, rank=0))
     answers = await group.execute(
-        plan(releases=("large",), decodes=(Decode(job_id="next", image_index=0, rank=0),))
+        plan(releases=("large",), decodes=(Decode(claim_id="next", image_index=0, rank=0),))
     )
     (image,) = answers[0].images
-    assert (image.job_id, image.data) == ("next", undisturbed)
+    assert (image.claim_id, image.data) == ("next", undisturbed)
     await group.execute(plan(releases=("next",)))
 
 
@@ -134,14 +136,14 @@ async def test_a_released_request_leaves_its_rank_free_in_the_same_plan(group: R
 async def test_an_image_that_fails_halfway_fails_its_job_alone_and_frees_its_rank(group: RankGroup) -> None:
     expected = (await decode(group, "large")).data
     pids, generation = group.rank_pids, group.generation
-    assert not await step_and_decode(group, Decode(job_id="large", image_index=0, rank=1))
+    assert not await step_and_decode(group, Decode(claim_id="large", image_index=0, rank=1))
     faults: list[JobFault] = []
     with little_memory(pids[1], spare_bytes=LESS_THAN_A_SLICE_BYTES):
         while not faults:
             answers = await group.execute(plan(decode_budget_seconds=NO_TIME))
             assert not any(answer.images for answer in answers)
             faults = [fault for answer in answers for fault in answer.faults]
-    assert [(fault.job_id, fault.kind) for fault in faults] == [("large", "OutOfDeviceMemoryError")]
+    assert [(fault.claim_id, fault.kind) for fault in faults] == [("large", "OutOfDeviceMemoryError")]
     assert (await decode(group, "large", rank=1)).data == expected
     assert (group.rank_pids, group.generation) == (pids, generation)
 
@@ -158,7 +160,7 @@ class TwoRequests:
         return self._waiting.popleft() if self._waiting else None
 
     def _request(self, job_id: str, parameters: GenerationParameters) -> EngineRequest:
-        return EngineRequest(job_id, "", parameters, lambda event: self._note(job_id, event))
+        return EngineRequest(job_id, job_id, "", parameters, lambda event: self._note(job_id, event))
 
     def _note(self, job_id: str, event: EngineEvent) -> None:
         self.events.append((job_id, event))

@@ -63,7 +63,7 @@ async def comes_back(group: RankGroup, undisturbed: bytes) -> None:
 @PROCESSES
 async def test_killed_in_a_step(group: RankGroup, undisturbed: bytes, process: str) -> None:
     await group.execute(plan(admissions=(admission("long", LONG_STEP),)))
-    step = asyncio.create_task(group.execute(plan(step_jobs=("long",))))
+    step = asyncio.create_task(group.execute(plan(step_claims=("long",))))
     await until_busy(group.rank_pids[0])
     kill(group, process)
     if process == "zygote":

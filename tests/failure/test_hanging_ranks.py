@@ -74,7 +74,7 @@ async def test_a_rank_that_hangs_while_idle_is_noticed_by_the_next_plan(
 ) -> None:
     await learn(group)
     send(group, fault, 1)
-    step = asyncio.create_task(group.execute(plan(step_jobs=("long",))))
+    step = asyncio.create_task(group.execute(plan(step_claims=("long",))))
     await is_noticed(step, LossCause.FAULT, "hung", (1,))
     await comes_back(group, undisturbed, (1,))
 
@@ -93,7 +93,7 @@ async def test_a_stopped_rank_is_noticed_in_a_step_whose_time_is_not_known(
     group: RankGroup, undisturbed: bytes, victims: tuple[int, ...]
 ) -> None:
     await group.execute(plan(admissions=(admission("long", LONG_STEP),)))
-    step = asyncio.create_task(group.execute(plan(step_jobs=("long",))))
+    step = asyncio.create_task(group.execute(plan(step_claims=("long",))))
     await until_busy(group.rank_pids[0])
     send(group, signal.SIGSTOP, *victims)
     await is_noticed(step, LossCause.OUTSIDE, "stopped", victims)
@@ -149,7 +149,7 @@ async def test_a_rank_that_hardly_gets_a_core_is_waited_for() -> None:
         pids, generation = group.rank_pids, group.generation
         limit_seconds = max(MIN_PLAN_SECONDS, 10 * await learn(group))
         with starved(pids[1]):
-            step = asyncio.create_task(group.execute(plan(step_jobs=("long",))))
+            step = asyncio.create_task(group.execute(plan(step_claims=("long",))))
             # A rank that did nothing, or looped, would be killed by then.
             done, _ = await asyncio.wait((step,), timeout=limit_seconds + MARGIN_SECONDS)
             assert not done
@@ -195,14 +195,14 @@ async def learn(group: RankGroup) -> float:
     step_seconds = []
     for _ in range(2):
         started = time.monotonic()
-        await group.execute(plan(step_jobs=("long",)))
+        await group.execute(plan(step_claims=("long",)))
         step_seconds.append(time.monotonic() - started)
     return max(step_seconds)
 
 
 async def in_a_learnt_step(group: RankGroup) -> asyncio.Task[object]:
     await learn(group)
-    return asyncio.create_task(group.execute(plan(step_jobs=("long",))))
+    return asyncio.create_task(group.execute(plan(step_claims=("long",))))
 
 
 async def is_noticed(

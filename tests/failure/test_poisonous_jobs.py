@@ -32,9 +32,9 @@ class PoisonedGroup(RankGroup):
 
     async def execute(self, plan: StepPlan) -> tuple[PlanDone, ...]:
         self.plans.append(plan)
-        if any(job_id.startswith("crashes") for job_id in plan.step_jobs):
+        if any(claim_id.startswith("crashes") for claim_id in plan.step_claims):
             os.kill(self.rank_pids[1], signal.SIGSEGV)
-        if any(job_id.startswith("fills") for job_id in plan.step_jobs):
+        if any(claim_id.startswith("fills") for claim_id in plan.step_claims):
             with little_memory(self.rank_pids[1]):
                 return await super().execute(plan)
         return await super().execute(plan)
@@ -78,10 +78,10 @@ async def test_of_a_batch_only_the_job_that_crashes_its_ranks_fails(
         assert len(engine.images(job_id)) == 1
         assert engine.steps(job_id) == list(range(1, NUM_STEPS + 1))
     # Once in company, once alone.
-    crashes = [plan.step_jobs for plan in group.plans if "crashes in company" in plan.step_jobs]
-    assert [len(step_jobs) for step_jobs in crashes] == [3, 1]
+    crashes = [plan.step_claims for plan in group.plans if "crashes in company" in plan.step_claims]
+    assert [len(step_claims) for step_claims in crashes] == [3, 1]
     # The suspicion ends: they share their steps again.
-    assert set(innocent) in [set(plan.step_jobs) for plan in group.plans]
+    assert set(innocent) in [set(plan.step_claims) for plan in group.plans]
 
 
 async def test_a_job_that_does_not_fit_alone_fails_for_want_of_memory_and_the_limit_is_lowered(

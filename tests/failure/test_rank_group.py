@@ -81,7 +81,7 @@ async def test_killed_ranks_are_replaced_and_the_picture_is_the_same(
     pids, num_restarts = group.rank_pids, group.num_restarts
     if in_a_step:
         await group.execute(plan(admissions=(admission("long", LONG_STEP),)))
-        step = asyncio.create_task(group.execute(plan(step_jobs=("long",))))
+        step = asyncio.create_task(group.execute(plan(step_claims=("long",))))
         await until_busy(pids[victims[0]])
         kill(group, *victims)
         with pytest.raises(RankDiedError, match="SIGKILL") as lost:
@@ -90,7 +90,7 @@ async def test_killed_ranks_are_replaced_and_the_picture_is_the_same(
         kill(group, *victims)
         lost_idle = await group.wait_for_loss()
         with pytest.raises(RankDiedError, match="SIGKILL") as lost:
-            await group.execute(plan(step_jobs=("long",)))
+            await group.execute(plan(step_claims=("long",)))
         assert set(lost_idle.ranks) <= set(victims)
     assert lost.value.ranks
     assert set(lost.value.ranks) <= set(victims)
@@ -184,21 +184,21 @@ async def test_a_job_that_does_not_fit_one_rank_fails_alone(
         admitted = await group.execute(
             plan(
                 admissions=(admission("huge", HUGE_LATENTS), admission("small", picture())),
-                step_jobs=("huge", "small"),
+                step_claims=("huge", "small"),
             )
         )
     (fault,) = (fault for answer in admitted for fault in answer.faults)
-    assert (fault.job_id, fault.kind) == ("huge", "OutOfDeviceMemoryError")
+    assert (fault.claim_id, fault.kind) == ("huge", "OutOfDeviceMemoryError")
     assert [len(answer.faults) for answer in admitted] == [0, 1, 0]
     for _ in range(2):
-        await group.execute(plan(releases=("huge",), step_jobs=("small",)))
+        await group.execute(plan(releases=("huge",), step_claims=("small",)))
     assert (await decode(group, "small", rank=1)).data == undisturbed
     await group.execute(plan(releases=("small",)))
     assert (group.rank_pids, group.generation) == (pids, generation)
 
     (line,) = (line for line in lines_of(log_file) if line.get("error_id") == fault.error_id)
     assert (line["rank"], line["generation"]) == (1, generation)
-    assert (line["job_id"], line["request_id"]) == ("huge", "request of huge")
+    assert (line["job_id"], line["request_id"]) == ("job of huge", "request of huge")
     assert "can't allocate memory" in line["exc_info"]
 
 
@@ -207,7 +207,7 @@ async def test_an_image_that_cannot_be_decoded_fails_its_job_alone(
 ) -> None:
     await group.execute(plan(admissions=(admission("one image", picture()),)))
     answers = await group.execute(
-        plan(decodes=(Decode(job_id="one image", image_index=1, rank=2),), step_jobs=("one image",))
+        plan(decodes=(Decode(claim_id="one image", image_index=1, rank=2),), step_claims=("one image",))
     )
     assert [[fault.kind for fault in answer.faults] for answer in answers] == [[], [], ["JobInternalError"]]
     assert await draw(group, picture()) == undisturbed
@@ -220,7 +220,7 @@ async def test_a_forward_that_fails_on_one_rank_breaks_the_group_and_no_process(
     pids = group.rank_pids
     await group.execute(plan(admissions=(admission("large", MANY_SAMPLES),)))
     with little_memory(pids[1], spare_bytes=8 * 1024 * 1024), pytest.raises(RankDiedError):
-        await group.execute(plan(step_jobs=("large",)))
+        await group.execute(plan(step_claims=("large",)))
     assert await group.recover() == ()
     assert group.rank_pids == pids
     assert await draw(group, picture()) == undisturbed
@@ -229,8 +229,8 @@ async def test_a_forward_that_fails_on_one_rank_breaks_the_group_and_no_process(
 async def test_previews_come_from_one_rank_and_only_on_demand(group: RankGroup) -> None:
     jobs = (admission("quiet", picture()), admission("shown", picture(with_previews=True)))
     await group.execute(plan(admissions=jobs))
-    answers = await group.execute(plan(step_jobs=("quiet", "shown")))
-    assert [[preview.job_id for preview in answer.previews] for answer in answers] == [["shown"], [], []]
+    answers = await group.execute(plan(step_claims=("quiet", "shown")))
+    assert [[preview.claim_id for preview in answer.previews] for answer in answers] == [["shown"], [], []]
     assert answers[0].previews[0].data.startswith(b"\xff\xd8")
     assert all(answer.step_seconds > 0 for answer in answers)
     await group.execute(plan(releases=("quiet", "shown")))

@@ -139,11 +139,11 @@ class Rank:
             StepPlan(
                 plan_id=1,
                 admissions=tuple(admission(job_id, request) for job_id, request in jobs.items()),
-                step_jobs=tuple(jobs),
+                step_claims=tuple(jobs),
             )
         )
         return Planned(
-            tuple((fault.job_id, fault.kind) for fault in done.faults),
+            tuple((fault.claim_id, fault.kind) for fault in done.faults),
             {job_id: job.state.step for job_id, job in runner._jobs.items()},
             done.num_prompt_cache_hits,
             done.num_prompt_cache_misses,

@@ -7,23 +7,26 @@ from hidream_grpc.engine.running import RunningRequest, Snapshot
 from hidream_grpc.model.parameters import GenerationParameters
 
 
-def running(*job_ids: str, snapshot_bytes: int = 0) -> dict[str, RunningRequest]:
+def running(*claim_ids: str, snapshot_bytes: int = 0) -> dict[str, RunningRequest]:
     parameters = GenerationParameters(
         prompt="", width=64, height=64, num_inference_steps=9, guidance_scale=1.0, seed=0
     )
     snapshot = Snapshot(4, bytes(snapshot_bytes)) if snapshot_bytes else None
     return {
-        job_id: RunningRequest(
-            EngineRequest(job_id, f"request of {job_id}", parameters, lambda _event: None), snapshot=snapshot
+        claim_id: RunningRequest(
+            EngineRequest(
+                claim_id, f"job of {claim_id}", f"request of {claim_id}", parameters, lambda _event: None
+            ),
+            snapshot=snapshot,
         )
-        for job_id in job_ids
+        for claim_id in claim_ids
     }
 
 
-def asked(*job_ids: str) -> Admissions:
+def asked(*claim_ids: str) -> Admissions:
     admissions = Admissions()
-    for job_id in job_ids:
-        admissions.ask(job_id)
+    for claim_id in claim_ids:
+        admissions.ask(claim_id)
     return admissions
 
 
@@ -36,13 +39,13 @@ def do(admissions: Admissions, jobs: dict[str, RunningRequest], suspect: str | N
     return plan
 
 
-def job_ids_of(admissions: tuple[Admission, ...]) -> list[str]:
-    return [admission.job_id for admission in admissions]
+def claim_ids_of(admissions: tuple[Admission, ...]) -> list[str]:
+    return [admission.claim_id for admission in admissions]
 
 
 def test_a_request_is_started_once_and_released_when_it_has_ended() -> None:
     admissions, jobs = asked("a", "b"), running("a", "b")
-    assert job_ids_of(do(admissions, jobs).admissions) == ["a", "b"]
+    assert claim_ids_of(do(admissions, jobs).admissions) == ["a", "b"]
     assert do(admissions, jobs) == StepPlan(plan_id=1)
     del jobs["a"]
     assert do(admissions, jobs).releases == ("a",)
@@ -56,9 +59,9 @@ def test_who_left_before_the_next_plan_is_not_started() -> None:
 
 def test_beside_a_suspect_nobody_is_started_until_it_is_cleared() -> None:
     admissions, jobs = asked("a", "b", "c"), running("a", "b", "c")
-    assert job_ids_of(do(admissions, jobs, suspect="b").admissions) == ["b"]
+    assert claim_ids_of(do(admissions, jobs, suspect="b").admissions) == ["b"]
     assert admissions.ready(()) == {"b"}
-    assert job_ids_of(do(admissions, jobs).admissions) == ["a", "c"]
+    assert claim_ids_of(do(admissions, jobs).admissions) == ["a", "c"]
 
 
 def test_a_request_that_is_started_again_is_released_first() -> None:
@@ -67,21 +70,21 @@ def test_a_request_that_is_started_again_is_released_first() -> None:
     admissions.ask("a")
     assert admissions.ready(()) == set()
     again = do(admissions, jobs)
-    assert (again.releases, job_ids_of(again.admissions)) == (("a",), ["a"])
+    assert (again.releases, claim_ids_of(again.admissions)) == (("a",), ["a"])
     assert admissions.ready(()) == {"a"}
 
 
 def test_snapshots_that_one_plan_cannot_carry_come_with_the_next() -> None:
     jobs = running("a", "b", "c", snapshot_bytes=MAX_ADMITTED_SNAPSHOT_BYTES // 2)
     admissions = asked(*jobs)
-    assert job_ids_of(do(admissions, jobs).admissions) == ["a", "b"]
+    assert claim_ids_of(do(admissions, jobs).admissions) == ["a", "b"]
     assert admissions.ready(()) == {"a", "b"}
-    assert job_ids_of(do(admissions, jobs).admissions) == ["c"]
+    assert claim_ids_of(do(admissions, jobs).admissions) == ["c"]
 
 
 def test_one_snapshot_always_goes_however_large_it_is() -> None:
     jobs = running("a", snapshot_bytes=MAX_ADMITTED_SNAPSHOT_BYTES + 1)
-    assert job_ids_of(do(asked("a"), jobs).admissions) == ["a"]
+    assert claim_ids_of(do(asked("a"), jobs).admissions) == ["a"]
 
 
 def test_ranks_of_a_new_generation_hold_nothing() -> None:

@@ -74,7 +74,7 @@ def raw_and_rank() -> Iterator[tuple[socket.socket, BlockingChannel[Command]]]:
 
 @st.composite
 def plans(draw: st.DrawFn) -> StepPlan:
-    job_ids = st.text(max_size=40)
+    claim_ids = st.text(max_size=40)
     parameters = st.builds(
         GenerationParameters,
         prompt=st.text(),
@@ -89,13 +89,19 @@ def plans(draw: st.DrawFn) -> StepPlan:
         quality=st.integers(1, 100),
         with_previews=st.booleans(),
     )
-    admissions = st.builds(Admission, job_id=job_ids, request_id=st.text(max_size=40), parameters=parameters)
-    decodes = st.builds(Decode, job_id=job_ids, image_index=st.integers(0, 9), rank=st.integers(0, 7))
+    admissions = st.builds(
+        Admission,
+        claim_id=claim_ids,
+        job_id=claim_ids,
+        request_id=st.text(max_size=40),
+        parameters=parameters,
+    )
+    decodes = st.builds(Decode, claim_id=claim_ids, image_index=st.integers(0, 9), rank=st.integers(0, 7))
     return StepPlan(
         plan_id=draw(st.integers(0, 2**63 - 1)),
-        releases=tuple(draw(st.lists(job_ids, max_size=3))),
+        releases=tuple(draw(st.lists(claim_ids, max_size=3))),
         admissions=tuple(draw(st.lists(admissions, max_size=3))),
-        step_jobs=tuple(draw(st.lists(job_ids, max_size=3))),
+        step_claims=tuple(draw(st.lists(claim_ids, max_size=3))),
         decodes=tuple(draw(st.lists(decodes, max_size=3))),
         decode_budget_seconds=draw(st.none() | st.floats(0, 1000)),
     )
@@ -189,11 +195,11 @@ def test_what_is_no_command_is_refused(
 def test_a_message_above_the_limit_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_module, "MAX_FRAME_BYTES", 100)
     with pytest.raises(FrameError, match="100 are allowed"):
-        encode_frame(StepPlan(plan_id=1, step_jobs=("j" * 101,)))
+        encode_frame(StepPlan(plan_id=1, step_claims=("j" * 101,)))
 
 
 async def test_an_image_larger_than_the_stream_buffer_arrives_whole(pair: Pair) -> None:
-    image = DecodedImage(job_id="a", image_index=0, data=bytes(5_000_000), decode_seconds=0.1)
+    image = DecodedImage(claim_id="a", image_index=0, data=bytes(5_000_000), decode_seconds=0.1)
     large = PlanDone(plan_id=1, encode_seconds=0.0, step_seconds=0.0, images=(image,))
     sending = asyncio.to_thread(pair.rank.send, large)
     received, _ = await asyncio.gather(pair.server.receive(), sending)

@@ -80,24 +80,26 @@ class CountingRanks:
         self.images.clear()
         return (0,)
 
-    async def snapshot_of(self, job_id: str, step: int) -> bytes | None:
-        return f"{job_id} after {step}".encode() if self.has_survivor else None
+    async def snapshot_of(self, claim_id: str, step: int) -> bytes | None:
+        return f"{claim_id} after {step}".encode() if self.has_survivor else None
 
     async def execute(self, plan: StepPlan) -> tuple[PlanDone, ...]:
         self.plans.append(plan)
         self.on_plan(plan)
         # As a group that computes: other tasks of the server run meanwhile.
         await asyncio.sleep(0)
-        for job_id in plan.releases:
-            self.jobs.pop(job_id, None)
-            self.images = {r: image for r, image in self.images.items() if image[0].job_id != job_id}
-        self.jobs |= {admission.job_id: admission.parameters for admission in plan.admissions}
+        for claim_id in plan.releases:
+            self.jobs.pop(claim_id, None)
+            self.images = {r: image for r, image in self.images.items() if image[0].claim_id != claim_id}
+        self.jobs |= {admission.claim_id: admission.parameters for admission in plan.admissions}
         for decode in plan.decodes:
             assert decode.rank not in self.images, "a rank decodes one image at a time"
-            assert decode.job_id in self.jobs
+            assert decode.claim_id in self.jobs
             self.images[decode.rank] = (decode, ROUNDS_PER_IMAGE)
         faults = self.faults_of(plan)
-        step_seconds = max((STEP_SECONDS[self.jobs[job_id].width] for job_id in plan.step_jobs), default=0.0)
+        step_seconds = max(
+            (STEP_SECONDS[self.jobs[claim_id].width] for claim_id in plan.step_claims), default=0.0
+        )
         return tuple(
             PlanDone(
                 plan_id=plan.plan_id,
@@ -113,9 +115,9 @@ class CountingRanks:
         )
 
     def _snapshot(self, plan: StepPlan) -> StepSnapshot | None:
-        if plan.snapshot_job is None:
+        if plan.snapshot_claim is None:
             return None
-        return StepSnapshot(job_id=plan.snapshot_job, step=0, data=b"handed up", snapshot_seconds=0.0)
+        return StepSnapshot(claim_id=plan.snapshot_claim, step=0, data=b"handed up", snapshot_seconds=0.0)
 
     def _decode(self, rank: int) -> tuple[DecodedImage, ...]:
         if rank not in self.images:
@@ -125,7 +127,9 @@ class CountingRanks:
             self.images[rank] = (decode, rounds - 1)
             return ()
         return (
-            DecodedImage(job_id=decode.job_id, image_index=decode.image_index, data=b"", decode_seconds=1.0),
+            DecodedImage(
+                claim_id=decode.claim_id, image_index=decode.image_index, data=b"", decode_seconds=1.0
+            ),
         )
 
 
@@ -150,7 +154,10 @@ class Service:
     def take(self) -> EngineRequest | None:
         return self._waiting.popleft() if self._waiting else None
 
-    def submit(self, job_id: str, num_inference_steps: int, **changes: object) -> None:
+    def submit(
+        self, claim_id: str, num_inference_steps: int, job_id: str | None = None, **changes: object
+    ) -> None:
+        """Queue a request; unless told otherwise it is of the job "job of <claim id>"."""
         values: dict[str, object] = {
             "prompt": "",
             "width": 64,
@@ -161,18 +168,24 @@ class Service:
         }
         parameters = GenerationParameters(**(values | changes))  # type: ignore[arg-type]
         self._waiting.append(
-            EngineRequest(job_id, f"request of {job_id}", parameters, lambda event: self._note(job_id, event))
+            EngineRequest(
+                claim_id,
+                job_id or f"job of {claim_id}",
+                f"request of {claim_id}",
+                parameters,
+                lambda event: self._note(claim_id, event),
+            )
         )
         self.controller.notify()
 
-    async def run_until_ended(self, *job_ids: str) -> None:
+    async def run_until_ended(self, *claim_ids: str) -> None:
         """Run until these requests have finished or failed."""
         running = asyncio.create_task(self.controller.run(self))
         try:
             async with asyncio.timeout(10):
-                while not set(job_ids) <= {
-                    *self.jobs_with(RequestFinished),
-                    *self.jobs_with(RequestFailed),
+                while not set(claim_ids) <= {
+                    *self.claims_with(RequestFinished),
+                    *self.claims_with(RequestFailed),
                 }:
                     self._ended.clear()
                     ended = asyncio.create_task(self._ended.wait())
@@ -184,21 +197,21 @@ class Service:
             with suppress(asyncio.CancelledError):
                 await running
 
-    def jobs_with(self, kind: type[EngineEvent]) -> list[str]:
-        """The job of each event of a kind, in order."""
-        return [job_id for job_id, event in self.events if isinstance(event, kind)]
+    def claims_with(self, kind: type[EngineEvent]) -> list[str]:
+        """The claim of each event of a kind, in order."""
+        return [claim_id for claim_id, event in self.events if isinstance(event, kind)]
 
-    def error_of(self, job_id: str) -> JobError | None:
+    def error_of(self, claim_id: str) -> JobError | None:
         """Why a job failed, if it did."""
-        errors = [e.error for j, e in self.events if j == job_id and isinstance(e, RequestFailed)]
+        errors = [e.error for j, e in self.events if j == claim_id and isinstance(e, RequestFailed)]
         return errors[0] if errors else None
 
-    def steps_of(self, job_id: str) -> list[int]:
+    def steps_of(self, claim_id: str) -> list[int]:
         """The steps that a job was told of, in order."""
-        return [e.step for j, e in self.events if j == job_id and isinstance(e, StepFinished)]
+        return [e.step for j, e in self.events if j == claim_id and isinstance(e, StepFinished)]
 
-    def _note(self, job_id: str, event: EngineEvent) -> None:
-        self.events.append((job_id, event))
+    def _note(self, claim_id: str, event: EngineEvent) -> None:
+        self.events.append((claim_id, event))
         if isinstance(event, (RequestFinished, RequestFailed)):
             self._ended.set()
 
@@ -210,8 +223,8 @@ async def test_others_take_a_step_in_every_round_of_an_image() -> None:
     service.submit("steps", num_inference_steps=20)
     await service.run_until_ended("decodes", "steps")
     started = next(number for number, plan in enumerate(ranks.plans) if plan.decodes)
-    assert all(plan.step_jobs == ("steps",) for plan in ranks.plans[started : started + ROUNDS_PER_IMAGE])
-    kinds = [(job_id, type(event)) for job_id, event in service.events]
+    assert all(plan.step_claims == ("steps",) for plan in ranks.plans[started : started + ROUNDS_PER_IMAGE])
+    kinds = [(claim_id, type(event)) for claim_id, event in service.events]
     between = kinds[kinds.index(("decodes", StepFinished)) : kinds.index(("decodes", ImageFinished))]
     assert between.count(("steps", StepFinished)) >= ROUNDS_PER_IMAGE
 
@@ -233,7 +246,7 @@ async def test_a_round_may_decode_for_one_step_time_of_those_that_step_in_it() -
     service.submit("small", num_inference_steps=9)
     await service.run_until_ended("large", "small")
     small, large = STEP_SECONDS[64], STEP_SECONDS[128]
-    budgets = [(plan.step_jobs, plan.decode_budget_seconds) for plan in ranks.plans]
+    budgets = [(plan.step_claims, plan.decode_budget_seconds) for plan in ranks.plans]
     assert budgets[:4] == [
         (("large",), None),
         # Its own time is not known yet.
@@ -256,10 +269,27 @@ async def test_a_cancelled_request_frees_the_rank_that_decodes_its_image() -> No
     service.submit("leaves", num_inference_steps=1)
     service.submit("waits", num_inference_steps=1)
     await service.run_until_ended("waits")
-    assert service.jobs_with(ImageFinished) == ["waits"]
+    assert service.claims_with(ImageFinished) == ["waits"]
     released = next(plan for plan in ranks.plans if plan.releases)
     assert released.releases == ("leaves",)
-    assert released.decodes == (Decode(job_id="waits", image_index=0, rank=0),)
+    assert released.decodes == (Decode(claim_id="waits", image_index=0, rank=0),)
+
+
+async def test_a_stale_claim_that_is_cancelled_leaves_a_newer_claim_of_its_job_alone() -> None:
+    ranks = CountingRanks()
+    service = Service(ranks)
+
+    def cancel_the_older_once_both_step(plan: StepPlan) -> None:
+        if set(plan.step_claims) == {"job/1", "job/2"}:
+            service.controller.cancel("job/1")
+
+    ranks.on_plan = cancel_the_older_once_both_step
+    service.submit("job/1", num_inference_steps=3, job_id="job")
+    service.submit("job/2", num_inference_steps=3, job_id="job")
+    await service.run_until_ended("job/2")
+    assert service.steps_of("job/2") == [1, 2, 3]
+    assert service.claims_with(RequestFinished) == ["job/2"]
+    assert ("job/1",) in [plan.releases for plan in ranks.plans]
 
 
 async def test_an_image_that_was_lost_with_its_rank_is_decoded_again() -> None:
@@ -275,7 +305,7 @@ async def test_an_image_that_was_lost_with_its_rank_is_decoded_again() -> None:
     ranks.on_plan = die_in_the_second_round_of_the_second_image
     service.submit("survives", num_inference_steps=2, num_images=2)
     await service.run_until_ended("survives")
-    assert service.jobs_with(RequestRestarted) == ["survives"]
+    assert service.claims_with(RequestRestarted) == ["survives"]
     images = [event.image_index for _, event in service.events if isinstance(event, ImageFinished)]
     assert images == [0, 1]
     assert service.steps_of("survives") == [1, 2]
@@ -283,8 +313,8 @@ async def test_an_image_that_was_lost_with_its_rank_is_decoded_again() -> None:
 
 async def test_prompts_are_counted_once_for_a_plan_and_not_for_every_rank() -> None:
     service = Service(CountingRanks(world_size=3))
-    for job_id in ("first", "second"):
-        service.submit(job_id, num_inference_steps=2)
+    for claim_id in ("first", "second"):
+        service.submit(claim_id, num_inference_steps=2)
     await service.run_until_ended("first", "second")
     assert service.prompts == [PromptReport(num_cache_hits=2, num_cache_misses=4)]
 
@@ -302,8 +332,8 @@ def lost_in(
     ranks.on_plan = on_plan
 
 
-def has_step_of(*job_ids: str) -> Callable[[StepPlan], bool]:
-    return lambda plan: set(job_ids) <= set(plan.step_jobs)
+def has_step_of(*claim_ids: str) -> Callable[[StepPlan], bool]:
+    return lambda plan: set(claim_ids) <= set(plan.step_claims)
 
 
 async def test_jobs_go_on_after_a_loss_from_what_a_survivor_knows() -> None:
@@ -336,8 +366,8 @@ async def test_without_a_survivor_jobs_go_on_from_what_was_handed_up_or_their_se
 async def test_while_suspects_run_alone_nobody_new_is_started() -> None:
     ranks = CountingRanks()
     service = Service(ranks)
-    for job_id in ("a", "b"):
-        service.submit(job_id, num_inference_steps=4)
+    for claim_id in ("a", "b"):
+        service.submit(claim_id, num_inference_steps=4)
     lost_in(ranks, has_step_of("a", "b"), LossCause.FAULT)
     ranks_on_plan = ranks.on_plan
 
@@ -348,16 +378,16 @@ async def test_while_suspects_run_alone_nobody_new_is_started() -> None:
 
     ranks.on_plan = submit_when_lost
     await service.run_until_ended("a", "b", "newcomer")
-    stepped = [set(plan.step_jobs) for plan in ranks.plans]
+    stepped = [set(plan.step_claims) for plan in ranks.plans]
     assert stepped[:4] == [{"a", "b"}, {"a"}, {"b"}, {"a", "b", "newcomer"}]
-    assert service.jobs_with(RequestFailed) == []
+    assert service.claims_with(RequestFailed) == []
 
 
 async def test_a_job_that_is_lost_alone_again_fails_and_the_suspicion_ends() -> None:
     ranks = CountingRanks()
     service = Service(ranks)
-    for job_id in ("innocent", "guilty"):
-        service.submit(job_id, num_inference_steps=3)
+    for claim_id in ("innocent", "guilty"):
+        service.submit(claim_id, num_inference_steps=3)
     lost_in(ranks, has_step_of("guilty"), LossCause.FAULT, times=9)
     await service.run_until_ended("innocent", "guilty")
     assert isinstance(service.error_of("guilty"), JobInternalError)
@@ -367,13 +397,13 @@ async def test_a_job_that_is_lost_alone_again_fails_and_the_suspicion_ends() -> 
 async def test_a_lack_of_memory_lowers_what_a_step_may_hold() -> None:
     ranks = CountingRanks()
     service = Service(ranks)
-    for job_id in ("a", "b"):
-        service.submit(job_id, num_inference_steps=3)
+    for claim_id in ("a", "b"):
+        service.submit(claim_id, num_inference_steps=3)
     lost_in(ranks, has_step_of("a", "b"), LossCause.OUT_OF_MEMORY)
     await service.run_until_ended("a", "b")
     assert service.scheduler.max_step_pixels == 64 * 64
-    assert [len(plan.step_jobs) for plan in ranks.plans if plan.step_jobs] == [2, 1, 1, 1, 1, 1, 1]
-    assert service.jobs_with(RequestFailed) == []
+    assert [len(plan.step_claims) for plan in ranks.plans if plan.step_claims] == [2, 1, 1, 1, 1, 1, 1]
+    assert service.claims_with(RequestFailed) == []
 
 
 async def test_a_job_that_has_no_room_beside_others_is_tried_alone() -> None:
@@ -381,31 +411,33 @@ async def test_a_job_that_has_no_room_beside_others_is_tried_alone() -> None:
     service = Service(ranks)
 
     def no_room_in_company(plan: StepPlan) -> tuple[JobFault, ...]:
-        is_large_started = any(admission.job_id == "large" for admission in plan.admissions)
-        if is_large_started and len(plan.step_jobs) > 1:
-            return (JobFault(job_id="large", kind=OutOfDeviceMemoryError.__name__, error_id=""),)
+        is_large_started = any(admission.claim_id == "large" for admission in plan.admissions)
+        if is_large_started and len(plan.step_claims) > 1:
+            return (JobFault(claim_id="large", kind=OutOfDeviceMemoryError.__name__, error_id=""),)
         return ()
 
     ranks.faults_of = no_room_in_company
-    for job_id in ("small", "large"):
-        service.submit(job_id, num_inference_steps=3)
+    for claim_id in ("small", "large"):
+        service.submit(claim_id, num_inference_steps=3)
     await service.run_until_ended("small", "large")
-    assert service.jobs_with(RequestFailed) == []
-    assert [plan.step_jobs for plan in ranks.plans][1] == ("large",)
-    for job_id in ("small", "large"):
-        assert service.steps_of(job_id) == [1, 2, 3]
+    assert service.claims_with(RequestFailed) == []
+    assert [plan.step_claims for plan in ranks.plans][1] == ("large",)
+    for claim_id in ("small", "large"):
+        assert service.steps_of(claim_id) == [1, 2, 3]
 
 
 async def test_a_job_that_has_no_room_alone_fails_for_want_of_memory() -> None:
     ranks = CountingRanks()
     ranks.faults_of = lambda plan: tuple(
-        JobFault(job_id=a.job_id, kind=OutOfDeviceMemoryError.__name__, error_id="")
+        JobFault(claim_id=a.claim_id, kind=OutOfDeviceMemoryError.__name__, error_id="")
         for a in plan.admissions
-        if a.job_id == "large"
+        if a.claim_id == "large"
     )
     service = Service(ranks)
-    for job_id in ("small", "large"):
-        service.submit(job_id, num_inference_steps=3)
+    for claim_id in ("small", "large"):
+        service.submit(claim_id, num_inference_steps=3)
     await service.run_until_ended("small", "large")
-    assert isinstance(service.error_of("large"), OutOfDeviceMemoryError)
     assert service.steps_of("small") == [1, 2, 3]
+    error = service.error_of("large")
+    assert isinstance(error, OutOfDeviceMemoryError)
+    assert error.job_id == "job of large"

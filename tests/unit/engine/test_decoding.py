@@ -52,7 +52,7 @@ def slices(vae: AutoencoderKL) -> OneSecondSlices:
 
 
 def running(slices: OneSecondSlices) -> RunningDecode:
-    admission = Admission(job_id="job", request_id="request", parameters=parameters())
+    admission = Admission(claim_id="job/1", job_id="job", request_id="request", parameters=parameters())
     return RunningDecode(admission, 3, slices, open_device("cpu", 0), slices.clock)
 
 
@@ -92,7 +92,7 @@ def test_pieces_give_the_image_that_one_piece_gives(vae: AutoencoderKL, slices: 
         pass
     assert image == whole
     assert image == DecodedImage(
-        job_id="job", image_index=3, data=expected_file(vae), decode_seconds=in_pieces.now_seconds
+        claim_id="job/1", image_index=3, data=expected_file(vae), decode_seconds=in_pieces.now_seconds
     )
 
 

@@ -25,9 +25,9 @@ def parameters(size: tuple[int, int] = SMALL, steps: int = 4, num_images: int = 
 
 def step(scheduler: StepScheduler) -> tuple[str, ...]:
     """One round's forward, as the controller runs it."""
-    job_ids = scheduler.next_step()
-    scheduler.stepped(job_ids)
-    return job_ids
+    claim_ids = scheduler.next_step()
+    scheduler.stepped(claim_ids)
+    return claim_ids
 
 
 def denoised(scheduler: StepScheduler) -> None:
@@ -83,21 +83,21 @@ def test_every_request_gets_all_its_steps_within_the_budget_and_in_batches_of_on
 ) -> None:
     scheduler = StepScheduler(BatchLimits(1000, max_step_pixels))
     asked = {f"job {n}": parameters(*request) for n, request in enumerate(requests)}
-    for job_id, request in asked.items():
-        scheduler.admit(job_id, request)
+    for claim_id, request in asked.items():
+        scheduler.admit(claim_id, request)
     waits = dict.fromkeys(asked, 0)
     taken = dict.fromkeys(asked, 0)
-    while job_ids := step(scheduler):
-        assert len({(asked[j].width, asked[j].height) for j in job_ids}) == 1
-        pixels = sum(asked[j].width * asked[j].height * asked[j].num_samples for j in job_ids)
-        assert pixels <= max_step_pixels or len(job_ids) == 1
-        for job_id in asked:
-            waits[job_id] = 0 if job_id in job_ids else waits[job_id] + 1
-            taken[job_id] += job_id in job_ids
-            if taken[job_id] < asked[job_id].num_inference_steps:
+    while claim_ids := step(scheduler):
+        assert len({(asked[j].width, asked[j].height) for j in claim_ids}) == 1
+        pixels = sum(asked[j].width * asked[j].height * asked[j].num_samples for j in claim_ids)
+        assert pixels <= max_step_pixels or len(claim_ids) == 1
+        for claim_id in asked:
+            waits[claim_id] = 0 if claim_id in claim_ids else waits[claim_id] + 1
+            taken[claim_id] += claim_id in claim_ids
+            if taken[claim_id] < asked[claim_id].num_inference_steps:
                 # Everybody else goes before it once at most.
-                assert waits[job_id] < len(asked)
-    assert taken == {job_id: request.num_inference_steps for job_id, request in asked.items()}
+                assert waits[claim_id] < len(asked)
+    assert taken == {claim_id: request.num_inference_steps for claim_id, request in asked.items()}
 
 
 def test_a_request_larger_than_the_budget_steps_alone() -> None:
@@ -109,20 +109,20 @@ def test_a_request_larger_than_the_budget_steps_alone() -> None:
 
 def test_guidance_counts_twice_in_the_budget() -> None:
     scheduler = StepScheduler(BatchLimits(10, max_step_pixels=3 * 64 * 64))
-    for job_id in ("a", "b"):
+    for claim_id in ("a", "b"):
         guided = GenerationParameters(
             prompt="", width=64, height=64, num_inference_steps=2, guidance_scale=5.0, seed=0
         )
-        scheduler.admit(job_id, guided)
+        scheduler.admit(claim_id, guided)
     assert [step(scheduler) for _ in range(2)] == [("a",), ("b",)]
 
 
 def test_no_more_requests_run_than_allowed_and_an_ended_one_makes_room() -> None:
     scheduler = StepScheduler(BatchLimits(max_running_requests=2, max_step_pixels=2**40))
     has_capacity = []
-    for job_id in ("a", "b"):
+    for claim_id in ("a", "b"):
         has_capacity.append(scheduler.has_capacity)
-        scheduler.admit(job_id, parameters())
+        scheduler.admit(claim_id, parameters())
     has_capacity.append(scheduler.has_capacity)
     scheduler.release("a")
     has_capacity.append(scheduler.has_capacity)
@@ -151,9 +151,9 @@ def test_each_rank_decodes_one_image_at_most_the_oldest_request_first() -> None:
     while decodes := scheduler.next_decodes(world_size=2):
         scheduler.planned(decodes)
         assert len({decode.rank for decode in decodes}) == len(decodes)
-        rounds.append([(decode.job_id, decode.image_index) for decode in decodes])
+        rounds.append([(decode.claim_id, decode.image_index) for decode in decodes])
         for decode in decodes:
-            scheduler.decoded(decode.job_id, decode.image_index)
+            scheduler.decoded(decode.claim_id, decode.image_index)
     assert rounds == [[("first", 0), ("first", 1)], [("first", 2), ("second", 0)]]
     assert scheduler.is_finished("first")
     assert scheduler.is_finished("second")
@@ -179,10 +179,10 @@ def test_a_rank_gets_no_other_image_before_it_has_finished_its_own() -> None:
     assert scheduler.next_decodes(world_size=2) == ()
     scheduler.decoded("a", 1)
     next_decodes = scheduler.next_decodes(world_size=2)
-    assert next_decodes == (Decode(job_id="a", image_index=2, rank=1),)
+    assert next_decodes == (Decode(claim_id="a", image_index=2, rank=1),)
     scheduler.planned(next_decodes)
     scheduler.decoded("a", 0)
-    assert scheduler.next_decodes(world_size=2) == (Decode(job_id="a", image_index=3, rank=0),)
+    assert scheduler.next_decodes(world_size=2) == (Decode(claim_id="a", image_index=3, rank=0),)
 
 
 def test_the_ranks_of_a_cancelled_request_are_free_for_others() -> None:
@@ -194,7 +194,7 @@ def test_the_ranks_of_a_cancelled_request_are_free_for_others() -> None:
     assert scheduler.next_decodes(world_size=2) == ()
     scheduler.release("cancelled")
     assert not scheduler.decoding
-    assert scheduler.next_decodes(world_size=2) == (Decode(job_id="waits", image_index=0, rank=0),)
+    assert scheduler.next_decodes(world_size=2) == (Decode(claim_id="waits", image_index=0, rank=0),)
 
 
 def test_nothing_is_being_decoded_before_the_first_image_and_after_the_last() -> None:
@@ -216,7 +216,7 @@ def test_decoding_does_not_keep_other_requests_from_their_steps() -> None:
     step(scheduler)
     scheduler.admit("steps", parameters())
     assert scheduler.next_step() == ("steps",)
-    assert scheduler.next_decodes(2) == (Decode(job_id="decodes", image_index=0, rank=0),)
+    assert scheduler.next_decodes(2) == (Decode(claim_id="decodes", image_index=0, rank=0),)
 
 
 def test_a_restarted_request_takes_all_its_steps_again_and_keeps_what_is_decoded() -> None:
@@ -252,17 +252,17 @@ def test_a_request_may_go_on_after_some_of_its_steps_and_images() -> None:
 
 def test_only_those_that_are_ready_step_and_are_decoded() -> None:
     scheduler = StepScheduler(NO_BUDGET)
-    for job_id in ("a", "b"):
-        scheduler.admit(job_id, parameters(steps=1))
+    for claim_id in ("a", "b"):
+        scheduler.admit(claim_id, parameters(steps=1))
     assert scheduler.next_step({"b"}) == ("b",)
     denoised(scheduler)
-    assert [decode.job_id for decode in scheduler.next_decodes(4, {"a"})] == ["a"]
+    assert [decode.claim_id for decode in scheduler.next_decodes(4, {"a"})] == ["a"]
 
 
 def test_what_did_not_fit_halves_the_limit_and_it_never_rises() -> None:
     scheduler = StepScheduler(BatchLimits(10, max_step_pixels=10 * 64 * 64))
-    for job_id in ("a", "b"):
-        scheduler.admit(job_id, parameters(num_images=4))
+    for claim_id in ("a", "b"):
+        scheduler.admit(claim_id, parameters(num_images=4))
     scheduler.lower_limit(("a", "b"))
     assert scheduler.max_step_pixels == 4 * 64 * 64
     scheduler.lower_limit(("a", "b"))

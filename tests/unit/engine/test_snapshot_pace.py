@@ -13,11 +13,11 @@ def run(pace: SnapshotPace, jobs: tuple[str, ...], num_steps: int, cost_seconds:
     """Steps of one second; who handed up a snapshot after each."""
     taken = []
     for _ in range(num_steps):
-        job_id = pace.next_job(jobs)
-        taken.append(job_id)
+        claim_id = pace.next_claim(jobs)
+        taken.append(claim_id)
         pace.stepped(jobs, 1.0)
-        if job_id is not None:
-            pace.taken(job_id, cost_seconds, SIZE_BYTES)
+        if claim_id is not None:
+            pace.taken(claim_id, cost_seconds, SIZE_BYTES)
     return taken
 
 
@@ -40,7 +40,7 @@ def test_jobs_of_a_batch_take_turns() -> None:
 def test_over_time_snapshots_take_no_more_than_their_share(num_jobs: int, cost_seconds: float) -> None:
     num_steps = 1000
     jobs = tuple(f"job {number}" for number in range(num_jobs))
-    taken = [job_id for job_id in run(SnapshotPace(), jobs, num_steps, cost_seconds) if job_id]
+    taken = [claim_id for claim_id in run(SnapshotPace(), jobs, num_steps, cost_seconds) if claim_id]
     first = num_jobs * cost_seconds
     assert len(taken) * cost_seconds <= max(first, MAX_SHARE * num_steps) + cost_seconds
 
@@ -60,4 +60,4 @@ def test_a_job_that_has_ended_is_forgotten() -> None:
     pace = SnapshotPace()
     run(pace, ("a",), 1, cost_seconds=5.0)
     pace.forget("a")
-    assert pace.next_job(("a",)) == "a"
+    assert pace.next_claim(("a",)) == "a"

@@ -69,8 +69,8 @@ class DrivenEngine:
     def notify(self) -> None:
         self.num_notices += 1
 
-    def cancel(self, job_id: str) -> None:
-        self.cancelled.append(job_id)
+    def cancel(self, claim_id: str) -> None:
+        self.cancelled.append(claim_id)
 
 
 class Bench:

@@ -107,7 +107,7 @@ class SimulatedEngine:
         decodes = self.scheduler.next_decodes(self.capacity.num_ranks)
         self.scheduler.planned(decodes)
         for decode in decodes:
-            size = self._size(decode.job_id)
+            size = self._size(decode.claim_id)
             self.decodes[decode.rank] = (decode, self.times.image_seconds(*size))
         is_plain = not (admitted or self.decodes)
         step_seconds = self._step(stepped) if stepped else None
@@ -157,10 +157,10 @@ class SimulatedEngine:
             if left - done <= 1e-9:
                 del self.decodes[rank]
                 self.durations.note_image(
-                    *self._size(decode.job_id), self.times.image_seconds(*self._size(decode.job_id))
+                    *self._size(decode.claim_id), self.times.image_seconds(*self._size(decode.claim_id))
                 )
-                self.scheduler.decoded(decode.job_id, decode.image_index)
-                self.images[decode.job_id] -= 1
+                self.scheduler.decoded(decode.claim_id, decode.image_index)
+                self.images[decode.claim_id] -= 1
         self.seconds += max(spent)
 
     def _size(self, job_id: str) -> tuple[int, int]:

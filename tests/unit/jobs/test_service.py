@@ -292,7 +292,7 @@ async def test_a_cancelled_job_that_runs_leaves_the_engine_and_reports_nothing_m
     await bench.state(job.job_id, JobState.RUNNING)
     request.on_event(StepFinished(1, 0.1))
     await bench.service.cancel(None, job.job_id, CancelReason.CALLER_LEFT)
-    assert bench.engine.cancelled == [job.job_id]
+    assert bench.engine.cancelled == [f"{job.job_id}/1"]
     draw(request)
     assert kinds(await reader)[-1] == "Cancelled"
     await bench.ended(job.job_id, JobState.CANCELLED)
@@ -353,7 +353,7 @@ async def test_a_running_job_stops_when_its_deadline_passes(bench: Bench) -> Non
     job = await bench.submit(submission(deadline_seconds=0.5))
     await bench.take()
     assert isinstance(await bench.end(job.job_id), Cancelled)
-    assert set(bench.engine.cancelled) == {job.job_id}
+    assert set(bench.engine.cancelled) == {f"{job.job_id}/1"}
 
 
 async def test_a_detached_job_outlives_the_deadline_of_its_caller(bench: Bench) -> None:

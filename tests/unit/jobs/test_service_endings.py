@@ -42,7 +42,7 @@ async def test_a_full_disk_fails_the_job_and_tells_how_much_had_no_room(tmp_path
     assert isinstance(end, Failed)
     assert isinstance(end.error, StorageFullError)
     assert (end.error.job_id, end.error.size_bytes) == (job.job_id, len(DATA))
-    assert bench.engine.cancelled == [job.job_id]
+    assert bench.engine.cancelled == [f"{job.job_id}/1"]
     assert bench.service.num_ended(JobState.FAILED) == 1
 
 
@@ -125,7 +125,7 @@ async def test_a_job_that_does_not_end_within_the_grace_period_goes_on_after_the
         request.on_event(SnapshotTaken(1, b"after step 1"))
         await bench.state(job.job_id, JobState.RUNNING)
         await bench.service.drain(0.01)
-        assert bench.engine.cancelled == [job.job_id]
+        assert bench.engine.cancelled == [f"{job.job_id}/1"]
         with pytest.raises(NotServingError):
             await bench.events(job.job_id)
         assert (await bench.service.get(None, job.job_id)).state is JobState.QUEUED
