@@ -106,7 +106,7 @@ class Outage:
             return
         self._has_begun = True
         exc_info = None if isinstance(error, HiDreamError) else error
-        self._log.warning("cannot %s: %s; trying again", self._activity, _reason(error), exc_info=exc_info)
+        self._log.warning("cannot %s: %s; trying again", self._activity, reason_of(error), exc_info=exc_info)
 
     def note_success(self) -> None:
         """Log that the activity works again, if it did not."""
@@ -115,7 +115,7 @@ class Outage:
             self._log.info("can %s again", self._activity)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The error's text and, in parentheses, the first line of what caused it."""
     cause = error.__cause__
     if not isinstance(error, HiDreamError):

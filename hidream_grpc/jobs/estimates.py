@@ -63,7 +63,7 @@ class RemainingWork:
             height=parameters.height,
             num_samples=parameters.num_samples,
             num_inference_steps=num_steps,
-            steps=num_steps - (job.snapshot_step or 0),
+            steps=num_steps - (0 if job.snapshot is None else job.snapshot.step),
             images=parameters.num_images - len(job.images),
         )
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from hidream_grpc.errors import ModelNotServedError
 from hidream_grpc.jobs.job import ModelIdentity
 from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
 from hidream_grpc.jobs.store.clock import boot_seconds
@@ -102,6 +103,24 @@ class Membership:
     def live_models(self) -> tuple[LiveModel, ...]:
         """Models of all replicas that live, this one's first, as last heard."""
         return self._models
+
+    async def model(self, name: str | None) -> LiveModel:
+        """The model of a name; None is for this replica's own.
+
+        Of several of one name, as while a new version of it is rolled out, this replica's own goes first.
+
+        Raises:
+            ModelNotServedError: no live replica draws with it.
+            StoreUnavailableError: it cannot be found out which do.
+        """
+        if name is None or name == self.own_model.identity.name:
+            return self.own_model
+        # One that came just now is known after its first look only.
+        self._note_models(await self._store.replicas())
+        for model in self._models:
+            if model.identity.name == name:
+                return model
+        raise ModelNotServedError(name, tuple(sorted({model.identity.name for model in self._models})))
 
     async def join(self) -> None:
         """Register this replica; raises StoreUnavailableError."""

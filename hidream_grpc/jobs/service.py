@@ -174,6 +174,20 @@ class JobService:
             ):
                 tasks.create_task(work.run())
 
+    @property
+    def live_models(self) -> tuple[LiveModel, ...]:
+        """Models that live servers of the store draw with, this one's first, as last heard."""
+        return self._membership.live_models
+
+    async def model(self, name: str | None) -> LiveModel:
+        """The model of a name; None is for this server's own.
+
+        Raises:
+            ModelNotServedError: no live server draws with it.
+            StoreUnavailableError: it cannot be found out which do.
+        """
+        return await self._membership.model(name)
+
     async def refresh_counts(self) -> None:
         """Count the jobs anew; while the store does not answer, the old numbers stay."""
         await self._counts.refresh()

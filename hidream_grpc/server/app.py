@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from hidream.v1 import image_gen_pb2_grpc
+from hidream_grpc.background import reason_of
 from hidream_grpc.engine.controller import Controller
 from hidream_grpc.engine.reports import StepReport
 from hidream_grpc.engine.requests import EngineState
@@ -28,12 +29,13 @@ from hidream_grpc.errors import (
 )
 from hidream_grpc.jobs.artifacts import ArtifactStore
 from hidream_grpc.jobs.estimates import EngineCapacity
-from hidream_grpc.jobs.job import Execution
+from hidream_grpc.jobs.job import Execution, ModelIdentity
+from hidream_grpc.jobs.membership import LiveModel
 from hidream_grpc.jobs.outlook import Outlook
 from hidream_grpc.jobs.replicas import ProgressTeller
 from hidream_grpc.jobs.retention import RetentionLimits
 from hidream_grpc.jobs.running_job import JobTools
-from hidream_grpc.jobs.service import JobService
+from hidream_grpc.jobs.service import JobService, StorePolicy
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.model.checkpoint import CheckpointDescription, describe_checkpoint
 from hidream_grpc.model.checkpoint_files import EXTRA_MODEL_PATH_FLAG
@@ -50,10 +52,10 @@ from hidream_grpc.server.limits import request_defaults, request_limits
 from hidream_grpc.server.listening import bind, grpc_server
 from hidream_grpc.server.memory import return_freed_buffers
 from hidream_grpc.server.metrics import Metrics
+from hidream_grpc.server.models import ModelChoice
 from hidream_grpc.server.ranks import group_config
 from hidream_grpc.server.signals import Signals
 from hidream_grpc.server.tokens import TokensFile
-from hidream_grpc.server.validation import RequestValidator
 from hidream_grpc.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -120,14 +122,15 @@ async def serve(settings: Settings) -> None:
             limits.chunk_bytes,
             ProgressTeller(store).tell,
         )
-        retention = RetentionLimits(
-            settings.retention_seconds,
-            settings.max_retained_jobs,
-            settings.max_retained_bytes,
-            settings.retention_dry_run,
+        model = LiveModel(
+            ModelIdentity(checkpoint.name, checkpoint.variant, checkpoint.fingerprint),
+            checkpoint.scheduler_name,
+            checkpoint.shift,
+            limits,
+            defaults,
         )
         jobs = JobService(
-            tools, controller, limits, settings.lease_seconds, retention, metrics.observe_retention
+            tools, controller, model, limits, _store_policy(settings), metrics.observe_retention
         )
         metrics.watch(
             num_queued=lambda: jobs.num_queued,
@@ -139,8 +142,7 @@ async def serve(settings: Settings) -> None:
             is_serving=lambda: jobs.takes_requests,
         )
         describe_server = ServerDescription(checkpoint, limits, defaults, group, jobs)
-        validator = RequestValidator(limits, defaults, count_tokens)
-        servicer = ImageGenServicer(jobs, validator, limits, describe_server)
+        servicer = ImageGenServicer(jobs, ModelChoice(jobs, count_tokens), limits, describe_server)
 
         interceptors = (
             ObservationInterceptor(metrics),
@@ -156,6 +158,8 @@ async def serve(settings: Settings) -> None:
         if settings.metrics_port is not None:
             logger.info("metrics on port %d", metrics.serve(host, settings.metrics_port))
 
+        with _told_as_start_errors():
+            await jobs.join()
         work = asyncio.create_task(jobs.run())
         engine = asyncio.create_task(controller.run(jobs.executor))
         try:
@@ -237,17 +241,34 @@ def _data_directory(data_dir: Path | None) -> Path:
     return directory
 
 
+def _store_policy(settings: Settings) -> StorePolicy:
+    retention = RetentionLimits(
+        settings.retention_seconds,
+        settings.max_retained_jobs,
+        settings.max_retained_bytes,
+        settings.retention_dry_run,
+    )
+    return StorePolicy(settings.lease_seconds, retention, settings.orphan_sweep_seconds)
+
+
 @contextlib.asynccontextmanager
 async def _open_store(url: str | None, data_directory: Path) -> AsyncIterator[SqlJobStore]:
     """The job store, for as long as the block lasts."""
     store = SqlJobStore(url or f"sqlite+aiosqlite:///{data_directory / 'jobs.sqlite'}")
-    try:
+    with _told_as_start_errors():
         await store.open()
-    except StoreInUseError as error:
-        raise ConfigurationError("--data-dir", str(error)) from None
-    except (StoreUnavailableError, StoreFullError) as error:
-        raise ConfigurationError("--store", str(error)) from None
     try:
         yield store
     finally:
         await store.close()
+
+
+@contextlib.contextmanager
+def _told_as_start_errors() -> Iterator[None]:
+    """Turn what a store says at the start into one line that names the flag."""
+    try:
+        yield
+    except StoreInUseError as error:
+        raise ConfigurationError("--data-dir", str(error)) from None
+    except (StoreUnavailableError, StoreFullError) as error:
+        raise ConfigurationError("--store", reason_of(error)) from None

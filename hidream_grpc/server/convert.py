@@ -121,6 +121,8 @@ def job(value: Job, place: events.Queued | None = None) -> job_pb2.Job:
         labels=submission.labels,
         create_time=timestamp(value.create_time),
     )
+    if submission.model is not None:
+        message.model = submission.model.name
     if value.stage is not None:
         message.stage = job_pb2.JobStage.Value(f"JOB_STAGE_{value.stage}")
     if value.execution is not None:

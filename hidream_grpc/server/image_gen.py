@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, aclosing
 from typing import Any, TypeAlias
@@ -12,6 +13,7 @@ from google.protobuf import empty_pb2
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, image_pb2, job_pb2, server_info_pb2
 from hidream_grpc.jobs.events import Cancelled, Failed, ImagePart, JobEvent
+from hidream_grpc.jobs.image_reader import ImageReader
 from hidream_grpc.jobs.job import CancelReason, Job
 from hidream_grpc.jobs.limits import RequestLimits
 from hidream_grpc.jobs.service import JobService
@@ -25,8 +27,8 @@ from hidream_grpc.server.job_requests import (
     checked_watch,
     finished_image,
 )
+from hidream_grpc.server.models import ModelChoice, requested_model, requested_model_of_all
 from hidream_grpc.server.streams import OpenStreams
-from hidream_grpc.server.validation import RequestValidator
 
 # Text: only the stubs know the class as generic.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -38,12 +40,12 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
     def __init__(
         self,
         jobs: JobService,
-        validator: RequestValidator,
+        models: ModelChoice,
         limits: RequestLimits,
         describe_server: Callable[[], server_info_pb2.ServerInfo],
     ) -> None:
         self._jobs = jobs
-        self._validator = validator
+        self._models = models
         self._limits = limits
         self._streams = OpenStreams(limits.max_streams, limits.max_streams_per_caller)
         self._describe_server = describe_server
@@ -54,36 +56,38 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         """Submit a job and follow it; when its last caller leaves it is cancelled, unless it is detached."""
         with self._stream():
             call = current_call()
-            submission = self._validator.submission(request, call.caller, context.time_remaining())
+            validator = await self._models.validator(requested_model(request))
+            submission = validator.submission(request, call.caller, context.time_remaining())
             call.request_id = submission.request_id
-            job = await self._jobs.submit(submission, call.owner)
+            call_id = "" if submission.is_detached else uuid.uuid4().hex
+            job = await self._jobs.submit(submission, call.owner, call_id)
             call.job_id = job.job_id
-            has_left = False
+            has_ended, reason = False, None
             try:
-                with self._jobs.called(job.job_id):
-                    async with aclosing(self._jobs.follow(call.owner, job.job_id)) as events:
-                        async for event in events:
-                            if isinstance(event.body, Failed | Cancelled):
-                                raise event.body.error
-                            message = await self._event(job.job_id, event)
-                            yield image_gen_pb2.GenerateResponse(job_id=job.job_id, event=message)
+                reader = self._jobs.image_reader(job.job_id)
+                async with aclosing(self._jobs.follow(call.owner, job.job_id)) as events:
+                    async for event in events:
+                        has_ended = event.is_last
+                        if isinstance(event.body, Failed | Cancelled):
+                            raise event.body.error
+                        message = await _message(event, reader)
+                        yield image_gen_pb2.GenerateResponse(job_id=job.job_id, event=message)
             except (asyncio.CancelledError, GeneratorExit):
-                has_left = True
+                is_late = call.deadline_has_passed
+                reason = CancelReason.DEADLINE if is_late else CancelReason.CALLER_LEFT
                 raise
             finally:
-                # A caller who tries again follows the same job while its first call is not yet known
-                # to be lost.
-                if has_left and not submission.is_detached:
-                    is_late = call.deadline_has_passed
-                    reason = CancelReason.DEADLINE if is_late else CancelReason.CALLER_LEFT
-                    self._jobs.leave(job.job_id, reason)
+                # Without a reason the job goes on: a caller whose stream broke tries again.
+                if call_id and not has_ended:
+                    self._jobs.leave(job.job_id, call_id, reason)
 
     async def SubmitJob(  # noqa: N802
         self, request: image_gen_pb2.SubmitJobRequest, context: Context
     ) -> job_pb2.Job:
         """Queue a job."""
         call = current_call()
-        submission = self._validator.detached(request, call.caller)
+        validator = await self._models.validator(requested_model(request))
+        submission = validator.detached(request, call.caller)
         call.request_id = submission.request_id
         job = await self._jobs.submit(submission, call.owner)
         call.job_id = job.job_id
@@ -94,7 +98,8 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
     ) -> image_gen_pb2.BatchSubmitJobsResponse:
         """Queue many jobs, or none."""
         call = current_call()
-        submissions = self._validator.batch(request.requests, call.caller)
+        validator = await self._models.validator(requested_model_of_all(request.requests))
+        submissions = validator.batch(request.requests, call.caller)
         jobs = await self._jobs.submit_all(submissions, call.owner)
         return image_gen_pb2.BatchSubmitJobsResponse(jobs=await self._shown(jobs))
 
@@ -121,9 +126,10 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         with self._stream():
             job_id, after_sequence = checked_watch(request)
             current_call().job_id = job_id
+            reader = self._jobs.image_reader(job_id)
             async with aclosing(self._jobs.follow(self._owner(), job_id, after_sequence)) as events:
                 async for event in events:
-                    message = await self._event(job_id, event)
+                    message = await _message(event, reader)
                     yield image_gen_pb2.WatchJobResponse(job_id=job_id, event=message)
 
     async def CancelJob(  # noqa: N802
@@ -148,8 +154,9 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         current_call().job_id = job_id
         with self._stream(), self._jobs.reading(job_id):
             image = finished_image(await self._jobs.get(self._owner(), job_id), index, offset)
+            reader = self._jobs.image_reader(job_id)
             while offset < image.size_bytes:
-                data = await self._jobs.read_image(job_id, index, offset, self._limits.chunk_bytes)
+                data = await reader.read(image, offset, self._limits.chunk_bytes)
                 chunk = image_pb2.ImageChunk(image=convert.image_info(image), offset=offset, data=data)
                 yield image_gen_pb2.DownloadImageResponse(chunk=chunk)
                 offset += len(data)
@@ -187,8 +194,9 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         (shown,) = await self._shown([job])
         return shown
 
-    async def _event(self, job_id: str, event: JobEvent) -> job_pb2.JobEvent:
-        data = b""
-        if isinstance(part := event.body, ImagePart):
-            data = await self._jobs.read_image(job_id, part.image.index, part.offset, part.length)
-        return convert.job_event(event, data)
+
+async def _message(event: JobEvent, reader: ImageReader) -> job_pb2.JobEvent:
+    data = b""
+    if isinstance(part := event.body, ImagePart):
+        data = await reader.read(part.image, part.offset, part.length)
+    return convert.job_event(event, data)

@@ -64,7 +64,18 @@ class ServerDescription:
                 scheduler=checkpoint.scheduler_name,
                 shift=checkpoint.shift,
                 num_parameters=loaded[0].model.num_parameters if loaded else 0,
+                fingerprint=checkpoint.fingerprint,
             ),
+            live_models=[
+                server_info_pb2.ModelInfo(
+                    name=model.identity.name,
+                    variant=model.identity.variant,
+                    scheduler=model.scheduler,
+                    shift=model.shift,
+                    fingerprint=model.identity.fingerprint,
+                )
+                for model in self._jobs.live_models
+            ],
             layout=str(placement.layout),
             devices=[
                 server_info_pb2.DeviceInfo(

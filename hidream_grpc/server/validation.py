@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
 from hidream_grpc.errors import FieldViolation, InvalidRequestError
-from hidream_grpc.jobs.job import Priority, Submission
+from hidream_grpc.jobs.job import ModelIdentity, Priority, Submission
 from hidream_grpc.jobs.limits import MAX_QUALITY, MIN_QUALITY, RequestDefaults, RequestLimits
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 from hidream_grpc.model.prompt_tokens import TokenCount
@@ -40,7 +40,15 @@ _PRIORITIES = {
 class RequestValidator:
     """Checks requests against one server's limits and fills in its defaults."""
 
-    def __init__(self, limits: RequestLimits, defaults: RequestDefaults, count_tokens: CountTokens) -> None:
+    def __init__(
+        self,
+        limits: RequestLimits,
+        defaults: RequestDefaults,
+        count_tokens: CountTokens,
+        model: ModelIdentity | None = None,
+    ) -> None:
+        """Take what a model's requests may ask for, and which model that is."""
+        self._model = model
         self._limits = limits
         self._defaults = defaults
         self._count_tokens = count_tokens
@@ -71,6 +79,7 @@ class RequestValidator:
             labels=dict(request.labels),
             is_detached=request.detached,
             deadline_seconds=deadline_seconds,
+            model=self._model,
         )
 
     def detached(self, request: image_gen_pb2.SubmitJobRequest, caller: str) -> Submission:

@@ -342,6 +342,12 @@ class SqlJobStore:
         return tuple(ReplicaRecord(*row) for row in rows)
 
     @_uninterrupted
+    async def replicas(self) -> tuple[ReplicaRecord, ...]:
+        """All replicas that have not left, nor been removed as dead."""
+        async with self._database.read() as connection:
+            return tuple(ReplicaRecord(*row) for row in await connection.execute(queries.all_replicas()))
+
+    @_uninterrupted
     async def remove_replica(self, replica_id: str, heartbeat: int | None = None) -> bool:
         """Take a replica its jobs and callers; with a heartbeat only if that is still its newest.
 

@@ -1,0 +1,50 @@
+"""Which model a request is for, and what it is checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hidream.v1 import image_gen_pb2
+from hidream_grpc.errors import FieldViolation, InvalidRequestError
+from hidream_grpc.jobs.service import JobService
+from hidream_grpc.server.validation import CountTokens, RequestValidator
+
+
+class ModelChoice:
+    """The models that live servers of this job store draw with.
+
+    Args:
+        count_tokens: of a prompt, for the text encoders of this server's model.
+    """
+
+    def __init__(self, jobs: JobService, count_tokens: CountTokens) -> None:
+        self._jobs = jobs
+        self._count_tokens = count_tokens
+
+    async def validator(self, name: str | None) -> RequestValidator:
+        """What a request is checked by; None is for this server's model.
+
+        Raises:
+            ModelNotServedError: no live server draws with the model.
+            StoreUnavailableError: it cannot be found out which do.
+        """
+        model = await self._jobs.model(name)
+        return RequestValidator(model.limits, model.defaults, self._count_tokens, model.identity)
+
+
+def requested_model(request: image_gen_pb2.GenerateRequest | image_gen_pb2.SubmitJobRequest) -> str | None:
+    """The model that a request names; None where it names none."""
+    return request.model if request.HasField("model") else None
+
+
+def requested_model_of_all(requests: Sequence[image_gen_pb2.SubmitJobRequest]) -> str | None:
+    """The model that all requests of a batch name; raises InvalidRequestError where they differ."""
+    names = [requested_model(request) for request in requests]
+    violations = tuple(
+        FieldViolation(f"requests[{index}].model", "must be the same in all requests of a batch")
+        for index, name in enumerate(names)
+        if name != names[0]
+    )
+    if violations:
+        raise InvalidRequestError(violations)
+    return names[0] if names else None
