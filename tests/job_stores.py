@@ -16,7 +16,8 @@ from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.model.parameters import GenerationParameters
 
 ROOMY = QueueLimits(max_queued_jobs=100_000)
-LEASE_SECONDS = 60.0
+MODEL = "0123456789abcdef"
+"""Fingerprint of the model that claims."""
 OWNER = "anna"
 T = TypeVar("T")
 
@@ -61,9 +62,21 @@ async def added(store: SqlJobStore, *jobs: Job) -> tuple[Job, ...]:
     return await store.add(jobs, ROOMY)
 
 
-async def claimed(store: SqlJobStore, replica_id: str = "replica-1", limit: int = 1) -> tuple[Job, ...]:
-    """Claim with a lease that outlives the test."""
-    return await store.claim(replica_id, LEASE_SECONDS, limit)
+async def joined(store: SqlJobStore, replica_id: str) -> None:
+    """Register a replica, unless it is registered."""
+    if all(record.replica_id != replica_id for record in await store.replicas()):
+        await store.join(replica_id, "{}")
+
+
+async def claimed(
+    store: SqlJobStore,
+    replica_id: str = "replica-1",
+    limit: int = 1,
+    max_running_jobs_of_caller: int | None = None,
+) -> tuple[Job, ...]:
+    """Claim for a replica that lives until the test removes it."""
+    await joined(store, replica_id)
+    return await store.claim(replica_id, MODEL, limit, max_running_jobs_of_caller)
 
 
 def ids(jobs: Iterable[Job]) -> list[str]:
@@ -92,6 +105,7 @@ def with_image(job: Job, size_bytes: int = 1000) -> Job:
         first_sequence=job.last_sequence + 1,
         time=time.time(),
         chunk_bytes=size_bytes or 1,
+        claim_number=job.claim_number,
     )
     return replace(job.with_image(image, 0.25), last_sequence=job.last_sequence + 1)
 

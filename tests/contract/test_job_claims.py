@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-import time
 from dataclasses import replace
 
 import pytest
@@ -15,17 +14,27 @@ from hypothesis import strategies as st
 from hidream_grpc.errors import (
     ClaimLostError,
 )
-from hidream_grpc.jobs.job import CancelReason, Job, JobState, Priority, Progress, claim_sequence
-from hidream_grpc.jobs.store.order import WaitingJob, claim_order
+from hidream_grpc.jobs.job import (
+    CancelReason,
+    Job,
+    JobState,
+    ModelIdentity,
+    Priority,
+    Progress,
+    StoredSnapshot,
+    claim_sequence,
+)
+from hidream_grpc.jobs.store.order import CallerLoads, WaitingJob, claim_order
+from hidream_grpc.jobs.store.records import HeldClaim
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.job_stores import (
-    LEASE_SECONDS,
+    MODEL,
     OWNER,
     added,
     claimed,
-    eventually,
     finished,
     ids,
+    joined,
     new_job,
     started,
     succeeded,
@@ -83,9 +92,9 @@ async def test_the_order_that_is_told_is_the_order_of_the_claims(store: SqlJobSt
     await added(store, *some_jobs())
     await claimed(store, limit=5)
     await added(store, *some_jobs())
-    told = await store.queue_order()
+    told = await store.queue_order(MODEL)
     assert list(told) == ids(await claimed(store, limit=len(told)))
-    assert await store.queue_order() == ()
+    assert await store.queue_order(MODEL) == ()
 
 
 @given(
@@ -99,7 +108,7 @@ def test_no_caller_gets_a_second_turn_before_another_that_waits_has_had_one(
         str(number): WaitingJob(number, str(number), caller, priority)
         for number, (caller, priority) in enumerate(waiting)
     }
-    order = [jobs[job_id] for job_id in claim_order(jobs.values(), last_turns)]
+    order = list(claim_order(jobs.values(), CallerLoads(last_turns)))
     assert sorted(job.number for job in order) == list(range(len(waiting)))
     assert [job.priority for job in order] == sorted((job.priority for job in order), reverse=True)
     for earlier, later in itertools.pairwise(order):
@@ -110,17 +119,58 @@ def test_no_caller_gets_a_second_turn_before_another_that_waits_has_had_one(
 
 async def test_a_caller_at_its_limit_of_running_jobs_is_passed_over(store: SqlJobStore) -> None:
     jobs = await added(store, new_job(caller="a"), new_job(caller="a"), new_job(caller="b"))
-    first = await store.claim("replica-1", LEASE_SECONDS, 10, max_running_jobs_of_caller=1)
+    first = await claimed(store, limit=10, max_running_jobs_of_caller=1)
     assert ids(first) == [jobs[0].job_id, jobs[2].job_id]
     await finished(store, first[0])
-    assert ids(await store.claim("replica-1", LEASE_SECONDS, 10, 1)) == [jobs[1].job_id]
+    assert ids(await claimed(store, limit=10, max_running_jobs_of_caller=1)) == [jobs[1].job_id]
+
+
+async def test_the_order_that_is_told_keeps_to_the_limit_of_a_caller(store: SqlJobStore) -> None:
+    jobs = await added(store, *(new_job(caller="a") for _ in range(3)), new_job(caller="b"))
+    told = await store.queue_order(MODEL, max_running_jobs_of_caller=1)
+    assert told == tuple(jobs[index].job_id for index in (0, 3, 1, 2))
+    await claimed(store, max_running_jobs_of_caller=1)
+    assert (await store.queue_order(MODEL, 1))[0] == jobs[3].job_id
+
+
+async def test_limits_and_turns_of_callers_hold_when_replicas_claim_at_once(
+    store: SqlJobStore, other: SqlJobStore
+) -> None:
+    for replica_id in ("replica-1", "replica-2"):
+        await joined(store, replica_id)
+    for _ in range(20):
+        jobs = await added(store, *(new_job(caller=caller) for caller in "aaabbb"))
+        both = await asyncio.gather(
+            store.claim("replica-1", MODEL, 1, 1), other.claim("replica-2", MODEL, 1, 1)
+        )
+        taken = [job for claims in both for job in claims]
+        assert sorted(job.submission.caller for job in taken) == ["a", "b"]
+        for job in taken:
+            await finished(store, job)
+        for job in jobs:
+            await store.request_cancel(None, job.job_id, CancelReason.REQUESTED)
+
+
+async def test_a_server_claims_the_jobs_of_its_own_model_only(store: SqlJobStore) -> None:
+    def of_model(fingerprint: str) -> Job:
+        job = new_job()
+        model = ModelIdentity("HiDream-I1-Dev", "dev", fingerprint)
+        return replace(job, submission=replace(job.submission, model=model))
+
+    (mine,) = await added(store, of_model(MODEL))
+    (others,) = await added(store, of_model("fedcba9876543210"))
+    assert await store.queue_order(MODEL) == (mine.job_id,)
+    assert ids(await claimed(store, limit=5)) == [mine.job_id]
+    await joined(store, "replica-2")
+    (taken,) = await store.claim("replica-2", "fedcba9876543210", 5)
+    assert (taken.job_id, taken.submission.model) == (others.job_id, others.submission.model)
 
 
 async def test_what_its_replica_saved_is_read_by_all(store: SqlJobStore, other: SqlJobStore) -> None:
     await added(store, new_job())
     (job,) = await claimed(store)
     job = with_image(with_image(started(job))).progressed(Progress(3, 4, 0.1, None), 0.3)
-    job = replace(job, snapshot_step=3)
+    job = replace(job, snapshot=StoredSnapshot(job.claim_number, 3))
     await store.save(job)
     assert await other.get(OWNER, job.job_id) == job
     done = succeeded(job)
@@ -128,15 +178,16 @@ async def test_what_its_replica_saved_is_read_by_all(store: SqlJobStore, other: 
     assert await other.get(OWNER, job.job_id) == done
 
 
-async def test_a_job_whose_lease_ran_out_goes_on_elsewhere_with_all_that_was_saved(
+async def test_a_job_whose_replica_is_removed_as_dead_goes_on_elsewhere_with_all_that_was_saved(
     store: SqlJobStore, other: SqlJobStore
 ) -> None:
     await added(store, new_job())
-    (job,) = await store.claim("replica-1", 0.5, 1)
-    job = replace(with_image(started(job)), snapshot_step=2)
+    (job,) = await claimed(store)
+    job = replace(with_image(started(job)), snapshot=StoredSnapshot(job.claim_number, 2))
     await store.save(job)
-    assert await claimed(other, "replica-2") == (), "the lease runs"
-    (taken,) = await eventually(lambda: claimed(other, "replica-2"))
+    assert await claimed(other, "replica-2") == (), "its replica lives"
+    assert await other.remove_replica("replica-1", 0)
+    (taken,) = await claimed(other, "replica-2")
     assert taken == replace(job, claim_number=job.claim_number + 1)
     with pytest.raises(ClaimLostError) as caught:
         await store.save(with_image(job))
@@ -146,51 +197,60 @@ async def test_a_job_whose_lease_ran_out_goes_on_elsewhere_with_all_that_was_sav
 
 async def test_a_job_that_was_begun_and_lost_its_replica_goes_before_all_others(store: SqlJobStore) -> None:
     (job,) = await added(store, new_job(priority=Priority.LOW))
-    (mine,) = await store.claim("replica-1", 0.0, 1)
+    (mine,) = await claimed(store)
     await store.save(started(mine))
     await added(store, new_job(priority=Priority.HIGH))
+    await store.remove_replica("replica-1")
     assert ids(await claimed(store, "replica-2")) == [job.job_id]
 
 
-async def test_a_replica_that_renews_keeps_its_jobs(store: SqlJobStore, other: SqlJobStore) -> None:
-    jobs = await added(store, new_job(), new_job())
-    mine = await claimed(store, "replica-1", limit=2)
-    assert ids(mine) == ids(jobs)
-    await store.renew("replica-1", ids(jobs), 0.0)
-    (held,) = await store.renew("replica-1", [jobs[0].job_id], LEASE_SECONDS)
-    assert (held.job_id, held.claim_number) == (jobs[0].job_id, mine[0].claim_number)
-    assert ids(await claimed(other, "replica-2", limit=5)) == [jobs[1].job_id]
+async def test_a_replica_that_beats_is_not_removed_as_dead(store: SqlJobStore, other: SqlJobStore) -> None:
+    await added(store, new_job())
+    await claimed(store)
+    (seen,) = await other.replicas()
+    assert seen.heartbeat < (await store.beat("replica-1"))[0].heartbeat
+    assert not await other.remove_replica("replica-1", seen.heartbeat)
+    assert await claimed(other, "replica-2") == ()
 
 
-async def test_a_replica_learns_from_its_renewal_what_it_has_lost(
+async def test_a_replica_learns_from_its_beat_that_it_was_removed(
     store: SqlJobStore, other: SqlJobStore
 ) -> None:
-    jobs = await added(store, new_job(), new_job(), new_job())
-    await claimed(store, "replica-1", limit=2)
-    await store.renew("replica-1", ids(jobs), 0.0)
-    await claimed(other, "replica-2", limit=1)
-    held = await store.renew("replica-1", ids(jobs), LEASE_SECONDS)
-    assert [claim.job_id for claim in held] == [jobs[1].job_id]
+    await joined(store, "replica-1")
+    await joined(other, "replica-2")
+    await other.remove_replica("replica-1")
+    assert [record.replica_id for record in await store.beat("replica-1")] == ["replica-2"]
 
 
-async def test_a_renewal_tells_who_wants_the_job_stopped_and_its_deadline(
-    store: SqlJobStore,
-) -> None:
-    deadline_time = time.time() + 1000.0
-    (job,) = await added(store, new_job(request_id="r1", deadline_time=deadline_time))
+async def test_a_replica_learns_what_it_holds_and_what_is_to_be_stopped(store: SqlJobStore) -> None:
+    jobs = await added(store, new_job(), new_job())
+    await claimed(store, limit=2)
+    await store.request_cancel(OWNER, jobs[1].job_id, CancelReason.CALLER_LEFT)
+    held = sorted(await store.held("replica-1"), key=lambda claim: ids(jobs).index(claim.job_id))
+    assert held == [
+        HeldClaim(jobs[0].job_id, 1, None),
+        HeldClaim(jobs[1].job_id, 1, CancelReason.CALLER_LEFT),
+    ]
+
+
+async def test_a_claim_whose_answer_was_lost_is_given_back(store: SqlJobStore) -> None:
+    (job,) = await added(store, new_job())
     await claimed(store)
-    await added(store, new_job(request_id="r1", deadline_time=deadline_time + 1.0))
-    await store.request_cancel(OWNER, job.job_id, CancelReason.CALLER_LEFT)
-    (held,) = await store.renew("replica-1", [job.job_id], LEASE_SECONDS)
-    assert (held.cancel_reason, held.deadline_time) == (CancelReason.CALLER_LEFT, deadline_time + 1.0)
+    (claim,) = await store.held("replica-1")
+    await store.abandon("replica-1", claim)
+    (again,) = await claimed(store, "replica-2")
+    assert (again.job_id, again.claim_number) == (job.job_id, 2)
+    await store.abandon("replica-1", claim)
+    assert await claimed(store, "replica-3") == ()
 
 
 async def test_a_released_job_waits_again_with_its_images_and_its_snapshot(store: SqlJobStore) -> None:
     await added(store, new_job())
     (job,) = await claimed(store)
-    job = replace(with_image(started(job)), snapshot_step=3)
+    job = replace(with_image(started(job)), snapshot=StoredSnapshot(job.claim_number, 3))
     released = await store.release(job)
-    assert (released.state, released.snapshot_step, released.images) == (JobState.QUEUED, 3, job.images)
+    assert (released.state, released.snapshot) == (JobState.QUEUED, job.snapshot)
+    assert released.images == job.images
     assert await store.get(OWNER, job.job_id) == released
     with pytest.raises(ClaimLostError):
         await store.save(job)
