@@ -7,19 +7,23 @@ the real one does so too is shown by tests/failure.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from google.rpc import status_pb2
+from grpc_status import rpc_status
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, image_pb2, job_pb2
 
 JOB_ID = "job-1"
 FILE = bytes(range(256)) * 4
 CHUNK_BYTES = 100
+
+Chunks = list[image_pb2.ImageChunk]
 
 
 @dataclass
@@ -30,13 +34,17 @@ class BreakingImageGen(image_gen_pb2_grpc.ImageGenServicer):
         breaks: how many messages each call sends before it breaks off, first call first; calls
             beyond these send everything.
         code: the status with which a call breaks off.
+        status: the same, with details, where a test wants them.
         sha256: of the image, as it is announced.
+        damage: what becomes of the pieces of the image on their way.
         starts: `after_sequence` or `offset` of each call so far.
     """
 
     breaks: list[int] = field(default_factory=list)
     code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE
+    status: status_pb2.Status | None = None
     sha256: bytes = hashlib.sha256(FILE).digest()
+    damage: Callable[[Chunks], Chunks] = list
     starts: list[int] = field(default_factory=list)
 
     @property
@@ -49,12 +57,14 @@ class BreakingImageGen(image_gen_pb2_grpc.ImageGenServicer):
         )
         return job_pb2.Job(job_id=JOB_ID, state=job_pb2.JOB_STATE_SUCCEEDED, spec=spec, images=[info])
 
-    def chunks(self, offset: int = 0) -> list[image_pb2.ImageChunk]:
+    def chunks(self, offset: int = 0) -> Chunks:
         [info] = self.job.images
-        return [
-            image_pb2.ImageChunk(image=info, offset=start, data=FILE[start : start + CHUNK_BYTES])
-            for start in range(offset, len(FILE), CHUNK_BYTES)
-        ]
+        return self.damage(
+            [
+                image_pb2.ImageChunk(image=info, offset=start, data=FILE[start : start + CHUNK_BYTES])
+                for start in range(offset, len(FILE), CHUNK_BYTES)
+            ]
+        )
 
     @property
     def events(self) -> list[job_pb2.JobEvent]:
@@ -77,10 +87,17 @@ class BreakingImageGen(image_gen_pb2_grpc.ImageGenServicer):
         num_sent = self.breaks.pop(0) if self.breaks else len(messages)
         yield from messages[:num_sent]
         if num_sent < len(messages):
+            if self.status is not None:
+                context.abort_with_status(rpc_status.to_status(self.status))
             context.abort(self.code, "the server is going away")
 
     def GetJob(self, request: image_gen_pb2.GetJobRequest, context: Any) -> job_pb2.Job:  # noqa: N802
         return self.job
+
+    def Generate(self, request: image_gen_pb2.GenerateRequest, context: Any) -> Iterator[Any]:  # noqa: N802
+        self.starts.append(0)
+        responses = [image_gen_pb2.GenerateResponse(job_id=JOB_ID, event=event) for event in self.events]
+        return self._until_break(responses, context)
 
     def WatchJob(self, request: image_gen_pb2.WatchJobRequest, context: Any) -> Iterator[Any]:  # noqa: N802
         self.starts.append(request.after_sequence)

@@ -1,22 +1,17 @@
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
-from collections.abc import AsyncIterator, Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 
-from hidream.aio import AsyncClient
-from hidream.client import Client
 from hidream.downloads import part_path
 from hidream.errors import InternalError, ServerError, StreamError, UnavailableError
 from hidream.events import ImageFinished, Progress, Succeeded
-from hidream.reconnecting import DEFAULT_POLICY, ReconnectPolicy
+from hidream.reconnecting import ReconnectPolicy
 from hidream.v1 import job_pb2
 from hidream.watching import JobChange
 from tests.clients.breaking_server import (
@@ -27,48 +22,11 @@ from tests.clients.breaking_server import (
     breaking_image_gen,
     serving,
 )
+from tests.clients.either_client import EitherClient
 from tests.clients.test_hidream_command import hidream
 
 KINDS = ["Queued", "Started", "Progress", "Progress", "Progress", "ImageFinished", "Succeeded"]
 NUM_EVENTS = len(breaking_image_gen().events)
-
-
-class EitherClient:
-    """Calls one of the two clients, and gives back what came of it."""
-
-    def __init__(self, is_async: bool, address: str) -> None:
-        self._is_async = is_async
-        self._address = address
-
-    def items(self, method: str, *arguments: Any, limit: int | None = None, **options: Any) -> list[Any]:
-        if not self._is_async:
-            with Client(self._address) as client:
-                return list(islice(getattr(client, method)(*arguments, **options), limit))
-        return asyncio.run(self._async_items(method, limit, arguments, options))
-
-    async def _async_items(
-        self, method: str, limit: int | None, arguments: Iterable[Any], options: dict[str, Any]
-    ) -> list[Any]:
-        async with AsyncClient(self._address) as client:
-            stream: AsyncIterator[Any] = getattr(client, method)(*arguments, **options)
-            items: list[Any] = []
-            async for item in stream:
-                items.append(item)
-                if len(items) == limit:
-                    break
-            return items
-
-    def download(self, path: Path, policy: ReconnectPolicy = DEFAULT_POLICY) -> None:
-        if not self._is_async:
-            with Client(self._address) as client:
-                client.download(JOB_ID, path, policy=policy)
-            return
-
-        async def download() -> None:
-            async with AsyncClient(self._address) as client:
-                await client.download(JOB_ID, path, policy=policy)
-
-        asyncio.run(download())
 
 
 @pytest.fixture(params=[False, True], ids=["sync", "asyncio"])

@@ -205,8 +205,7 @@ class AsyncClient:
                         yield item
                 stream.ended()
             except grpc.RpcError as error:
-                if not stream.is_over:
-                    await asyncio.sleep(stream.retry_delay_seconds(error))
+                await asyncio.sleep(stream.retry_delay_seconds(error))
             finally:
                 call.cancel()
 

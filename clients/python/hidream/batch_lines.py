@@ -46,8 +46,12 @@ class BatchLines:
     line_numbers: tuple[int, ...]
 
     @classmethod
-    def parse(cls, lines: Iterable[bytes]) -> BatchLines:
+    def parse(cls, lines: Iterable[bytes], default_model: str | None = None) -> BatchLines:
         """Check every line.
+
+        Args:
+            lines: JSON, an object each.
+            default_model: of the lines that name none; None is the server's.
 
         Raises:
             InvalidLinesError: names everything that is wrong in any of them.
@@ -57,7 +61,7 @@ class BatchLines:
             if not line.strip():
                 continue
             try:
-                requests.append(_request(line))
+                requests.append(_request(line, default_model))
                 line_numbers.append(number)
             except InvalidArgumentError as error:
                 violations += [
@@ -81,12 +85,14 @@ class BatchLines:
         return InvalidLinesError(violations) if violations else error
 
 
-def _request(line: bytes) -> image_gen_pb2.SubmitJobRequest:
+def _request(line: bytes, default_model: str | None) -> image_gen_pb2.SubmitJobRequest:
     fields = _object(line)
     violations = [FieldViolation(name, "there is no such field") for name in fields if name not in _NAMES]
     if fields.get("prompt") is None:
         violations.append(FieldViolation("prompt", "is required"))
     known = {name: value for name, value in fields.items() if name in _NAMES}
+    if known.get("model") is None:
+        known["model"] = default_model
     try:
         request = submit_request(**{"prompt": None, **known})
     except InvalidArgumentError as error:

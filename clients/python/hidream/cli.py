@@ -18,6 +18,7 @@ from hidream.options import (
     AsJson,
     Guidance,
     Images,
+    Model,
     Negative,
     NoTimeout,
     Prompt,
@@ -76,6 +77,7 @@ def generate(
     preview: Annotated[
         bool, typer.Option("--preview", help="After each step write NAME.preview.jpg beside the picture.")
     ] = False,
+    model: Model = None,
     quiet: Quiet = False,
     timeout: NoTimeout = None,
 ) -> None:
@@ -96,6 +98,7 @@ def generate(
         output_format=file_format.output_format,
         quality=quality,
         preview=preview,
+        model=model,
     )
     # Closing the events cancels the job when anything here fails, an interrupt included.
     with closing(events), ProgressBar(is_shown=not quiet) as bar:

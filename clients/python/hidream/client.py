@@ -227,12 +227,12 @@ class Client:
         """Write one finished image into a file, which appears whole or not at all.
 
         What arrived before the connection was lost, or the process ended, is kept beside the file
-        and not asked for again. The SHA-256 is checked at the end.
+        and not asked for again, unless the server has lost the image. The SHA-256 is checked at the end.
 
         Raises:
             ServerError: there is no such image, it is not finished (FailedPreconditionError), or no
                 server answered for `policy.reconnect_seconds`.
-            StreamError: the bytes are not those announced.
+            BrokenImageError: the bytes are not those announced.
             OSError: the file cannot be written.
         """
         job = self.status(job_id, timeout_seconds=policy.timeout_seconds)
@@ -256,8 +256,7 @@ class Client:
                         yield item
                 stream.ended()
             except grpc.RpcError as error:
-                if not stream.is_over:
-                    time.sleep(stream.retry_delay_seconds(error))
+                time.sleep(stream.retry_delay_seconds(error))
             finally:
                 call.cancel()
 

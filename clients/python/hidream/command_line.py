@@ -43,6 +43,7 @@ _ARGUMENTS = {
     "request_id": "--request-id",
     "priority": "--priority",
     "labels": "--label",
+    "model": "--model",
     "page_size": "--page-size",
     "page_token": "--page-token",
     "job_id": "JOB_ID",

@@ -14,9 +14,11 @@
     │   ├── DeadlineExceededError       the deadline passed before the job ended
     │   ├── CancelledError              the job was cancelled
     │   ├── UnimplementedError          this version of the server cannot do that
+    │   ├── DataLossError               a stored image is damaged: `job_id`, `image_index`
     │   └── InternalError               a failure of the server: `error_id` stands in its log
     ├── NotServingError                 it did not serve in the time given
     └── StreamError                     what arrived is not what was announced
+        └── BrokenImageError            an image did not arrive as it was sent: `image_index`
 
 A code without a class of its own is a plain `ServerError`. What each means, and whether to try
 again, stands at each RPC in `protos/hidream/v1/image_gen.proto`.
@@ -123,7 +125,7 @@ class AlreadyExistsError(ServerError):
 
 
 class FailedPreconditionError(ServerError):
-    """The job is not in a state that allows this."""
+    """The job is not in a state that allows this, or no live server draws with the model asked for."""
 
 
 class ResourceExhaustedError(ServerError):
@@ -164,6 +166,24 @@ class UnimplementedError(ServerError):
     """This version of the server does not have that."""
 
 
+class DataLossError(ServerError):
+    """An image was stored and is gone, short or altered; what was received of it must not be used.
+
+    Another try ends in the same way: ask for the image again, with the same seed.
+
+    Attributes:
+        job_id: the job whose image it is; empty where the server sent none.
+        image_index: which of its images; None where the server sent none.
+    """
+
+    def __init__(self, details: status_pb2.Status) -> None:
+        super().__init__(details)
+        info = _detail(details, error_details_pb2.ErrorInfo) or error_details_pb2.ErrorInfo()
+        self.job_id = info.metadata.get("job_id", "")
+        index = info.metadata.get("image_index", "")
+        self.image_index = int(index) if index.isdecimal() else None
+
+
 class InternalError(ServerError):
     """A failure of the server.
 
@@ -195,6 +215,18 @@ class StreamError(HiDreamError):
     """A stream broke its promise: a piece out of place, a wrong SHA-256, an end before the end."""
 
 
+class BrokenImageError(StreamError):
+    """An image did not arrive as it was announced; what was received of it must not be used.
+
+    Attributes:
+        image_index: which image of its job.
+    """
+
+    def __init__(self, image_index: int, reason: str) -> None:
+        super().__init__(f"image {image_index}: {reason}")
+        self.image_index = image_index
+
+
 _ERRORS: dict[int, type[ServerError]] = {
     code_pb2.INVALID_ARGUMENT: InvalidArgumentError,
     code_pb2.UNAUTHENTICATED: UnauthenticatedError,
@@ -207,6 +239,7 @@ _ERRORS: dict[int, type[ServerError]] = {
     code_pb2.DEADLINE_EXCEEDED: DeadlineExceededError,
     code_pb2.CANCELLED: CancelledError,
     code_pb2.UNIMPLEMENTED: UnimplementedError,
+    code_pb2.DATA_LOSS: DataLossError,
     code_pb2.INTERNAL: InternalError,
 }
 

@@ -123,7 +123,7 @@ class EventReader:
 
         Raises:
             ServerError: the message says that the job failed or was cancelled.
-            StreamError: the message cannot follow those before it.
+            StreamError: the message cannot follow those before it; BrokenImageError for an image.
         """
         common: dict[str, Any] = {
             "job_id": job_id,
@@ -180,15 +180,17 @@ class EventReader:
         """Say that the stream has ended with OK.
 
         Raises:
-            StreamError: it ended before the job did.
+            StreamError: it ended before the job did; BrokenImageError in the middle of an image.
         """
+        self._images.finish()
         if not self._has_succeeded:
             raise StreamError("the stream ended before the job did")
 
     def _succeeded(self, job: job_pb2.Job, common: dict[str, Any]) -> Succeeded:
+        self._images.finish(job.images)
         num_finished = self._images.num_finished
         if num_finished != len(job.images):
-            raise StreamError(f"{num_finished} of {len(job.images)} images are complete at the end")
+            raise StreamError(f"{num_finished} images have arrived of a job that drew {len(job.images)}")
         self._has_succeeded = True
         return Succeeded(
             job=job,

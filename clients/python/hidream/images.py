@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hidream.errors import StreamError
+from hidream.errors import BrokenImageError
 from hidream.v1 import image_pb2
 
 
@@ -31,40 +32,110 @@ class Image:
     data: bytes
 
 
+class ImageCheck:
+    """Holds the pieces of one image against what was announced: their place, their sum, the SHA-256."""
+
+    def __init__(self, image_index: int, announced: image_pb2.ImageInfo | None = None) -> None:
+        """What was announced may also come with the first piece."""
+        self._image_index = image_index
+        self._announced = announced
+        self._sha256 = hashlib.sha256()
+        self._num_bytes = 0
+
+    @property
+    def announced(self) -> image_pb2.ImageInfo | None:
+        """What the image is to be; None while nothing has said so."""
+        return self._announced
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that have arrived."""
+        return self._num_bytes
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every byte is there."""
+        return self._announced is not None and self._num_bytes >= self._announced.size_bytes
+
+    def resume(self, data: bytes) -> None:
+        """Count bytes that arrived earlier; only their SHA-256 will tell whether they are right."""
+        self._sha256.update(data)
+        self._num_bytes += len(data)
+
+    def add(self, chunk: image_pb2.ImageChunk) -> None:
+        """Count the next piece.
+
+        Raises:
+            BrokenImageError: it belongs to another image, is not where the last one ended, is empty, or
+                is larger than what is left of the image.
+        """
+        info = chunk.image
+        if info.index != self._image_index or not self._is_announced(info):
+            raise self._broken("a piece of another image")
+        if self.is_whole:
+            raise self._broken("a piece after the last one")
+        if chunk.offset != self._num_bytes:
+            raise self._broken(f"a piece at byte {chunk.offset} after byte {self._num_bytes}")
+        # Without end, they would keep a reader for ever.
+        if not chunk.data:
+            raise self._broken(f"an empty piece at byte {chunk.offset}")
+        if self._num_bytes + len(chunk.data) > info.size_bytes:
+            raise self._broken(f"more than its {info.size_bytes} bytes")
+        self._announced = info
+        self.resume(chunk.data)
+
+    def finish(self) -> None:
+        """Say that no more will come.
+
+        Raises:
+            BrokenImageError: bytes are missing, or they have another SHA-256 than announced.
+        """
+        if self._announced is None or not self.is_whole:
+            raise self._broken("the stream ended before the image did")
+        is_right_size = self._num_bytes == self._announced.size_bytes
+        if not is_right_size or self._sha256.digest() != self._announced.sha256:
+            raise self._broken("the bytes have another SHA-256 than announced")
+
+    def _is_announced(self, info: image_pb2.ImageInfo) -> bool:
+        return self._announced is None or is_same_file(info, self._announced)
+
+    def _broken(self, reason: str) -> BrokenImageError:
+        return BrokenImageError(self._image_index, reason)
+
+
+def is_same_file(first: image_pb2.ImageInfo, second: image_pb2.ImageInfo) -> bool:
+    """Whether both announce the same bytes."""
+    return first.size_bytes == second.size_bytes and first.sha256 == second.sha256
+
+
 class ImageAssembler:
     """Puts the pieces of the images of one job together, and checks every one of them."""
 
     def __init__(self) -> None:
+        self._checks: dict[int, ImageCheck] = {}
         self._unfinished: dict[int, bytearray] = {}
-        self._finished: set[int] = set()
 
     @property
     def num_finished(self) -> int:
         """Images that are complete."""
-        return len(self._finished)
+        return len(self._checks) - len(self._unfinished)
 
     def add(self, chunk: image_pb2.ImageChunk) -> Image | None:
         """Take the next piece; gives the image when it was the last of it.
 
         Raises:
-            StreamError: the piece is not where the last one ended, is larger than the image, or
-                completes bytes that have another SHA-256 than the image.
+            BrokenImageError: the piece is not as announced, or it completes bytes that are not.
         """
         info = chunk.image
-        if info.index in self._finished:
-            raise StreamError(f"image {info.index}: a piece after the last one")
-        data = self._unfinished.setdefault(info.index, bytearray())
-        if chunk.offset != len(data):
-            raise StreamError(f"image {info.index}: a piece at byte {chunk.offset} after byte {len(data)}")
-        data += chunk.data
-        if len(data) > info.size_bytes:
-            raise StreamError(f"image {info.index}: more than its {info.size_bytes} bytes")
-        if len(data) < info.size_bytes:
+        if info.index not in self._checks:
+            self._checks[info.index] = ImageCheck(info.index)
+            self._unfinished[info.index] = bytearray()
+        check = self._checks[info.index]
+        check.add(chunk)
+        self._unfinished[info.index] += chunk.data
+        if not check.is_whole:
             return None
-        del self._unfinished[info.index]
-        if hashlib.sha256(data).digest() != info.sha256:
-            raise StreamError(f"image {info.index}: the bytes have another SHA-256 than announced")
-        self._finished.add(info.index)
+        check.finish()
         return Image(
             index=info.index,
             width=info.width,
@@ -72,5 +143,22 @@ class ImageAssembler:
             seed=info.seed,
             mime_type=info.mime_type,
             sha256=info.sha256,
-            data=bytes(data),
+            data=bytes(self._unfinished.pop(info.index)),
         )
+
+    def finish(self, infos: Iterable[image_pb2.ImageInfo] = ()) -> None:
+        """Say that no more will come.
+
+        Args:
+            infos: the images that there must be.
+
+        Raises:
+            BrokenImageError: one of them, or one that has begun, is not complete, or is another one.
+        """
+        for info in infos:
+            check = self._checks.get(info.index) or ImageCheck(info.index)
+            check.finish()
+            if check.announced is None or not is_same_file(info, check.announced):
+                raise BrokenImageError(info.index, "it is not the one that the job ended with")
+        for index in self._unfinished:
+            self._checks[index].finish()

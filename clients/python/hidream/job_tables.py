@@ -59,6 +59,7 @@ def _job_rows(job: job_pb2.Job) -> Iterator[tuple[str, str]]:
         f"{spec.width}×{spec.height}, {spec.num_inference_steps} steps, guidance {spec.guidance_scale:g}, "
         f"seed {spec.seed}, {spec.num_images} image{'s' if spec.num_images > 1 else ''}",
     )
+    yield "model", job.model or job.execution.model
     yield "priority", _name(job_pb2.Priority.Name(job.priority), "PRIORITY_")
     yield "labels", ", ".join(f"{key}={value}" for key, value in sorted(job.labels.items()))
     yield "accepted", f"{_time(job.create_time)} UTC"

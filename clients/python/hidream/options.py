@@ -82,6 +82,9 @@ Guidance = Annotated[
 Negative = Annotated[str | None, typer.Option(help="What to keep away from.")]
 Images = Annotated[int | None, typer.Option(help="How many pictures; each is drawn from the next seed.")]
 Quality = Annotated[int | None, typer.Option(help="Of JPEG and WebP, 1 to 100.")]
+Model = Annotated[
+    str | None, typer.Option(help="Which model draws, one that `hidream info` names. Default: the server's.")
+]
 
 # Which jobs.
 JobId = Annotated[str, typer.Argument(metavar="JOB_ID", show_default=False)]

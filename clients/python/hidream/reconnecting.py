@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 import grpc
 
-from hidream.errors import QueueFullError, ServerError, UnavailableError, error_from_call
+from hidream.errors import DataLossError, QueueFullError, ServerError, UnavailableError, error_from_call
 
 DEFAULT_RECONNECT_SECONDS = 300.0
 _FIRST_DELAY_SECONDS = 0.1
@@ -87,10 +87,15 @@ class ResumableStream(ABC, Generic[_RequestT, _ResponseT, _ItemT]):
     def retry_delay_seconds(self, call: grpc.RpcError) -> float:
         """Take the error that ended a call, and give how long to wait before the next.
 
+        An error behind everything that was to come counts for nothing, unless it says that what came is
+        damaged.
+
         Raises:
             ServerError: another call would end in the same way, or no answer came for too long.
         """
         error = error_from_call(call)
+        if self.is_over and not isinstance(error, DataLossError):
+            return 0.0
         now_seconds = time.monotonic()
         if self._lost_seconds is None:
             self._lost_seconds = now_seconds

@@ -20,6 +20,7 @@ from hidream.options import (
     Guidance,
     Images,
     Label,
+    Model,
     Negative,
     Prompt,
     Quality,
@@ -64,6 +65,7 @@ def submit(
     request_id: Annotated[
         str | None, typer.Option(help="A name for the request, so that a retry does not draw twice.")
     ] = None,
+    model: Model = None,
     as_json: AsJson = False,
     timeout: Timeout = 30.0,
 ) -> None:
@@ -85,6 +87,7 @@ def submit(
         priority=None if priority is None else cast(Priority, priority.name),
         labels=labels_by_key(label),
         request_id=request_id,
+        model=model,
     )
     typer.echo(message_json(job) if as_json else job.job_id)
 
@@ -98,6 +101,9 @@ def batch(
             metavar="FILE", help="JSON Lines, one job a line. Default: stdin.", show_default=False
         ),
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Which model draws what names none. Default: the server's.")
+    ] = None,
     as_json: AsJson = False,
     timeout: Timeout = 60.0,
 ) -> None:
@@ -107,7 +113,7 @@ def batch(
     "labels": {"set": "foxes"}}: the names of the Python client.
     """
     lines = sys.stdin.buffer.readlines() if file is None else file.read_bytes().splitlines()
-    jobs = BatchLines.parse(lines)
+    jobs = BatchLines.parse(lines, default_model=model)
     try:
         accepted = client.batch(jobs.requests, timeout_seconds=timeout)
     except InvalidArgumentError as error:

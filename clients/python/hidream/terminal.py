@@ -130,7 +130,9 @@ def _info_rows(info: server_info_pb2.ServerInfo) -> Iterator[tuple[str, str]]:
     yield "state", state
     yield "since", f"{info.start_time.ToDatetime():%Y-%m-%d %H:%M:%S} UTC"
     yield "model", f"{model.name} ({model.variant}, {model.num_parameters:,} weights)"
+    yield "fingerprint", model.fingerprint
     yield "scheduler", f"{model.scheduler}, shift {model.shift:g}"
+    yield "live models", ", ".join(live.name for live in info.live_models)
     yield "layout", info.layout
     for device in info.devices:
         yield f"rank {device.rank}", f"{device.device_type}: {device.name}{_memory(device)}"

@@ -27,6 +27,16 @@ def test_every_line_becomes_the_request_that_it_says() -> None:
     assert batch.line_numbers == (1, 3)
 
 
+def test_a_line_names_its_model_or_has_that_of_the_batch() -> None:
+    lines = [b'{"prompt": "a", "model": "dev"}', b'{"prompt": "b"}', b'{"prompt": "c", "model": null}']
+    assert BatchLines.parse(lines, default_model="full").requests == (
+        submit_request("a", model="dev"),
+        submit_request("b", model="full"),
+        submit_request("c", model="full"),
+    )
+    assert not BatchLines.parse(lines).requests[1].HasField("model")
+
+
 def test_null_is_the_servers_default() -> None:
     [request] = BatchLines.parse([b'{"prompt": "a", "seed": null}']).requests
     assert request == submit_request("a")

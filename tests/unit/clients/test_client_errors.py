@@ -63,6 +63,18 @@ def test_an_internal_error_tells_the_id_that_the_log_carries() -> None:
     assert error.error_id == "a1b2"
 
 
+def test_a_damaged_image_is_named_by_its_job_and_number() -> None:
+    info = error_details_pb2.ErrorInfo(
+        reason="IMAGE_DAMAGED", metadata={"job_id": "job-1", "image_index": "2"}
+    )
+    error = error_from_status(status_of(code_pb2.DATA_LOSS, info))
+    assert isinstance(error, errors.DataLossError)
+    assert (error.job_id, error.image_index) == ("job-1", 2)
+    unnamed = error_from_status(status_of(code_pb2.DATA_LOSS))
+    assert isinstance(unnamed, errors.DataLossError)
+    assert (unnamed.job_id, unnamed.image_index) == ("", None)
+
+
 def test_details_travel_with_an_ended_call() -> None:
     status = status_of(code_pb2.UNAVAILABLE, IN_THREE_SECONDS)
     trailing = (("grpc-status-details-bin", status.SerializeToString()),)

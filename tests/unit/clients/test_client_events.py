@@ -7,7 +7,7 @@ from google.protobuf import duration_pb2, timestamp_pb2
 from google.rpc import code_pb2, status_pb2
 
 from hidream import events
-from hidream.errors import CancelledError, InternalError, StreamError
+from hidream.errors import BrokenImageError, CancelledError, InternalError, StreamError
 from hidream.events import EventReader
 from hidream.v1 import image_pb2, job_pb2
 
@@ -116,8 +116,32 @@ def test_success_without_every_image_is_refused() -> None:
     reader = EventReader()
     reader.read("job-1", image_chunk(0, 5))
     succeeded = job_pb2.Succeeded(job=job_pb2.Job(images=[INFO]))
-    with pytest.raises(StreamError, match="0 of 1 images"):
+    with pytest.raises(BrokenImageError, match="image 0: the stream ended before the image did"):
         reader.read("job-1", job_pb2.JobEvent(succeeded=succeeded))
+
+
+def test_success_with_another_image_than_arrived_is_refused() -> None:
+    reader = EventReader()
+    reader.read("job-1", image_chunk(0, len(FILE)))
+    other = image_pb2.ImageInfo(size_bytes=len(FILE), sha256=b"another")
+    succeeded = job_pb2.Succeeded(job=job_pb2.Job(images=[other]))
+    with pytest.raises(BrokenImageError, match="image 0: it is not the one that the job ended with"):
+        reader.read("job-1", job_pb2.JobEvent(succeeded=succeeded))
+
+
+def test_success_with_fewer_images_than_arrived_is_refused() -> None:
+    reader = EventReader()
+    reader.read("job-1", image_chunk(0, len(FILE)))
+    with pytest.raises(StreamError, match="1 images have arrived of a job that drew 0"):
+        reader.read("job-1", job_pb2.JobEvent(succeeded=job_pb2.Succeeded(job=job_pb2.Job())))
+
+
+def test_a_stream_that_ends_in_the_middle_of_an_image_says_so() -> None:
+    reader = EventReader()
+    reader.read("job-1", image_chunk(0, 5))
+    with pytest.raises(BrokenImageError) as broken:
+        reader.finish()
+    assert broken.value.image_index == 0
 
 
 def test_a_stream_that_ends_before_its_job_is_refused() -> None:

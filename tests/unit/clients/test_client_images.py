@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hidream.errors import StreamError
+from hidream.errors import BrokenImageError
 from hidream.images import Image, ImageAssembler
 from hidream.v1 import image_pb2
 
@@ -61,6 +61,7 @@ def test_pieces_of_several_images_may_mix() -> None:
         pytest.param([(0, FILE + b"!")], "more than its 21 bytes", id="more than announced"),
         pytest.param([(0, FILE[::-1])], "another SHA-256", id="other bytes"),
         pytest.param([(0, FILE), (len(FILE), b"")], "after the last one", id="a piece after the last"),
+        pytest.param([(0, FILE[:5]), (5, b"")], "an empty piece at byte 5", id="an empty piece"),
     ],
 )
 def test_what_is_not_as_announced_is_refused(pieces: list[tuple[int, bytes]], reason: str) -> None:
@@ -68,5 +69,13 @@ def test_what_is_not_as_announced_is_refused(pieces: list[tuple[int, bytes]], re
     *first, last = pieces
     for offset, data in first:
         assembler.add(chunk(info, offset, data))
-    with pytest.raises(StreamError, match=reason):
+    with pytest.raises(BrokenImageError, match=reason) as broken:
         assembler.add(chunk(info, *last))
+    assert broken.value.image_index == 0
+
+
+def test_pieces_of_one_image_do_not_announce_two() -> None:
+    assembler = ImageAssembler()
+    assembler.add(chunk(info_of(FILE), 0, FILE[:5]))
+    with pytest.raises(BrokenImageError, match="a piece of another image"):
+        assembler.add(chunk(info_of(FILE[:9]), 5, FILE[5:9]))

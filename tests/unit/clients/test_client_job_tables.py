@@ -32,6 +32,7 @@ def test_a_job_is_told_one_fact_a_line_and_what_it_lacks_is_left_out() -> None:
         stage=job_pb2.JOB_STAGE_DENOISING,
         progress=job_pb2.JobProgress(step=3, total_steps=8, step_duration=Duration(nanos=250_000_000)),
         labels={"set": "circles"},
+        model="dev",
     )
     rows = dict(line.split(maxsplit=1) for line in job_table(running).splitlines())
     assert rows["state"] == "RUNNING"
@@ -40,6 +41,7 @@ def test_a_job_is_told_one_fact_a_line_and_what_it_lacks_is_left_out() -> None:
     assert rows["prompt"] == "a red circle"
     assert rows["picture"].startswith("64×48, 8 steps, guidance 5, seed 0, 1 image")
     assert rows["labels"] == "set=circles"
+    assert rows["model"] == "dev"
     assert not {"error", "queue", "ended", "negative"} & {*rows}
 
 
