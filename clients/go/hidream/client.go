@@ -28,8 +28,9 @@ func NewClient(connection grpc.ClientConnInterface) *Client {
 // every event but the pieces of images, which it puts together and checks.
 //
 // Cancelling ctx cancels the job at its next step, unless request.Detached is set; the deadline of
-// ctx is the job's. A job that fails is a gRPC status error; images that did not arrive as they were
-// sent wrap ErrBrokenStream.
+// ctx is the job's. A job that fails is a gRPC status error; an image that did not arrive as it was
+// announced wraps ErrBrokenImage, any other broken promise of the stream ErrBrokenStream. An image that
+// the server has lost is a status error with codes.DataLoss: its details (errdetails.ErrorInfo) name it.
 func (c *Client) Generate(
 	ctx context.Context,
 	request *hidreamv1.GenerateRequest,
@@ -124,6 +125,10 @@ func (s *story) add(event *hidreamv1.JobEvent) error {
 		return s.assembler.Add(chunk)
 	}
 	if succeeded := event.GetSucceeded(); succeeded != nil {
+		// Before anybody is told of a success.
+		if _, err := s.assembler.Images(succeeded.GetJob()); err != nil {
+			return err
+		}
 		s.job = succeeded.GetJob()
 	}
 	if s.onEvent != nil {
@@ -134,6 +139,9 @@ func (s *story) add(event *hidreamv1.JobEvent) error {
 
 func (s *story) images() ([]Image, error) {
 	if s.job == nil {
+		if err := s.assembler.unfinished(); err != nil {
+			return nil, err
+		}
 		return nil, fmt.Errorf("%w: it ended before the job did", ErrBrokenStream)
 	}
 	return s.assembler.Images(s.job)

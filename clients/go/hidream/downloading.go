@@ -1,17 +1,16 @@
 package hidream
 
 import (
-	"bytes"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"os"
 	"path/filepath"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	hidreamv1 "github.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1"
 )
@@ -19,8 +18,8 @@ import (
 // Download writes one finished image into a file, which appears whole or not at all.
 //
 // What arrived before the connection was lost, or the process ended, is kept beside the file and not
-// asked for again. The SHA-256 is checked at the end: other bytes are thrown away, and the error wraps
-// ErrBrokenStream.
+// asked for again, unless the server has lost the image (codes.DataLoss). The SHA-256 is checked at the
+// end: other bytes are thrown away, and the error wraps ErrBrokenImage.
 func (c *Client) Download(
 	ctx context.Context,
 	jobID string,
@@ -40,7 +39,7 @@ func (c *Client) Download(
 	// Absent from a job that has not drawn it yet: the server then says so in its own words.
 	for _, info := range job.GetImages() {
 		if info.GetIndex() == imageIndex {
-			part.info = info
+			part.announced = info
 		}
 	}
 	if !part.isWhole() {
@@ -51,21 +50,21 @@ func (c *Client) Download(
 				})
 			},
 			func(response *hidreamv1.DownloadImageResponse) error { return part.add(response.GetChunk()) })
+		if status.Code(err) == codes.DataLoss {
+			return nil, errors.Join(err, os.Remove(part.file.Name()))
+		}
 		if err != nil && !errors.Is(err, errStop) {
 			return nil, err
 		}
 	}
-	return part.info, part.save(path)
+	return part.announced, part.save(path)
 }
 
 // part is an image that has not arrived whole; its file's name says which image it is, so that no other
 // is ever continued with it.
 type part struct {
-	file   *os.File
-	index  int32
-	info   *hidreamv1.ImageInfo
-	digest hash.Hash
-	size   int64
+	*imageCheck
+	file *os.File
 }
 
 func partPath(path, jobID string, imageIndex int32) string {
@@ -78,29 +77,21 @@ func openPart(path, jobID string, imageIndex int32) (*part, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &part{file: file, index: imageIndex, digest: sha256.New()}
-	if p.size, err = io.Copy(p.digest, file); err != nil {
+	p := &part{imageCheck: newImageCheck(imageIndex), file: file}
+	if _, err := io.Copy(p.imageCheck, file); err != nil {
 		file.Close()
 		return nil, err
 	}
 	return p, nil
 }
 
-func (p *part) isWhole() bool {
-	return p.info != nil && p.size >= p.info.GetSizeBytes()
-}
-
 func (p *part) add(chunk *hidreamv1.ImageChunk) error {
-	if chunk.GetOffset() != p.size {
-		return fmt.Errorf("%w: image %d: a piece at byte %d after byte %d",
-			ErrBrokenStream, p.index, chunk.GetOffset(), p.size)
+	if err := p.imageCheck.add(chunk); err != nil {
+		return err
 	}
-	p.info = chunk.GetImage()
 	if _, err := p.file.Write(chunk.GetData()); err != nil {
 		return err
 	}
-	p.digest.Write(chunk.GetData())
-	p.size += int64(len(chunk.GetData()))
 	if p.isWhole() {
 		return errStop
 	}
@@ -108,14 +99,12 @@ func (p *part) add(chunk *hidreamv1.ImageChunk) error {
 }
 
 func (p *part) save(path string) error {
-	if !p.isWhole() {
-		return fmt.Errorf("%w: image %d: it ended before the image did", ErrBrokenStream, p.index)
-	}
-	if p.size != p.info.GetSizeBytes() || !bytes.Equal(p.digest.Sum(nil), p.info.GetSha256()) {
-		return errors.Join(
-			fmt.Errorf("%w: image %d: the bytes have another SHA-256 than announced; they were thrown away",
-				ErrBrokenStream, p.index),
-			os.Remove(p.file.Name()))
+	err := p.finish()
+	switch {
+	case err != nil && p.isWhole():
+		return errors.Join(err, os.Remove(p.file.Name()))
+	case err != nil:
+		return err // what has arrived may be gone on from
 	}
 	return os.Rename(p.file.Name(), path)
 }

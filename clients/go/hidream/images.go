@@ -1,8 +1,6 @@
 package hidream
 
 import (
-	"bytes"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 
@@ -13,6 +11,10 @@ import (
 // SHA-256, an end before the end.
 var ErrBrokenStream = errors.New("broken stream")
 
+// ErrBrokenImage says that it is an image that did not arrive as it was announced; what was received of
+// it must not be used. It wraps ErrBrokenStream.
+var ErrBrokenImage = fmt.Errorf("%w of an image", ErrBrokenStream)
+
 // Image is one finished image; Data is the file, whose SHA-256 was checked.
 type Image struct {
 	Info *hidreamv1.ImageInfo
@@ -22,51 +24,62 @@ type Image struct {
 // ImageAssembler puts the pieces of the images of one job together, and checks every one of them.
 // Its zero value is ready to use.
 type ImageAssembler struct {
-	unfinished map[int32][]byte
-	finished   map[int32]Image
+	checks map[int32]*imageCheck
+	data   map[int32][]byte
 }
 
-// Add takes the next piece. An error wraps ErrBrokenStream.
+// Add takes the next piece. An error wraps ErrBrokenImage.
 func (a *ImageAssembler) Add(chunk *hidreamv1.ImageChunk) error {
-	if a.finished == nil {
-		a.unfinished, a.finished = map[int32][]byte{}, map[int32]Image{}
+	if a.checks == nil {
+		a.checks, a.data = map[int32]*imageCheck{}, map[int32][]byte{}
 	}
-	info := chunk.GetImage()
-	index := info.GetIndex()
-	if _, isFinished := a.finished[index]; isFinished {
-		return fmt.Errorf("%w: image %d: a piece after the last one", ErrBrokenStream, index)
+	index := chunk.GetImage().GetIndex()
+	check := a.checks[index]
+	if check == nil {
+		check = newImageCheck(index)
+		a.checks[index] = check
 	}
-	data := a.unfinished[index]
-	if chunk.GetOffset() != int64(len(data)) {
-		return fmt.Errorf("%w: image %d: a piece at byte %d after byte %d",
-			ErrBrokenStream, index, chunk.GetOffset(), len(data))
+	if err := check.add(chunk); err != nil {
+		return err
 	}
-	data = append(data, chunk.GetData()...)
-	if int64(len(data)) > info.GetSizeBytes() {
-		return fmt.Errorf("%w: image %d: more than its %d bytes", ErrBrokenStream, index, info.GetSizeBytes())
+	a.data[index] = append(a.data[index], chunk.GetData()...)
+	if check.isWhole() {
+		return check.finish()
 	}
-	a.unfinished[index] = data
-	if int64(len(data)) < info.GetSizeBytes() {
-		return nil
-	}
-	delete(a.unfinished, index)
-	if digest := sha256.Sum256(data); !bytes.Equal(digest[:], info.GetSha256()) {
-		return fmt.Errorf("%w: image %d: the bytes have another SHA-256 than announced", ErrBrokenStream, index)
-	}
-	a.finished[index] = Image{Info: info, Data: data}
 	return nil
 }
 
-// Images returns the images of a job that succeeded, by index. An error wraps ErrBrokenStream: one
-// of them has not arrived whole.
+// Images returns the images of a job that succeeded, by index. An error wraps ErrBrokenStream:
+// ErrBrokenImage where one of them has not arrived whole, or is another one.
 func (a *ImageAssembler) Images(job *hidreamv1.Job) ([]Image, error) {
 	images := make([]Image, 0, len(job.GetImages()))
 	for _, info := range job.GetImages() {
-		image, isFinished := a.finished[info.GetIndex()]
-		if !isFinished {
-			return nil, fmt.Errorf("%w: image %d has not arrived whole", ErrBrokenStream, info.GetIndex())
+		index := info.GetIndex()
+		check := a.checks[index]
+		if check == nil {
+			check = newImageCheck(index)
 		}
-		images = append(images, image)
+		if err := check.finish(); err != nil {
+			return nil, err
+		}
+		if !isSameFile(info, check.announced) {
+			return nil, check.broken("it is not the one that the job ended with")
+		}
+		images = append(images, Image{Info: info, Data: a.data[index]})
+	}
+	if len(a.checks) != len(images) {
+		return nil, fmt.Errorf("%w: %d images have arrived of a job that drew %d",
+			ErrBrokenStream, len(a.checks), len(images))
 	}
 	return images, nil
+}
+
+// unfinished is the error of a stream that has ended in the middle of an image; nil where it has not.
+func (a *ImageAssembler) unfinished() error {
+	for _, check := range a.checks {
+		if err := check.finish(); err != nil {
+			return err
+		}
+	}
+	return nil
 }

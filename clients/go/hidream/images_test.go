@@ -47,6 +47,8 @@ func TestWhatIsNotAsAnnouncedIsRefused(t *testing.T) {
 		"more bytes than announced": {piece(info, 0, "one file too long")},
 		"other bytes":               {piece(info, 0, "one fool")},
 		"a piece after the last":    {piece(info, 0, "one file"), piece(info, 8, "")},
+		"an empty piece":            {piece(info, 0, "one"), piece(info, 3, "")},
+		"another image announced":   {piece(info, 0, "one"), piece(infoOf(0, "one fire"), 3, " fire")},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var assembler ImageAssembler
@@ -54,21 +56,34 @@ func TestWhatIsNotAsAnnouncedIsRefused(t *testing.T) {
 			for _, chunk := range chunks {
 				err = assembler.Add(chunk)
 			}
-			if !errors.Is(err, ErrBrokenStream) {
+			if !errors.Is(err, ErrBrokenImage) || !errors.Is(err, ErrBrokenStream) {
 				t.Errorf("got %v", err)
 			}
 		})
 	}
 }
 
-func TestAnImageThatHasNotArrivedWholeIsMissed(t *testing.T) {
-	info := infoOf(0, "one file")
-	var assembler ImageAssembler
-	if err := assembler.Add(piece(info, 0, "one")); err != nil {
-		t.Fatal(err)
-	}
-	_, err := assembler.Images(&hidreamv1.Job{Images: []*hidreamv1.ImageInfo{info}})
-	if !errors.Is(err, ErrBrokenStream) {
-		t.Errorf("got %v", err)
+func TestTheImagesOfAJobAreThoseThatArrived(t *testing.T) {
+	info, other := infoOf(0, "one file"), infoOf(0, "one fire")
+	for name, test := range map[string]struct {
+		chunk *hidreamv1.ImageChunk
+		job   []*hidreamv1.ImageInfo
+		want  error
+	}{
+		"not whole":     {piece(info, 0, "one"), []*hidreamv1.ImageInfo{info}, ErrBrokenImage},
+		"never begun":   {piece(info, 0, "one file"), []*hidreamv1.ImageInfo{info, infoOf(1, "two")}, ErrBrokenImage},
+		"another":       {piece(info, 0, "one file"), []*hidreamv1.ImageInfo{other}, ErrBrokenImage},
+		"one too many":  {piece(info, 0, "one file"), nil, ErrBrokenStream},
+		"the right one": {piece(info, 0, "one file"), []*hidreamv1.ImageInfo{info}, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var assembler ImageAssembler
+			if err := assembler.Add(test.chunk); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := assembler.Images(&hidreamv1.Job{Images: test.job}); !errors.Is(err, test.want) {
+				t.Errorf("got %v", err)
+			}
+		})
 	}
 }

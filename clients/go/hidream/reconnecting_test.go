@@ -33,6 +33,7 @@ type breakingServer struct {
 	breaks []int      // how many messages each call sends before it breaks off; later ones send all
 	code   codes.Code // with which a call breaks off
 	starts []int64    // after_sequence or offset of each call
+	damage damage     // what becomes of the pieces of the image on their way; may be nil
 }
 
 func (s *breakingServer) job() *hidreamv1.Job {
@@ -48,6 +49,9 @@ func (s *breakingServer) chunks(offset int64) []*hidreamv1.ImageChunk {
 		chunks = append(chunks, &hidreamv1.ImageChunk{
 			Image: s.job().GetImages()[0], Offset: int64(start), Data: file[start:end],
 		})
+	}
+	if s.damage != nil {
+		return s.damage(chunks)
 	}
 	return chunks
 }
@@ -86,6 +90,17 @@ func sendUntilBreak[Response any](s *breakingServer, responses []*Response, send
 
 func (s *breakingServer) GetJob(context.Context, *hidreamv1.GetJobRequest) (*hidreamv1.Job, error) {
 	return s.job(), nil
+}
+
+func (s *breakingServer) Generate(
+	_ *hidreamv1.GenerateRequest, stream grpc.ServerStreamingServer[hidreamv1.GenerateResponse],
+) error {
+	s.starts = append(s.starts, 0)
+	var responses []*hidreamv1.GenerateResponse
+	for _, event := range s.events() {
+		responses = append(responses, &hidreamv1.GenerateResponse{JobId: jobID, Event: event})
+	}
+	return sendUntilBreak(s, responses, stream.Send)
 }
 
 func (s *breakingServer) WatchJob(

@@ -17,8 +17,8 @@ import (
 //
 // When the connection is lost, or the server restarts, it goes on behind the last event: nothing is
 // missed that matters, and nothing comes twice. A job that failed or was cancelled is a gRPC status
-// error; images that did not arrive as they were sent wrap ErrBrokenStream. Leaving does not touch the
-// job.
+// error, as is an image that the server has lost (codes.DataLoss, never asked for again); an image that
+// did not arrive as it was announced wraps ErrBrokenImage. Leaving does not touch the job.
 func (c *Client) Watch(
 	ctx context.Context,
 	jobID string,

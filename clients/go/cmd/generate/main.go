@@ -18,12 +18,13 @@ import (
 func main() {
 	server := flags.ServerOf(flag.CommandLine)
 	out := flag.String("out", "picture.png", "file to write")
-	spec := flags.Spec(flag.CommandLine)
+	request := &hidreamv1.GenerateRequest{Spec: flags.Spec(flag.CommandLine)}
+	flags.Model(flag.CommandLine, &request.Model)
 	flag.Parse()
 
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	if err := draw(ctx, server, &hidreamv1.GenerateRequest{Spec: spec}, *out); err != nil {
+	if err := draw(ctx, server, request, *out); err != nil {
 		report.Error("generate", err)
 		os.Exit(1)
 	}

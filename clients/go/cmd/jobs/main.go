@@ -20,7 +20,8 @@ import (
 )
 
 const usage = `usage: jobs [-address HOST:PORT] [-tls] [-ca-file FILE] COMMAND
-  submit -prompt TEXT [-seed N] [-width N -height N] [-steps N]   queue a job, print its id
+  submit -prompt TEXT [-seed N] [-width N -height N] [-steps N] [-model NAME]
+                               queue a job, print its id
   batch                        queue the jobs of stdin, all or none: a SubmitJobRequest as JSON a line
   get JOB_ID                   print a job as it is now
   list [STATE]                 print all jobs, or those in a state such as RUNNING
@@ -68,11 +69,12 @@ func run(ctx context.Context, server *flags.Server, arguments []string) error {
 
 func submit(ctx context.Context, client *hidream.Client, arguments []string) error {
 	set := flag.NewFlagSet("submit", flag.ContinueOnError)
-	spec := flags.Spec(set)
+	request := &hidreamv1.SubmitJobRequest{Spec: flags.Spec(set)}
+	flags.Model(set, &request.Model)
 	if err := set.Parse(arguments); err != nil {
 		return err
 	}
-	job, err := client.Submit(ctx, &hidreamv1.SubmitJobRequest{Spec: spec})
+	job, err := client.Submit(ctx, request)
 	if err != nil {
 		return err
 	}

@@ -20,6 +20,14 @@ func Spec(set *flag.FlagSet) *hidreamv1.ImageSpec {
 	return spec
 }
 
+// Model adds the flag of a model to a set, which fills in a field of the request when it is parsed.
+func Model(set *flag.FlagSet, field **string) {
+	set.Func("model", "which draws, a name of a live model (default: the server's)", func(text string) error {
+		*field = &text
+		return nil
+	})
+}
+
 // optional makes a flag of a field that stays absent when the flag does.
 func optional[T int32 | int64](field **T) func(string) error {
 	return func(text string) error {
