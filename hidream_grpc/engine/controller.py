@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
+from contextlib import contextmanager
 
 from hidream_grpc.engine.admissions import Admissions
 from hidream_grpc.engine.messages import JobFault, PlanDone, StepPlan
@@ -222,7 +223,8 @@ class Controller:
         previews = {preview.claim_id: preview.data for answer in answers for preview in answer.previews}
         stepped = tuple(j for j in plan.step_claims if j in self._active and j not in not_stepped)
         self._step_seconds = step_seconds
-        self._scheduler.stepped(stepped)
+        with self._rise_logged():
+            self._scheduler.stepped(stepped)
         self._pace.stepped(stepped, step_seconds)
         num_samples = 0
         for claim_id in stepped:
@@ -314,7 +316,18 @@ class Controller:
                 is_back = True
             except RankDiedError as another_loss:
                 logger.warning("the rank group was lost again: %s", another_loss)
+        if loss.cause is not LossCause.OUT_OF_MEMORY:
+            with self._rise_logged():
+                self._scheduler.lift_limit()
         self._on_state(EngineState.SERVING)
+
+    @contextmanager
+    def _rise_logged(self) -> Iterator[None]:
+        """Log it when a step may hold more after the block than before."""
+        before = self._scheduler.max_step_pixels
+        yield
+        if self._scheduler.max_step_pixels > before:
+            logger.info("a step may hold %d pixels again", self._scheduler.max_step_pixels)
 
     async def _keep_snapshots(self) -> None:
         """Take what the ranks have before they go."""

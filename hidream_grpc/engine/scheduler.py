@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from hidream_grpc.engine.messages import Decode
+from hidream_grpc.engine.step_limit import StepLimit
 from hidream_grpc.model.parameters import GenerationParameters
 
 
@@ -55,7 +56,9 @@ class StepScheduler:
 
     def __init__(self, limits: BatchLimits) -> None:
         self._limits = limits
-        self._max_step_pixels = limits.max_step_pixels
+        self._limit = StepLimit(limits.max_step_pixels)
+        # Whether the latest `next_step` left out requests for want of room.
+        self._is_held_back = False
         self._running: dict[str, _Running] = {}
         self._turn = 0
 
@@ -72,16 +75,24 @@ class StepScheduler:
 
     @property
     def max_step_pixels(self) -> int:
-        """How much one step may hold now; see `lower_limit`."""
-        return self._max_step_pixels
+        """How much one step may hold now; see `StepLimit`."""
+        return self._limit.pixels
 
     def lower_limit(self, claim_ids: Iterable[str]) -> None:
-        """Note that the step of these requests together did not fit the device: half of it is the limit."""
+        """Note that the step of these requests together did not fit the device."""
         step_pixels = sum(
             self._running[claim_id].step_pixels for claim_id in claim_ids if claim_id in self._running
         )
         if step_pixels:
-            self._max_step_pixels = min(self._max_step_pixels, step_pixels // 2)
+            self._limit.ran_out(step_pixels)
+
+    def lift_limit(self) -> None:
+        """Have a step hold what is configured again; a further lack of memory lowers that for longer."""
+        self._limit.lift()
+
+    def forget_limit(self) -> None:
+        """Have a step hold what is configured again, as if the memory had always been enough."""
+        self._limit.forget()
 
     def admit(
         self,
@@ -125,11 +136,16 @@ class StepScheduler:
             return ()
         size = waiting[0][1].size
         chosen: list[str] = []
-        room = self._max_step_pixels
+        room = self._limit.pixels
+        self._is_held_back = False
         for claim_id, request in waiting:
-            if request.size == size and (not chosen or request.step_pixels <= room):
-                chosen.append(claim_id)
-                room -= request.step_pixels
+            if request.size != size:
+                continue
+            if chosen and request.step_pixels > room:
+                self._is_held_back = True
+                continue
+            chosen.append(claim_id)
+            room -= request.step_pixels
         return tuple(chosen)
 
     def next_decodes(self, world_size: int, ready: Container[str] | None = None) -> tuple[Decode, ...]:
@@ -165,6 +181,8 @@ class StepScheduler:
     def stepped(self, claim_ids: tuple[str, ...]) -> None:
         """Note that these requests took a step in one forward."""
         self._turn += 1
+        if claim_ids and self._is_held_back:
+            self._limit.held_back()
         for claim_id in claim_ids:
             if claim_id in self._running:
                 self._running[claim_id].step += 1

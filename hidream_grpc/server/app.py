@@ -81,7 +81,8 @@ async def serve(settings: Settings) -> None:
         raise ModelNotFoundError(EXTRA_MODEL_PATH_FLAG, settings.extra_model_path)
     checkpoint = describe_checkpoint(model_path, settings.extra_model_path)
     group = RankGroup(group_config(settings, model_path, checkpoint))
-    signals.on_hangup(partial(_take_all_devices, group))
+    scheduler = StepScheduler(BatchLimits(settings.max_running_jobs, settings.max_step_pixels))
+    signals.on_hangup(partial(take_all_devices, group, scheduler))
     limits = request_limits(settings, checkpoint)
     defaults = request_defaults(limits, checkpoint)
     count_tokens = PromptTokenCounter.from_checkpoint(model_path, settings.extra_model_path).count
@@ -90,7 +91,6 @@ async def serve(settings: Settings) -> None:
 
     metrics = Metrics()
     health = HealthServicer()
-    scheduler = StepScheduler(BatchLimits(settings.max_running_jobs, settings.max_step_pixels))
 
     def on_state(state: EngineState) -> None:
         logger.info("the engine is %s", state)
@@ -223,7 +223,12 @@ def _execution(checkpoint: CheckpointDescription, group: RankGroup) -> Execution
     return Execution(checkpoint.name, checkpoint.scheduler_name, checkpoint.shift, layout)
 
 
-def _take_all_devices(group: RankGroup) -> None:
+def take_all_devices(group: RankGroup, scheduler: StepScheduler) -> None:
+    """Use the devices as they were meant to be, whatever went wrong with them before."""
+    lowered_pixels = scheduler.max_step_pixels
+    scheduler.forget_limit()
+    if scheduler.max_step_pixels > lowered_pixels:
+        logger.info("SIGHUP: a step may hold %d pixels again", scheduler.max_step_pixels)
     if group.ask_for_full_layout():
         logger.info("SIGHUP: going back to layout %s", group.full_layout)
     else:

@@ -1,4 +1,4 @@
-"""What an operator says with signals: SIGTERM and SIGINT to end, SIGHUP to take all devices again."""
+"""What an operator says with signals: SIGTERM and SIGINT to end, SIGHUP to use all devices in full again."""
 
 from __future__ import annotations
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import cast
+
+import pytest
 
 from hidream_grpc.engine.controller import Controller
 from hidream_grpc.engine.messages import (
@@ -29,6 +32,7 @@ from hidream_grpc.engine.requests import (
     StepFinished,
 )
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
+from hidream_grpc.engine.step_limit import MIN_WAIT_STEPS
 from hidream_grpc.engine.supervisor import RankGroup
 from hidream_grpc.errors import (
     JobError,
@@ -392,6 +396,46 @@ async def test_a_job_that_is_lost_alone_again_fails_and_the_suspicion_ends() -> 
     await service.run_until_ended("innocent", "guilty")
     assert isinstance(service.error_of("guilty"), JobInternalError)
     assert service.steps_of("innocent") == [1, 2, 3]
+
+
+async def test_a_lowered_limit_rises_and_the_log_says_so_once_each_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    ranks = CountingRanks()
+    service = Service(ranks)
+    for claim_id in ("a", "b"):
+        service.submit(claim_id, num_inference_steps=3 * MIN_WAIT_STEPS)
+    lost_in(ranks, has_step_of("a", "b"), LossCause.OUT_OF_MEMORY)
+    await service.run_until_ended("a", "b")
+    rises = [message for message in caplog.messages if message.endswith("pixels again")]
+    assert rises[:2] == [f"a step may hold {pixels} pixels again" for pixels in (5120, 6400)]
+    # The two fit again after the fourth rise.
+    assert len(rises) == 4
+    assert service.scheduler.max_step_pixels == 10_000
+
+
+async def test_ranks_that_are_new_for_another_reason_may_hold_what_is_configured_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    ranks = CountingRanks()
+    service = Service(ranks)
+    for claim_id in ("a", "b"):
+        service.submit(claim_id, num_inference_steps=3)
+    losses = [
+        RankDiedError((0,), "no memory for a step", LossCause.OUT_OF_MEMORY),
+        RankDiedError((0,), "killed by SIGKILL", LossCause.OUTSIDE),
+    ]
+
+    def lose(plan: StepPlan) -> None:
+        if losses and plan.step_claims:
+            raise losses.pop(0)
+
+    ranks.on_plan = lose
+    await service.run_until_ended("a", "b")
+    assert service.scheduler.max_step_pixels == 2**40
+    assert caplog.messages.count(f"a step may hold {2**40} pixels again") == 1
 
 
 async def test_a_lack_of_memory_lowers_what_a_step_may_hold() -> None:

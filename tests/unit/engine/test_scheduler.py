@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hidream_grpc.engine.messages import Decode
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
+from hidream_grpc.engine.step_limit import MAX_WAIT_STEPS, MIN_WAIT_STEPS
 from hidream_grpc.model.parameters import GenerationParameters
 
 NO_BUDGET = BatchLimits(max_running_requests=1000, max_step_pixels=2**40)
@@ -259,7 +262,7 @@ def test_only_those_that_are_ready_step_and_are_decoded() -> None:
     assert [decode.claim_id for decode in scheduler.next_decodes(4, {"a"})] == ["a"]
 
 
-def test_what_did_not_fit_halves_the_limit_and_it_never_rises() -> None:
+def test_half_of_what_did_not_fit_is_the_limit() -> None:
     scheduler = StepScheduler(BatchLimits(10, max_step_pixels=10 * 64 * 64))
     for claim_id in ("a", "b"):
         scheduler.admit(claim_id, parameters(num_images=4))
@@ -269,3 +272,87 @@ def test_what_did_not_fit_halves_the_limit_and_it_never_rises() -> None:
     scheduler.lower_limit(("gone",))
     assert scheduler.max_step_pixels == 4 * 64 * 64
     assert [len(step(scheduler)) for _ in range(2)] == [1, 1]
+
+
+def run_out_of_memory(scheduler: StepScheduler) -> None:
+    """Four requests of one sample each are there, and do not fit together."""
+    scheduler.lower_limit(("a", "b", "c", "d"))
+    assert len(step(scheduler)) == 2
+
+
+def with_four_requests() -> StepScheduler:
+    scheduler = StepScheduler(BatchLimits(10, max_step_pixels=5 * 64 * 64))
+    for claim_id in ("a", "b", "c", "d"):
+        scheduler.admit(claim_id, parameters(steps=10**9))
+    return scheduler
+
+
+def steps_until_it_rises(scheduler: StepScheduler) -> int:
+    before = scheduler.max_step_pixels
+    for num_steps in range(1, 10**6):
+        step(scheduler)
+        if scheduler.max_step_pixels > before:
+            return num_steps
+    raise AssertionError("the limit does not rise")
+
+
+def test_a_lowered_limit_rises_by_quarters_to_the_configured_one_while_it_holds_requests_back() -> None:
+    scheduler = with_four_requests()
+    run_out_of_memory(scheduler)
+    limits = [scheduler.max_step_pixels]
+    assert steps_until_it_rises(scheduler) == MIN_WAIT_STEPS - 1
+    limits.append(scheduler.max_step_pixels)
+    while scheduler.max_step_pixels < 4 * 64 * 64:
+        assert steps_until_it_rises(scheduler) == MIN_WAIT_STEPS
+        limits.append(scheduler.max_step_pixels)
+    assert all(after == before * 5 // 4 for before, after in itertools.pairwise(limits))
+    assert len(step(scheduler)) == 4
+
+
+def test_a_limit_that_holds_nobody_back_stays() -> None:
+    scheduler = with_four_requests()
+    run_out_of_memory(scheduler)
+    for claim_id in ("b", "c", "d"):
+        scheduler.release(claim_id)
+    lowered = scheduler.max_step_pixels
+    for _ in range(2 * MIN_WAIT_STEPS):
+        step(scheduler)
+    assert scheduler.max_step_pixels == lowered
+
+
+def test_a_limit_never_rises_above_the_configured_one() -> None:
+    scheduler = with_four_requests()
+    scheduler.admit("e", parameters(steps=10**9))
+    scheduler.admit("f", parameters(steps=10**9))
+    run_out_of_memory(scheduler)
+    for _ in range(10 * MIN_WAIT_STEPS):
+        step(scheduler)
+    assert scheduler.max_step_pixels == 5 * 64 * 64
+
+
+def test_each_further_lack_of_memory_doubles_the_steps_before_the_limit_rises_up_to_a_bound() -> None:
+    scheduler = with_four_requests()
+    waits = []
+    for _ in range(9):
+        run_out_of_memory(scheduler)
+        waits.append(steps_until_it_rises(scheduler) + 1)
+    assert waits[:3] == [MIN_WAIT_STEPS, 2 * MIN_WAIT_STEPS, 4 * MIN_WAIT_STEPS]
+    assert waits[-1] == MAX_WAIT_STEPS
+
+
+def test_a_limit_that_is_lifted_is_the_configured_one_at_once_and_its_failures_still_count() -> None:
+    scheduler = with_four_requests()
+    run_out_of_memory(scheduler)
+    scheduler.lift_limit()
+    assert scheduler.max_step_pixels == 5 * 64 * 64
+    run_out_of_memory(scheduler)
+    assert steps_until_it_rises(scheduler) + 1 == 2 * MIN_WAIT_STEPS
+
+
+def test_a_limit_that_is_forgotten_is_the_configured_one_at_once_and_its_failures_do_not_count() -> None:
+    scheduler = with_four_requests()
+    run_out_of_memory(scheduler)
+    scheduler.forget_limit()
+    assert scheduler.max_step_pixels == 5 * 64 * 64
+    run_out_of_memory(scheduler)
+    assert steps_until_it_rises(scheduler) + 1 == MIN_WAIT_STEPS
