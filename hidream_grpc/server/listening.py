@@ -14,22 +14,21 @@ LISTEN_FLAG = "--listen"
 MAX_PORT = 65_535
 
 OTHER_CALLS_OF_A_CONNECTION = 100
-"""Calls that one connection may have open beside as many streams as one caller may."""
+"""Calls that one connection may have open beside as many streams as the server has."""
 
 
 def grpc_server(
     limits: RequestLimits, interceptors: tuple[grpc.aio.ServerInterceptor, ...]
 ) -> grpc.aio.Server:
     """A server that listens nowhere yet."""
-    max_streams = limits.max_streams_per_caller or limits.max_streams
     return grpc.aio.server(
         interceptors=interceptors,
         options=(
             # With it a second server would share the port without a word.
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", limits.max_receive_message_bytes),
-            # A call beyond it waits in the client without a word, so a caller's limit must come first.
-            ("grpc.max_concurrent_streams", max_streams + OTHER_CALLS_OF_A_CONNECTION),
+            # Beyond it calls wait in the client without a word, so the limits of streams must answer first.
+            ("grpc.max_concurrent_streams", limits.max_streams + OTHER_CALLS_OF_A_CONNECTION),
             # Together these notice a frozen client in seconds instead of a minute.
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.http2.ping_timeout_ms", 10_000),
