@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from hidream_grpc.jobs.store.clock import MAX_SAMPLE_SECONDS, StoreClock
+
+
+class Elapsed:
+    """Time since boot, as the test lets it pass."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def test_a_step_of_the_machines_clock_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    elapsed = Elapsed()
+    clock = StoreClock(elapsed)
+    start = clock.now()
+    monkeypatch.setattr(time, "time", lambda: start + 7200.0)
+    elapsed.seconds += 5.0
+    assert clock.now() == pytest.approx(start + 5.0)
+
+
+def test_the_time_of_the_database_is_taken_over_at_the_middle_of_the_question() -> None:
+    elapsed = Elapsed()
+    clock = StoreClock(elapsed)
+    asked_at = clock.elapsed_seconds()
+    elapsed.seconds += 0.4
+    clock.follow(5_000_000.0, asked_at)
+    assert clock.now() == pytest.approx(5_000_000.2)
+
+
+def test_an_answer_that_took_too_long_is_not_taken_for_the_time() -> None:
+    elapsed = Elapsed()
+    clock = StoreClock(elapsed)
+    asked_at, before = clock.elapsed_seconds(), clock.now()
+    elapsed.seconds += MAX_SAMPLE_SECONDS + 0.1
+    clock.follow(5_000_000.0, asked_at)
+    assert clock.now() == pytest.approx(before + MAX_SAMPLE_SECONDS + 0.1)
