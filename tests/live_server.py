@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -110,23 +111,27 @@ def _read_log(server: LiveServer, has_address: threading.Event) -> None:
 
 
 @contextmanager
-def running_server(*flags: str, wait: bool = True) -> Iterator[LiveServer]:
+def running_server(
+    *flags: str, wait: bool = True, environment: Mapping[str, str] | None = None
+) -> Iterator[LiveServer]:
     """The server with these flags on a free port of 127.0.0.1; it ends with SIGTERM.
 
     Args:
         flags: of `hidream-grpc serve`.
         wait: until it serves; otherwise only until it listens.
+        environment: variables of the server besides those of the test.
     """
     with tempfile.TemporaryDirectory(prefix="hidream-test-") as folder:
         own_folder = () if "--data-dir" in flags else ("--data-dir", folder)
-        with _running_server("--listen", "127.0.0.1:0", *own_folder, *flags, wait=wait) as server:
+        words = ("--listen", "127.0.0.1:0", *own_folder, *flags)
+        with _running_server(words, wait, {**os.environ, **(environment or {})}) as server:
             yield server
 
 
 @contextmanager
-def _running_server(*flags: str, wait: bool) -> Iterator[LiveServer]:
+def _running_server(flags: tuple[str, ...], wait: bool, environment: dict[str, str]) -> Iterator[LiveServer]:
     command = [sys.executable, "-m", "hidream_grpc", "serve", *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     server = LiveServer(process)
     has_address = threading.Event()
     reader = threading.Thread(target=_read_log, args=(server, has_address))

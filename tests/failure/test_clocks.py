@@ -1,0 +1,125 @@
+"""Wall clocks that are wrong, or are set while the server runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from hidream.v1 import job_pb2
+from tests.failure.faulty_servers import FaultyServer, server_on_sqlite, servers_on_postgres
+from tests.failure.readers import readers
+from tests.job_calls import Stub, downloaded, drawn, get, listed
+from tests.live_server import wait_until
+from tests.postgres import PostgresServer
+
+HOUR_SECONDS = 3600.0
+NUM_RETAINED_JOBS = 3
+
+
+@contextmanager
+def replica(postgres: PostgresServer, folder: Path, *flags: str) -> Iterator[tuple[FaultyServer, Stub]]:
+    """One replica of a database; all others have the clock that it has before it is set."""
+    with ExitStack() as stack:
+        (server,) = stack.enter_context(servers_on_postgres(postgres, folder, ("one",), *flags))
+        yield server, stack.enter_context(server.live.stub())
+
+
+def wait_until_swept(stub: Stub, *job_ids: str) -> None:
+    """Draw one job more than is kept for each of these: retention must have looked when they are gone."""
+    for seed, job_id in enumerate(job_ids):
+        drawn(stub, num_inference_steps=1, seed=seed)
+        wait_until(lambda job_id=job_id: job_id not in listed(stub), 60, "the oldest job is removed")
+
+
+def test_a_clock_that_is_set_two_hours_ahead_removes_no_images(
+    postgres: PostgresServer, tmp_path: Path
+) -> None:
+    with replica(postgres, tmp_path, "--max-retained-jobs", str(NUM_RETAINED_JOBS)) as (server, stub):
+        oldest, older, kept = (drawn(stub, num_inference_steps=1, seed=seed) for seed in range(3))
+        image = downloaded(stub, kept.job_id)
+        server.clock.step_to(2 * HOUR_SECONDS)
+        wait_until_swept(stub, oldest.job_id, older.job_id)
+        assert get(stub, kept.job_id) == kept
+        assert downloaded(stub, kept.job_id) == image
+
+
+def test_what_was_drawn_under_a_clock_two_hours_behind_stays_when_the_clock_is_right(
+    postgres: PostgresServer, tmp_path: Path
+) -> None:
+    with replica(postgres, tmp_path, "--max-retained-jobs", str(NUM_RETAINED_JOBS)) as (server, stub):
+        server.clock.step_to(-2 * HOUR_SECONDS)
+        oldest, older, kept = (drawn(stub, num_inference_steps=1, seed=seed) for seed in range(3))
+        server.clock.step_to(0.0)
+        wait_until_swept(stub, oldest.job_id, older.job_id)
+        assert get(stub, kept.job_id) == kept
+        assert downloaded(stub, kept.job_id)
+
+
+def test_a_deadline_is_not_missed_because_the_servers_clock_is_an_hour_behind(
+    postgres: PostgresServer, tmp_path: Path
+) -> None:
+    with replica(postgres, tmp_path) as (server, stub), readers() as streams:
+        server.clock.step_to(-HOUR_SECONDS)
+        stream = streams.generate(stub, timeout=60.0, num_inference_steps=2)
+        assert stream.wait_for_end() == grpc.StatusCode.OK
+        assert stream.kinds[-1] == "succeeded"
+
+
+def test_a_deadline_holds_though_the_servers_clock_is_an_hour_ahead(
+    postgres: PostgresServer, tmp_path: Path
+) -> None:
+    with replica(postgres, tmp_path) as (server, stub), readers() as streams:
+        server.clock.step_to(HOUR_SECONDS)
+        stream = streams.generate(stub, timeout=3.0, width=256, height=256, num_inference_steps=150)
+        stream.wait_for("progress")
+        assert stream.wait_for_end() == grpc.StatusCode.DEADLINE_EXCEEDED
+        job_id = stream.received[0].message.job_id
+        wait_until(lambda: get(stub, job_id).HasField("end_time"), 60, "the job is stopped")
+        assert get(stub, job_id).state == job_pb2.JOB_STATE_CANCELLED
+
+
+@pytest.mark.parametrize("store", ["sqlite", "postgresql"])
+def test_times_of_a_job_follow_one_another_when_the_clock_is_set_back_under_it(
+    store: str, postgres: PostgresServer, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        if store == "sqlite":
+            server = stack.enter_context(server_on_sqlite(tmp_path))
+            stub = stack.enter_context(server.live.stub())
+        else:
+            server, stub = stack.enter_context(replica(postgres, tmp_path))
+        streams = stack.enter_context(readers())
+        stream = streams.generate(stub, width=64, height=64, num_inference_steps=60)
+        stream.wait_for("progress")
+        server.clock.step_to(-HOUR_SECONDS)
+        assert stream.wait_for_end() == grpc.StatusCode.OK
+        job = get(stub, stream.received[0].message.job_id)
+        create_time, start_time, end_time = (
+            time.ToNanoseconds() for time in (job.create_time, job.start_time, job.end_time)
+        )
+        assert create_time <= start_time <= end_time
+        assert all(seconds >= 0 for seconds in seconds_of(job.timings))
+
+
+def seconds_of(timings: job_pb2.JobTimings) -> list[float]:
+    return [duration.ToTimedelta().total_seconds() for _, duration in timings.ListFields()]
+
+
+@pytest.mark.parametrize("seconds", [30.0, -30.0], ids=["ahead", "back"])
+def test_a_running_job_in_a_file_does_not_notice_that_the_clock_is_set(
+    seconds: float, tmp_path: Path
+) -> None:
+    with server_on_sqlite(tmp_path) as server, server.live.stub() as stub, readers() as streams:
+        stream = streams.generate(stub, width=128, height=128, num_inference_steps=150)
+        stream.wait_for("progress")
+        server.clock.step_to(seconds)
+        # Whatever looks for work looks now.
+        drawn(stub, num_inference_steps=1)
+        assert stream.wait_for_end() == grpc.StatusCode.OK
+        assert "restarted" not in stream.kinds
+        assert stream.kinds.count("started") == 1
+        assert stream.events[-1].succeeded.job.execution.attempt == 1
