@@ -21,7 +21,7 @@ from hidream_grpc.jobs.store.records import HeldClaim
 
 logger = logging.getLogger(__name__)
 
-RELEASE_SECONDS = 4.0
+RELEASE_SECONDS = 2.0
 LOOK_SECONDS = 5.0
 """Between two looks for jobs, when nothing says that there are some."""
 

@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 LOST_SERVER = "the server that drew it ended"
 RETRY_SECONDS = 0.5
-GIVE_BACK_SECONDS = 3.0
+GIVE_BACK_SECONDS = 1.5
 """How long the store is tried for a job that is given back; then other replicas take it as lost."""
 TRANSIENT_ERRORS = (StoreUnavailableError, StoreFullError, ArtifactUnavailableError)
 

@@ -54,14 +54,16 @@ from hidream_grpc.server.memory import return_freed_buffers
 from hidream_grpc.server.metrics import Metrics
 from hidream_grpc.server.models import ModelChoice
 from hidream_grpc.server.ranks import group_config
-from hidream_grpc.server.signals import Signals
+from hidream_grpc.server.signals import Signals, end_within
 from hidream_grpc.server.tokens import TokensFile
 from hidream_grpc.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-SEND_LAST_EVENTS_SECONDS = 2.0
+SEND_LAST_EVENTS_SECONDS = 1.0
+END_SECONDS = 4.0
+"""After the grace period: by then the process has ended, whatever the stores do."""
 
 
 async def serve(settings: Settings) -> None:
@@ -199,6 +201,7 @@ async def _drain(
 ) -> None:
     """Let running jobs end, unless a second signal comes; raise what ends one of the tasks meanwhile."""
     logger.info("draining for up to %g s", settings.grace_seconds)
+    end_within(settings.drain_delay_seconds + settings.grace_seconds + END_SECONDS)
     health.mark_draining()
     second_signal = asyncio.create_task(signals.second.wait())
     # Load balancers send calls until their next health check.
@@ -207,6 +210,8 @@ async def _drain(
     )
     drained = asyncio.create_task(jobs.drain(settings.grace_seconds))
     await asyncio.wait((drained, second_signal, *tasks), return_when=asyncio.FIRST_COMPLETED)
+    if second_signal.done():
+        end_within(END_SECONDS)
     for task in (drained, second_signal):
         task.cancel()
     _raise_what_ended(tasks)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import signal
+import threading
 from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
 
 
 class Signals:
@@ -28,3 +33,20 @@ class Signals:
 
     def _on_end(self) -> None:
         (self.second if self.first.is_set() else self.first).set()
+
+
+def end_within(seconds: float) -> None:
+    """End the process after a time at the latest, whatever it waits for then.
+
+    A database or a bucket that does not answer keeps threads busy, for which Python waits at its end. What
+    was accepted is in the store, and ranks end with their parent.
+    """
+    timer = threading.Timer(seconds, _end_now)
+    timer.daemon = True
+    timer.start()
+
+
+def _end_now() -> None:
+    logger.warning("stopped, without waiting any longer for stores that do not answer")
+    logging.shutdown()
+    os._exit(0)

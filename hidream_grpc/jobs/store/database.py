@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 from collections.abc import AsyncGenerator
@@ -21,6 +22,7 @@ from hidream_grpc.jobs.store.migrate import is_migrated, migrate
 BUSY_TIMEOUT_SECONDS = 5.0
 CONNECT_TIMEOUT_SECONDS = 5.0
 STATEMENT_TIMEOUT_SECONDS = 15.0
+CLOSE_SECONDS = 1.0
 IDLE_IN_TRANSACTION_SECONDS = 5.0
 """PostgreSQL ends a session whose client says nothing for so long in the middle of a transaction: one that
 was stopped while it held locks."""
@@ -69,7 +71,10 @@ class Database:
 
     async def close(self) -> None:
         """Close all connections and give the file free. May be called twice."""
-        await self._engine.dispose()
+        with contextlib.suppress(TimeoutError):
+            # A database that does not answer is not waited for.
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._engine.dispose()
         if self._lock_descriptor is not None:
             os.close(self._lock_descriptor)
             self._lock_descriptor = None

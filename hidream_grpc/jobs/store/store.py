@@ -51,7 +51,7 @@ from hidream_grpc.jobs.store.rows import job_of
 
 MAX_CONFLICTS = 20
 MAX_CONFLICT_SECONDS = 0.05
-CLOSE_SECONDS = 2.0
+CLOSE_SECONDS = 1.0
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
