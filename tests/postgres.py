@@ -54,7 +54,9 @@ class PostgresServer:
     @property
     def socket_path(self) -> Path:
         """The Unix socket that it listens on."""
-        return Path(self._server.get_postmaster_info().socket_dir, ".s.PGSQL.5432")
+        socket_folder = self._server.get_postmaster_info().socket_dir
+        assert socket_folder is not None
+        return Path(socket_folder) / ".s.PGSQL.5432"
 
     @property
     def data_folder(self) -> Path:

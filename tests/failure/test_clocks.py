@@ -32,7 +32,7 @@ def wait_until_swept(stub: Stub, *job_ids: str) -> None:
     """Draw one job more than is kept for each of these: retention must have looked when they are gone."""
     for seed, job_id in enumerate(job_ids):
         drawn(stub, num_inference_steps=1, seed=seed)
-        wait_until(lambda job_id=job_id: job_id not in listed(stub), 60, "the oldest job is removed")
+        wait_until(lambda job_id=job_id: job_id not in listed(stub), 60, "the oldest job goes")  # type: ignore[misc]
 
 
 def test_a_clock_that_is_set_two_hours_ahead_removes_no_images(

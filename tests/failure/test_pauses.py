@@ -150,7 +150,7 @@ def freeze_in_transaction(server: FaultyServer, postgres: PostgresServer, url: s
         # So that a transaction takes long enough to be met.
         server.store.delay(to_upstream_seconds=0.2)
         call: Any = stub.SubmitJob.future(submission(num_inference_steps=1), timeout=60)  # type: ignore[attr-defined]
-        wait_until(lambda call=call: holds_locks() or call.done(), 30, "the replica holds locks")
+        wait_until(lambda call=call: holds_locks() or call.done(), 30, "the replica has locks")  # type: ignore[misc]
         # What is on its way may be the end of the transaction.
         server.store.silence()
         if holds_locks():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -10,7 +12,7 @@ from google.rpc import code_pb2, error_details_pb2
 from grpc_status import rpc_status
 
 from hidream.v1 import job_pb2
-from tests.failure.faulty_servers import servers_on_postgres
+from tests.failure.faulty_servers import FaultyServer, servers_on_postgres
 from tests.failure.readers import NEWS_SECONDS, StreamReader, readers
 from tests.job_calls import Stub, cancel, drawn, get, listed, running, submit, wait_for_state
 from tests.live_server import wait_until
@@ -39,41 +41,69 @@ def error_id_of(stub: Stub, job_id: str) -> str:
 
 
 def end_of(stream: StreamReader) -> str:
-    stream.wait_for_end(NEWS_SECONDS)
+    stream.wait_for_end()
     if stream.code == grpc.StatusCode.OK:
         status = stream.events[-1].failed.status
-        return code_pb2.Code.Name(status.code)
+        return code_pb2.Code.Name(status.code)  # OK where the job has not failed
     assert stream.code is not None
     return stream.code.name
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("state", ["queued", "running"])
-def test_a_row_that_cannot_be_read_fails_its_job_alone(
-    state: str, change: str, postgres: PostgresServer, tmp_path: Path
+def test_a_waiting_job_whose_row_cannot_be_read_fails_alone(
+    change: str, postgres: PostgresServer, tmp_path: Path
 ) -> None:
+    with two_replicas(postgres, tmp_path) as (servers, stubs), readers() as streams:
+        # Both replicas have work for as long as it takes.
+        held = [running(stub) for stub in stubs]
+        bad, good = (submit(stubs[0]).job_id for _ in range(2))
+        watching = streams.watch(stubs[0], bad)
+        watching.wait_for("queued")
+        spoil(postgres, servers[0], bad, change)
+        for job_id in held:
+            cancel(stubs[0], job_id)
+        wait_for_state(stubs[0], good, job_pb2.JOB_STATE_SUCCEEDED)
+        for stub in stubs:
+            wait_until(lambda stub=stub: error_id_of(stub, bad) != "", NEWS_SECONDS, "it has an error id")  # type: ignore[misc]
+        assert error_id_of(stubs[0], bad) in servers[0].live.log + servers[1].live.log
+        assert end_of(watching) == "INTERNAL"
+        all_serve(servers, stubs, good)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_running_job_whose_row_cannot_be_read_ends_and_disturbs_no_other(
+    change: str, postgres: PostgresServer, tmp_path: Path
+) -> None:
+    with two_replicas(postgres, tmp_path) as (servers, stubs), readers() as streams:
+        held, bad = (running(stub, width=128, height=128) for stub in stubs)
+        watching = [streams.watch(stub, bad, f"WatchJob at {n}") for n, stub in enumerate(stubs)]
+        spoil(postgres, servers[0], bad, change)
+        # What its replica writes may mend the row.
+        ends = {end_of(stream) for stream in watching}
+        assert ends in ({"INTERNAL"}, {"OK"})
+        wait_for_state(stubs[0], held, job_pb2.JOB_STATE_SUCCEEDED)
+        all_serve(servers, stubs, held)
+
+
+@contextmanager
+def two_replicas(postgres: PostgresServer, folder: Path) -> Iterator[tuple[list[FaultyServer], list[Stub]]]:
+    """Two that draw one job at a time each."""
     names = ("first", "second")
     with (
-        servers_on_postgres(postgres, tmp_path, names, "--max-running-jobs", "1") as (first, second),
-        first.live.stub() as one,
-        second.live.stub() as other,
-        readers() as streams,
+        servers_on_postgres(postgres, folder, names, "--max-running-jobs", "1") as servers,
+        servers[0].live.stub() as one,
+        servers[1].live.stub() as other,
     ):
-        # Both replicas have work for as long as it takes.
-        held = [running(one), running(other)] if state == "queued" else [running(one)]
-        bad = submit(one).job_id if state == "queued" else running(other)
-        good = submit(one).job_id
-        watching = streams.watch(one, bad)
-        watching.wait_for("queued")
-        database = first.role.rpartition("_")[0]
-        postgres.execute(f"UPDATE jobs SET {CHANGES[change]} WHERE job_id = '{bad}';", f"/{database}")
-        for job_id in held:
-            cancel(one, job_id)
-        wait_for_state(one, good, job_pb2.JOB_STATE_SUCCEEDED)
-        wait_until(lambda: error_id_of(one, bad) != "", NEWS_SECONDS, "the job has an internal error")
-        assert error_id_of(one, bad) in first.live.log + second.live.log
-        assert end_of(watching) == "INTERNAL"
-        for server, stub in ((first, one), (second, other)):
-            assert server.live.process.poll() is None
-            assert good in listed(stub)
-            assert drawn(stub).state == job_pb2.JOB_STATE_SUCCEEDED
+        yield servers, [one, other]
+
+
+def spoil(postgres: PostgresServer, server: FaultyServer, job_id: str, change: str) -> None:
+    database = server.role.rpartition("_")[0]
+    postgres.execute(f"UPDATE jobs SET {CHANGES[change]} WHERE job_id = '{job_id}';", f"/{database}")
+
+
+def all_serve(servers: list[FaultyServer], stubs: list[Stub], job_id: str) -> None:
+    for server, stub in zip(servers, stubs, strict=True):
+        assert server.live.process.poll() is None
+        assert job_id in listed(stub)
+        assert drawn(stub).state == job_pb2.JOB_STATE_SUCCEEDED

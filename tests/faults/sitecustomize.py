@@ -62,6 +62,6 @@ if "BROKEN_DEVICES" in os.environ:
     sys.meta_path.insert(0, BreakableDevices())
 if "STEPPED_CLOCK" in os.environ:
     # This folder is on the path, since Python has found this file.
-    import stepped_clock
+    import stepped_clock  # type: ignore[import-not-found]
 
     stepped_clock.install()
