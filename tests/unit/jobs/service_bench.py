@@ -23,15 +23,16 @@ from hidream_grpc.jobs.events import (
     Body,
     JobEvent,
 )
-from hidream_grpc.jobs.job import Execution, Job, JobState, Priority, Submission
-from hidream_grpc.jobs.limits import RequestLimits
+from hidream_grpc.jobs.job import Execution, Job, JobState, ModelIdentity, Priority, Submission
+from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
+from hidream_grpc.jobs.membership import LiveModel
 from hidream_grpc.jobs.outlook import Outlook
 from hidream_grpc.jobs.retention import RetentionLimits
 from hidream_grpc.jobs.running_job import JobTools
-from hidream_grpc.jobs.service import JobService
+from hidream_grpc.jobs.service import JobService, StorePolicy
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.model.parameters import GenerationParameters
-from tests.job_stores import eventually
+from tests.job_stores import MODEL, eventually
 
 LIMITS = RequestLimits(
     max_prompt_tokens=128,
@@ -53,10 +54,13 @@ LIMITS = RequestLimits(
     chunk_bytes=1000,
     max_preview_side_pixels=128,
 )
+MODEL_IDENTITY = ModelIdentity("demo", "dev", MODEL)
+DEFAULTS = RequestDefaults(width=64, height=64, num_inference_steps=3, guidance_scale=5.0)
 EXECUTION = Execution("demo", "UniPCMultistepScheduler", 3.0, "tp=4,ep=2")
 DATA = bytes(range(250)) * 10
 TIMEOUT_SECONDS = 10
 LEASE_SECONDS = 60.0
+ORPHAN_SWEEP_SECONDS = 3600.0
 
 
 @dataclass
@@ -84,8 +88,8 @@ class Bench:
         self.outlook = tools.outlook
         self.directory = directory
 
-    async def submit(self, what: Submission, owner: str = "") -> Job:
-        return await self.service.submit(what, owner)
+    async def submit(self, what: Submission, owner: str = "", call_id: str = "") -> Job:
+        return await self.service.submit(what, owner, call_id)
 
     async def take(self) -> EngineRequest:
         """Take the next job as the engine does, once it is claimed, and start it."""
@@ -131,6 +135,11 @@ class Bench:
         await self.service.refresh_counts()
         return self.service.num_queued
 
+    async def image(self, job_id: str, index: int = 0) -> bytes:
+        """All bytes of a finished image of a job."""
+        image = (await self.service.get(None, job_id)).images[index]
+        return await self.service.image_reader(job_id).read(image, 0, image.size_bytes)
+
     def image_folders(self) -> set[str]:
         """Jobs that have images in the artifact store."""
         images = self.directory / "artifacts" / "images"
@@ -165,7 +174,15 @@ async def bench_in(
         chunk_bytes=limits.chunk_bytes,
         tell_others=lambda job_id, event: None,
     )
-    service = JobService(tools, engine, limits, LEASE_SECONDS, retention, lambda report: None)
+    service = JobService(
+        tools,
+        engine,
+        LiveModel(MODEL_IDENTITY, EXECUTION.scheduler, EXECUTION.shift, limits, DEFAULTS),
+        limits,
+        StorePolicy(LEASE_SECONDS, retention, ORPHAN_SWEEP_SECONDS),
+        lambda report: None,
+    )
+    await service.join()
     service.set_engine_state(EngineState.SERVING)
     work = asyncio.create_task(service.run())
     try:
@@ -201,6 +218,7 @@ def submission(
         priority,
         is_detached=is_detached,
         deadline_seconds=deadline_seconds,
+        model=MODEL_IDENTITY,
     )
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from hidream_grpc.jobs.calls import RunningCalls
 
+TIMEOUT_SECONDS = 10.0
+
 
 async def wait_for(event: asyncio.Event, result: int) -> int:
     await event.wait()
@@ -33,7 +35,7 @@ async def test_what_a_caller_that_left_did_not_wait_for_is_done_and_handed_over(
     caller.cancel()
     with pytest.raises(asyncio.CancelledError):
         await caller
-    waiting = asyncio.create_task(calls.wait())
+    waiting = asyncio.create_task(calls.wait(TIMEOUT_SECONDS))
     await asyncio.sleep(0)
     assert (waiting.done(), left) == (False, [])
     go_on.set()
@@ -53,5 +55,16 @@ async def test_a_failure_that_nobody_waits_for_is_handed_to_nobody() -> None:
     caller.cancel()
     await asyncio.gather(caller, return_exceptions=True)
     go_on.set()
-    await calls.wait()
+    await calls.wait(TIMEOUT_SECONDS)
     assert left == []
+
+
+async def test_a_call_that_does_not_end_is_waited_for_no_longer_than_asked() -> None:
+    calls, go_on = RunningCalls(), asyncio.Event()
+    caller = asyncio.create_task(calls.finish(wait_for(go_on, 7)))
+    await asyncio.sleep(0)
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        await calls.wait(0.01)
+    assert not caller.done()
+    go_on.set()
+    assert await caller == 7

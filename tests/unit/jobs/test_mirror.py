@@ -5,25 +5,27 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from hidream_grpc.background import keep_doing
 from hidream_grpc.errors import JobNotFoundError, StoreUnavailableError
-from hidream_grpc.jobs import callers, mirror, replicas
-from hidream_grpc.jobs.callers import PresentCallers
+from hidream_grpc.jobs import mirror, replicas
 from hidream_grpc.jobs.estimates import EngineCapacity
 from hidream_grpc.jobs.events import JobEvent, JobFeed, Progressed, Restarted, Started, Succeeded
+from hidream_grpc.jobs.executor import ClaimLimits
 from hidream_grpc.jobs.feeds import JobFeeds
 from hidream_grpc.jobs.job import CancelReason, Job, Progress, claim_sequence
 from hidream_grpc.jobs.mirror import StoreMirror
 from hidream_grpc.jobs.outlook import Outlook
 from hidream_grpc.jobs.positions import QueuePositions
-from hidream_grpc.jobs.replicas import CallerPresent, CallerSought, ProgressTeller, ReplicaTeller, decode
-from hidream_grpc.jobs.store.changes import Change, ChangeKind, Subscription
+from hidream_grpc.jobs.replicas import ProgressTeller
+from hidream_grpc.jobs.store.changes import ChangeKind
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.job_stores import OWNER, added, claimed, eventually, finished, new_job, started
+from tests.job_stores import MODEL, OWNER, added, claimed, eventually, finished, new_job, started
 
 TIMEOUT_SECONDS = 10.0
 
@@ -55,12 +57,16 @@ class NotedExecutor:
     def __init__(self) -> None:
         self.held: dict[str, Job] = {}
         self.cancelled: list[tuple[str, CancelReason]] = []
+        self.claims: list[tuple[str, int]] = []
 
     def job(self, job_id: str) -> Job | None:
         return self.held.get(job_id)
 
     def notify(self) -> None:
         pass
+
+    def note_claim(self, job_id: str, claim_number: int) -> None:
+        self.claims.append((job_id, claim_number))
 
     def cancel(self, job_id: str, reason: CancelReason) -> None:
         self.cancelled.append((job_id, reason))
@@ -71,19 +77,11 @@ class Here:
 
     def __init__(self, store: SharedStore) -> None:
         self.store = store
-        self.feeds = JobFeeds()
+        self.feeds = JobFeeds(store.clock.now)
         self.executor = NotedExecutor()
         outlook = Outlook(lambda: EngineCapacity(1, 1 << 20, num_ranks=1))
-        positions = QueuePositions(store, self.feeds, outlook)
-        self.stopped: list[str] = []
-        teller = ReplicaTeller(store)
-        self.callers = PresentCallers(
-            self._stop, asyncio.Event(), lambda job_id: teller.tell(job_id, CallerSought())
-        )
-        self.mirror = StoreMirror(store, self.feeds, cast(Any, self.executor), positions, self.callers)
-
-    async def _stop(self, job_id: str, reason: CancelReason) -> None:
-        self.stopped.append(job_id)
+        positions = QueuePositions(store, self.feeds, outlook, ClaimLimits(1, None, MODEL))
+        self.mirror = StoreMirror(store, self.feeds, cast(Any, self.executor), positions)
 
 
 @pytest.fixture
@@ -102,11 +100,6 @@ async def here(tmp_path: Path) -> AsyncIterator[Here]:
 def progressed(job: Job, counter: int, step: int) -> JobEvent:
     body = Progressed(Progress(step, 4, 0.1, None))
     return JobEvent(claim_sequence(job.claim_number, counter), time.time(), body)
-
-
-async def _first(changes: Subscription, count: int) -> AsyncIterator[Change]:
-    for _ in range(count):
-        yield await anext(changes)
 
 
 async def events(feed: JobFeed, count: int) -> list[JobEvent]:
@@ -171,7 +164,7 @@ async def test_progress_is_told_now_and_then_and_every_restart(
 async def test_a_row_that_cannot_be_read_is_read_when_the_store_is_back(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mirror, "HEAL_SECONDS", 0.01)
+    monkeypatch.setattr(mirror, "keep_doing", partial(keep_doing, retry_seconds=0.01))
     (job,) = await added(here.store, new_job())
     with here.feeds.used(job.job_id, is_reader=True) as feed:
         here.store.num_failures = 3
@@ -216,32 +209,16 @@ async def test_what_is_drawn_here_is_told_by_who_draws_it_alone(here: Here) -> N
         assert feed.next_after(0) is None
 
 
-async def test_a_job_whose_caller_went_away_is_stopped_unless_another_replica_has_one(
-    here: Here, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with here.store.subscribe() as changes:
-        here.callers.leave("wanted", CancelReason.CALLER_LEFT)
-        async with asyncio.timeout(TIMEOUT_SECONDS):
-            assert (await anext(changes)).job_id == "wanted"
-        ReplicaTeller(here.store).tell("wanted", CallerPresent())
-        monkeypatch.setattr(callers, "ANSWER_SECONDS", 0.01)
-        here.callers.leave("unwanted", CancelReason.CALLER_LEFT)
+async def test_who_draws_a_job_learns_that_another_has_claimed_it(here: Here) -> None:
+    (job,) = await added(here.store, new_job())
+    await claimed(here.store, "here")
+    await here.store.remove_replica("here")
+    await claimed(here.store, "another")
 
-        async def is_stopped() -> bool:
-            return here.stopped == ["unwanted"]
+    async def is_told() -> bool:
+        return here.executor.claims[-1:] == [(job.job_id, 2)]
 
-        await eventually(is_stopped)
-
-
-async def test_who_has_a_caller_of_the_job_says_so_when_asked(here: Here) -> None:
-    asker = ReplicaTeller(here.store)
-    with here.store.subscribe() as changes:
-        asker.tell("nobody's", CallerSought())
-        with here.callers.present("wanted"):
-            asker.tell("wanted", CallerSought())
-            async with asyncio.timeout(TIMEOUT_SECONDS):
-                told = [(change.job_id, decode(change.payload)) async for change in _first(changes, 3)]
-    assert told == [("nobody's", CallerSought()), ("wanted", CallerSought()), ("wanted", CallerPresent())]
+    await eventually(is_told)
 
 
 async def test_what_only_another_version_says_is_passed_over(here: Here) -> None:

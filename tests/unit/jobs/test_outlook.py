@@ -15,7 +15,7 @@ from hidream_grpc.engine.requests import (
     StepFinished,
 )
 from hidream_grpc.jobs.estimates import EngineCapacity
-from hidream_grpc.jobs.job import Job
+from hidream_grpc.jobs.job import Job, StoredSnapshot
 from hidream_grpc.jobs.outlook import KEPT_SECONDS, Outlook
 from tests.unit.jobs.service_bench import submission
 
@@ -126,7 +126,7 @@ def test_a_job_that_lost_its_ranks_has_its_steps_in_front_of_it_again(outlook: O
 
 
 def test_a_job_that_goes_on_from_its_snapshot_has_the_rest_in_front_of_it(outlook: Outlook) -> None:
-    outlook.note_taken(replace(job("a"), snapshot_step=2))
+    outlook.note_taken(replace(job("a"), snapshot=StoredSnapshot(1, 2)))
     assert outlook.remaining_seconds("a") == pytest.approx(1.5)
 
 

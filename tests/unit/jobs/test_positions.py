@@ -11,12 +11,13 @@ import pytest
 from hidream_grpc.errors import StoreUnavailableError
 from hidream_grpc.jobs.estimates import EngineCapacity
 from hidream_grpc.jobs.events import JobEvent, Queued
+from hidream_grpc.jobs.executor import ClaimLimits
 from hidream_grpc.jobs.feeds import JobFeeds
-from hidream_grpc.jobs.job import CancelReason, Job
+from hidream_grpc.jobs.job import CancelReason, Job, Priority
 from hidream_grpc.jobs.outlook import Outlook
 from hidream_grpc.jobs.positions import QueuePositions
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.job_stores import OWNER, added, eventually, new_job
+from tests.job_stores import MODEL, OWNER, added, claimed, eventually, new_job
 
 TIMEOUT_SECONDS = 10.0
 
@@ -28,11 +29,13 @@ class CountingStore(SqlJobStore):
     num_jobs_read = 0
     is_lost = False
 
-    async def queue_order(self) -> tuple[str, ...]:
+    async def queue_order(
+        self, model_fingerprint: str, max_running_jobs_of_caller: int | None = None
+    ) -> tuple[str, ...]:
         self.num_reads += 1
         if self.is_lost:
             raise StoreUnavailableError(1.0)
-        return await super().queue_order()
+        return await super().queue_order(model_fingerprint, max_running_jobs_of_caller)
 
     async def get_all(self, job_ids: Collection[str]) -> tuple[Job, ...]:
         self.num_jobs_read += len(job_ids)
@@ -48,13 +51,20 @@ async def store(tmp_path: Path) -> AsyncIterator[CountingStore]:
 
 
 @pytest.fixture
-def feeds() -> JobFeeds:
-    return JobFeeds()
+def feeds(store: CountingStore) -> JobFeeds:
+    return JobFeeds(store.clock.now)
 
 
 @pytest.fixture
 def positions(store: CountingStore, feeds: JobFeeds) -> QueuePositions:
-    return QueuePositions(store, feeds, Outlook(lambda: EngineCapacity(1, 1 << 20, num_ranks=1)))
+    return positions_of(store, feeds)
+
+
+def positions_of(
+    store: CountingStore, feeds: JobFeeds, max_running_jobs_of_caller: int | None = None
+) -> QueuePositions:
+    outlook = Outlook(lambda: EngineCapacity(1, 1 << 20, num_ranks=1))
+    return QueuePositions(store, feeds, outlook, ClaimLimits(1, max_running_jobs_of_caller, MODEL))
 
 
 def numbers(places: Sequence[Queued | None]) -> list[int | None]:
@@ -86,6 +96,22 @@ async def test_what_does_not_wait_has_no_place(store: CountingStore, positions: 
     ended, waits = await added(store, new_job(), new_job())
     await store.request_cancel(OWNER, ended.job_id, CancelReason.REQUESTED)
     assert numbers(await positions.places([ended.job_id, waits.job_id, "unknown"])) == [None, 1, None]
+
+
+async def test_a_caller_at_its_limit_of_running_jobs_has_its_place_behind_those_that_may_run(
+    store: CountingStore, feeds: JobFeeds
+) -> None:
+    jobs = await added(
+        store,
+        new_job(caller="a", priority=Priority.HIGH),
+        new_job(caller="a", priority=Priority.HIGH),
+        new_job(caller="b", priority=Priority.LOW),
+    )
+    (running,) = await claimed(store)
+    assert running.job_id == jobs[0].job_id
+    waiting = [job.job_id for job in jobs[1:]]
+    assert numbers(await positions_of(store, feeds).places(waiting)) == [1, 2]
+    assert numbers(await positions_of(store, feeds, max_running_jobs_of_caller=1).places(waiting)) == [2, 1]
 
 
 async def test_who_waits_is_told_each_new_place_also_after_the_store_was_lost(

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hidream_grpc.errors import ArtifactUnavailableError
+from hidream_grpc.errors import ArtifactUnavailableError, StoreUnavailableError
 from hidream_grpc.jobs.retention import (
     Removal,
     RemovalReason,
@@ -20,16 +22,17 @@ from hidream_grpc.jobs.retention import (
 from hidream_grpc.jobs.store.records import EndedJob, Usage
 
 NOW = 1_000_000.0
+_numbers = itertools.count(1)
 
 ended_jobs = st.lists(
     st.builds(
         EndedJob,
         job_id=st.text("abcdef", min_size=1, max_size=4),
+        number=st.integers(1, 10**6),
         end_time=st.floats(NOW - 100, NOW + 10),
-        owner=st.just(""),
         image_bytes=st.integers(0, 1000),
     ),
-    unique_by=lambda job: job.job_id,
+    unique_by=(lambda job: job.job_id, lambda job: job.number),
     max_size=30,
 )
 limits = st.builds(
@@ -41,12 +44,16 @@ limits = st.builds(
 
 
 def job(job_id: str, age_seconds: float, image_bytes: int = 10) -> EndedJob:
-    return EndedJob(job_id, "", NOW - age_seconds, image_bytes)
+    return EndedJob(job_id, next(_numbers), NOW - age_seconds, image_bytes)
 
 
 def oldest_first(ended: Iterable[EndedJob]) -> list[EndedJob]:
     """As the store lists them."""
-    return sorted(ended, key=lambda each: (each.end_time, each.job_id))
+    return sorted(ended, key=_age)
+
+
+def _age(ended: EndedJob) -> tuple[float, int]:
+    return ended.end_time, ended.number
 
 
 def chosen(ended: Sequence[EndedJob], limits: RetentionLimits, num_read: int = 1000) -> tuple[Removal, ...]:
@@ -125,25 +132,39 @@ def test_a_job_is_kept_for_its_whole_time_and_up_to_the_last_byte() -> None:
 
 
 class Bench:
-    """Retention over jobs that are removed in fact from a dictionary, unless that fails."""
+    """Retention over jobs that are removed in fact from dictionaries, unless that fails."""
 
     def __init__(self, limits: RetentionLimits, *ended: EndedJob) -> None:
         self.jobs = {each.job_id: each for each in ended}
+        self.files = {each.job_id for each in ended if each.image_bytes}
         self.reports: list[RetentionReport] = []
         self.failures: set[str] = set()
         self.read: set[str] = set()
-        self.retention = Retention(limits, self, self._remove, self.read.__contains__, self.reports.append)
+        self.num_deletions_left: int | None = None
+        self.retention = Retention(
+            limits, cast(Any, self), cast(Any, self), self.read.__contains__, self.reports.append
+        )
 
-    async def ended(self, before_time: float | None = None, limit: int = 100) -> tuple[EndedJob, ...]:
-        return tuple(oldest_first(self.jobs.values())[:limit])
+    async def ended(self, after: EndedJob | None, limit: int) -> tuple[EndedJob, ...]:
+        behind = [each for each in self.jobs.values() if after is None or _age(each) > _age(after)]
+        return tuple(oldest_first(behind)[:limit])
 
     async def usage(self) -> Usage:
         return Usage(len(self.jobs), sum(each.image_bytes for each in self.jobs.values()))
 
-    async def _remove(self, job_id: str) -> None:
+    async def remove(self, job_id: str) -> None:
         if job_id in self.failures:
             raise ArtifactUnavailableError(1.0)
-        del self.jobs[job_id]
+        self.files.discard(job_id)
+
+    async def delete_ended(self, job_ids: Collection[str]) -> None:
+        if self.num_deletions_left is not None:
+            if not self.num_deletions_left:
+                raise StoreUnavailableError(1.0)
+            self.num_deletions_left -= 1
+        for job_id in job_ids:
+            assert job_id not in self.files, "the files go before the row"
+            self.jobs.pop(job_id, None)
 
     async def sweep(self, now: float = NOW) -> RetentionReport:
         return await self.retention.sweep(now)
@@ -176,16 +197,75 @@ async def test_a_dry_run_keeps_everything_and_says_once_of_each_job_that_it_woul
     assert all("dry run" in record.message for record in caplog.records)
 
 
-async def test_a_removal_that_fails_is_left_to_the_next_sweep_and_what_went_is_counted() -> None:
+async def test_a_job_whose_images_cannot_be_removed_stays_until_the_next_sweep_and_holds_up_no_other() -> (
+    None
+):
     bench = Bench(RetentionLimits(60), job("a", 90), job("b", 80), job("c", 70), job("d", 10))
     bench.failures = {"b"}
-    with pytest.raises(ArtifactUnavailableError):
+    report = await bench.sweep()
+    assert set(bench.jobs) == {"b", "d"}
+    assert report == RetentionReport(2, 20, {RemovalReason.AGE: 2})
+    assert bench.reports == [report]
+    bench.failures = set()
+    assert (await bench.sweep()).num_removed == {RemovalReason.AGE: 1}
+    assert set(bench.jobs) == {"d"}
+
+
+async def test_images_that_cannot_be_removed_count_as_kept_so_that_others_go_in_their_place() -> None:
+    bench = Bench(RetentionLimits(3600, 1), job("a", 90), job("b", 80), job("c", 70))
+    bench.failures = {"a"}
+    await bench.sweep()
+    assert set(bench.jobs) == {"a", "c"}
+    bench.failures = set()
+    assert (await bench.sweep()).num_removed == {RemovalReason.NUMBER: 1}
+    assert set(bench.jobs) == {"c"}
+
+
+async def test_jobs_without_images_go_while_the_artifact_store_is_away() -> None:
+    bench = Bench(RetentionLimits(60), job("a", 90), job("b", 80, image_bytes=0))
+    bench.failures = {"a", "b"}
+    assert (await bench.sweep()).num_removed == {RemovalReason.AGE: 1}
+    assert set(bench.jobs) == {"a"}
+
+
+async def test_a_sweep_that_loses_the_store_counts_what_went_and_leaves_the_rest_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hidream_grpc.jobs.retention.JOBS_OF_A_BATCH", 1)
+    monkeypatch.setattr("hidream_grpc.jobs.retention.MAX_JOBS_READ", 1)
+    bench = Bench(RetentionLimits(60), job("a", 90), job("b", 80), job("c", 70), job("d", 10))
+    bench.num_deletions_left = 1
+    with pytest.raises(StoreUnavailableError):
         await bench.sweep()
     assert set(bench.jobs) == {"b", "c", "d"}
     assert bench.reports == [RetentionReport(3, 30, {RemovalReason.AGE: 1})]
-    bench.failures = set()
+    bench.num_deletions_left = None
     assert (await bench.sweep()).num_removed == {RemovalReason.AGE: 2}
     assert set(bench.jobs) == {"d"}
+
+
+async def test_a_sweep_that_removes_jobs_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    bench = Bench(
+        RetentionLimits(60, 1), *(job(str(number), 90) for number in range(3)), job("d", 9), job("e", 8)
+    )
+    for _ in range(2):
+        await bench.sweep()
+    (record,) = caplog.records
+    assert record.message == "removed 4 old jobs"
+    assert (getattr(record, "age", 0), getattr(record, "number", 0)) == (3, 1)
+
+
+async def test_an_artifact_store_that_fails_for_many_jobs_is_one_line_of_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    bench = Bench(RetentionLimits(60), *(job(str(number), 90) for number in range(20)))
+    bench.failures = set(bench.jobs)
+    for _ in range(3):
+        await bench.sweep()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
 
 
 async def test_a_job_that_is_read_stays_until_its_readers_have_gone() -> None:

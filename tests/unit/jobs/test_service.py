@@ -78,10 +78,10 @@ async def test_a_job_that_is_followed_when_it_has_ended_tells_all_that_is_kept(b
 async def test_the_parts_told_can_be_read_and_make_the_image(bench: Bench) -> None:
     job = await bench.submit(submission())
     await bench.run()
-    data = b""
+    data, reader = b"", bench.service.image_reader(job.job_id)
     for event in await bench.events(job.job_id):
         if isinstance(part := event.body, ImagePart):
-            data += await bench.service.read_image(job.job_id, part.image.index, part.offset, part.length)
+            data += await reader.read(part.image, part.offset, part.length)
     assert data == DATA
 
 
@@ -312,20 +312,46 @@ async def test_cancelling_a_job_that_has_ended_changes_nothing(bench: Bench) -> 
 
 
 async def test_a_caller_that_leaves_stops_its_job_unless_another_caller_stays(bench: Bench) -> None:
-    watched, called = [await bench.submit(submission(name)) for name in ("watched", "called")]
+    watched = await bench.submit(submission("watched"), call_id="watched 1")
+    called = await bench.submit(submission("called"), call_id="called 1")
+    assert (await bench.submit(submission("called"), call_id="called 2")).job_id == called.job_id
     async with aclosing(bench.service.follow(None, watched.job_id)) as events:
         await anext(events)
-        with bench.service.called(called.job_id):
-            bench.service.leave(called.job_id, CancelReason.CALLER_LEFT)
-            bench.service.leave(watched.job_id, CancelReason.CALLER_LEFT)
-            await bench.ended(watched.job_id, JobState.CANCELLED)
-            assert await bench.run() == called.job_id
+        bench.service.leave(called.job_id, "called 1", CancelReason.CALLER_LEFT)
+        bench.service.leave(watched.job_id, "watched 1", CancelReason.CALLER_LEFT)
+        await bench.ended(watched.job_id, JobState.CANCELLED)
+        assert await bench.run() == called.job_id
+
+
+async def test_a_running_job_that_its_last_caller_leaves_takes_no_further_step(bench: Bench) -> None:
+    job = await bench.submit(submission(), call_id="call 1")
+    await bench.submit(submission(), call_id="call 2")
+    request = await bench.take()
+    await bench.state(job.job_id, JobState.RUNNING)
+    bench.service.leave(job.job_id, "call 2", CancelReason.CALLER_LEFT)
+    request.on_event(StepFinished(1, 0.1))
+    bench.service.leave(job.job_id, "call 1", CancelReason.DEADLINE)
+    end = await bench.end(job.job_id)
+    assert isinstance(end, Cancelled)
+    assert (end.reason, type(end.error)) == (CancelReason.DEADLINE, DeadlineExceededError)
+    assert set(bench.engine.cancelled) == {f"{job.job_id}/1"}
+
+
+async def test_a_caller_that_leaves_without_a_reason_leaves_its_job_to_its_retry(bench: Bench) -> None:
+    job = await bench.submit(submission("retried"), call_id="call 1")
+    other = await bench.submit(submission("other"), call_id="call 2")
+    bench.service.leave(job.job_id, "call 1", None)
+    bench.service.leave(other.job_id, "call 2", CancelReason.CALLER_LEFT)
+    await bench.ended(other.job_id, JobState.CANCELLED)
+    assert (await bench.submit(submission("retried"), call_id="call 3")).job_id == job.job_id
+    assert await bench.run() == job.job_id
 
 
 async def test_a_caller_that_goes_while_its_job_is_accepted_leaves_none_that_is_drawn(bench: Bench) -> None:
     await busy(bench)
     for name, is_detached in (("awaited", False), ("detached", True)):
-        call = asyncio.create_task(bench.submit(submission(name, is_detached=is_detached)))
+        call_id = "" if is_detached else name
+        call = asyncio.create_task(bench.submit(submission(name, is_detached=is_detached), call_id=call_id))
         await asyncio.sleep(0)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
