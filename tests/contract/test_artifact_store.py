@@ -20,7 +20,7 @@ from hidream_grpc.errors import (
     ImageNotFoundError,
     StorageFullError,
 )
-from hidream_grpc.jobs.artifacts import MAX_CALLS_AT_ONCE, ArtifactStore
+from hidream_grpc.jobs.artifacts import MAX_CALLS_AT_ONCE, ArtifactStore, StoredFile, image_file
 from hidream_grpc.jobs.job import StoredImage
 from hidream_grpc.jobs.objects import ArtifactTimeouts
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
@@ -41,6 +41,7 @@ PARAMETERS = GenerationParameters(
 DATA = bytes(range(256)) * 40
 SHORT = ArtifactTimeouts(connect_seconds=0.2, request_seconds=0.3, call_seconds=0.6)
 TIMEOUT_SECONDS = 60
+CLAIM = 3
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +70,24 @@ def store(location: str) -> ArtifactStore:
     return ArtifactStore(location)
 
 
+def image(index: int, claim_number: int = CLAIM) -> StoredImage:
+    """What is read: of an image that may not be there."""
+    return StoredImage(index, 64, 128, 40 + index, "image/webp", len(DATA), b"", claim_number=claim_number)
+
+
+async def listed(store: ArtifactStore, max_files: int = 1000) -> list[StoredFile]:
+    return [file async for files in store.files(max_files) for file in files]
+
+
 def files_in(directory: Path) -> list[str]:
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
 
 
 async def test_a_stored_image_says_what_it_is(store: ArtifactStore) -> None:
-    image = await store.write("job", 2, PARAMETERS, DATA)
-    assert (image.index, image.width, image.height, image.seed) == (2, 64, 128, 42)
-    assert (image.mime_type, image.size_bytes) == ("image/webp", len(DATA))
-    assert image.sha256 == hashlib.sha256(DATA).digest()
+    stored = await store.write("job", CLAIM, 2, PARAMETERS, DATA)
+    assert (stored.index, stored.width, stored.height, stored.seed) == (2, 64, 128, 42)
+    assert (stored.mime_type, stored.size_bytes, stored.claim_number) == ("image/webp", len(DATA), CLAIM)
+    assert stored.sha256 == hashlib.sha256(DATA).digest()
 
 
 @pytest.mark.parametrize(
@@ -93,63 +103,88 @@ async def test_a_stored_image_says_what_it_is(store: ArtifactStore) -> None:
     ],
 )
 async def test_any_range_of_an_image_can_be_read(store: ArtifactStore, offset: int, length: int) -> None:
-    await store.write("job", 0, PARAMETERS, DATA)
-    assert await store.read("job", 0, offset, length) == DATA[offset : offset + length]
+    await store.write("job", CLAIM, 0, PARAMETERS, DATA)
+    assert await store.read("job", image(0), offset, length) == DATA[offset : offset + length]
 
 
 async def test_an_image_that_is_not_there_is_named(store: ArtifactStore) -> None:
-    await store.write("job", 0, PARAMETERS, DATA)
+    await store.write("job", CLAIM, 0, PARAMETERS, DATA)
     for job_id, index in (("job", 1), ("other", 0)):
         with pytest.raises(ImageNotFoundError) as missing:
-            await store.read(job_id, index, 0, 10)
+            await store.read(job_id, image(index), 0, 10)
         assert (missing.value.job_id, missing.value.index) == (job_id, index)
 
 
 async def test_an_image_that_is_written_again_is_the_newer_one(store: ArtifactStore) -> None:
-    first = await store.write("job", 0, PARAMETERS, DATA)
-    assert await store.write("job", 0, PARAMETERS, DATA) == first
-    await store.write("job", 0, PARAMETERS, b"shorter")
-    assert await store.read("job", 0, 0, len(DATA)) == b"shorter"
+    first = await store.write("job", CLAIM, 0, PARAMETERS, DATA)
+    assert await store.write("job", CLAIM, 0, PARAMETERS, DATA) == first
+    await store.write("job", CLAIM, 0, PARAMETERS, b"shorter")
+    assert await store.read("job", image(0), 0, len(DATA)) == b"shorter"
+
+
+async def test_what_a_server_writes_late_overwrites_nothing_of_a_newer_claim(store: ArtifactStore) -> None:
+    newer = await store.write("job", CLAIM + 1, 0, PARAMETERS, DATA)
+    await store.write_snapshot("job", CLAIM + 1, b"newer")
+    late = await store.write("job", CLAIM, 0, PARAMETERS, b"late")
+    await store.write_snapshot("job", CLAIM, b"late")
+    assert await store.read("job", newer, 0, len(DATA)) == DATA
+    assert await store.read("job", late, 0, len(DATA)) == b"late"
+    assert await store.read_snapshot("job", CLAIM + 1) == b"newer"
+    await store.remove_snapshots("job")
+    assert await store.read_snapshot("job", CLAIM) is None
+    assert await store.read_snapshot("job", CLAIM + 1) is None
+    await store.remove("job")
+    assert await listed(store) == []
+
+
+async def test_images_of_before_claims_had_numbers_are_read_listed_and_removed(tmp_path: Path) -> None:
+    (tmp_path / "images" / "job").mkdir(parents=True)
+    (tmp_path / "images" / "job" / "1").write_bytes(DATA)
+    store = ArtifactStore(tmp_path)
+    assert await store.read("job", image(1, claim_number=0), 9, 100) == DATA[9:109]
+    assert await listed(store) == [StoredFile("images/job/1", "job", 0, 1)]
+    await store.remove_files(await listed(store))
+    assert files_in(tmp_path) == []
 
 
 async def test_the_newest_snapshot_of_a_job_is_kept_apart_from_its_images(store: ArtifactStore) -> None:
-    assert await store.read_snapshot("job") is None
-    await store.write("job", 0, PARAMETERS, DATA)
+    assert await store.read_snapshot("job", CLAIM) is None
+    await store.write("job", CLAIM, 0, PARAMETERS, DATA)
     for step in range(3):
-        await store.write_snapshot("job", b"step %d" % step)
-    assert await store.read_snapshot("job") == b"step 2"
-    await store.remove_snapshot("job")
-    await store.remove_snapshot("job")
-    assert await store.read_snapshot("job") is None
-    assert await store.read("job", 0, 0, len(DATA)) == DATA
+        await store.write_snapshot("job", CLAIM, b"step %d" % step)
+    assert await store.read_snapshot("job", CLAIM) == b"step 2"
+    await store.remove_snapshots("job")
+    await store.remove_snapshots("job")
+    assert await store.read_snapshot("job", CLAIM) is None
+    assert await store.read("job", image(0), 0, len(DATA)) == DATA
 
 
 async def test_removing_a_job_removes_all_that_is_of_it_and_no_other_job(store: ArtifactStore) -> None:
     for job_id in ("one", "one-more", "other"):
         for index in range(2):
-            await store.write(job_id, index, PARAMETERS, DATA)
-        await store.write_snapshot(job_id, b"snapshot")
+            await store.write(job_id, CLAIM, index, PARAMETERS, DATA)
+        await store.write_snapshot(job_id, CLAIM, b"snapshot")
     for _ in range(2):
         await store.remove("one")
     await store.remove("never there")
     for index in range(2):
         with pytest.raises(ImageNotFoundError):
-            await store.read("one", index, 0, 10)
-    assert await store.read_snapshot("one") is None
+            await store.read("one", image(index), 0, 10)
+    assert await store.read_snapshot("one", CLAIM) is None
     for job_id in ("one-more", "other"):
-        assert await store.read(job_id, 1, 0, len(DATA)) == DATA
-        assert await store.read_snapshot(job_id) == b"snapshot"
+        assert await store.read(job_id, image(1), 0, len(DATA)) == DATA
+        assert await store.read_snapshot(job_id, CLAIM) == b"snapshot"
 
 
 async def test_a_second_server_on_the_same_store_has_the_same_images(
     store: ArtifactStore, location: str
 ) -> None:
-    await store.write("job", 0, PARAMETERS, DATA)
+    await store.write("job", CLAIM, 0, PARAMETERS, DATA)
     other = ArtifactStore(location)
-    assert await other.read("job", 0, 0, len(DATA)) == DATA
+    assert await other.read("job", image(0), 0, len(DATA)) == DATA
     await other.remove("job")
     with pytest.raises(ImageNotFoundError):
-        await store.read("job", 0, 0, 1)
+        await store.read("job", image(0), 0, 1)
 
 
 async def test_of_writers_at_the_same_time_one_wins_whole(store: ArtifactStore) -> None:
@@ -159,16 +194,73 @@ async def test_of_writers_at_the_same_time_one_wins_whole(store: ArtifactStore) 
     async def read_until(written: asyncio.Future[list[StoredImage]]) -> None:
         while not written.done():
             try:
-                seen.add(await store.read("job", 0, 0, 400_000))
+                seen.add(await store.read("job", image(0), 0, 400_000))
             except ImageNotFoundError:
                 continue
 
     written = asyncio.ensure_future(
-        asyncio.gather(*(store.write("job", 0, PARAMETERS, version) for version in versions))
+        asyncio.gather(*(store.write("job", CLAIM, 0, PARAMETERS, version) for version in versions))
     )
     await asyncio.gather(written, read_until(written))
-    seen.add(await store.read("job", 0, 0, 400_000))
+    seen.add(await store.read("job", image(0), 0, 400_000))
     assert seen <= set(versions)
+
+
+# --- files of no job ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_files", [1, 2, 1000])
+async def test_all_files_are_listed_with_what_they_are(store: ArtifactStore, max_files: int) -> None:
+    for job_id in ("one", "other"):
+        for claim_number in (1, 20):
+            await store.write(job_id, claim_number, 0, PARAMETERS, DATA)
+        await store.write_snapshot(job_id, 20, b"snapshot")
+    await store.belongs_to("a store")
+    found = [files async for files in store.files(max_files)]
+    assert all(len(files) <= max_files for files in found)
+    files = sorted((file for files in found for file in files), key=lambda file: file.key)
+    assert files == [
+        *(image_file(job_id, claim, 0) for job_id in ("one", "other") for claim in (1, 20)),
+        *(StoredFile(f"snapshots/{job_id}/20", job_id, 20, None) for job_id in ("one", "other")),
+    ]
+
+
+async def test_files_are_removed_one_by_one_and_one_that_is_gone_is_no_error(
+    store: ArtifactStore,
+) -> None:
+    await store.write("job", 1, 0, PARAMETERS, DATA)
+    kept = await store.write("job", 2, 0, PARAMETERS, DATA)
+    await store.write_snapshot("job", 1, b"snapshot")
+    gone = [file for file in await listed(store) if file.claim_number == 1]
+    for _ in range(2):
+        await store.remove_files([*gone, image_file("job", 7, 7)])
+    assert await listed(store) == [image_file("job", 2, 0)]
+    assert await store.read("job", kept, 0, len(DATA)) == DATA
+
+
+async def test_what_a_killed_writer_left_in_a_folder_is_listed_and_removed(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    await store.write("job", CLAIM, 0, PARAMETERS, DATA)
+    (tmp_path / "images" / "job" / str(CLAIM) / "1#7").write_bytes(b"half of an image")
+    staged = [file for file in await listed(store) if file.index is None]
+    assert [(file.job_id, file.claim_number) for file in staged] == [("job", CLAIM)]
+    await store.remove_files(staged)
+    assert files_in(tmp_path) == [f"images/job/{CLAIM}/0"]
+
+
+async def test_what_is_no_file_of_ours_is_passed_over(tmp_path: Path) -> None:
+    for name in ("images/README", "images/a/b/c/d", "snapshots/lost+found", "elsewhere/job/1/0"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"of somebody else")
+    assert await listed(ArtifactStore(tmp_path)) == []
+
+
+async def test_the_files_belong_to_the_first_job_store_that_asks(store: ArtifactStore, location: str) -> None:
+    answers = await asyncio.gather(*(store.belongs_to(store_id) for store_id in ("a", "b", "c", "a")))
+    assert answers.count(True) in (1, 2)
+    winner = ("a", "b", "c", "a")[answers.index(True)]
+    again = ArtifactStore(location)
+    assert [await again.belongs_to(store_id) for store_id in "abc"] == [name == winner for name in "abc"]
 
 
 # --- killed writers ---------------------------------------------------------------------------------
@@ -179,13 +271,13 @@ IMAGE_BYTES = 4_000_000
 WRITE_UNTIL_KILLED = """
 import asyncio, itertools, sys
 from hidream_grpc.jobs.artifacts import ArtifactStore
-from tests.contract.test_artifact_store import IMAGE_BYTES, NUM_IMAGES, PARAMETERS
+from tests.contract.test_artifact_store import CLAIM, IMAGE_BYTES, NUM_IMAGES, PARAMETERS
 
 async def write() -> None:
     store = ArtifactStore(sys.argv[1])
     for number in itertools.count():
         data = bytes([number % 256]) * IMAGE_BYTES
-        await store.write("job", number % NUM_IMAGES, PARAMETERS, data)
+        await store.write("job", CLAIM, number % NUM_IMAGES, PARAMETERS, data)
         print(number, flush=True)
 
 asyncio.run(write())
@@ -220,15 +312,15 @@ async def test_a_writer_that_is_killed_leaves_whole_images_and_all_that_it_ackno
         # Of the write that was killed nobody was told: it may be there, but then whole.
         possible = {number % 256 for number in (*acknowledged[-1:], num_acknowledged)}
         try:
-            data = await store.read("job", index, 0, IMAGE_BYTES + 1)
+            data = await store.read("job", image(index), 0, IMAGE_BYTES + 1)
         except ImageNotFoundError:
             assert not acknowledged
         else:
             assert data == data[:1] * IMAGE_BYTES
             assert data[0] in possible
     # A new writer is not in the way of what the killed one left.
-    await store.write("job", 0, PARAMETERS, DATA)
-    assert await store.read("job", 0, 0, IMAGE_BYTES) == DATA
+    await store.write("job", CLAIM, 0, PARAMETERS, DATA)
+    assert await store.read("job", image(0), 0, IMAGE_BYTES) == DATA
 
 
 async def test_what_a_killed_writer_left_in_a_folder_goes_with_its_job(tmp_path: Path) -> None:
@@ -247,13 +339,13 @@ WRITE_UNDER_A_LIMIT = """
 import asyncio, resource, signal, sys
 from hidream_grpc.errors import StorageFullError
 from hidream_grpc.jobs.artifacts import ArtifactStore
-from tests.contract.test_artifact_store import PARAMETERS
+from tests.contract.test_artifact_store import CLAIM, PARAMETERS
 
 async def write() -> None:
     store = ArtifactStore(sys.argv[1])
-    await store.write("job", 0, PARAMETERS, bytes(4096))
+    await store.write("job", CLAIM, 0, PARAMETERS, bytes(4096))
     try:
-        await store.write("job", 1, PARAMETERS, bytes(4097))
+        await store.write("job", CLAIM, 1, PARAMETERS, bytes(4097))
     except StorageFullError as error:
         assert (error.job_id, error.size_bytes) == ("job", 4097)
     else:
@@ -268,7 +360,7 @@ asyncio.run(write())
 def test_an_image_that_has_no_room_is_refused_and_nothing_of_it_is_left(tmp_path: Path) -> None:
     # In a process of its own: the kernel then refuses the write, as it does on a full disk.
     subprocess.run([sys.executable, "-c", WRITE_UNDER_A_LIMIT, tmp_path.as_uri()], check=True)
-    assert files_in(tmp_path) == ["images/job/0"]
+    assert files_in(tmp_path) == [f"images/job/{CLAIM}/0"]
 
 
 async def test_a_full_disk_refuses_an_image_keeps_the_older_and_heals_when_there_is_room(
@@ -276,18 +368,18 @@ async def test_a_full_disk_refuses_an_image_keeps_the_older_and_heals_when_there
 ) -> None:
     with small_disk(tmp_path / "disk", 1 << 20) as disk:
         store = ArtifactStore(disk)
-        await store.write("old", 0, PARAMETERS, bytes(700_000))
+        await store.write("old", CLAIM, 0, PARAMETERS, bytes(700_000))
         for job_id in ("new", "old"):
             with pytest.raises(StorageFullError):
-                await store.write(job_id, 0, PARAMETERS, bytes([1]) * 700_000)
+                await store.write(job_id, CLAIM, 0, PARAMETERS, bytes([1]) * 700_000)
         with pytest.raises(StorageFullError) as refused:
-            await store.write_snapshot("new", bytes(700_001))
+            await store.write_snapshot("new", CLAIM, bytes(700_001))
         assert (refused.value.job_id, refused.value.size_bytes) == ("new", 700_001)
-        assert files_in(disk) == ["images/old/0"]
-        assert await store.read("old", 0, 0, 700_000) == bytes(700_000)
+        assert files_in(disk) == [f"images/old/{CLAIM}/0"]
+        assert await store.read("old", image(0), 0, 700_000) == bytes(700_000)
         await store.remove("old")
-        await store.write("new", 0, PARAMETERS, bytes(700_000))
-        assert files_in(disk) == ["images/new/0"]
+        await store.write("new", CLAIM, 0, PARAMETERS, bytes(700_000))
+        assert files_in(disk) == [f"images/new/{CLAIM}/0"]
 
 
 @pytest.mark.parametrize(
@@ -300,7 +392,7 @@ async def test_a_bucket_without_room_is_told_as_a_full_disk_is(
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         store = ArtifactStore(s3_location, ArtifactTimeouts(request_seconds=0.5))
         with pytest.raises(StorageFullError):
-            await store.write("job", 0, PARAMETERS, DATA)
+            await store.write("job", CLAIM, 0, PARAMETERS, DATA)
 
 
 # --- a store that is gone ---------------------------------------------------------------------------
@@ -308,11 +400,15 @@ async def test_a_bucket_without_room_is_told_as_a_full_disk_is(
 
 async def all_calls_are_unavailable(store: ArtifactStore) -> None:
     for call in (
-        store.write("job", 0, PARAMETERS, DATA),
-        store.read("job", 0, 0, 10),
-        store.write_snapshot("job", b"step"),
-        store.read_snapshot("job"),
+        store.write("job", CLAIM, 0, PARAMETERS, DATA),
+        store.read("job", image(0), 0, 10),
+        store.write_snapshot("job", CLAIM, b"step"),
+        store.read_snapshot("job", CLAIM),
+        store.remove_snapshots("job"),
         store.remove("job"),
+        store.belongs_to("a store"),
+        listed(store),
+        store.remove_files([image_file("job", CLAIM, 0)]),
     ):
         with pytest.raises(ArtifactUnavailableError) as unavailable:
             await call
@@ -323,24 +419,24 @@ async def test_a_bucket_whose_server_was_killed_is_unavailable_and_heals_with_it
     s3_server: S3Server, s3_location: str
 ) -> None:
     store = ArtifactStore(s3_location, SHORT)
-    await store.write("job", 0, PARAMETERS, DATA)
+    await store.write("job", CLAIM, 0, PARAMETERS, DATA)
     s3_server.kill()
     try:
         await all_calls_are_unavailable(store)
     finally:
         s3_server.start()
-    await store.write("job", 0, PARAMETERS, DATA)
-    assert await store.read("job", 0, 0, len(DATA)) == DATA
+    await store.write("job", CLAIM, 0, PARAMETERS, DATA)
+    assert await store.read("job", image(0), 0, len(DATA)) == DATA
 
 
 async def test_a_bucket_that_does_not_answer_is_unavailable_in_time_for_any_number_of_calls(
     s3_server: S3Server, s3_location: str
 ) -> None:
     store = ArtifactStore(s3_location, SHORT)
-    await store.write("job", 0, PARAMETERS, DATA)
+    await store.write("job", CLAIM, 0, PARAMETERS, DATA)
     s3_server.freeze()
     try:
-        calls = [store.read("job", 0, 0, 10) for _ in range(3 * MAX_CALLS_AT_ONCE)]
+        calls = [store.read("job", image(0), 0, 10) for _ in range(3 * MAX_CALLS_AT_ONCE)]
         async with asyncio.timeout(20 * SHORT.call_seconds):
             outcomes = await asyncio.gather(*calls, return_exceptions=True)
     finally:
@@ -349,7 +445,7 @@ async def test_a_bucket_that_does_not_answer_is_unavailable_in_time_for_any_numb
     async with asyncio.timeout(TIMEOUT_SECONDS):
         while True:
             try:
-                assert await store.read("job", 0, 0, len(DATA)) == DATA
+                assert await store.read("job", image(0), 0, len(DATA)) == DATA
                 break
             except ArtifactUnavailableError:
                 # It works off what it was asked while it was frozen.
@@ -362,9 +458,9 @@ async def test_the_event_loop_goes_on_while_a_bucket_does_not_answer(
     bucket, folder = ArtifactStore(s3_location), ArtifactStore(tmp_path)
     s3_server.freeze()
     try:
-        slow = asyncio.create_task(bucket.write("job", 0, PARAMETERS, DATA))
+        slow = asyncio.create_task(bucket.write("job", CLAIM, 0, PARAMETERS, DATA))
         for index in range(20):
-            await folder.write("job", index, PARAMETERS, DATA)
+            await folder.write("job", CLAIM, index, PARAMETERS, DATA)
         assert not slow.done()
     finally:
         s3_server.thaw()
@@ -379,21 +475,21 @@ async def test_a_bucket_that_refuses_us_is_unavailable_and_the_log_says_why(
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         store = ArtifactStore(s3_location, ArtifactTimeouts(request_seconds=0.5))
         with pytest.raises(ArtifactUnavailableError, match=r"^the artifact store is not available$"):
-            await store.write("job", 0, PARAMETERS, DATA)
+            await store.write("job", CLAIM, 0, PARAMETERS, DATA)
     assert "SomeReason" in caplog.text
 
 
 async def test_a_bucket_that_was_never_made_is_unavailable(s3_location: str) -> None:
     store = ArtifactStore(s3_location.replace(BUCKET, "never-made"))
     with pytest.raises(ArtifactUnavailableError):
-        await store.write("job", 0, PARAMETERS, DATA)
+        await store.write("job", CLAIM, 0, PARAMETERS, DATA)
 
 
 async def test_a_folder_that_cannot_be_written_is_not_taken_for_a_full_one(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     (tmp_path / "images").write_bytes(b"a file in the folder's place")
     with pytest.raises(ArtifactUnavailableError):
-        await store.write("job", 0, PARAMETERS, DATA)
+        await store.write("job", CLAIM, 0, PARAMETERS, DATA)
 
 
 # --- where it is ------------------------------------------------------------------------------------
@@ -421,7 +517,7 @@ def test_a_process_that_has_just_written_ends_in_order(location: str) -> None:
     script = (
         "import asyncio, sys\n"
         "from hidream_grpc.jobs.artifacts import ArtifactStore\n"
-        "asyncio.run(ArtifactStore(sys.argv[1]).write_snapshot('job', b'step'))\n"
+        "asyncio.run(ArtifactStore(sys.argv[1]).write_snapshot('job', 1, b'step'))\n"
     )
     for _ in range(3):
         ended = subprocess.run([sys.executable, "-c", script, location], env=os.environ, capture_output=True)

@@ -54,6 +54,23 @@ async def test_the_same_request_at_the_same_time_gives_one_job(
     assert (await store.counts()).total() == 1
 
 
+async def test_batches_that_name_the_same_requests_at_the_same_time_give_the_same_jobs(
+    store: SqlJobStore, other: SqlJobStore
+) -> None:
+    names = ["r1", "r2", "r3", "r4"]
+    orders = [names, names[::-1], names[2:] + names[:2], names[1:]] * 4
+    answers = await asyncio.gather(
+        *(
+            added(replica, *(new_job(request_id=name) for name in order))
+            for replica, order in zip([store, other] * 8, orders, strict=True)
+        )
+    )
+    found = {(job.submission.request_id, job.job_id) for jobs in answers for job in jobs}
+    assert sorted(name for name, _ in found) == names
+    assert [[job.submission.request_id for job in jobs] for jobs in answers] == orders
+    assert (await store.counts()).total() == len(names)
+
+
 async def test_a_request_id_of_another_request_is_refused(store: SqlJobStore) -> None:
     (first,) = await added(store, new_job(request_id="r1"))
     with pytest.raises(RequestIdConflictError) as caught:

@@ -16,8 +16,11 @@ from hidream_grpc.errors import (
     JobNotFoundError,
 )
 from hidream_grpc.jobs.job import CancelReason, JobState
+from hidream_grpc.jobs.store.changes import ChangeKind
+from hidream_grpc.jobs.store.records import EndedJob
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.job_stores import (
+    MODEL,
     OWNER,
     added,
     claimed,
@@ -96,7 +99,7 @@ async def test_a_job_that_was_to_be_cancelled_when_its_replica_died_is_never_dra
     await added(store, new_job())
     (job,) = await claimed(store)
     await store.request_cancel(OWNER, job.job_id, CancelReason.REQUESTED)
-    await store.renew("replica-1", [job.job_id], 0.0)
+    await store.remove_replica("replica-1")
     assert await claimed(store, "replica-2") == ()
     assert (await store.get(OWNER, job.job_id)).state is JobState.CANCELLED
 
@@ -131,12 +134,51 @@ async def test_retention_sees_what_ended_first_and_how_much_is_kept(store: SqlJo
     await finished(store, first, size_bytes=500)
     await store.save(with_image(started(running)))
     oldest, newest = await store.ended()
-    assert (oldest.job_id, oldest.owner, oldest.image_bytes) == (second.job_id, OWNER, 3_000_000_000)
+    assert (oldest.job_id, oldest.image_bytes) == (second.job_id, 3_000_000_000)
+    assert oldest.end_time <= newest.end_time
     assert newest.job_id == first.job_id
     assert await store.ended(limit=1) == (oldest,)
-    assert await store.ended(before_time=newest.end_time) == (oldest,)
+    assert await store.ended(oldest) == (newest,)
+    assert await store.ended(newest) == ()
     usage = await store.usage()
     assert (usage.num_ended_jobs, usage.image_bytes) == (2, 3_000_000_500)
+
+
+async def test_what_has_ended_is_read_once_page_by_page_also_of_one_moment(store: SqlJobStore) -> None:
+    jobs = await added(store, *(new_job() for _ in range(7)))
+    now = time.time()
+    for index, job in enumerate(await claimed(store, limit=7)):
+        await store.save(replace(succeeded(started(job)), end_time=now + index // 3))
+    read: list[EndedJob] = []
+    while more := await store.ended(read[-1] if read else None, limit=2):
+        read += more
+    assert [ended.job_id for ended in read] == ids(jobs)
+
+
+async def test_retention_removes_what_has_ended_and_nothing_else(
+    store: SqlJobStore, other: SqlJobStore
+) -> None:
+    await added(store, *(new_job(labels={"a": "b"}) for _ in range(4)))
+    *ended, running = await claimed(store, limit=3)
+    for job in ended:
+        await finished(store, job)
+    with other.subscribe() as changes:
+        everything = ids((await store.list(OWNER)).jobs)
+        await store.delete_ended([*everything, "deleted meanwhile"])
+        await store.publish("the end", b"")
+        told: list[str] = []
+        async with asyncio.timeout(20.0):
+            async for change in changes:
+                if change.kind is ChangeKind.PUBLISHED:
+                    break
+                if change.kind is ChangeKind.DELETED:
+                    told.append(change.job_id)
+    assert sorted(told) == sorted(ids(ended)), "those that are there are not told to be gone"
+    kept = (await store.list(OWNER, labels={"a": "b"})).jobs
+    assert [job.state for job in kept] == [JobState.QUEUED, JobState.QUEUED]
+    assert running.job_id in ids(kept)
+    await store.save(started(running))
+    assert (await store.usage()).num_ended_jobs == 0
 
 
 async def test_a_caller_whose_jobs_are_all_deleted_is_new_again(store: SqlJobStore) -> None:
@@ -146,4 +188,4 @@ async def test_a_caller_whose_jobs_are_all_deleted_is_new_again(store: SqlJobSto
         if caller == "b":
             await store.delete(OWNER, done.job_id)
     a, b = await added(store, new_job(caller="a"), new_job(caller="b"))
-    assert await store.queue_order() == (b.job_id, a.job_id)
+    assert await store.queue_order(MODEL) == (b.job_id, a.job_id)

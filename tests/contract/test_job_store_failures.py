@@ -19,6 +19,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
+from hidream_grpc.background import reason_of
 from hidream_grpc.errors import (
     HiDreamError,
     StoreFullError,
@@ -29,11 +30,13 @@ from hidream_grpc.errors import (
 from hidream_grpc.jobs.job import CancelReason, Job, JobState
 from hidream_grpc.jobs.store import changes as store_changes
 from hidream_grpc.jobs.store import database as store_database
+from hidream_grpc.jobs.store import store as store_module
 from hidream_grpc.jobs.store.changes import MAX_PAYLOAD_BYTES, Change, ChangeKind, Subscription
 from hidream_grpc.jobs.store.schema import metadata
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.contract import acknowledged_jobs
 from tests.job_stores import (
+    MODEL,
     OWNER,
     StoreDatabase,
     added,
@@ -104,7 +107,7 @@ async def test_what_ran_when_the_only_process_died_is_claimed_at_once(sqlite_dat
         (job,) = await claimed(store)
         await store.save(started(job))
     async with sqlite_database.opened() as store:
-        (again,) = await claimed(store)
+        (again,) = await claimed(store, "replica-2")
         assert (again.job_id, again.state, again.claim_number) == (job.job_id, JobState.RUNNING, 2)
 
 
@@ -300,6 +303,84 @@ async def test_a_database_that_hangs_is_told_and_heals(
         assert await told(store) is None
 
 
+@pytest.mark.parametrize(
+    ("break_it", "mend_it"),
+    [
+        pytest.param(
+            "ALTER TABLE jobs RENAME TO jobs_away", "ALTER TABLE jobs_away RENAME TO jobs", id="no table"
+        ),
+        pytest.param(
+            "ALTER TABLE jobs RENAME COLUMN run TO ran",
+            "ALTER TABLE jobs RENAME COLUMN ran TO run",
+            id="no column",
+        ),
+    ],
+)
+async def test_whatever_else_a_database_says_is_told_as_an_outage_and_heals(
+    break_it: str, mend_it: str, database: StoreDatabase
+) -> None:
+    async with database.opened() as store:
+        (job,) = await added(store, new_job())
+        async with connected(database) as connection:
+            await connection.execute(sa.text(break_it))
+        for attempt in (
+            store.get(None, job.job_id),
+            added(store, new_job()),
+            store.claim("replica-1", MODEL, 1),
+            store.counts(),
+            store.request_cancel(OWNER, job.job_id, CancelReason.REQUESTED),
+        ):
+            with pytest.raises(StoreUnavailableError) as caught:
+                await attempt
+            assert caught.value.retry_after_seconds > 0.0
+        async with connected(database) as connection:
+            await connection.execute(sa.text(mend_it))
+        assert await store.get(None, job.job_id) == job
+        assert await told(store) is None
+
+
+@pytest.mark.parametrize("state", ["40001", "40P01", "23505"], ids=["serialization", "deadlock", "unique"])
+async def test_a_transaction_that_the_database_undid_is_made_again(
+    state: str, postgres_database: StoreDatabase
+) -> None:
+    async with postgres_database.opened() as store:
+        async with connected(postgres_database) as connection:
+            await connection.execute(sa.text("CREATE SEQUENCE failures"))
+            await connection.execute(
+                sa.text(
+                    "CREATE FUNCTION fail_at_first() RETURNS trigger LANGUAGE plpgsql AS"
+                    " $$ BEGIN IF nextval('failures') < 4 THEN RAISE EXCEPTION 'undone'"
+                    f" USING ERRCODE = '{state}'; END IF; RETURN NEW; END $$"
+                )
+            )
+            await connection.execute(
+                sa.text(
+                    "CREATE TRIGGER fail_at_first BEFORE INSERT OR UPDATE ON jobs"
+                    " FOR EACH ROW EXECUTE FUNCTION fail_at_first()"
+                )
+            )
+        (job,) = await added(store, new_job())
+        assert await store.get(None, job.job_id) == job
+        assert (await store.counts()).total() == 1
+
+
+async def test_a_transaction_that_is_undone_again_and_again_is_told_as_an_outage(
+    postgres_database: StoreDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "MAX_CONFLICT_SECONDS", 0.001)
+    async with postgres_database.opened() as store:
+        async with connected(postgres_database) as connection:
+            body = "$$ BEGIN RAISE EXCEPTION 'undone' USING ERRCODE = 'serialization_failure'; END $$"
+            function = "CREATE FUNCTION undo() RETURNS trigger LANGUAGE plpgsql AS"
+            await connection.execute(sa.text(f"{function} {body}"))
+            trigger = "CREATE TRIGGER undo BEFORE INSERT OR UPDATE ON jobs EXECUTE FUNCTION undo()"
+            await connection.execute(sa.text(trigger))
+        assert isinstance(await told(store), StoreUnavailableError)
+        async with connected(postgres_database) as connection:
+            await connection.execute(sa.text("DROP FUNCTION undo CASCADE"))
+        assert await told(store) is None
+
+
 async def test_a_full_disk_is_told_and_heals(database: StoreDatabase, store: SqlJobStore) -> None:
     (kept,) = await added(store, new_job())
     (running,) = await claimed(store)
@@ -394,9 +475,10 @@ async def test_a_migration_that_fails_leaves_nothing(sqlite_database: StoreDatab
     with sqlite3.connect(tmp_path / "jobs.sqlite") as connection:
         connection.execute("CREATE TABLE turns (x)")
     connection.close()
-    with pytest.raises(sa.exc.DBAPIError):
+    with pytest.raises(StoreUnavailableError) as caught:
         async with sqlite_database.opened():
             pass
+    assert "table turns already exists" in reason_of(caught.value)
     with sqlite3.connect(tmp_path / "jobs.sqlite") as connection:
         tables = {
             name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")

@@ -12,21 +12,12 @@ from hidream_grpc.engine.requests import RequestStarted
 from hidream_grpc.jobs.artifacts import ArtifactStore
 from hidream_grpc.jobs.estimates import EngineCapacity
 from hidream_grpc.jobs.events import Body, Cancelled, JobFeed, Queued, Restarted, Started
-from hidream_grpc.jobs.job import CancelReason, Execution, Job
+from hidream_grpc.jobs.job import CancelReason, Execution, Job, StoredSnapshot
 from hidream_grpc.jobs.outlook import Outlook
 from hidream_grpc.jobs.running_job import JobTools, RunningJob
 from hidream_grpc.jobs.store.store import SqlJobStore
-from hidream_grpc.model.snapshot_format import PackedSnapshot, PackedTensor, pack
 from tests.job_stores import StoreDatabase, added, claimed, new_job, started
-
-SNAPSHOT_AFTER_STEP_2 = pack(
-    PackedSnapshot(
-        step=2,
-        latents=PackedTensor("float32", (1, 1, 1, 1), bytes(4)),
-        generator_states=(b"",),
-        scheduler_name="FlowMatchLCMScheduler",
-    )
-)
+from tests.snapshots import packed_snapshot
 
 
 def tools_of(store: SqlJobStore, artifacts: ArtifactStore) -> JobTools:
@@ -78,29 +69,29 @@ async def test_a_place_that_is_told_while_a_row_is_written_hides_no_event(
 
 
 @pytest.mark.parametrize(
-    ("snapshot", "step"),
+    ("snapshot", "given", "step"),
     [
-        pytest.param(SNAPSHOT_AFTER_STEP_2, 2, id="newer than the row"),
-        pytest.param(b"of another version", 0, id="unreadable"),
+        pytest.param(packed_snapshot(2), packed_snapshot(2), 2, id="newer than the row"),
+        pytest.param(b"of another version", None, 0, id="unreadable"),
     ],
 )
 async def test_a_job_goes_on_from_the_step_of_its_snapshot_whatever_its_row_says(
-    snapshot: bytes, step: int, sqlite_database: StoreDatabase, tmp_path: Path
+    snapshot: bytes, given: bytes | None, step: int, sqlite_database: StoreDatabase, tmp_path: Path
 ) -> None:
     artifacts = ArtifactStore(tmp_path / "artifacts")
     async with sqlite_database.opened() as store:
         await added(store, new_job())
         (job,) = await claimed(store)
         # The server was killed when the next snapshot was written, and its row was not.
-        await store.save(replace(started(job), snapshot_step=1))
-        await artifacts.write_snapshot(job.job_id, snapshot)
+        await store.save(replace(started(job), snapshot=StoredSnapshot(job.claim_number, 1)))
+        await artifacts.write_snapshot(job.job_id, job.claim_number, snapshot)
     async with sqlite_database.opened() as store:
-        (job,) = await claimed(store)
+        (job,) = await claimed(store, "replica-2")
         feed = JobFeed()
         running = RunningJob(job, feed, tools_of(store, artifacts))
         request = await running.engine_request()
         assert request is not None
-        assert request.snapshot == snapshot
+        assert request.snapshot == given
         running.tell(RequestStarted())
         running_task = asyncio.create_task(running.run())
         async for event in feed.follow():
