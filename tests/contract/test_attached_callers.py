@@ -1,4 +1,4 @@
-"""Who waits for a job, over all replicas, on SQLite and on PostgreSQL alike: the last that leaves stops it."""
+"""Who waits for a job, over all replicas, on both databases: the last that leaves stops it."""
 
 from __future__ import annotations
 

@@ -327,7 +327,6 @@ async def test_whatever_else_a_database_says_is_told_as_an_outage_and_heals(
             store.get(None, job.job_id),
             added(store, new_job()),
             store.claim("replica-1", MODEL, 1),
-            store.counts(),
             store.request_cancel(OWNER, job.job_id, CancelReason.REQUESTED),
         ):
             with pytest.raises(StoreUnavailableError) as caught:
