@@ -15,6 +15,7 @@ from hidream_grpc.jobs.job import (
     Execution,
     Job,
     JobState,
+    ModelIdentity,
     Priority,
     Progress,
     StoredImage,
@@ -98,6 +99,9 @@ def test_a_job_tells_everything_that_is_known_of_it() -> None:
     assert (waiting.priority, dict(waiting.labels)) == (job_pb2.PRIORITY_HIGH, {"team": "a"})
     absent = ("execution", "progress", "error", "start_time", "end_time")
     assert not any(waiting.HasField(name) for name in absent)  # type: ignore[arg-type]
+    assert waiting.model == "", "a row of before there were several models"
+    submission = dataclasses.replace(job.submission, model=ModelIdentity("demo", "dev", "0123456789abcdef"))
+    assert convert.job(dataclasses.replace(job, submission=submission)).model == "demo"
 
     job = job.started(EXECUTION, 1_700_000_002.0).encoded(0.5).progressed(PROGRESS, 1.25)
     running = convert.job(job.with_image(IMAGE, 0.75))
