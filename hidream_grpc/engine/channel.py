@@ -125,7 +125,7 @@ class AsyncChannel(Generic[Received]):
 
     async def send(self, message: msgspec.Struct) -> None:
         """Send one message. A peer that has gone is no error here: `receive` is what tells."""
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):
             self._writer.write(encode_frame(message))
             await self._writer.drain()
 
@@ -138,14 +138,15 @@ class AsyncChannel(Generic[Received]):
         try:
             length = await self._reader.readexactly(_LENGTH.size)
             body = await self._reader.readexactly(_read_length(length))
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, OSError):
+            # Whatever broke the connection, nothing comes from it any more.
             return None
         return self._decoder.decode(body)
 
     async def close(self) -> None:
         """Close the connection once what was sent is out; may be called twice."""
         self._writer.close()
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
 

@@ -10,6 +10,7 @@ import struct
 import tempfile
 from pathlib import Path
 
+from hidream_grpc.background import BackgroundTasks
 from hidream_grpc.engine.channel import STREAM_BUFFER_BYTES, AsyncChannel, FrameError
 from hidream_grpc.engine.messages import PROTOCOL_VERSION, Event, Hello
 from hidream_grpc.engine.zygote_link import ChildProcess
@@ -28,6 +29,7 @@ class RankListener:
         self._folder: Path | None = None
         self._server: asyncio.Server | None = None
         self._arrivals: dict[int, asyncio.Future[AsyncChannel[Event]]] = {}
+        self._greetings = BackgroundTasks()
 
     @property
     def folder(self) -> Path:
@@ -51,7 +53,7 @@ class RankListener:
         if len(bytes(self.socket_path)) > _MAX_SOCKET_PATH_BYTES:
             raise ConfigurationError("TMPDIR", f"{self._folder} is too long a path for a Unix socket")
         self._server = await asyncio.start_unix_server(
-            self._welcome, self.socket_path, limit=STREAM_BUFFER_BYTES
+            self._connected, self.socket_path, limit=STREAM_BUFFER_BYTES
         )
 
     async def connection_of(self, child: ChildProcess) -> AsyncChannel[Event] | None:
@@ -68,6 +70,7 @@ class RankListener:
         if self._server is not None:
             self._server.close()
             self._server = None
+        self._greetings.cancel()
         for arrival in self._arrivals.values():
             if arrival.done():
                 await arrival.result().close()
@@ -75,6 +78,9 @@ class RankListener:
         if self._folder is not None:
             shutil.rmtree(self._folder)
             self._folder = None
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._greetings.start(self._welcome(reader, writer), "greeting a rank")
 
     async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         channel = AsyncChannel[Event](reader, writer, Event)

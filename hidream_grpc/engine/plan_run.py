@@ -6,12 +6,13 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
+from hidream_grpc.background import keep_doing
 from hidream_grpc.engine.messages import PlanDone, StepPlan
+from hidream_grpc.engine.process_looks import LOOK_SECONDS
 from hidream_grpc.engine.rank_link import RankLink
 from hidream_grpc.engine.watchdog import PlanWatch
-from hidream_grpc.engine.zygote_link import LOOK_SECONDS
 from hidream_grpc.errors import LossCause, RankDiedError
 
 DEATH_NOTICE_SECONDS = 1.0
@@ -59,11 +60,12 @@ async def notice(loss: asyncio.Event) -> None:
             await loss.wait()
 
 
-async def watch_ranks(running: Mapping[RankLink, asyncio.Future[Any]], watch: PlanWatch) -> None:
+async def watch_ranks(running: Mapping[RankLink, asyncio.Future[Any]], watch: PlanWatch) -> NoReturn:
     """Look at the ranks that have not answered, and kill those that hang, until this task is cancelled."""
     looked_at = time.monotonic()
-    while True:
-        await asyncio.sleep(LOOK_SECONDS)
+
+    async def look() -> None:
+        nonlocal looked_at
         now = time.monotonic()
         # Who was frozen together with the ranks, or starved, must not take that time for theirs.
         elapsed_seconds, looked_at = min(now - looked_at, 2 * LOOK_SECONDS), now
@@ -71,6 +73,10 @@ async def watch_ranks(running: Mapping[RankLink, asyncio.Future[Any]], watch: Pl
         looks = {number: look for number, rank in unanswered.items() if (look := rank.look())}
         hanging = watch.look(looks, elapsed_seconds)
         await asyncio.gather(*(unanswered[rank].condemn(f"hung: {why}") for rank, why in hanging.items()))
+
+    # Most plans end before the first look.
+    await asyncio.sleep(LOOK_SECONDS)
+    await keep_doing("look for ranks that hang", look, lambda: asyncio.sleep(LOOK_SECONDS))
 
 
 async def _wait_for_blame(running: Mapping[RankLink, asyncio.Task[PlanDone]], loss: asyncio.Event) -> None:

@@ -7,6 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+LOOK_SECONDS = 1.0
+"""How often the watchdog looks at processes; some hundred microseconds each."""
+
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 # Of /proc/<pid>/stat, counted from the field after the name: proc_pid_stat(5).
 _STATE, _USER_TICKS, _SYSTEM_TICKS = 0, 11, 12
@@ -28,7 +31,11 @@ class ProcessLook:
 
 
 def look_at(pid: int) -> ProcessLook | None:
-    """Look at a process; None when it is gone."""
+    """Look at a process; None when it is gone.
+
+    Raises:
+        OSError: the system has no file descriptor to give just now.
+    """
     process = Path("/proc") / str(pid)
     try:
         fields = _stat_fields(process)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
 import os
 import re
 import signal
 from pathlib import Path
 
+from hidream_grpc.background import RETRY_SECONDS, Outage
 from hidream_grpc.errors import LossCause
 
+logger = logging.getLogger(__name__)
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# One for all ranks, since all read the same file.
+_oom_outage = Outage(logger, "count the processes that the kernel killed for their memory")
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -57,20 +63,30 @@ class OomKills:
     """Whether the kernel has killed a process of this machine for its memory since `look`."""
 
     def __init__(self) -> None:
-        self._num_seen = _num_oom_kills()
+        self._num_seen: int | None = None
+        self.look()
 
     def look(self) -> None:
         """Note how many there were up to now."""
-        self._num_seen = _num_oom_kills()
+        if (num_kills := _num_oom_kills()) is not None:
+            self._num_seen = num_kills
 
     @property
     def has_new(self) -> bool:
         """Whether there was one more since."""
-        return _num_oom_kills() > self._num_seen
+        num_kills = _num_oom_kills()
+        return num_kills is not None and self._num_seen is not None and num_kills > self._num_seen
 
 
-def _num_oom_kills() -> int:
-    counters = Path("/proc/vmstat").read_text(encoding="ascii")
+def _num_oom_kills() -> int | None:
+    """How many there were since the system started; None when it cannot be found out just now."""
+    try:
+        counters = Path("/proc/vmstat").read_text(encoding="ascii")
+    except OSError as error:
+        # Of a death that is looked into meanwhile the work is not suspected.
+        _oom_outage.note_failure(error)
+        return None
+    _oom_outage.note_success()
     match = re.search(r"^oom_kill (\d+)$", counters, re.MULTILINE)
     # Kernels before 4.13 do not count them.
     return int(match[1]) if match else 0
@@ -85,9 +101,7 @@ def cause_of_exit(exit_code: int, oom_kills: OomKills) -> LossCause:
 
 async def wait_until_gone(pid: int) -> None:
     """Wait for the end of a process that need not be a child of this one."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
+    if (pidfd := await _open_pidfd(pid)) is None:
         return
     loop = asyncio.get_running_loop()
     gone = asyncio.Event()
@@ -97,3 +111,19 @@ async def wait_until_gone(pid: int) -> None:
     finally:
         loop.remove_reader(pidfd)
         os.close(pidfd)
+
+
+async def _open_pidfd(pid: int) -> int | None:
+    """A file descriptor of a process, once the system has one to give; None when the process is gone."""
+    outage = Outage(logger, f"wait for the end of process {pid}")
+    while True:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return None
+        except OSError as error:
+            outage.note_failure(error)
+            await asyncio.sleep(RETRY_SECONDS)
+        else:
+            outage.note_success()
+            return pidfd

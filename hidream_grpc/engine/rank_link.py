@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from hidream_grpc.background import BackgroundTasks
 from hidream_grpc.engine.channel import AsyncChannel, FrameError
 from hidream_grpc.engine.listener import RankListener
 from hidream_grpc.engine.messages import (
@@ -28,6 +30,8 @@ from hidream_grpc.engine.pulse import PulseReader
 from hidream_grpc.engine.watchdog import RankLook
 from hidream_grpc.engine.zygote_link import ChildProcess, Verdict, ZygoteLink
 from hidream_grpc.errors import DeviceFailedError, LossCause, RankDiedError, StartupError
+
+logger = logging.getLogger(__name__)
 
 EXIT_SECONDS = 1.0
 """A rank whose socket closed is given this long to end by itself, so that its exit code is its own."""
@@ -69,7 +73,8 @@ class RankLink:
         self._generation = 0
         self._when_lost: Callable[[], None] | None = None
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
-        self._reader = asyncio.create_task(self._read())
+        self._tasks = BackgroundTasks()
+        self._reader = self._tasks.start(self._read(), f"reading from rank {rank}")
 
     @classmethod
     async def start(
@@ -95,11 +100,12 @@ class RankLink:
                 too long.
             RankDiedError: it was killed meanwhile. Nothing of it is left after any error.
         """
-        child = await zygote.start_rank(rank)
+        child: ChildProcess | None = None
         link: RankLink | None = None
         pulse = PulseReader(listener.folder)
         oom_kills = OomKills()
         try:
+            child = await zygote.start_rank(rank)
             async with asyncio.timeout(timeout_seconds):
                 channel = await listener.connection_of(child)
                 if channel is None:
@@ -108,7 +114,10 @@ class RankLink:
                 link = cls(rank, child, channel, zygote, pulse)
                 await link._load(make_load(pulse.path))
         except BaseException as error:
-            await (link.end() if link else zygote.kill(child))
+            if link is not None:
+                await link.end()
+            elif child is not None:
+                await zygote.kill(child)
             pulse.close()
             if isinstance(error, TimeoutError):
                 reason = f"rank {rank} did not load within {timeout_seconds:g} s"
@@ -198,7 +207,7 @@ class RankLink:
         self._when_lost = None
         await self._channel.send(Leave())
         await self._zygote.kill(self.child, grace_seconds)
-        await self._reader
+        await asyncio.wait((self._reader,))
         self._pulse.close()
 
     async def _load(self, load: Load) -> None:
@@ -227,14 +236,25 @@ class RankLink:
         except FrameError as error:
             self.loss = f"sent what is no message: {error}"
             self.loss_cause = LossCause.FAULT
-        await self._zygote.kill(self.child, EXIT_SECONDS)
-        await self._channel.close()
-        if self.loss is None:
-            end = _end_of(self.child, self._oom_kills)
-            self.loss, self.loss_cause = end.reason, end.cause
-        self._events.put_nowait(None)
-        if self._when_lost is not None:
-            self._when_lost()
+        except Exception:
+            logger.exception("what rank %d sent cannot be taken", self.rank)
+            self.loss = "sent what cannot be taken"
+            self.loss_cause = LossCause.FAULT
+        await self._note_loss()
+
+    async def _note_loss(self) -> None:
+        """Let those know that wait for an answer, or for the loss."""
+        try:
+            await self._zygote.kill(self.child, EXIT_SECONDS)
+            await self._channel.close()
+            if self.loss is None:
+                end = _end_of(self.child, self._oom_kills)
+                self.loss, self.loss_cause = end.reason, end.cause
+        finally:
+            self.loss = self.loss or "lost"
+            self._events.put_nowait(None)
+            if self._when_lost is not None:
+                self._when_lost()
 
 
 def _end_of(child: ChildProcess, oom_kills: OomKills) -> Verdict:

@@ -85,12 +85,20 @@ class Zygote:
 
     def _obey(self, command: ZygoteCommand) -> None:
         match command:
-            case StartRank(rank=rank):
-                self._start_rank(rank)
-            case StartStore():
-                self._start_store()
+            case StartRank() | StartStore():
+                self._start(command)
             case KillProcess(pid=pid) if pid in self._children:
                 signal.pidfd_send_signal(self._children[pid].pidfd, signal.SIGKILL)
+
+    def _start(self, command: StartRank | StartStore) -> None:
+        try:
+            if isinstance(command, StartRank):
+                self._start_rank(command.rank)
+            else:
+                self._start_store()
+        except OSError as error:
+            # Ending would take the other children along.
+            self._channel.send(StartRefused(reason=f"cannot start a process: {error.strerror}"))
 
     def _start_rank(self, rank: int) -> None:
         if self._start_method is StartMethod.EXEC:
@@ -158,7 +166,12 @@ class Zygote:
         return os.posix_spawn(sys.executable, command_line, os.environ)
 
     def _adopt(self, pid: int) -> None:
-        child = _Child(pid, os.pidfd_open(pid))
+        try:
+            child = _Child(pid, os.pidfd_open(pid))
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
         self._children[pid] = child
         self._selector.register(child.pidfd, selectors.EVENT_READ, child)
 

@@ -11,6 +11,7 @@ import sys
 import threading
 from dataclasses import dataclass
 
+from hidream_grpc.background import BackgroundTasks
 from hidream_grpc.engine.channel import STREAM_BUFFER_BYTES, AsyncChannel, FrameError
 from hidream_grpc.engine.messages import (
     KillProcess,
@@ -24,18 +25,14 @@ from hidream_grpc.engine.messages import (
     ZygoteEvent,
     ZygoteReady,
 )
-from hidream_grpc.engine.process_looks import look_at
 from hidream_grpc.engine.processes import describe_exit, wait_until_gone
-from hidream_grpc.engine.watchdog import StopWatch
+from hidream_grpc.engine.stop_detection import watch_for_stops
 from hidream_grpc.errors import LossCause, RankDiedError, StartupError
 
 logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 30.0
 """A zygote forks in milliseconds; one that takes this long is stopped or stuck, and is killed."""
-
-LOOK_SECONDS = 1.0
-"""How often the watchdog looks at processes; some hundred microseconds each."""
 
 STOPPED = "stopped by a signal, and killed by the watchdog"
 
@@ -98,8 +95,12 @@ class ZygoteLink:
         self._children: dict[int, ChildProcess] = {}
         self._answers: asyncio.Queue[ZygoteReady | ChildProcess | StartRefused | None] = asyncio.Queue()
         self._one_question = asyncio.Lock()
-        self._reader = asyncio.create_task(self._read())
-        self._watcher = asyncio.create_task(self._watch_for_stops())
+        self._tasks = BackgroundTasks()
+        self._reader = self._tasks.start(self._read(), "reading from the zygote")
+        self._watcher = self._tasks.start(
+            watch_for_stops(lambda: (self.pid, *self._children), self._end_stopped),
+            "looking for stopped processes",
+        )
 
     @classmethod
     async def start(cls, prepare: PrepareZygote, timeout_seconds: float) -> ZygoteLink:
@@ -173,7 +174,7 @@ class ZygoteLink:
         """Kill all children and the zygote, and wait until they are gone; may be called twice."""
         await asyncio.gather(*(self.kill(child) for child in list(self._children.values())))
         self._give_up("ended")
-        await self._reader
+        await asyncio.wait((self._reader,))
 
     async def _start_child(self, command: StartRank | StartStore) -> ChildProcess:
         child = await self._ask(command, ANSWER_SECONDS)
@@ -209,18 +210,14 @@ class ZygoteLink:
             self.loss = self.loss or reason
             self._process.kill()
 
-    async def _watch_for_stops(self) -> None:
-        watch = StopWatch()
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            looks = {pid: look_at(pid) for pid in (self.pid, *self._children)}
-            hanging = watch.look(frozenset(pid for pid, look in looks.items() if look and look.is_stopped))
-            if self.pid in hanging:
-                self._give_up(STOPPED)
-                return
-            children = [self._children[pid] for pid in hanging if pid in self._children]
-            verdict = Verdict(STOPPED, LossCause.OUTSIDE)
-            await asyncio.gather(*(self.condemn(child, verdict) for child in children))
+    async def _end_stopped(self, stopped: frozenset[int]) -> None:
+        if self.pid in stopped:
+            # No child can be ended by a zygote that is stopped; they end with it.
+            self._give_up(STOPPED)
+            return
+        children = [self._children[pid] for pid in stopped if pid in self._children]
+        verdict = Verdict(STOPPED, LossCause.OUTSIDE)
+        await asyncio.gather(*(self.condemn(child, verdict) for child in children))
 
     async def _read(self) -> None:
         try:
@@ -228,6 +225,9 @@ class ZygoteLink:
                 self._take(event)
         except FrameError as error:
             self._give_up(f"sent what is no message: {error}")
+        except Exception:
+            logger.exception("what the zygote sent cannot be taken")
+            self._give_up("sent what cannot be taken")
         exit_code = await self._process.wait()
         self._watcher.cancel()
         self.loss = self.loss or describe_exit(exit_code)

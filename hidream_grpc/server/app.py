@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from hidream.v1 import image_gen_pb2_grpc
-from hidream_grpc.background import reason_of
+from hidream_grpc.background import BackgroundTasks, reason_of
 from hidream_grpc.engine.controller import Controller
 from hidream_grpc.engine.reports import StepReport
 from hidream_grpc.engine.requests import EngineState
@@ -175,12 +176,12 @@ async def serve(settings: Settings) -> None:
             await _until_stopped(signals, engine, work)
             await _drain(settings, signals, health, jobs, engine, work)
         finally:
-            # After a second signal, or without its engine, a job must still tell how it ended.
-            await jobs.drain(grace_seconds=0)
-            await server.stop(SEND_LAST_EVENTS_SECONDS)
-            for task in (engine, work):
-                task.cancel()
-            await asyncio.wait((engine, work))
+            try:
+                # After a second signal, or without its engine, a job must still tell how it ended.
+                await jobs.drain(grace_seconds=0)
+                await server.stop(SEND_LAST_EVENTS_SECONDS)
+            finally:
+                await _end(engine, work)
     logger.info("stopped")
 
 
@@ -208,7 +209,7 @@ async def _drain(
     await asyncio.wait(
         (second_signal, *tasks), timeout=settings.drain_delay_seconds, return_when=asyncio.FIRST_COMPLETED
     )
-    drained = asyncio.create_task(jobs.drain(settings.grace_seconds))
+    drained = BackgroundTasks().start(jobs.drain(settings.grace_seconds), "draining")
     await asyncio.wait((drained, second_signal, *tasks), return_when=asyncio.FIRST_COMPLETED)
     if second_signal.done():
         end_within(END_SECONDS)
@@ -221,6 +222,16 @@ def _raise_what_ended(tasks: Sequence[asyncio.Task[None]]) -> None:
     for task in tasks:
         if task.done():
             task.result()
+
+
+async def _end(*tasks: asyncio.Task[None]) -> None:
+    """Cancel the tasks and wait for them; what ends one meanwhile is logged, unless it is being raised."""
+    raised = sys.exception()
+    for task in tasks:
+        task.cancel()
+    for error in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(error, Exception) and error is not raised:
+            logger.error("the server did not end in order", exc_info=error)
 
 
 def _execution(checkpoint: CheckpointDescription, group: RankGroup) -> Execution:

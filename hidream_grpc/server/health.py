@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2
 
 from hidream.v1 import image_gen_pb2
+from hidream_grpc.background import BackgroundTasks
 
 IMAGE_GEN = image_gen_pb2.DESCRIPTOR.services_by_name["ImageGen"].full_name
 _Status = health_pb2.HealthCheckResponse.ServingStatus
@@ -25,7 +25,7 @@ class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self._changes: set[asyncio.Task[None]] = set()
+        self._changes = BackgroundTasks()
         self._is_draining = False
         self.mark_ready(False)
 
@@ -36,9 +36,7 @@ class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc]
 
     def mark_ready(self, is_ready: bool) -> None:
         """Tell whether requests are taken; those that watch learn of it in the order of the calls."""
-        change = asyncio.create_task(self._set_ready(is_ready and not self._is_draining))
-        self._changes.add(change)
-        change.add_done_callback(self._changes.discard)
+        self._changes.start(self._set_ready(is_ready and not self._is_draining), "changing the health status")
 
     async def _set_ready(self, is_ready: bool) -> None:
         for service in READINESS:

@@ -92,7 +92,8 @@ class TokensFile:
         self._path = path
         self._clock = clock
         self._version = self._version_now()
-        self._entries = self._read()
+        self._unreadable_reason: str | None = None
+        self._entries = parse_tokens(self._text(), path)
         self._next_check_time = clock() + RELOAD_CHECK_SECONDS
 
     def caller_of(self, token: str) -> str | None:
@@ -105,11 +106,21 @@ class TokensFile:
     def _reload(self) -> None:
         version = self._version_now()
         if version == self._version:
+            self._unreadable_reason = None
             return
-        # Before it is read: of a file that changes meanwhile the rest is seen at the next check.
+        try:
+            text = self._text()
+        except ConfigurationError as error:
+            # Tried again at every check: what keeps it from being read need not change the file.
+            if str(error) != self._unreadable_reason:
+                logger.error("%s; the callers stay as they were", error)
+            self._unreadable_reason = str(error)
+            return
+        self._unreadable_reason = None
+        # As it was before it was read: of a file that changes meanwhile the rest is seen at the next check.
         self._version = version
         try:
-            self._entries = self._read()
+            self._entries = parse_tokens(text, self._path)
         except ConfigurationError as error:
             logger.error("%s; the callers stay as they were", error)
         else:
@@ -124,14 +135,13 @@ class TokensFile:
             return None
         return status.st_ino, status.st_mtime_ns, status.st_size
 
-    def _read(self) -> tuple[CallerToken, ...]:
+    def _text(self) -> str:
         try:
-            text = self._path.read_text(encoding="utf-8")
+            return self._path.read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigurationError(TOKENS_FILE_FLAG, f"{self._path}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise ConfigurationError(TOKENS_FILE_FLAG, f"{self._path}: is not UTF-8") from None
-        return parse_tokens(text, self._path)
 
 
 def _digest(token: str, path: Path, number: int) -> bytes:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 from unittest.mock import AsyncMock
 
 import pytest
@@ -14,7 +13,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 async def statuses(health: HealthServicer) -> dict[str, int]:
     """What List says once all changes so far are made."""
-    await asyncio.gather(*health._changes)
+    await health._changes.wait()
     listed = await health.List(health_pb2.HealthListRequest(), AsyncMock())
     return {service: response.status for service, response in listed.statuses.items()}
 

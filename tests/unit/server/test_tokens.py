@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import os
@@ -173,6 +174,25 @@ def test_a_file_that_did_not_change_is_not_read_again(path: Path, clock: Clock) 
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     clock.seconds += RELOAD_CHECK_SECONDS
     assert tokens.caller_of(ALICE) == "alice"
+
+
+def test_a_file_that_cannot_be_read_for_a_while_is_read_when_it_can_be(
+    path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = TokensFile(path, clock)
+    write(path, f"bob {BOB}\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", out_of_file_descriptors)
+        for _ in range(3):
+            clock.seconds += RELOAD_CHECK_SECONDS
+            assert tokens.caller_of(ALICE) == "alice"
+    assert len(caplog.records) == 1
+    clock.seconds += RELOAD_CHECK_SECONDS
+    assert (tokens.caller_of(ALICE), tokens.caller_of(BOB)) == (None, "bob")
+
+
+def out_of_file_descriptors(*_arguments: object, **_options: object) -> str:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 @pytest.mark.parametrize(
