@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -30,6 +31,19 @@ MARGIN_SECONDS = 3.0
 NUM_BURNERS = 60
 NOTICE_SECONDS = 60.0
 """Far below the timeouts of load, join and collectives: what is noticed sooner, the watchdog noticed."""
+
+
+@contextmanager
+def no_file_descriptors() -> Iterator[None]:
+    """This process can open nothing inside; what is open stays so."""
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -85,6 +99,20 @@ async def test_a_stopped_rank_is_noticed_while_idle(group: RankGroup, undisturbe
         loss = await group.wait_for_loss()
     assert (loss.ranks, loss.cause) == ((1,), LossCause.OUTSIDE)
     assert "stopped" in loss.reason
+    await comes_back(group, undisturbed, (1,))
+
+
+async def test_ranks_work_while_the_server_is_out_of_file_descriptors_and_a_stopped_one_is_noticed_after(
+    group: RankGroup, undisturbed: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    with no_file_descriptors():
+        assert await draw(group, picture()) == undisturbed
+        send(group, signal.SIGSTOP, 1)
+        await until(lambda: "cannot look for stopped processes" in caplog.text, "a look failed")
+    async with asyncio.timeout(NOTICE_SECONDS):
+        loss = await group.wait_for_loss()
+    assert (loss.ranks, loss.cause) == ((1,), LossCause.OUTSIDE)
+    assert caplog.text.count("cannot look for stopped processes") == 1
     await comes_back(group, undisturbed, (1,))
 
 
