@@ -200,12 +200,14 @@ class RankProcesses:
 
 
 async def _all_of(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Run all at once; the first failure cancels the others and is raised as it is."""
+    """Run all at once; the first failure cancels the others and is raised as it is, others are logged."""
     try:
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(coroutine) for coroutine in coroutines]
     except BaseExceptionGroup as failures:
-        first = failures.exceptions[0]
+        first, *others = failures.exceptions
+        for failure in others:
+            logger.error("starting a rank failed", exc_info=failure)
     else:
         return [task.result() for task in running]
     raise first

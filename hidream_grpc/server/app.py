@@ -165,7 +165,12 @@ async def serve(settings: Settings) -> None:
             await jobs.join()
         work = asyncio.create_task(jobs.run())
         engine = asyncio.create_task(controller.run(jobs.executor))
-        try:
+        async with contextlib.AsyncExitStack() as ending:
+            # Each of these happens even if one of them fails, the last one first.
+            ending.push_async_callback(_end, engine, work)
+            ending.push_async_callback(server.stop, SEND_LAST_EVENTS_SECONDS)
+            # After a second signal, or without its engine, a job must still tell how it ended.
+            ending.push_async_callback(jobs.drain, grace_seconds=0)
             await server.start()
             layout, idle_devices = group.placement.layout, group.placement.devices.idle_devices
             logger.info(
@@ -175,13 +180,6 @@ async def serve(settings: Settings) -> None:
                 logger.warning("layout %s leaves devices idle: %s", layout, ", ".join(map(str, idle_devices)))
             await _until_stopped(signals, engine, work)
             await _drain(settings, signals, health, jobs, engine, work)
-        finally:
-            try:
-                # After a second signal, or without its engine, a job must still tell how it ended.
-                await jobs.drain(grace_seconds=0)
-                await server.stop(SEND_LAST_EVENTS_SECONDS)
-            finally:
-                await _end(engine, work)
     logger.info("stopped")
 
 
