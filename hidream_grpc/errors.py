@@ -38,6 +38,7 @@
     │   └── JobInternalError            our fault; the log has the error id
     ├── RankDiedError                   the rank group was lost; the engine recovers, no caller sees it
     │   └── RestartRequestedError       the ranks are to start anew; nothing is lost yet
+    ├── SnapshotError                   damaged or another's; its request starts from its seed
     └── ClaimLostError                  the job is another replica's by now, or has ended; no caller sees it
 
 Facts are attributes, so that what handles an error never reads its text.
@@ -406,6 +407,10 @@ class RestartRequestedError(RankDiedError):
 
     def __init__(self) -> None:
         super().__init__((), "the operator asked for all devices")
+
+
+class SnapshotError(HiDreamError):
+    """A snapshot is not whole, or not of the request that is to go on from it."""
 
 
 class ClaimLostError(HiDreamError):

@@ -37,10 +37,12 @@ from hidream_grpc.errors import (
     LossCause,
     OutOfDeviceMemoryError,
     RankDiedError,
+    SnapshotError,
 )
 
 logger = logging.getLogger(__name__)
 
+SNAPSHOT_REFUSED_REASON = "its snapshot cannot be gone on from"
 OUT_OF_MEMORY_REASON = "did not fit the memory of the device beside others"
 
 
@@ -168,7 +170,7 @@ class Controller:
         return min((seconds for seconds in known if seconds is not None), default=self._step_seconds)
 
     def _start(self, request: EngineRequest) -> None:
-        active = RunningRequest.start(request)
+        active = RunningRequest.start(request, self._group.checkpoint_fingerprint)
         self._active[request.claim_id] = active
         self._scheduler.admit(
             request.claim_id, request.parameters, active.resume_step, request.finished_images
@@ -204,11 +206,16 @@ class Controller:
                 active.request.on_event(PromptsEncoded(encode_seconds))
         faults = {fault.claim_id: fault for answer in answers for fault in answer.faults}
         ran_out = {fault.claim_id for fault in faults.values() if _is_out_of_memory(fault)}
+        refused = {fault.claim_id: fault.reason for fault in faults.values() if _is_refused_snapshot(fault)}
         for fault in faults.values():
-            if fault.claim_id not in ran_out:
+            if fault.claim_id not in ran_out | refused.keys():
                 self._fail(fault.claim_id, JobInternalError(fault.error_id))
         if plan.step_claims:
-            self._apply_step(plan, answers, not_stepped=ran_out)
+            self._apply_step(plan, answers, not_stepped=ran_out | refused.keys())
+        for claim_id, reason in refused.items():
+            if active := self._active.get(claim_id):
+                active.start_over(reason)
+                self._restart(claim_id, SNAPSHOT_REFUSED_REASON)
         for image in (image for answer in answers for image in answer.images):
             self._scheduler.decoded(image.claim_id, image.image_index)
             if active := self._active.get(image.claim_id):
@@ -361,17 +368,26 @@ class Controller:
             claim_id: self._scheduler.step_of(claim_id) for claim_id in claim_ids if claim_id in self._active
         }
         snapshots = await committed_snapshots(self._group, steps)
-        for claim_id, step in steps.items():
+        for claim_id in steps:
             active = self._active.get(claim_id)
             if active is None:
                 continue
             active.snapshot = snapshots.get(claim_id, active.snapshot)
-            active.attempt += 1
-            self.num_lost_steps += step - active.resume_step
-            self._scheduler.restart(claim_id, active.resume_step)
-            self._admissions.ask(claim_id)
-            active.request.on_event(RequestRestarted(active.attempt, reason, active.resume_step))
+            self._restart(claim_id, reason)
+
+    def _restart(self, claim_id: str, reason: str) -> None:
+        """Have a job go on from its snapshot, or its seed where it has none."""
+        active = self._active[claim_id]
+        active.attempt += 1
+        self.num_lost_steps += self._scheduler.step_of(claim_id) - active.resume_step
+        self._scheduler.restart(claim_id, active.resume_step)
+        self._admissions.ask(claim_id)
+        active.request.on_event(RequestRestarted(active.attempt, reason, active.resume_step))
 
 
 def _is_out_of_memory(fault: JobFault) -> bool:
     return fault.kind == OutOfDeviceMemoryError.__name__
+
+
+def _is_refused_snapshot(fault: JobFault) -> bool:
+    return fault.kind == SnapshotError.__name__

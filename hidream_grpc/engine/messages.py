@@ -240,12 +240,13 @@ class JobFault(_Message, frozen=True):
 
     A request whose admission fails on any rank is forgotten by all of them; one that fails later stays
     until the controller releases it. kind is the name of an error of `hidream_grpc.errors` that the
-    controller knows how to build.
+    controller knows how to build; reason, of a SnapshotError alone, is a line for the operator.
     """
 
     claim_id: str
     kind: str
     error_id: str
+    reason: str = ""
 
 
 class Preview(_Message, frozen=True):

@@ -25,7 +25,7 @@ from hidream_grpc.engine.messages import (
     StepPlan,
     StepSnapshot,
 )
-from hidream_grpc.errors import JobInternalError, OutOfDeviceMemoryError
+from hidream_grpc.errors import JobInternalError, OutOfDeviceMemoryError, SnapshotError
 from hidream_grpc.model.denoising import DenoisingState, StepBatch
 from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.pipeline import HiDreamModel
@@ -116,7 +116,7 @@ class Runner:
             return b""
         try:
             snapshot = job.after_step(step)
-            return snapshot.to_bytes() if snapshot else b""
+            return self._model.pack_snapshot(snapshot, job.admission.parameters) if snapshot else b""
         except Exception:
             # The device may have failed with the plan: another rank, or an older snapshot, will do.
             logger.exception("cannot give a snapshot", extra={"job_id": job.admission.job_id})
@@ -186,7 +186,7 @@ class Runner:
             yield StepSnapshot(
                 claim_id=job.admission.claim_id,
                 step=job.state.step,
-                data=Snapshot.of(job.state).to_bytes(),
+                data=self._model.pack_snapshot(Snapshot.of(job.state), job.admission.parameters),
                 snapshot_seconds=time.monotonic() - started,
             )
 
@@ -218,6 +218,12 @@ class Runner:
         """What fails inside is the fault of this job alone; the group goes on."""
         try:
             yield
+        except SnapshotError as error:
+            faults.append(
+                JobFault(
+                    claim_id=admission.claim_id, kind=SnapshotError.__name__, error_id="", reason=str(error)
+                )
+            )
         except Exception as error:
             error_id = JobInternalError.new().error_id
             is_out_of_memory = self._device.is_out_of_memory(error)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from hidream_grpc.engine.messages import Admission
 from hidream_grpc.engine.requests import EngineRequest
-from hidream_grpc.model.snapshot_format import SnapshotError, unpack
+from hidream_grpc.errors import SnapshotError
+from hidream_grpc.model.snapshot_format import SnapshotIdentity, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -37,20 +38,21 @@ class RunningRequest:
     snapshot: Snapshot | None = None
 
     @classmethod
-    def start(cls, request: EngineRequest) -> RunningRequest:
-        """A request at its snapshot, where it comes with one that can be read, or at its seed."""
-        if request.snapshot is None:
-            return cls(request)
-        try:
-            snapshot = Snapshot(unpack(request.snapshot).step, request.snapshot)
-        except SnapshotError as error:
-            logger.warning(
-                "job starts from its seed: %s",
-                error,
-                extra=cls(request).log_fields,
-            )
-            return cls(request)
-        return cls(request, snapshot=snapshot)
+    def start(cls, request: EngineRequest, checkpoint_fingerprint: str) -> RunningRequest:
+        """A request at its snapshot, where it comes with one of this checkpoint, or at its seed."""
+        running = cls(request)
+        if request.snapshot is not None:
+            identity = SnapshotIdentity(request.parameters, checkpoint_fingerprint)
+            try:
+                running.snapshot = Snapshot(unpack(request.snapshot, identity).step, request.snapshot)
+            except SnapshotError as error:
+                running.start_over(str(error))
+        return running
+
+    def start_over(self, reason: str) -> None:
+        """Go on from the seed, since the snapshot is refused."""
+        self.snapshot = None
+        logger.warning("job starts from its seed: %s", reason, extra=self.log_fields)
 
     @property
     def log_fields(self) -> dict[str, str]:

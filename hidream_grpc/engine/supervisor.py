@@ -64,6 +64,11 @@ class RankGroup:
         return self._placement.now
 
     @property
+    def checkpoint_fingerprint(self) -> str:
+        """Of the checkpoint that every rank loads, or is refused."""
+        return self._config.checkpoint_fingerprint
+
+    @property
     def full_layout(self) -> Layout:
         """That was asked for."""
         return self._placement.full_layout

@@ -34,6 +34,7 @@ from hidream_grpc.errors import (
     HiDreamError,
     JobCancelledError,
     JobInternalError,
+    SnapshotError,
     StorageFullError,
     StoreFullError,
     StoreUnavailableError,
@@ -44,8 +45,9 @@ from hidream_grpc.jobs.events import JobEvent, JobFeed, Previewed, Progressed, R
 from hidream_grpc.jobs.job import CancelReason, Execution, Job, JobState, Progress, StoredSnapshot
 from hidream_grpc.jobs.outlook import Outlook
 from hidream_grpc.jobs.pauses import wait_at_most
-from hidream_grpc.jobs.snapshots import SnapshotKeeper, step_of
+from hidream_grpc.jobs.snapshots import SnapshotKeeper
 from hidream_grpc.jobs.store.store import SqlJobStore
+from hidream_grpc.model.snapshot_format import SnapshotIdentity, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class JobTools:
     Attributes:
         chunk_bytes: of the parts in which images are told.
         tell_others: hears of what no row tells, for the readers of other replicas.
+        checkpoint_fingerprint: a snapshot of another checkpoint is not gone on from.
     """
 
     store: SqlJobStore
@@ -73,6 +76,7 @@ class JobTools:
     describe_execution: Callable[[], Execution]
     chunk_bytes: int
     tell_others: Callable[[str, JobEvent], None]
+    checkpoint_fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,10 +294,17 @@ class RunningJob:
         data = await self._retry_until_stored(
             lambda: self._tools.artifacts.read_snapshot(job_id, claim_number)
         )
-        step = step_of(data)
-        if step is not None:
-            self.job = replace(self.job, snapshot=StoredSnapshot(claim_number, step))
-        return None if step is None else data
+        if data is None:
+            return None
+        identity = SnapshotIdentity(self.job.submission.parameters, self._tools.checkpoint_fingerprint)
+        try:
+            step = unpack(data, identity).step
+        except SnapshotError as error:
+            logger.warning("job starts from its seed: %s", error, extra={"job_id": job_id})
+            return None
+        # Later than the row's where a kill came between.
+        self.job = replace(self.job, snapshot=StoredSnapshot(claim_number, step))
+        return data
 
     async def _start(self, when: float) -> None:
         execution = replace(self._tools.describe_execution(), attempt=self._first_attempt + 1)

@@ -11,7 +11,6 @@ from hidream_grpc.background import Outage
 from hidream_grpc.engine.requests import SnapshotTaken
 from hidream_grpc.errors import ArtifactUnavailableError, StorageFullError
 from hidream_grpc.jobs.artifacts import ArtifactStore
-from hidream_grpc.model.snapshot_format import SnapshotError, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +65,3 @@ class SnapshotKeeper:
                 return
             self._outage.note_success()
             self._on_stored(snapshot.step)
-
-
-def step_of(snapshot: bytes | None) -> int | None:
-    """The step it was taken after: later than the row's where a kill came between. None: it is unreadable."""
-    try:
-        return None if snapshot is None else unpack(snapshot).step
-    except SnapshotError:
-        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from enum import StrEnum
 
 import msgspec
@@ -47,6 +48,13 @@ class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
     output_format: OutputFormat = OutputFormat.PNG
     quality: int = 90
     with_previews: bool = False
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of all fields: the same in every process, and after any journey."""
+        # Callers may write 5 for 5.0; a journey makes it a float.
+        same_type = msgspec.structs.replace(self, guidance_scale=float(self.guidance_scale))
+        return hashlib.sha256(msgspec.msgpack.encode(same_type)).digest()
 
     @property
     def uses_guidance(self) -> bool:

@@ -33,6 +33,7 @@ from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 from hidream_grpc.model.preview import LatentPreview
 from hidream_grpc.model.prompt_encoding import EncodedPrompts, PromptEncoder
 from hidream_grpc.model.schedulers import new_scheduler, scheduler_step
+from hidream_grpc.model.snapshot_format import SnapshotIdentity
 from hidream_grpc.model.snapshots import Snapshot
 from hidream_grpc.model.step_shapes import StepShape
 from hidream_grpc.model.text_encoders import TextEncoders
@@ -213,7 +214,7 @@ class HiDreamModel:
 
         Args:
             parameters: of the request.
-            snapshot: what `Snapshot.to_bytes` gave; the steps that follow are those that would have
+            snapshot: what `pack_snapshot` gave; the steps that follow are those that would have
                 followed there, bit for bit where the layout is the same.
             encoded: its prompts, among others; where None they are encoded here.
 
@@ -222,8 +223,13 @@ class HiDreamModel:
             Exception: a prompt could not be encoded.
         """
         state = self.begin(parameters, encoded)
-        Snapshot.from_bytes(snapshot, self._device.torch_device).put_into(state)
+        identity = SnapshotIdentity(parameters, self.fingerprint)
+        Snapshot.from_bytes(snapshot, identity, self._device.torch_device).put_into(state)
         return state
+
+    def pack_snapshot(self, snapshot: Snapshot, parameters: GenerationParameters) -> bytes:
+        """The bytes of a snapshot of a request, which `restore` reads; waits for the device."""
+        return snapshot.to_bytes(SnapshotIdentity(parameters, self.fingerprint))
 
     @torch.inference_mode()
     def predict(self, batch: StepBatch) -> Tensor:

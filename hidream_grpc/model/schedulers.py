@@ -16,7 +16,7 @@ from diffusers import (
 from diffusers.pipelines.hidream_image.pipeline_hidream_image import calculate_shift
 from torch import Tensor
 
-from hidream_grpc.model.snapshot_format import SnapshotError
+from hidream_grpc.errors import SnapshotError
 
 SCHEDULER_CLASSES = {
     scheduler_class.__name__: scheduler_class

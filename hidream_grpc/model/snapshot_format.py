@@ -1,18 +1,40 @@
 """The bytes of a snapshot: what a request in the middle of its denoising is, anywhere. Torch-free.
 
-A message of msgspec with its tensors as raw bytes, never a pickle: reading one runs no code of its
-writer. Another version of the format is refused, and its request then starts from its seed.
+    version │ SHA-256 of what follows │ message of msgspec: whose it is, and its tensors as raw bytes
+
+Never a pickle: reading one runs no code of its writer. What is altered, cut, of another version, request or
+checkpoint is refused, and its request then starts from its seed.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+from dataclasses import dataclass
+
 import msgspec
 
-SNAPSHOT_VERSION = 1
+from hidream_grpc.errors import SnapshotError
+from hidream_grpc.model.parameters import GenerationParameters
+
+SNAPSHOT_VERSION = 2
+
+_HEADER = b"hidream snapshot %d\n" % SNAPSHOT_VERSION
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
-class SnapshotError(ValueError):
-    """These bytes are no snapshot of this version, or not one of this request."""
+@dataclass(frozen=True, slots=True)
+class SnapshotIdentity:
+    """What a snapshot belongs to: only there does going on from it give the image that it would have been.
+
+    Attributes:
+        parameters: of the request.
+        checkpoint_fingerprint: of the checkpoint that it is drawn with.
+    """
+
+    parameters: GenerationParameters
+    checkpoint_fingerprint: str
 
 
 class PackedTensor(msgspec.Struct, frozen=True, array_like=True):
@@ -37,7 +59,6 @@ class PackedSnapshot(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
         this_order: of its latest step.
     """
 
-    version: int = SNAPSHOT_VERSION
     step: int
     latents: PackedTensor
     generator_states: tuple[bytes, ...]
@@ -48,24 +69,64 @@ class PackedSnapshot(msgspec.Struct, frozen=True, kw_only=True, array_like=True)
     this_order: int = 0
 
 
-_decoder = msgspec.msgpack.Decoder(PackedSnapshot)
+class _Labelled(msgspec.Struct, frozen=True, array_like=True):
+    request_digest: bytes
+    checkpoint_fingerprint: str
+    snapshot: PackedSnapshot
 
 
-def pack(snapshot: PackedSnapshot) -> bytes:
-    """The bytes of a snapshot."""
-    return msgspec.msgpack.encode(snapshot)
+_decoder = msgspec.msgpack.Decoder(_Labelled)
 
 
-def unpack(data: bytes) -> PackedSnapshot:
+def pack(snapshot: PackedSnapshot, identity: SnapshotIdentity) -> bytes:
+    """The bytes of a snapshot of this request."""
+    labelled = _Labelled(identity.parameters.digest, identity.checkpoint_fingerprint, snapshot)
+    content = msgspec.msgpack.encode(labelled)
+    return b"".join((_HEADER, hashlib.sha256(content).digest(), content))
+
+
+def unpack(data: bytes, identity: SnapshotIdentity) -> PackedSnapshot:
     """The snapshot in these bytes.
 
     Raises:
-        SnapshotError: they are none, or one of another version.
+        SnapshotError: they are not whole, of another version, request or checkpoint, or no snapshot of this
+            request can be so.
     """
+    if not data.startswith(_HEADER):
+        raise SnapshotError(f"not a snapshot of version {SNAPSHOT_VERSION}")
+    content = memoryview(data)[len(_HEADER) + _DIGEST_BYTES :]
+    if hashlib.sha256(content).digest() != data[len(_HEADER) : len(_HEADER) + _DIGEST_BYTES]:
+        raise SnapshotError("the snapshot is altered or cut")
     try:
-        snapshot = _decoder.decode(data)
+        labelled = _decoder.decode(content)
     except msgspec.DecodeError as error:
         raise SnapshotError(f"not a snapshot: {error}") from error
-    if snapshot.version != SNAPSHOT_VERSION:
-        raise SnapshotError(f"a snapshot of version {snapshot.version}, not {SNAPSHOT_VERSION}")
-    return snapshot
+    if labelled.request_digest != identity.parameters.digest:
+        raise SnapshotError("the snapshot is of another request")
+    if labelled.checkpoint_fingerprint != identity.checkpoint_fingerprint:
+        raise SnapshotError(f"the snapshot is of another checkpoint, {labelled.checkpoint_fingerprint}")
+    _check(labelled.snapshot, identity.parameters)
+    return labelled.snapshot
+
+
+def _check(snapshot: PackedSnapshot, parameters: GenerationParameters) -> None:
+    if not 0 < snapshot.step <= parameters.num_inference_steps:
+        raise SnapshotError(f"the snapshot is of step {snapshot.step} of {parameters.num_inference_steps}")
+    shape = snapshot.latents.shape
+    if not _fits(shape, parameters):
+        raise SnapshotError(f"the latents of the snapshot are of shape {shape}")
+    for tensor in filter(None, (snapshot.latents, *snapshot.model_outputs, snapshot.last_sample)):
+        size_bytes = math.prod(shape) * _ITEM_BYTES.get(tensor.dtype, 0)
+        if tensor.shape != shape or not size_bytes or len(tensor.data) != size_bytes:
+            raise SnapshotError(f"{len(tensor.data)} bytes of {tensor.dtype} for {tensor.shape}, not {shape}")
+    if len(snapshot.generator_states) != parameters.num_images:
+        num_states = len(snapshot.generator_states)
+        raise SnapshotError(f"{num_states} generators for {parameters.num_images} images")
+
+
+def _fits(shape: tuple[int, ...], parameters: GenerationParameters) -> bool:
+    """Whether latents of this shape are of as many images, of this size, by one factor of both sides."""
+    if len(shape) != 4 or min(shape) < 1 or shape[0] != parameters.num_images:
+        return False
+    factor = parameters.height // shape[2]
+    return (shape[2] * factor, shape[3] * factor) == (parameters.height, parameters.width)

@@ -7,9 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hidream_grpc.errors import SnapshotError
 from hidream_grpc.model.denoising import DenoisingState
 from hidream_grpc.model.schedulers import SchedulerHistory
-from hidream_grpc.model.snapshot_format import PackedSnapshot, PackedTensor, SnapshotError, pack, unpack
+from hidream_grpc.model.snapshot_format import (
+    PackedSnapshot,
+    PackedTensor,
+    SnapshotIdentity,
+    pack,
+    unpack,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +55,19 @@ class Snapshot:
             SnapshotError: it is not of the same request.
         """
         if self.latents.shape != state.latents.shape or self.latents.dtype != state.latents.dtype:
-            raise SnapshotError("the latents are not of this request")
-        if self.step > state.parameters.num_inference_steps:
-            raise SnapshotError(f"step {self.step} of {state.parameters.num_inference_steps}")
+            here, there = (f"{tuple(t.shape)} of {t.dtype}" for t in (state.latents, self.latents))
+            raise SnapshotError(f"the latents of the snapshot are {there}, not {here}")
         self.history.put_into(state.scheduler, self.step)
         for generator, generator_state in zip(state.generators, self.generator_states, strict=True):
-            generator.set_state(generator_state)
+            try:
+                generator.set_state(generator_state)
+            except (RuntimeError, TypeError) as error:
+                raise SnapshotError("the snapshot is of another version of torch's generator") from error
         state.latents = self.latents
         state.step = self.step
 
-    def to_bytes(self) -> bytes:
-        """Whatever device it is on; waits for the device."""
+    def to_bytes(self, identity: SnapshotIdentity) -> bytes:
+        """A snapshot of this request, on whatever device it is; waits for the device."""
         return pack(
             PackedSnapshot(
                 step=self.step,
@@ -71,17 +80,18 @@ class Snapshot:
                 last_sample=None if self.history.last_sample is None else _pack(self.history.last_sample),
                 lower_order_nums=self.history.lower_order_nums,
                 this_order=self.history.this_order,
-            )
+            ),
+            identity,
         )
 
     @classmethod
-    def from_bytes(cls, data: bytes, device: torch.device) -> Snapshot:
-        """Read what `to_bytes` gave, on this device.
+    def from_bytes(cls, data: bytes, identity: SnapshotIdentity, device: torch.device) -> Snapshot:
+        """Read what `to_bytes` gave for the same request, on this device.
 
         Raises:
-            SnapshotError: the bytes are no snapshot of this version.
+            SnapshotError: the bytes are no whole snapshot of it.
         """
-        packed = unpack(data)
+        packed = unpack(data, identity)
         return cls(
             step=packed.step,
             latents=_unpack(packed.latents, device),
@@ -108,11 +118,5 @@ def _pack(tensor: Tensor) -> PackedTensor:
 
 
 def _unpack(packed: PackedTensor, device: torch.device) -> Tensor:
-    dtype = getattr(torch, packed.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise SnapshotError(f"{packed.dtype} is no dtype")
-    try:
-        values = torch.frombuffer(bytearray(packed.data), dtype=dtype).view(packed.shape)
-    except (RuntimeError, ValueError) as error:
-        raise SnapshotError(f"{len(packed.data)} bytes for a tensor of {packed.shape}") from error
-    return values.to(device)
+    dtype: torch.dtype = getattr(torch, packed.dtype)
+    return torch.frombuffer(bytearray(packed.data), dtype=dtype).view(packed.shape).to(device)

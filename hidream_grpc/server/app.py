@@ -124,6 +124,7 @@ async def serve(settings: Settings) -> None:
             lambda: _execution(checkpoint, group),
             limits.chunk_bytes,
             ProgressTeller(store).tell,
+            checkpoint.fingerprint,
         )
         model = LiveModel(
             ModelIdentity(checkpoint.name, checkpoint.variant, checkpoint.fingerprint),

@@ -17,7 +17,10 @@ from hidream_grpc.jobs.outlook import Outlook
 from hidream_grpc.jobs.running_job import JobTools, RunningJob
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.job_stores import StoreDatabase, added, claimed, new_job, started
-from tests.snapshots import packed_snapshot
+from tests.snapshots import CHECKPOINT_FINGERPRINT, packed_snapshot
+
+PARAMETERS = new_job().submission.parameters
+SNAPSHOT = packed_snapshot(2, PARAMETERS)
 
 
 def tools_of(store: SqlJobStore, artifacts: ArtifactStore) -> JobTools:
@@ -29,6 +32,7 @@ def tools_of(store: SqlJobStore, artifacts: ArtifactStore) -> JobTools:
         describe_execution=lambda: Execution("demo", "FlowMatchLCMScheduler", 3.0, "tp=1"),
         chunk_bytes=1024,
         tell_others=lambda job_id, event: None,
+        checkpoint_fingerprint=CHECKPOINT_FINGERPRINT,
     )
 
 
@@ -71,7 +75,10 @@ async def test_a_place_that_is_told_while_a_row_is_written_hides_no_event(
 @pytest.mark.parametrize(
     ("snapshot", "given", "step"),
     [
-        pytest.param(packed_snapshot(2), packed_snapshot(2), 2, id="newer than the row"),
+        pytest.param(SNAPSHOT, SNAPSHOT, 2, id="newer than the row"),
+        pytest.param(SNAPSHOT[:-1], None, 0, id="cut"),
+        pytest.param(packed_snapshot(2, PARAMETERS, "0" * 16), None, 0, id="of another checkpoint"),
+        pytest.param(packed_snapshot(2, replace(PARAMETERS, seed=8)), None, 0, id="of another request"),
         pytest.param(b"of another version", None, 0, id="unreadable"),
     ],
 )

@@ -47,3 +47,39 @@ def test_a_job_alone_goes_on_from_its_snapshot_and_gives_the_same_image(tmp_path
         undisturbed = stub.SubmitJob(job_request("again", 3, LONG_STEPS, side=128)).job_id
         server.wait_until_idle()
         assert downloaded(stub, undisturbed) == resumed
+
+
+def wait_for_snapshot(data_dir: Path, older: set[bytes]) -> set[bytes]:
+    """Wait until there are others on the disk than these."""
+    found: set[bytes] = set()
+
+    def has_new() -> bool:
+        found.update(path.read_bytes() for path in (data_dir / "artifacts" / "snapshots").rglob("newest"))
+        return bool(found - older)
+
+    wait_until(has_new, 60, "a snapshot is on the disk")
+    return found
+
+
+def test_a_snapshot_that_was_altered_on_the_disk_costs_the_steps_and_not_the_image(tmp_path: Path) -> None:
+    flags = ("--data-dir", str(tmp_path), "--devices", "1", "--threads-per-rank", "1")
+    with running_server(*flags) as server, server.stub() as stub:
+        undisturbed = stub.SubmitJob(job_request("undisturbed", 3, LONG_STEPS, side=128)).job_id
+        server.wait_until_idle()
+        image = downloaded(stub, undisturbed)
+        job_id = stub.SubmitJob(job_request("altered", 3, LONG_STEPS, side=128)).job_id
+        # The row knows of the first before the second is written.
+        first = wait_for_snapshot(tmp_path, set())
+        wait_for_snapshot(tmp_path, first)
+        server.process.kill()
+        server.process.wait()
+    for snapshot in (tmp_path / "artifacts" / "snapshots").rglob("newest*"):
+        altered = bytearray(snapshot.read_bytes())
+        altered[len(altered) // 2] ^= 1
+        snapshot.write_bytes(altered)
+    with running_server(*flags) as server, server.stub() as stub:
+        server.wait_until_idle()
+        assert downloaded(stub, job_id) == image
+        warnings = [line for line in server.log_lines if "WARNING" in line]
+    (warning,) = [line for line in warnings if job_id in line]
+    assert "job starts from its seed: the snapshot is altered or cut" in warning

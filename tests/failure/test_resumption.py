@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -18,6 +21,7 @@ from hidream_grpc.engine.requests import (
     StepFinished,
 )
 from hidream_grpc.engine.supervisor import RankGroup
+from hidream_grpc.model.snapshot_format import PackedTensor, SnapshotIdentity, pack, unpack
 from tests.rank_engine import RankEngine, running_engine
 from tests.rank_groups import group_config, picture
 
@@ -157,11 +161,69 @@ async def test_a_request_that_comes_with_a_snapshot_goes_on_from_it(
     assert engine.images(resumed_id) == undisturbed
 
 
-async def test_a_snapshot_that_cannot_be_read_costs_the_steps_and_not_the_request(
-    engine: RankEngine, undisturbed: list[bytes]
+def of_another_version(snapshot: bytes, _identity: SnapshotIdentity) -> bytes:
+    return b"of another version" + snapshot
+
+
+def with_a_flipped_bit(snapshot: bytes, _identity: SnapshotIdentity) -> bytes:
+    altered = bytearray(snapshot)
+    altered[len(altered) // 2] ^= 1
+    return bytes(altered)
+
+
+def of_another_seed(snapshot: bytes, identity: SnapshotIdentity) -> bytes:
+    parameters = msgspec.structs.replace(identity.parameters, seed=8)
+    return pack(unpack(snapshot, identity), replace(identity, parameters=parameters))
+
+
+def of_another_checkpoint(snapshot: bytes, identity: SnapshotIdentity) -> bytes:
+    return pack(unpack(snapshot, identity), replace(identity, checkpoint_fingerprint="0" * 16))
+
+
+@pytest.mark.parametrize(
+    ("altered", "reason"),
+    [
+        (of_another_version, "not a snapshot of version 2"),
+        (with_a_flipped_bit, "altered or cut"),
+        (of_another_seed, "of another request"),
+        (of_another_checkpoint, "of another checkpoint"),
+    ],
+)
+async def test_a_snapshot_that_is_not_the_requests_own_costs_the_steps_and_not_the_request(
+    altered: Callable[[bytes, SnapshotIdentity], bytes],
+    reason: str,
+    engine: RankEngine,
+    group: RankGroup,
+    undisturbed: list[bytes],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    snapshot = engine.events("undisturbed", SnapshotTaken)[-1].data
+    identity = SnapshotIdentity(REQUEST, group.checkpoint_fingerprint)
     job_id = f"job {next(_numbers)}"
-    engine.submit(job_id, REQUEST, snapshot=b"of another version")
+    engine.submit(job_id, REQUEST, snapshot=altered(snapshot, identity))
     await engine.ended(job_id)
     assert engine.steps(job_id) == list(range(1, NUM_STEPS + 1))
+    assert not engine.events(job_id, RequestRestarted)
     assert engine.images(job_id) == undisturbed
+    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert reason in warning.getMessage()
+    assert warning.__dict__["job_id"] == job_id
+
+
+async def test_a_snapshot_that_only_the_ranks_can_refuse_costs_the_steps_and_not_the_request(
+    engine: RankEngine, group: RankGroup, undisturbed: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One of a replica whose devices draw in another precision."""
+    identity = SnapshotIdentity(REQUEST, group.checkpoint_fingerprint)
+    own = unpack(engine.events("undisturbed", SnapshotTaken)[-1].data, identity)
+    halved = PackedTensor("bfloat16", own.latents.shape, bytes(len(own.latents.data) // 2))
+    job_id, next_id = f"job {next(_numbers)}", f"job {next(_numbers)}"
+    engine.submit(job_id, REQUEST, snapshot=pack(msgspec.structs.replace(own, latents=halved), identity))
+    await engine.ended(job_id)
+    (restart,) = engine.events(job_id, RequestRestarted)
+    assert (restart.attempt, restart.resumed_from_step) == (2, 0)
+    assert engine.steps(job_id) == list(range(1, NUM_STEPS + 1))
+    assert engine.images(job_id) == undisturbed
+    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "of torch.bfloat16, not" in warning.getMessage()
+    assert await engine.draw(next_id, REQUEST) == undisturbed

@@ -40,6 +40,7 @@ from hidream_grpc.errors import (
     LossCause,
     OutOfDeviceMemoryError,
     RankDiedError,
+    SnapshotError,
 )
 from hidream_grpc.model.parameters import GenerationParameters
 
@@ -52,7 +53,7 @@ class CountingRanks:
     """Ranks that take `ROUNDS_PER_IMAGE` plans for an image; a step's time depends on the width alone.
 
     Attributes:
-        world_size: as of a `RankGroup`.
+        world_size, checkpoint_fingerprint: as of a `RankGroup`.
         on_plan: called with each plan before it is done.
         faults_of: what fails in a plan.
         has_survivor: whether a rank still knows the states after a loss.
@@ -61,6 +62,7 @@ class CountingRanks:
     """
 
     world_size: int = 1
+    checkpoint_fingerprint: str = "86637e71f35d8ddd"
     on_plan: Callable[[StepPlan], None] = lambda _plan: None
     faults_of: Callable[[StepPlan], tuple[JobFault, ...]] = lambda _plan: ()
     has_survivor: bool = True
@@ -468,6 +470,25 @@ async def test_a_job_that_has_no_room_beside_others_is_tried_alone() -> None:
     assert [plan.step_claims for plan in ranks.plans][1] == ("large",)
     for claim_id in ("small", "large"):
         assert service.steps_of(claim_id) == [1, 2, 3]
+
+
+async def test_a_job_whose_snapshot_the_ranks_refuse_starts_from_its_seed() -> None:
+    ranks = CountingRanks()
+    ranks.faults_of = lambda plan: tuple(
+        JobFault(claim_id=a.claim_id, kind=SnapshotError.__name__, error_id="", reason="of another dtype")
+        for a in plan.admissions
+        if a.snapshot
+    )
+    service = Service(ranks)
+    for claim_id in ("resumed", "beside"):
+        service.submit(claim_id, num_inference_steps=3)
+    lost_in(ranks, lambda plan: len(ranks.plans) == 3, LossCause.OUTSIDE)
+    await service.run_until_ended("resumed", "beside")
+    assert service.claims_with(RequestFailed) == []
+    restarts = [e.resumed_from_step for _, e in service.events if isinstance(e, RequestRestarted)]
+    assert restarts == [2, 2, 0, 0]
+    assert service.steps_of("resumed") == service.steps_of("beside") == [1, 2, 1, 2, 3]
+    assert service.controller.num_lost_steps == 4
 
 
 async def test_a_job_that_has_no_room_alone_fails_for_want_of_memory() -> None:

@@ -33,6 +33,7 @@ from hidream_grpc.jobs.service import JobService, StorePolicy
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.model.parameters import GenerationParameters
 from tests.job_stores import MODEL, eventually
+from tests.snapshots import CHECKPOINT_FINGERPRINT
 
 LIMITS = RequestLimits(
     max_prompt_tokens=128,
@@ -173,6 +174,7 @@ async def bench_in(
         describe_execution=lambda: EXECUTION,
         chunk_bytes=limits.chunk_bytes,
         tell_others=lambda job_id, event: None,
+        checkpoint_fingerprint=CHECKPOINT_FINGERPRINT,
     )
     service = JobService(
         tools,

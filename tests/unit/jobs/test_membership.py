@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 from hypothesis import given
@@ -17,7 +17,7 @@ def records(heartbeats: Mapping[str, int]) -> list[ReplicaRecord]:
     return [ReplicaRecord(replica_id, heartbeat, "{}") for replica_id, heartbeat in heartbeats.items()]
 
 
-def dead_after(looks: list[tuple[float, Mapping[str, int]]]) -> set[str]:
+def dead_after(looks: Sequence[tuple[float, Mapping[str, int]]]) -> set[str]:
     """Those that the last of the looks finds dead."""
     observer = SilenceObserver(LEASE_SECONDS, GAP_SECONDS)
     found: list[ReplicaRecord] = []

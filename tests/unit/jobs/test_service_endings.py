@@ -125,7 +125,7 @@ async def test_a_job_that_does_not_end_within_the_grace_period_goes_on_after_the
         job = await bench.submit(submission())
         request = await bench.take()
         request.on_event(StepFinished(1, 0.1))
-        request.on_event(SnapshotTaken(1, packed_snapshot(1)))
+        request.on_event(SnapshotTaken(1, packed_snapshot(1, request.parameters)))
         await bench.state(job.job_id, JobState.RUNNING)
         await bench.service.drain(0.01)
         assert set(bench.engine.cancelled) == {f"{job.job_id}/1"}
@@ -133,7 +133,7 @@ async def test_a_job_that_does_not_end_within_the_grace_period_goes_on_after_the
             await bench.events(job.job_id)
         assert (await bench.service.get(None, job.job_id)).state is JobState.QUEUED
     async with bench_in(tmp_path) as bench:
-        assert (await bench.take()).snapshot == packed_snapshot(1)
+        assert (await bench.take()).snapshot == packed_snapshot(1, request.parameters)
 
 
 async def test_a_job_whose_server_is_killed_is_gone_on_with_and_its_reader_told(tmp_path: Path) -> None:
