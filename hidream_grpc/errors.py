@@ -410,7 +410,7 @@ class RestartRequestedError(RankDiedError):
 
 
 class SnapshotError(HiDreamError):
-    """A snapshot is not whole, or not of the request that is to go on from it."""
+    """A snapshot is not whole, or not of the request and checkpoint that it is read for."""
 
 
 class ClaimLostError(HiDreamError):

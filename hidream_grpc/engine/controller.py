@@ -42,7 +42,7 @@ from hidream_grpc.errors import (
 
 logger = logging.getLogger(__name__)
 
-SNAPSHOT_REFUSED_REASON = "its snapshot cannot be gone on from"
+SNAPSHOT_REFUSED_REASON = "its snapshot cannot be used"
 OUT_OF_MEMORY_REASON = "did not fit the memory of the device beside others"
 
 

@@ -50,7 +50,7 @@ class RunningRequest:
         return running
 
     def start_over(self, reason: str) -> None:
-        """Go on from the seed, since the snapshot is refused."""
+        """Forget a snapshot that is refused; the log says why."""
         self.snapshot = None
         logger.warning("job starts from its seed: %s", reason, extra=self.log_fields)
 

@@ -67,7 +67,7 @@ class JobTools:
     Attributes:
         chunk_bytes: of the parts in which images are told.
         tell_others: hears of what no row tells, for the readers of other replicas.
-        checkpoint_fingerprint: a snapshot of another checkpoint is not gone on from.
+        checkpoint_fingerprint: a snapshot of another checkpoint is refused.
     """
 
     store: SqlJobStore

@@ -26,11 +26,11 @@ _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class SnapshotIdentity:
-    """What a snapshot belongs to: only there does going on from it give the image that it would have been.
+    """What a snapshot belongs to: anywhere else it would lead to a wrong image.
 
     Attributes:
         parameters: of the request.
-        checkpoint_fingerprint: of the checkpoint that it is drawn with.
+        checkpoint_fingerprint: of the checkpoint that generates its images.
     """
 
     parameters: GenerationParameters
@@ -89,8 +89,8 @@ def unpack(data: bytes, identity: SnapshotIdentity) -> PackedSnapshot:
     """The snapshot in these bytes.
 
     Raises:
-        SnapshotError: they are not whole, of another version, request or checkpoint, or no snapshot of this
-            request can be so.
+        SnapshotError: they are not whole, of another version, request or checkpoint, or hold a step, shape or
+            dtype that this request cannot have.
     """
     if not data.startswith(_HEADER):
         raise SnapshotError(f"not a snapshot of version {SNAPSHOT_VERSION}")

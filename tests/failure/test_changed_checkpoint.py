@@ -71,7 +71,6 @@ async def group(checkpoint: Path) -> AsyncIterator[RankGroup]:
         pytest.param(
             lambda folder: os.truncate(folder / WEIGHTS, 1_000_000), "has changed", id="half a weight file"
         ),
-        pytest.param(lambda folder: (folder / WEIGHTS).unlink(), "has changed", id="no weights"),
         pytest.param(lambda folder: shutil.rmtree(folder), "no such file", id="no checkpoint"),
     ],
 )
