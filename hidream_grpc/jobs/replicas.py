@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 import msgspec
@@ -70,7 +71,7 @@ class ProgressTeller:
             return
         now = time.monotonic()
         is_progress = isinstance(event.body, Progressed)
-        if is_progress and now - self._told.get(job_id, 0.0) < TOLD_SECONDS:
+        if is_progress and now - self._told.get(job_id, -math.inf) < TOLD_SECONDS:
             return
         self._told = {other: told for other, told in self._told.items() if now - told < TOLD_SECONDS}
         self._told[job_id] = now

@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from hidream_grpc.engine.requests import RequestStarted
@@ -78,7 +79,9 @@ async def test_a_place_that_is_told_while_a_row_is_written_hides_no_event(
         pytest.param(SNAPSHOT, SNAPSHOT, 2, id="newer than the row"),
         pytest.param(SNAPSHOT[:-1], None, 0, id="cut"),
         pytest.param(packed_snapshot(2, PARAMETERS, "0" * 16), None, 0, id="of another checkpoint"),
-        pytest.param(packed_snapshot(2, replace(PARAMETERS, seed=8)), None, 0, id="of another request"),
+        pytest.param(
+            packed_snapshot(2, msgspec.structs.replace(PARAMETERS, seed=8)), None, 0, id="of another request"
+        ),
         pytest.param(b"of another version", None, 0, id="unreadable"),
     ],
 )
