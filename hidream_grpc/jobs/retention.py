@@ -126,24 +126,25 @@ class Retention:
             StoreUnavailableError: what went before is reported, the rest is the next sweep's.
         """
         num_removed: Counter[RemovalReason] = Counter()
-        usage = await self._store.usage()
+        usage = left = await self._store.usage()
         would_go: list[Removal] = []
         try:
             last: EndedJob | None = None
             while oldest := await self._store.ended(last, MAX_JOBS_READ):
                 last = oldest[-1]
-                removals = choose_removals(oldest, usage, self._limits, now)
+                removals = choose_removals(oldest, left, self._limits, now)
                 if self._limits.is_dry_run:
                     would_go += removals
                     removed: Sequence[Removal] = removals
                 else:
                     removed = await self._remove(removals)
                     num_removed.update(removal.reason for removal in removed)
-                usage = _without(usage, removed)
+                left = _without(left, removed)
                 if len(removals) < len(oldest):
                     break
         finally:
-            report = RetentionReport(usage.num_ended_jobs, usage.image_bytes, dict(num_removed))
+            kept = usage if self._limits.is_dry_run else left
+            report = RetentionReport(kept.num_ended_jobs, kept.image_bytes, dict(num_removed))
             self._observe(report)
             if num_removed:
                 facts = {reason.value: count for reason, count in num_removed.items()}

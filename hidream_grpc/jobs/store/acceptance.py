@@ -9,9 +9,10 @@ from dataclasses import replace
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hidream_grpc.errors import CallerQueueFullError, QueueFullError, RequestIdConflictError
-from hidream_grpc.jobs.job import Job
+from hidream_grpc.jobs.job import Job, JobState
 from hidream_grpc.jobs.store import queries
 from hidream_grpc.jobs.store.database import Database, Lock
+from hidream_grpc.jobs.store.failures import TransactionConflict
 from hidream_grpc.jobs.store.records import AttachedCall, QueueLimits
 from hidream_grpc.jobs.store.rows import job_of, new_row, request_digest
 
@@ -60,7 +61,11 @@ async def _attach(connection: AsyncConnection, job: Job, call: AttachedCall) -> 
     await connection.execute(queries.attach(call.call_id, job.job_id, call.replica_id))
     # The new row has waited for one who stops the job at this moment, as its last caller.
     row = (await connection.execute(queries.by_job_id(None, job.job_id))).one()
-    return job_of(row)
+    attached = job_of(row)
+    if attached.state in (JobState.FAILED, JobState.CANCELLED):
+        # It does not hold its request id any more.
+        raise TransactionConflict
+    return attached
 
 
 def _asks_for_the_same(holder: Job, job: Job) -> bool:

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
-from sqlalchemy.sql.dml import ReturningInsert
+from sqlalchemy.sql.dml import ReturningDelete, ReturningInsert
 
 from hidream_grpc.jobs.job import Job, JobState
 from hidream_grpc.jobs.store.rows import changed_columns, label_digest
@@ -320,9 +320,10 @@ def delete(number: int) -> sa.Delete:
     return sa.delete(jobs).where(jobs.c.number == number)
 
 
-def delete_ended(job_ids: Collection[str]) -> sa.Delete:
+def delete_ended(job_ids: Collection[str]) -> ReturningDelete[str]:
     """Remove those of the jobs that have ended, and their labels with them; returns the ids."""
-    return sa.delete(jobs).where(jobs.c.job_id.in_(job_ids), ~_has_not_ended)
+    is_to_go = sa.and_(jobs.c.job_id.in_(job_ids), ~_has_not_ended)
+    return sa.delete(jobs).where(is_to_go).returning(jobs.c.job_id)
 
 
 def delete_idle_turns() -> sa.Delete:

@@ -474,10 +474,11 @@ class SqlJobStore:
     @_uninterrupted
     async def delete_ended(self, job_ids: Collection[str]) -> None:
         """Remove those of the jobs that are there and have ended, of anybody."""
-        changes = [Change(ChangeKind.DELETED, job_id) for job_id in job_ids]
+        changes: list[Change] = []
         async with self._database.write() as connection:
             for some in queries.batches(job_ids):
-                await connection.execute(queries.delete_ended(some))
+                deleted = (await connection.execute(queries.delete_ended(some))).scalars()
+                changes += [Change(ChangeKind.DELETED, job_id) for job_id in deleted]
             await connection.execute(queries.delete_idle_turns())
             await self._tell(connection, changes)
         self._committed(changes)
