@@ -1,0 +1,247 @@
+"""The promises of the service, each a rule over a history; nothing here talks to a server."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from tests.failure.history import ENDS, Drawing, FinalImage, FinalJob, History
+
+ENDED = frozenset(ENDS.values())
+SILENT_SECONDS = 10.0
+"""A stream has news, or ends, within 2 s of all being well; five times as long on busy cores."""
+ARTIFACT_FOLDERS = ("images", "snapshots")
+
+Differ = Callable[[str, str], bool]
+"""Whether the pictures of two files, by SHA-256, differ by more than other company may make them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Breach:
+    """A promise that was not kept."""
+
+    rule: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.what}"
+
+
+def breaches(history: History, differ: Differ) -> list[Breach]:
+    """Every promise that the history breaks."""
+    finals = _by_job(history.final_jobs)
+    found = [
+        *_one_terminal_state(history, finals),
+        *_readers_agree(history, finals),
+        *_nothing_follows_an_end(history),
+        *_sequences_grow(history),
+        *_no_stream_hangs(history),
+        *_cancelled_stay_cancelled(history, finals),
+        *_others_succeed(history, finals),
+        *_equal_drawings_are_equal(history, finals, differ),
+        *_images_are_whole(history),
+        *_times_follow(history),
+        *_no_file_without_a_row(history),
+    ]
+    return found
+
+
+def count_by_rule(found: Iterable[Breach]) -> dict[str, int]:
+    """How often each rule was broken."""
+    return dict(sorted(Counter(breach.rule for breach in found).items()))
+
+
+def _by_job(finals: Iterable[FinalJob]) -> dict[str, list[FinalJob]]:
+    jobs: dict[str, list[FinalJob]] = defaultdict(list)
+    for final in finals:
+        jobs[final.job_id].append(final)
+    return jobs
+
+
+def _job_ids(history: History) -> Iterator[str]:
+    """Every acknowledged job, once."""
+    yield from dict.fromkeys(each.job_id for each in history.acknowledged)
+
+
+def _one_terminal_state(history: History, finals: Mapping[str, list[FinalJob]]) -> Iterator[Breach]:
+    rule = "one terminal state"
+    for job_id in _job_ids(history):
+        told = {(final.replica, final.state or "unknown") for final in finals.get(job_id, ())}
+        states = {state for _, state in told}
+        if not states:
+            yield Breach(rule, f"job {job_id}: no replica was asked")
+        elif len(states) > 1 or not states <= ENDED:
+            yield Breach(rule, f"job {job_id} is {sorted(told)}")
+
+
+def _readers_agree(history: History, finals: Mapping[str, list[FinalJob]]) -> Iterator[Breach]:
+    rule = "every reader saw the same end"
+    ends = [(told.reader, told.job_id, ENDS[told.kind]) for told in history.told if told.kind in ENDS]
+    ends += [(told.reader, told.job_id, told.state) for told in history.changes if told.state in ENDED]
+    for reader, job_id, state in dict.fromkeys(ends):
+        others = {final.state for final in finals.get(job_id, ())}
+        if others and others != {state}:
+            yield Breach(rule, f"{reader} saw job {job_id} end as {state}, replicas say {sorted(others)}")
+
+
+def _nothing_follows_an_end(history: History) -> Iterator[Breach]:
+    rule = "nothing follows an end"
+    ended: dict[tuple[str, str], str] = {}
+    for told in history.told:
+        key = (told.reader, told.job_id)
+        if key in ended:
+            yield Breach(rule, f"{told.reader}: {told.kind} after {ended[key]} of job {told.job_id}")
+        elif told.kind in ENDS:
+            ended[key] = told.kind
+    states: dict[tuple[str, str], str] = {}
+    for change in history.changes:
+        key = (change.reader, change.job_id)
+        before = states.get(key, "")
+        if before in ENDED and change.state != before:
+            yield Breach(rule, f"{change.reader}: job {change.job_id} is {change.state} after {before}")
+        states[key] = change.state
+
+
+def _sequences_grow(history: History) -> Iterator[Breach]:
+    streams: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for told in history.told:
+        streams[told.reader, told.job_id].append(told.sequence)
+    for (reader, job_id), sequences in streams.items():
+        for before, after in pairwise(sequences):
+            if after <= before:
+                yield Breach("sequences grow", f"{reader}: {after} came after {before} of job {job_id}")
+                break
+
+
+def _no_stream_hangs(history: History) -> Iterator[Breach]:
+    for stream in history.open_streams:
+        if stream.silent_seconds > SILENT_SECONDS:
+            where = f"{stream.reader} at {stream.replica}"
+            yield Breach("no stream hangs", f"{where}, job {stream.job_id}: {stream.silent_seconds:.1f} s")
+
+
+def _cancelled_stay_cancelled(history: History, finals: Mapping[str, list[FinalJob]]) -> Iterator[Breach]:
+    rule = "what was cancelled is cancelled"
+    for job_id, states in _cancels(history).items():
+        ended_as = next((state for state in states if state in ENDED), None)
+        for final in finals.get(job_id, ()):
+            if ended_as is not None and final.state != ended_as:
+                yield Breach(rule, f"job {job_id} had ended as {ended_as}, and is {final.state}")
+            elif ended_as is None and final.state == "FAILED":
+                yield Breach(rule, f"job {job_id} was cancelled, and is {final.state}: {final.error}")
+
+
+def _cancels(history: History) -> dict[str, list[str]]:
+    cancels: dict[str, list[str]] = defaultdict(list)
+    for cancelled in history.cancelled:
+        cancels[cancelled.job_id].append(cancelled.state)
+    return cancels
+
+
+def _others_succeed(history: History, finals: Mapping[str, list[FinalJob]]) -> Iterator[Breach]:
+    excused = set(_cancels(history)) | {each.job_id for each in history.acknowledged if each.has_deadline}
+    for job_id in _job_ids(history):
+        for final in finals.get(job_id, ()):
+            if job_id not in excused and final.state in ("FAILED", "CANCELLED"):
+                what = f"job {job_id} is {final.state} at {final.replica}: {final.error}"
+                yield Breach("what nobody cancelled succeeds", what)
+
+
+def _equal_drawings_are_equal(
+    history: History, finals: Mapping[str, list[FinalJob]], differ: Differ
+) -> Iterator[Breach]:
+    rule = "equal drawings give equal pictures"
+    first_of: dict[tuple[Drawing, int], tuple[str, str]] = {}
+    alone_of: dict[tuple[Drawing, int], tuple[str, str]] = {}
+    drawings = {each.job_id: each.drawing for each in history.acknowledged}
+    alone = jobs_drawn_alone(finals)
+    for job_id, drawing in drawings.items():
+        for image in _images_of(finals.get(job_id, ())):
+            key = (drawing, image.index)
+            if job_id in alone:
+                other, sha256 = alone_of.setdefault(key, (job_id, image.sha256))
+                if sha256 != image.sha256:
+                    yield Breach(rule, f"jobs {other} and {job_id}, each alone: other bytes")
+            other, sha256 = first_of.setdefault(key, (job_id, image.sha256))
+            if sha256 != image.sha256 and differ(sha256, image.sha256):
+                yield Breach(rule, f"jobs {other} and {job_id}: other pixels")
+
+
+def jobs_drawn_alone(finals: Mapping[str, list[FinalJob]]) -> frozenset[str]:
+    """Jobs that ran while no other did, on any replica, and were drawn at one go."""
+    spans = []
+    for job_id, told in finals.items():
+        known = [final for final in told if final.times[1] and final.times[2]]
+        if known:
+            spans.append((known[0].times[1], known[0].times[2], job_id, known[0].attempt))
+    alone = set()
+    for start, end, job_id, attempt in spans:
+        overlaps = any(
+            other != job_id and other_start < end and start < other_end
+            for other_start, other_end, other, _ in spans
+        )
+        if attempt == 1 and not overlaps:
+            alone.add(job_id)
+    return frozenset(alone)
+
+
+def _images_of(finals: Iterable[FinalJob]) -> Iterator[FinalImage]:
+    """The images of one job, once each, of those that were downloaded whole."""
+    seen = set()
+    for final in finals:
+        for image in final.images:
+            if not image.problem and image.index not in seen:
+                seen.add(image.index)
+                yield image
+
+
+def _images_are_whole(history: History) -> Iterator[Breach]:
+    rule = "images are whole"
+    for final in history.final_jobs:
+        where = f"job {final.job_id} at {final.replica}"
+        if final.state == "SUCCEEDED" and not final.images:
+            yield Breach(rule, f"{where} has none")
+        for image in final.images:
+            if image.problem:
+                yield Breach(rule, f"{where}, image {image.index}: {image.problem}")
+            elif (image.num_bytes, image.sha256) != (image.told_bytes, image.told_sha256):
+                told = f"{image.num_bytes} bytes of {image.told_bytes}"
+                yield Breach(rule, f"{where}, image {image.index}: {told}, or another SHA-256")
+
+
+def _times_follow(history: History) -> Iterator[Breach]:
+    rule = "times follow one another"
+    for final in history.final_jobs:
+        present = [time for time in final.times if time]
+        if present != sorted(present):
+            yield Breach(rule, f"job {final.job_id} at {final.replica}: {final.times}")
+        if final.shortest_timing_seconds < 0:
+            what = f"job {final.job_id} at {final.replica}: {final.shortest_timing_seconds} s"
+            yield Breach(rule, what)
+
+
+def _no_file_without_a_row(history: History) -> Iterator[Breach]:
+    """Images belong to jobs that name them; a job that has ended needs no snapshot."""
+    images = {final.job_id: len(final.images) for final in history.final_jobs if final.state}
+    unended = {final.job_id for final in history.final_jobs if final.state and final.state not in ENDED}
+    num_files: Counter[str] = Counter()
+    for path in history.stored_files:
+        folder, job_id = _owner(path)
+        if folder == "images" and job_id in images:
+            num_files[job_id] += 1
+            if num_files[job_id] <= images[job_id] or job_id in unended:
+                continue
+        elif folder == "snapshots" and job_id in unended:
+            continue
+        yield Breach("no file without a row", path)
+
+
+def _owner(path: str) -> tuple[str, str]:
+    """The folder and the job of a stored file, whatever its name below that is."""
+    parts = path.split("/")
+    for number, part in enumerate(parts[:-1]):
+        if part in ARTIFACT_FOLDERS:
+            return part, parts[number + 1]
+    return "", ""
