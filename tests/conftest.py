@@ -16,6 +16,13 @@ settings.register_profile("shared cores", deadline=None)
 settings.load_profile("shared cores")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("promises", "the failure harness, tests/failure/test_promises.py")
+    group.addoption("--promise-minutes", type=float, default=1.0, help="how long things fail in each run")
+    group.addoption("--promise-seed", default="1", help="of what fails, and of what callers do")
+    group.addoption("--promise-fault", action="append", default=[], help="a fault to play, or all of them")
+
+
 @pytest.fixture(scope="session")
 def server() -> Iterator[LiveServer]:
     """One server with the demo model for all tests that leave it as they found it."""

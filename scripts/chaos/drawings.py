@@ -134,7 +134,7 @@ class References:
         expected = self._images[number]
         if images == expected:
             return []
-        largest = max(map(_largest_difference, images, expected), default=255)
+        largest = max(map(largest_difference, images, expected), default=255)
         if was_alone:
             return [f"drawing {number}, alone: other bytes, pixels differ by up to {largest}"]
         if largest > PIXEL_TOLERANCE:
@@ -147,7 +147,8 @@ def pick(choices: random.Random) -> int:
     return choices.randrange(len(DRAWINGS))
 
 
-def _largest_difference(file: bytes, expected_file: bytes) -> int:
+def largest_difference(file: bytes, expected_file: bytes) -> int:
+    """The most, of 255, that a value of two pictures differs by."""
     pixels, expected = (
         np.asarray(PictureFile.open(io.BytesIO(data)), dtype=np.int16) for data in (file, expected_file)
     )

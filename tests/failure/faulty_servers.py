@@ -118,12 +118,15 @@ def servers_on_postgres(
 
 
 @contextmanager
-def server_on_sqlite(folder: Path, *flags: str) -> Iterator[FaultyServer]:
+def server_on_sqlite(
+    folder: Path, *flags: str, environment: Mapping[str, str] | None = None
+) -> Iterator[FaultyServer]:
     """A server with its jobs in a file."""
     clock = SteppedClock(folder / "clock")
     words = ("--data-dir", str(folder / "data"), *ONE_THREAD, *flags)
     try:
-        with running_server(*words, environment=clock.environment) as live:
+        variables = {**clock.environment, **(environment or {})}
+        with running_server(*words, environment=variables) as live:
             try:
                 yield FaultyServer("only", live, clock)
             finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from dataclasses import dataclass, field
 
 ENDS = {"succeeded": "SUCCEEDED", "failed": "FAILED", "cancelled": "CANCELLED"}
@@ -26,7 +25,7 @@ class Acknowledged:
 
     Attributes:
         has_deadline: whether its caller gave one, so that it may end as CANCELLED.
-        is_attached: whether it stops when its caller leaves.
+        is_alone: whether nothing else is drawn, and nothing fails, until it has ended.
     """
 
     job_id: str
@@ -34,7 +33,7 @@ class Acknowledged:
     drawing: Drawing
     replica: str
     has_deadline: bool = False
-    is_attached: bool = False
+    is_alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +103,15 @@ class FinalImage:
 
 
 @dataclass(frozen=True, slots=True)
+class Downloaded:
+    """An image that a caller read while things failed."""
+
+    job_id: str
+    replica: str
+    image: FinalImage
+
+
+@dataclass(frozen=True, slots=True)
 class FinalJob:
     """A job as one replica tells of it when all is over.
 
@@ -111,7 +119,6 @@ class FinalJob:
         state: empty when the replica does not know the job.
         times: create, start and end, in nanoseconds; 0 for one that is absent.
         shortest_timing_seconds: the least of its timings.
-        was_alone: whether no other job was drawn between its start and its end, on any replica.
     """
 
     job_id: str
@@ -120,7 +127,6 @@ class FinalJob:
     times: tuple[int, int, int] = (0, 0, 0)
     shortest_timing_seconds: float = 0.0
     images: tuple[FinalImage, ...] = ()
-    attempt: int = 0
     error: str = ""
 
 
@@ -129,6 +135,7 @@ class History:
     """Everything that was recorded; any thread may add.
 
     Attributes:
+        downloads: images that were read while things failed, as far as the call ended with OK.
         refusals: calls that were answered with an error, by the name of the call and of the code.
     """
 
@@ -136,6 +143,7 @@ class History:
     cancelled: list[Cancelled] = field(default_factory=list)
     told: list[Told] = field(default_factory=list)
     changes: list[ChangeTold] = field(default_factory=list)
+    downloads: list[Downloaded] = field(default_factory=list)
     refusals: list[tuple[str, str]] = field(default_factory=list)
     open_streams: list[OpenStream] = field(default_factory=list)
     final_jobs: list[FinalJob] = field(default_factory=list)
@@ -143,7 +151,7 @@ class History:
     num_reconnects: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def note(self, what: Acknowledged | Cancelled | Told | ChangeTold) -> None:
+    def note(self, what: Acknowledged | Cancelled | Told | ChangeTold | Downloaded) -> None:
         """Add one thing that a caller was told."""
         with self._lock:
             match what:
@@ -155,6 +163,8 @@ class History:
                     self.told.append(what)
                 case ChangeTold():
                     self.changes.append(what)
+                case Downloaded():
+                    self.downloads.append(what)
 
     def note_refusal(self, call: str, code: str) -> None:
         """Add a call that was answered with an error."""
@@ -165,8 +175,3 @@ class History:
         """Count a reader that goes on where its stream broke off."""
         with self._lock:
             self.num_reconnects += 1
-
-
-def now() -> float:
-    """The moment of an event, which no stepped clock moves."""
-    return time.monotonic()

@@ -32,7 +32,7 @@ class Breach:
 def breaches(history: History, differ: Differ) -> list[Breach]:
     """Every promise that the history breaks."""
     finals = _by_job(history.final_jobs)
-    found = [
+    return [
         *_one_terminal_state(history, finals),
         *_readers_agree(history, finals),
         *_nothing_follows_an_end(history),
@@ -40,12 +40,12 @@ def breaches(history: History, differ: Differ) -> list[Breach]:
         *_no_stream_hangs(history),
         *_cancelled_stay_cancelled(history, finals),
         *_others_succeed(history, finals),
+        *_retries_follow_their_job(history, finals),
         *_equal_drawings_are_equal(history, finals, differ),
         *_images_are_whole(history),
         *_times_follow(history),
         *_no_file_without_a_row(history),
     ]
-    return found
 
 
 def count_by_rule(found: Iterable[Breach]) -> dict[str, int]:
@@ -126,11 +126,17 @@ def _cancelled_stay_cancelled(history: History, finals: Mapping[str, list[FinalJ
     rule = "what was cancelled is cancelled"
     for job_id, states in _cancels(history).items():
         ended_as = next((state for state in states if state in ENDED), None)
+        was_running = any(state and state not in ENDED for state in states)
         for final in finals.get(job_id, ()):
-            if ended_as is not None and final.state != ended_as:
+            if final.state not in ENDED:
+                continue
+            if was_running and final.state != "CANCELLED":
+                what = f"job {job_id} was to be cancelled, and is {final.state}: {final.error}"
+                yield Breach(rule, what)
+            elif ended_as is not None and final.state != ended_as:
                 yield Breach(rule, f"job {job_id} had ended as {ended_as}, and is {final.state}")
-            elif ended_as is None and final.state == "FAILED":
-                yield Breach(rule, f"job {job_id} was cancelled, and is {final.state}: {final.error}")
+            elif final.state == "FAILED":
+                yield Breach(rule, f"job {job_id} was left by its caller, and FAILED: {final.error}")
 
 
 def _cancels(history: History) -> dict[str, list[str]]:
@@ -149,42 +155,38 @@ def _others_succeed(history: History, finals: Mapping[str, list[FinalJob]]) -> I
                 yield Breach("what nobody cancelled succeeds", what)
 
 
+def _retries_follow_their_job(history: History, finals: Mapping[str, list[FinalJob]]) -> Iterator[Breach]:
+    """A request id stands for one job, unless that failed or was cancelled."""
+    jobs: dict[str, list[str]] = defaultdict(list)
+    for each in history.acknowledged:
+        if each.job_id not in jobs[each.request_id]:
+            jobs[each.request_id].append(each.job_id)
+    for request_id, job_ids in jobs.items():
+        drawn = [
+            job_id
+            for job_id in job_ids
+            if any(final.state == "SUCCEEDED" for final in finals.get(job_id, ()))
+        ]
+        if len(drawn) > 1:
+            yield Breach("a retry follows its job", f"request {request_id} is jobs {', '.join(drawn)}")
+
+
 def _equal_drawings_are_equal(
     history: History, finals: Mapping[str, list[FinalJob]], differ: Differ
 ) -> Iterator[Breach]:
     rule = "equal drawings give equal pictures"
     first_of: dict[tuple[Drawing, int], tuple[str, str]] = {}
     alone_of: dict[tuple[Drawing, int], tuple[str, str]] = {}
-    drawings = {each.job_id: each.drawing for each in history.acknowledged}
-    alone = jobs_drawn_alone(finals)
-    for job_id, drawing in drawings.items():
-        for image in _images_of(finals.get(job_id, ())):
-            key = (drawing, image.index)
-            if job_id in alone:
-                other, sha256 = alone_of.setdefault(key, (job_id, image.sha256))
+    for job in {each.job_id: each for each in history.acknowledged}.values():
+        for image in _images_of(finals.get(job.job_id, ())):
+            key = (job.drawing, image.index)
+            if job.is_alone:
+                other, sha256 = alone_of.setdefault(key, (job.job_id, image.sha256))
                 if sha256 != image.sha256:
-                    yield Breach(rule, f"jobs {other} and {job_id}, each alone: other bytes")
-            other, sha256 = first_of.setdefault(key, (job_id, image.sha256))
+                    yield Breach(rule, f"jobs {other} and {job.job_id}, each alone: other bytes")
+            other, sha256 = first_of.setdefault(key, (job.job_id, image.sha256))
             if sha256 != image.sha256 and differ(sha256, image.sha256):
-                yield Breach(rule, f"jobs {other} and {job_id}: other pixels")
-
-
-def jobs_drawn_alone(finals: Mapping[str, list[FinalJob]]) -> frozenset[str]:
-    """Jobs that ran while no other did, on any replica, and were drawn at one go."""
-    spans = []
-    for job_id, told in finals.items():
-        known = [final for final in told if final.times[1] and final.times[2]]
-        if known:
-            spans.append((known[0].times[1], known[0].times[2], job_id, known[0].attempt))
-    alone = set()
-    for start, end, job_id, attempt in spans:
-        overlaps = any(
-            other != job_id and other_start < end and start < other_end
-            for other_start, other_end, other, _ in spans
-        )
-        if attempt == 1 and not overlaps:
-            alone.add(job_id)
-    return frozenset(alone)
+                yield Breach(rule, f"jobs {other} and {job.job_id}: other pixels")
 
 
 def _images_of(finals: Iterable[FinalJob]) -> Iterator[FinalImage]:
@@ -204,11 +206,18 @@ def _images_are_whole(history: History) -> Iterator[Breach]:
         if final.state == "SUCCEEDED" and not final.images:
             yield Breach(rule, f"{where} has none")
         for image in final.images:
-            if image.problem:
-                yield Breach(rule, f"{where}, image {image.index}: {image.problem}")
-            elif (image.num_bytes, image.sha256) != (image.told_bytes, image.told_sha256):
-                told = f"{image.num_bytes} bytes of {image.told_bytes}"
-                yield Breach(rule, f"{where}, image {image.index}: {told}, or another SHA-256")
+            yield from _image_is_whole(where, image)
+    for each in history.downloads:
+        yield from _image_is_whole(f"while things failed, job {each.job_id} at {each.replica}", each.image)
+
+
+def _image_is_whole(where: str, image: FinalImage) -> Iterator[Breach]:
+    rule = "images are whole"
+    if image.problem:
+        yield Breach(rule, f"{where}, image {image.index}: {image.problem}")
+    elif (image.num_bytes, image.sha256) != (image.told_bytes, image.told_sha256):
+        told = f"{image.num_bytes} bytes of {image.told_bytes}"
+        yield Breach(rule, f"{where}, image {image.index}: {told}, or another SHA-256")
 
 
 def _times_follow(history: History) -> Iterator[Breach]:
