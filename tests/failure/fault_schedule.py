@@ -119,13 +119,17 @@ class FaultSchedule:
 
     def _play(self) -> None:
         end_time = time.monotonic() + self._seconds
-        victims = [victim for victim, faults in self._faults.items() if faults]
+        deck: list[tuple[str, Fault]] = []
         while time.monotonic() < end_time and not self._is_stopped.is_set():
-            count = 2 if len(victims) > 1 and self._choices.random() < PAIR_SHARE else 1
-            faults = [
-                self._choices.choice(self._faults[victim]) for victim in self._choices.sample(victims, count)
-            ]
-            self._play_together(faults)
+            if not deck:
+                # Each once, before any comes again.
+                deck = [(victim, fault) for victim, faults in self._faults.items() for fault in faults]
+                self._choices.shuffle(deck)
+            victim, fault = deck.pop()
+            together = [fault]
+            if deck and deck[-1][0] != victim and self._choices.random() < PAIR_SHARE:
+                together.append(deck.pop()[1])
+            self._play_together(together)
             self._is_stopped.wait(self._choices.uniform(*QUIET_SECONDS))
 
     def _play_together(self, faults: Sequence[Fault]) -> None:

@@ -133,7 +133,7 @@ class PromiseRun:
         for dashboard in self._dashboards:
             self._start("dashboard", dashboard.run)
         callers = [
-            Caller(stage, f"caller {number}", f"{self._seed} {number}", self._start)
+            Caller(stage, f"caller-{number}", f"{self._seed} {number}", self._start)
             for number in range(NUM_CALLERS)
         ]
         for caller in callers:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from tests.failure.history import ENDS, Drawing, FinalImage, FinalJob, History
 
+NUM_SHOWN = 5
 ENDED = frozenset(ENDS.values())
 SILENT_SECONDS = 10.0
 """A stream has news, or ends, within 2 s of all being well; five times as long on busy cores."""
 ARTIFACT_FOLDERS = ("images", "snapshots")
+
+PASSING = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "RESOURCE_EXHAUSTED"})
+"""What a call may be answered with while things fail: nothing that says that a job or image is gone."""
 
 Differ = Callable[[str, str], bool]
 """Whether the pictures of two files, by SHA-256, differ by more than other company may make them."""
@@ -45,7 +49,16 @@ def breaches(history: History, differ: Differ) -> list[Breach]:
         *_images_are_whole(history),
         *_times_follow(history),
         *_no_file_without_a_row(history),
+        *_answers_are_passing(history),
     ]
+
+
+def shown(found: Sequence[Breach]) -> str:
+    """The first breaches of each rule, one a line."""
+    by_rule: dict[str, list[Breach]] = defaultdict(list)
+    for breach in found:
+        by_rule[breach.rule].append(breach)
+    return "\n".join(str(breach) for each in by_rule.values() for breach in each[:NUM_SHOWN])
 
 
 def count_by_rule(found: Iterable[Breach]) -> dict[str, int]:
@@ -222,13 +235,13 @@ def _image_is_whole(where: str, image: FinalImage) -> Iterator[Breach]:
 
 def _times_follow(history: History) -> Iterator[Breach]:
     rule = "times follow one another"
-    for final in history.final_jobs:
+    # Of one replica: all read the same row.
+    for final in {each.job_id: each for each in history.final_jobs if each.state}.values():
         present = [time for time in final.times if time]
         if present != sorted(present):
-            yield Breach(rule, f"job {final.job_id} at {final.replica}: {final.times}")
-        if final.shortest_timing_seconds < 0:
-            what = f"job {final.job_id} at {final.replica}: {final.shortest_timing_seconds} s"
-            yield Breach(rule, what)
+            yield Breach(rule, f"job {final.job_id}: {final.times}")
+        elif final.shortest_timing_seconds < 0:
+            yield Breach(rule, f"job {final.job_id}: {final.shortest_timing_seconds} s")
 
 
 def _no_file_without_a_row(history: History) -> Iterator[Breach]:
@@ -245,6 +258,12 @@ def _no_file_without_a_row(history: History) -> Iterator[Breach]:
         elif folder == "snapshots" and job_id in unended:
             continue
         yield Breach("no file without a row", path)
+
+
+def _answers_are_passing(history: History) -> Iterator[Breach]:
+    for (call, code), count in Counter(history.refusals).items():
+        if code not in PASSING:
+            yield Breach("a failure is a passing one", f"{call} answered {code}, {count} times")
 
 
 def _owner(path: str) -> tuple[str, str]:

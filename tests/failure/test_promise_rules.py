@@ -50,6 +50,7 @@ def good_history() -> History:
         final_jobs=[FINAL, replace(FINAL, replica="two"), CANCELLED, replace(CANCELLED, replica="two")],
         stored_files=["images/job/3/0"],
         downloads=[Downloaded("job", "one", IMAGE)],
+        refusals=[("SubmitJob", "UNAVAILABLE")],
     )
 
 
@@ -58,7 +59,8 @@ def found_in(history: History, *, do_differ: bool = True) -> list[Breach]:
 
 
 def final(history: History, **changes: object) -> None:
-    history.final_jobs[0] = replace(FINAL, **changes)  # type: ignore[arg-type]
+    """Have the second replica tell something else of the job that succeeded."""
+    history.final_jobs[1] = replace(FINAL, replica="two", **changes)  # type: ignore[arg-type]
 
 
 def second_drawing(history: History, *, is_alone: bool) -> None:
@@ -152,6 +154,10 @@ SPOILED: dict[str, tuple[str, Callable[[History], object]]] = {
     "a snapshot of a job that has ended": (
         "no file without a row",
         lambda h: h.stored_files.append("snapshots/job/3"),
+    ),
+    "an image that is said to be gone": (
+        "a failure is a passing one",
+        lambda h: h.note_refusal("DownloadImage", "NOT_FOUND"),
     ),
     "a file that belongs nowhere": ("no file without a row", lambda h: h.stored_files.append("stray")),
 }
