@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import sqlite3
 from pathlib import Path
 
 import pytest
 
+from hidream.v1 import image_gen_pb2
 from tests.failure.kill_loop import LONG_STEPS, KillLoop, downloaded, flags_of, job_request
 from tests.live_server import running_server, wait_until
 
@@ -34,19 +37,23 @@ def test_a_job_alone_goes_on_from_its_snapshot_and_gives_the_same_image(tmp_path
 
     with running_server(*flags) as server, server.stub() as stub:
         job_id = stub.SubmitJob(request).job_id
-
-        def has_snapshot() -> bool:
-            return (tmp_path / "artifacts" / "snapshots" / job_id).exists()
-
-        wait_until(has_snapshot, 60, "a snapshot is on the disk")
+        wait_until(lambda: kept_step(tmp_path, job_id) is not None, 60, "a snapshot is on the disk")
         server.process.kill()
         server.process.wait()
+    step = kept_step(tmp_path, job_id)
     with running_server(*flags) as server, server.stub() as stub:
-        server.wait_until_idle()
+        watch = stub.WatchJob(image_gen_pb2.WatchJobRequest(job_id=job_id))
+        restarts = [response.event.restarted for response in watch if response.event.HasField("restarted")]
+        assert step is not None
+        assert [restart.resumed_from_step >= step for restart in restarts] == [True]
         resumed = downloaded(stub, job_id)
         undisturbed = stub.SubmitJob(job_request("again", 3, LONG_STEPS, side=128)).job_id
         server.wait_until_idle()
         assert downloaded(stub, undisturbed) == resumed
+
+
+def snapshots_in(data_dir: Path) -> list[Path]:
+    return [path for path in (data_dir / "artifacts" / "snapshots").glob("*/*") if path.name.isdecimal()]
 
 
 def wait_for_snapshot(data_dir: Path, older: set[bytes]) -> set[bytes]:
@@ -54,7 +61,7 @@ def wait_for_snapshot(data_dir: Path, older: set[bytes]) -> set[bytes]:
     found: set[bytes] = set()
 
     def has_new() -> bool:
-        found.update(path.read_bytes() for path in (data_dir / "artifacts" / "snapshots").rglob("newest"))
+        found.update(path.read_bytes() for path in snapshots_in(data_dir))
         return bool(found - older)
 
     wait_until(has_new, 60, "a snapshot is on the disk")
@@ -73,7 +80,7 @@ def test_a_snapshot_that_was_altered_on_the_disk_costs_the_steps_and_not_the_ima
         wait_for_snapshot(tmp_path, first)
         server.process.kill()
         server.process.wait()
-    for snapshot in (tmp_path / "artifacts" / "snapshots").rglob("newest*"):
+    for snapshot in snapshots_in(tmp_path):
         altered = bytearray(snapshot.read_bytes())
         altered[len(altered) // 2] ^= 1
         snapshot.write_bytes(altered)
@@ -83,3 +90,11 @@ def test_a_snapshot_that_was_altered_on_the_disk_costs_the_steps_and_not_the_ima
         warnings = [line for line in server.log_lines if "WARNING" in line]
     (warning,) = [line for line in warnings if job_id in line]
     assert "job starts from its seed: the snapshot is altered or cut" in warning
+
+
+def kept_step(data_dir: Path, job_id: str) -> int | None:
+    """The step after which the job's row says that there is a snapshot."""
+    with contextlib.closing(sqlite3.connect(data_dir / "jobs.sqlite")) as connection:
+        query = "SELECT json_extract(run, '$.snapshot.step') FROM jobs WHERE job_id = ?"
+        step: int | None = connection.execute(query, (job_id,)).fetchone()[0]
+    return step
