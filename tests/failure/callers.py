@@ -139,7 +139,8 @@ class Watcher:
     """Follows one job over any number of streams, at any replicas, from the last sequence on.
 
     Args:
-        choices: which replica, and how long until it reconnects for no reason; None never does.
+        choices: which replica, and how long until it reconnects for no reason.
+        is_patient: never reconnects while its stream is open.
     """
 
     def __init__(

@@ -103,7 +103,7 @@ class PromiseRun:
             self._draw_alone(stage, "before")
             self._disturb(stage)
             well_seconds = time.monotonic()
-            self._wait_for_ends(stage, well_seconds)
+            self._wait_for_ends(stage)
             dashboards_hear = self._probe(stage)
             self._find_hanging(stage, well_seconds, dashboards_hear)
             self._close(stage)
@@ -172,7 +172,7 @@ class PromiseRun:
 
     # --- when all is well again --------------------------------------------------------------------
 
-    def _wait_for_ends(self, stage: Stage, well_seconds: float) -> None:
+    def _wait_for_ends(self, stage: Stage) -> None:
         """Wait until every job has ended, at every replica; in vain if one never does."""
 
         def have_ended() -> bool:

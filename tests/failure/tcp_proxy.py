@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 READ_BYTES = 64 * 1024
+RESET_AT_ONCE = struct.pack("ii", 1, 0)
 
 
 class TcpProxy:
@@ -29,11 +32,12 @@ class TcpProxy:
         self._refuses = False
         self._to_upstream_seconds = 0.0
         self._to_server_seconds = 0.0
+        # Set while bytes may pass.
+        self._flowing = asyncio.Event()
+        self._flowing.set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy")
         self._thread.start()
-        # Set while bytes may pass.
-        self._flows = self._call(_set_event)
         self.port = 0
         self.num_connections = 0
         self._call(self._listen)
@@ -44,7 +48,7 @@ class TcpProxy:
 
     def silence(self) -> None:
         """Accept connections and bytes, and forward nothing in either direction, until `heal`."""
-        self._call(self._silence)
+        self._call(self._flowing.clear)
 
     def delay(self, *, to_upstream_seconds: float = 0.0, to_server_seconds: float = 0.0) -> None:
         """Hold every byte from now on for so long, in each direction."""
@@ -63,14 +67,15 @@ class TcpProxy:
         self._thread.join()
         self._loop.close()
 
-    def _call(self, action: Callable[[], object]) -> object:
-        """Run a plain function or a coroutine function in the loop; its result when it is done."""
+    def _call(self, action: Callable[[], object]) -> None:
+        """Run a plain function or a coroutine function in the loop, to its end."""
 
-        async def run() -> object:
+        async def run() -> None:
             result = action()
-            return await result if asyncio.iscoroutine(result) else result
+            if asyncio.iscoroutine(result):
+                await result
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(run(), self._loop).result()
 
     async def _listen(self) -> None:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -80,9 +85,6 @@ class TcpProxy:
         self._refuses = True
         for link in tuple(self._links):
             link.abort()
-
-    def _silence(self) -> None:
-        self._flowing.clear()
 
     def _heal(self) -> None:
         self._refuses = False
@@ -96,11 +98,6 @@ class TcpProxy:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         if others:
             await asyncio.wait(others, timeout=5.0)
-
-    @property
-    def _flowing(self) -> asyncio.Event:
-        assert isinstance(self._flows, asyncio.Event)
-        return self._flows
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
@@ -159,6 +156,10 @@ class _Link:
     def abort(self) -> None:
         """Reset both ends."""
         for writer in self.writers:
+            # Without it the peer would see an orderly end.
+            with contextlib.suppress(OSError):
+                connection = writer.get_extra_info("socket")
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_AT_ONCE)
             writer.transport.abort()
 
 
@@ -174,12 +175,6 @@ async def _take(
         except OSError:
             data = b""
         held.put_nowait((time.monotonic() + delay_seconds(), data))
-
-
-def _set_event() -> asyncio.Event:
-    event = asyncio.Event()
-    event.set()
-    return event
 
 
 @contextmanager
