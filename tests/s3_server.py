@@ -7,11 +7,14 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from xml.etree import ElementTree
 
 BUCKET = "artifacts"
+XML_NAMESPACE = "{http://s3.amazonaws.com/doc/2006-03-01/}"
 
 
 class S3Server:
@@ -35,6 +38,19 @@ class S3Server:
             "AWS_ACCESS_KEY_ID": "someone",
             "AWS_SECRET_ACCESS_KEY": "secret",
         }
+
+    def keys(self) -> list[str]:
+        """The keys of all objects, in order."""
+        keys: list[str] = []
+        query = {"list-type": "2"}
+        while True:
+            url = f"{self.endpoint}/{BUCKET}?{urllib.parse.urlencode(query)}"
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                page = ElementTree.fromstring(answer.read())
+            keys += [element.text or "" for element in page.iter(f"{XML_NAMESPACE}Key")]
+            if not (token := page.findtext(f"{XML_NAMESPACE}NextContinuationToken")):
+                return keys
+            query["continuation-token"] = token
 
     def start(self) -> None:
         """Start it, and return when it has its bucket."""

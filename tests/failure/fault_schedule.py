@@ -102,20 +102,29 @@ class FaultSchedule:
         self._choices = random.Random(seed)
         self._seconds = seconds
         self._is_stopped = threading.Event()
-        self._thread = threading.Thread(target=self._play, name="faults")
+        self._thread = threading.Thread(target=self._run, name="faults")
+        self._error: Exception | None = None
 
     def start(self) -> None:
         """Begin."""
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when the time is over, and everything is undone."""
+        """Return when the time is over, and everything is undone; raises what a fault has raised."""
         self._thread.join()
+        if self._error is not None:
+            raise self._error
 
     def stop(self) -> None:
         """Play nothing more; everything is undone when this returns."""
         self._is_stopped.set()
         self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._play()
+        except Exception as error:
+            self._error = error
 
     def _play(self) -> None:
         end_time = time.monotonic() + self._seconds

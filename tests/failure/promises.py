@@ -95,6 +95,7 @@ def _readers_agree(history: History, finals: Mapping[str, list[FinalJob]]) -> It
     ends += [(told.reader, told.job_id, told.state) for told in history.changes if told.state in ENDED]
     for reader, job_id, state in dict.fromkeys(ends):
         others = {final.state for final in finals.get(job_id, ())}
+        others.discard("")
         if others and others != {state}:
             yield Breach(rule, f"{reader} saw job {job_id} end as {state}, replicas say {sorted(others)}")
 

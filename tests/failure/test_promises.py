@@ -11,9 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import obstore
 import pytest
-from obstore.store import S3Store
 
 from tests.failure.artifact_folder import ArtifactFolder
 from tests.failure.bucket_proxy import running_bucket_proxy
@@ -22,7 +20,7 @@ from tests.failure.faulty_servers import server_on_sqlite, servers_on_postgres
 from tests.failure.promise_run import PromiseRun, Setup
 from tests.failure.promises import shown
 from tests.postgres import PostgresServer
-from tests.s3_server import BUCKET, S3Server, running_s3_server
+from tests.s3_server import BUCKET, running_s3_server
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +86,5 @@ def test_one_server_on_a_file_keeps_every_promise_while_it_its_clock_and_its_buc
         server = stack.enter_context(server_on_sqlite(tmp_path, *flags, environment=bucket.environment))
         stack.callback(bucket.heal)
         faults = {server.name: server_faults(server), "images": bucket_faults(bucket)}
-        setup = Setup([server], faults, lambda: objects_of(s3))
+        setup = Setup([server], faults, s3.keys)
         keep_promises(PromiseRun(setup, seed, seconds, kinds), record_property)
-
-
-def objects_of(s3: S3Server) -> list[str]:
-    """The keys of everything in the bucket, read past the proxy."""
-    keys = {name.lower(): value for name, value in s3.environment.items()}
-    store = S3Store(BUCKET, config=keys, client_options={"allow_http": True})  # type: ignore[arg-type]
-    return sorted(item["path"] for found in obstore.list(store) for item in found)
