@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -70,6 +71,9 @@ class S3Server:
                 break
         else:
             raise AssertionError(f"the S3 server has not started: {self._process.wait()}")
+        # It logs every request, and stands still when nobody reads that.
+        self._reader = threading.Thread(target=self._process.stderr.read, name="S3 log")
+        self._reader.start()
         request = urllib.request.Request(f"{self.endpoint}/{BUCKET}", method="PUT")
         urllib.request.urlopen(request, timeout=30).close()
 
@@ -77,6 +81,7 @@ class S3Server:
         """End it: connections are refused from now on."""
         self._process.kill()
         self._process.wait()
+        self._reader.join()
         assert self._process.stderr is not None
         self._process.stderr.close()
 
