@@ -282,3 +282,27 @@ async def test_a_reader_that_stops_reading_holds_what_it_was_given_and_nothing_n
         await reader.aclose()
     gc.collect()
     assert len(alive) <= 1
+
+
+@pytest.mark.parametrize("was_followed_before", [False, True])
+def test_who_comes_between_the_claim_and_the_start_of_a_job_is_told_that_it_started(
+    was_followed_before: bool,
+) -> None:
+    claimed = replace(JOB, claim_number=1)
+    drawing, elsewhere = JobFeed(), JobFeed()
+    if was_followed_before:
+        drawing.sync(JOB)
+        drawing.tell_first_place()
+    drawing.sync(claimed)
+    drawing.tell_first_place()
+    started_sequence = drawing.reserve_sequence()
+    started = replace(
+        claimed.started(Execution("demo", "FlowMatchLCMScheduler", 3.0, "tp=1"), JOB.create_time + 1),
+        started_sequence=started_sequence,
+        last_sequence=started_sequence,
+    )
+    elsewhere.sync(claimed)
+    elsewhere.tell_first_place()
+    (place,) = rest(elsewhere)
+    elsewhere.sync(started)
+    assert [type(body) for body in bodies(rest(elsewhere, place.sequence))] == [Started]
