@@ -80,17 +80,10 @@ class JobTools:
 
 
 @dataclass(frozen=True, slots=True)
-class _SnapshotStored:
-    """A snapshot after this step is in the artifact store."""
-
-    step: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Happened:
     """What the engine told, and when, on the clock of time.monotonic."""
 
-    event: EngineEvent | _SnapshotStored | None
+    event: EngineEvent | None
     time: float
 
 
@@ -113,9 +106,9 @@ class RunningJob:
         self._happened: asyncio.Queue[_Happened] = asyncio.Queue()
         self._failure: JobInternalError | None = None
         self._first_attempt = 0 if job.execution is None else job.execution.attempt
-        self._snapshots = SnapshotKeeper(
-            job.job_id, job.claim_number, tools.artifacts, lambda step: self._note(_SnapshotStored(step))
-        )
+        self._snapshots = SnapshotKeeper(job.job_id, job.claim_number, tools.artifacts, self._name_snapshot)
+        # One writes the row at a time, each the job as it is then.
+        self._writing = asyncio.Lock()
         self._denoise_start: float | None = None
         self._kept_denoise_seconds = job.timings.denoise_seconds if job.snapshot is not None else 0.0
         feed.sync(job)
@@ -202,7 +195,7 @@ class RunningJob:
             self._state_changed.set()
             self._note(None)
 
-    def _note(self, event: EngineEvent | _SnapshotStored | None) -> None:
+    def _note(self, event: EngineEvent | None) -> None:
         self._happened.put_nowait(_Happened(event, time.monotonic()))
 
     async def _work_off(self) -> None:
@@ -265,7 +258,7 @@ class RunningJob:
 
     # --- what the engine tells --------------------------------------------------------------------
 
-    async def _apply(self, event: EngineEvent | _SnapshotStored, when: float) -> None:
+    async def _apply(self, event: EngineEvent, when: float) -> None:
         match event:
             case RequestStarted():
                 await self._start(when)
@@ -275,8 +268,6 @@ class RunningJob:
                 self._step_finished(step, step_seconds, when)
             case PreviewMade(step, data):
                 self._feed.publish(Previewed(step, data))
-            case _SnapshotStored(step):
-                await self._save(replace(self.job, snapshot=StoredSnapshot(self.job.claim_number, step)))
             case RequestRestarted():
                 self._restart(event)
             case ImageFinished():
@@ -381,20 +372,34 @@ class RunningJob:
 
     async def _save(self, job: Job) -> None:
         """Commit the job as it is now, and tell what is new."""
+
+        async def write() -> Job:
+            async with self._writing:
+                written = replace(job, snapshot=self.job.snapshot)
+                await self._tools.store.save(written)
+                self.job = written
+                return written
+
         try:
-            await self._retry_until_stored(lambda: self._tools.store.save(job))
+            written = await self._retry_until_stored(write)
         except ClaimLostError:
             self.lose()
             raise _StopChangedError from None
-        self.job = job
-        self._feed.sync(job)
+        self._feed.sync(written)
+
+    async def _name_snapshot(self, step: int) -> None:
+        """Have the row name a snapshot that is stored, once: the next one makes up for it."""
+        self.job = replace(self.job, snapshot=StoredSnapshot(self.job.claim_number, step))
+        async with self._writing:
+            if not self._state.is_running or self.job.state.has_ended:
+                return
+            try:
+                await self._tools.store.save(self.job)
+            except ClaimLostError:
+                self.lose()
 
     async def _release(self) -> None:
         await self._snapshots.store()
-        while not self._happened.empty():
-            match self._happened.get_nowait().event:
-                case _SnapshotStored(step):
-                    self.job = replace(self.job, snapshot=StoredSnapshot(self.job.claim_number, step))
         try:
             released = await self._retry_until_stored(lambda: self._tools.store.release(self.job))
         except ClaimLostError:

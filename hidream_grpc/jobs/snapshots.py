@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from hidream_grpc.background import Outage
 from hidream_grpc.engine.requests import SnapshotTaken
-from hidream_grpc.errors import ArtifactUnavailableError, StorageFullError
 from hidream_grpc.jobs.artifacts import ArtifactStore
 
 logger = logging.getLogger(__name__)
@@ -22,11 +21,15 @@ class SnapshotKeeper:
     """Stores the newest snapshot; one that cannot be stored is made up for by the next.
 
     Args:
-        on_stored: called with the step of each that is in the artifact store.
+        on_stored: called with the step of each that is in the artifact store; may raise.
     """
 
     def __init__(
-        self, job_id: str, claim_number: int, artifacts: ArtifactStore, on_stored: Callable[[int], None]
+        self,
+        job_id: str,
+        claim_number: int,
+        artifacts: ArtifactStore,
+        on_stored: Callable[[int], Awaitable[None]],
     ) -> None:
         self._job_id = job_id
         self._claim_number = claim_number
@@ -59,9 +62,10 @@ class SnapshotKeeper:
                 return
             try:
                 await self._artifacts.write_snapshot(self._job_id, self._claim_number, snapshot.data)
-            except (ArtifactUnavailableError, StorageFullError) as error:
+                await self._on_stored(snapshot.step)
+            except Exception as error:
+                # Whatever it is: the job goes on, and so do its snapshots.
                 self._outage.note_failure(error)
                 self._newest = self._newest or snapshot
                 return
             self._outage.note_success()
-            self._on_stored(snapshot.step)

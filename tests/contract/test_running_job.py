@@ -9,19 +9,22 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hidream_grpc.engine.requests import RequestStarted
+from hidream_grpc.engine.requests import RequestStarted, SnapshotTaken, StepFinished
+from hidream_grpc.errors import StoreUnavailableError
 from hidream_grpc.jobs.artifacts import ArtifactStore
 from hidream_grpc.jobs.estimates import EngineCapacity
-from hidream_grpc.jobs.events import Body, Cancelled, JobFeed, Queued, Restarted, Started
+from hidream_grpc.jobs.events import Body, Cancelled, JobFeed, Progressed, Queued, Restarted, Started
 from hidream_grpc.jobs.job import CancelReason, Execution, Job, StoredSnapshot
 from hidream_grpc.jobs.outlook import Outlook
 from hidream_grpc.jobs.running_job import JobTools, RunningJob
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.job_stores import StoreDatabase, added, claimed, new_job, started
+from tests.job_stores import StoreDatabase, added, claimed, eventually, new_job, started
 from tests.snapshots import CHECKPOINT_FINGERPRINT, packed_snapshot
 
 PARAMETERS = new_job().submission.parameters
 SNAPSHOT = packed_snapshot(2, PARAMETERS)
+
+TIMEOUT_SECONDS = 10.0
 
 
 def tools_of(store: SqlJobStore, artifacts: ArtifactStore) -> JobTools:
@@ -108,5 +111,50 @@ async def test_a_job_goes_on_from_the_step_of_its_snapshot_whatever_its_row_says
             if isinstance(event.body, Restarted):
                 assert (event.body.attempt, event.body.resumed_from_step) == (2, step)
                 break
+        running.give_back()
+        await running_task
+
+
+async def test_progress_is_told_while_the_store_is_lost_and_the_row_names_the_snapshot_afterwards(
+    sqlite_database: StoreDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifacts = ArtifactStore(tmp_path / "artifacts")
+    async with sqlite_database.opened() as store:
+        await added(store, new_job())
+        (job,) = await claimed(store)
+        feed = JobFeed()
+        running = RunningJob(job, feed, tools_of(store, artifacts))
+        running.tell(RequestStarted())
+        running_task = asyncio.create_task(running.run())
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            async for event in feed.follow():
+                if isinstance(event.body, Started):
+                    break
+        save = store.save
+
+        async def lost(saved: Job) -> None:
+            raise StoreUnavailableError(1.0)
+
+        monkeypatch.setattr(store, "save", lost)
+        running.tell(StepFinished(1, 0.1))
+        running.tell(SnapshotTaken(1, packed_snapshot(1, PARAMETERS)))
+
+        async def is_stored() -> bool:
+            return await artifacts.read_snapshot(job.job_id, job.claim_number) is not None
+
+        await eventually(is_stored)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        running.tell(StepFinished(2, 0.1))
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            async for event in feed.follow():
+                if isinstance(event.body, Progressed) and event.body.progress.step == 2:
+                    break
+        monkeypatch.setattr(store, "save", save)
+
+        async def is_named() -> bool:
+            return (await store.get(None, job.job_id)).snapshot == StoredSnapshot(job.claim_number, 1)
+
+        await eventually(is_named)
         running.give_back()
         await running_task

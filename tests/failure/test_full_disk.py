@@ -99,7 +99,10 @@ def test_a_server_that_was_killed_on_a_full_disk_says_so_at_its_start_and_goes_o
         command = [sys.executable, "-m", "hidream_grpc", "serve", *flags]
         refused = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_SECONDS)
         assert refused.returncode == 2
-        assert refused.stderr == "hidream-grpc: --store: the job store has no room\n"
+        assert refused.stderr == (
+            "hidream-grpc: --store: the job store has no room "
+            "((sqlite3.OperationalError) database or disk is full)\n"
+        )
         filling.unlink()
         with server_on(disk) as (server, stub):
             for job_id in job_ids:

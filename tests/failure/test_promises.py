@@ -24,7 +24,10 @@ from tests.s3_server import BUCKET, running_s3_server
 
 logger = logging.getLogger(__name__)
 
-RUNNING = ("--max-running-jobs", "4", "--max-retained-jobs", "1000000", "--grace-seconds", "2")
+RUNNING = (
+    *("--max-running-jobs", "4", "--max-retained-jobs", "1000000", "--grace-seconds", "2"),
+    *("--orphan-sweep-seconds", "3"),
+)
 NAMES = ("first", "second", "third")
 
 
