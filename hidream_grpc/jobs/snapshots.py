@@ -18,7 +18,7 @@ SNAPSHOT_SECONDS = 1.0
 
 
 class SnapshotKeeper:
-    """Stores the newest snapshot; one that cannot be stored is made up for by the next.
+    """Stores the newest snapshot, now and then; one that could not be stored is tried again.
 
     Args:
         on_stored: called with the step of each that is in the artifact store; may raise.
@@ -67,5 +67,6 @@ class SnapshotKeeper:
                 # Whatever it is: the job goes on, and so do its snapshots.
                 self._outage.note_failure(error)
                 self._newest = self._newest or snapshot
+                self._has_newest.set()
                 return
             self._outage.note_success()

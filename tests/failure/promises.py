@@ -251,6 +251,9 @@ def _no_file_without_a_row(history: History) -> Iterator[Breach]:
     unended = {final.job_id for final in history.final_jobs if final.state and final.state not in ENDED}
     num_files: Counter[str] = Counter()
     for path in history.stored_files:
+        if path.rpartition("/")[2] == "store_id":
+            # Names the job store that all of them belong to.
+            continue
         folder, job_id = _owner(path)
         if folder == "images" and job_id in images:
             num_files[job_id] += 1
