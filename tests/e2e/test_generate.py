@@ -183,6 +183,7 @@ def test_a_plain_stub_receives_four_images_of_1024_by_1024(
 def test_a_cancelled_call_stops_its_job_at_the_next_step(
     stub: image_gen_pb2_grpc.ImageGenStub, server: LiveServer
 ) -> None:
+    server.wait_until_idle()
     cancelled_before = server.info().jobs.cancelled
     call = stub.Generate(request(num_inference_steps=150, width=512, height=512))
     assert any(response.event.HasField("progress") for response in call)
