@@ -118,6 +118,8 @@ class Outage:
 def reason_of(error: Exception) -> str:
     """The error's text and, in parentheses, the first line of what caused it."""
     cause = error.__cause__
+    # What SQLAlchemy wraps says it more shortly.
+    cause = getattr(cause, "orig", None) or cause
     if not isinstance(error, HiDreamError):
         return str(error) or type(error).__name__
     return f"{error} ({_first_line(cause)})" if cause is not None else str(error)

@@ -142,8 +142,11 @@ class Settings(BaseSettings):
         bool, Field(description="log which jobs would be removed (true or false), and keep them")
     ] = False
     orphan_sweep_seconds: Annotated[
-        Seconds, Field(description="between two looks for files that no job names, which are removed")
-    ] = 600
+        float,
+        Field(
+            ge=1, le=86_400, description="between two looks for files that no job names, which are removed"
+        ),
+    ] = 600.0
     grace_seconds: Annotated[Seconds, Field(description="time for accepted jobs to end on SIGTERM")] = 60
     drain_delay_seconds: Annotated[
         Seconds, Field(description="time to take new calls after health says NOT_SERVING on SIGTERM")

@@ -164,11 +164,13 @@ class JobFeed:
     def reserve_sequence(self) -> int:
         """Of an event, or an image's first part, that is told once it is durable: no place may take it."""
         self._is_waiting = False
-        return self._last_sequence + 1
+        return self._next_sequence()
 
     def publish(self, body: Body) -> JobEvent:
         """Make an event known; an older one of its kind is forgotten."""
-        event = JobEvent(self._last_sequence + 1, self._clock(), body)
+        is_place = isinstance(body, Queued)
+        sequence = self._last_sequence + 1 if is_place else self._next_sequence()
+        event = JobEvent(sequence, self._clock(), body)
         self.put(event)
         return event
 
@@ -212,7 +214,7 @@ class JobFeed:
                 self.continue_after(image.last_sequence)
         if job.state.has_ended:
             self.put(JobEvent(job.last_sequence, job.end_time or job.create_time, _end_of(job)))
-        self.continue_after(max(job.last_sequence, claim_sequence(job.claim_number, 0)))
+        self.continue_after(max(job.last_sequence, claim_sequence(job.claim_number, 0) - 1))
         self._wake_readers()
 
     def close(self, error: HiDreamError) -> None:
@@ -248,6 +250,10 @@ class JobFeed:
                 raise self._closing_error
             else:
                 await changed.wait()
+
+    def _next_sequence(self) -> int:
+        """Of anything but a place: the first number of a claim is for one that is told by another process."""
+        return max(self._last_sequence, claim_sequence(self._claim_number, 0)) + 1
 
     def _newest_place(self) -> tuple[Queued, float] | None:
         """What was told since the job began to wait, and when."""

@@ -46,6 +46,7 @@ from hidream_grpc.jobs.job import CancelReason, Execution, Job, JobState, Progre
 from hidream_grpc.jobs.outlook import Outlook
 from hidream_grpc.jobs.pauses import wait_at_most
 from hidream_grpc.jobs.snapshots import SnapshotKeeper
+from hidream_grpc.jobs.store.claims import Saved
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.model.snapshot_format import SnapshotIdentity, unpack
 
@@ -376,8 +377,12 @@ class RunningJob:
         async def write() -> Job:
             async with self._writing:
                 written = replace(job, snapshot=self.job.snapshot)
-                await self._tools.store.save(written)
-                self.job = written
+                if await self._tools.store.save(written) is Saved.IS_TO_BE_CANCELLED:
+                    newest = await self._tools.store.get(None, job.job_id)
+                    self.cancel(newest.cancel_reason or CancelReason.REQUESTED)
+                    raise _StopChangedError
+                # A snapshot may have been stored meanwhile.
+                self.job = replace(written, snapshot=self.job.snapshot)
                 return written
 
         try:

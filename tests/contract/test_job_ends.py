@@ -17,6 +17,7 @@ from hidream_grpc.errors import (
 )
 from hidream_grpc.jobs.job import CancelReason, JobState
 from hidream_grpc.jobs.store.changes import ChangeKind
+from hidream_grpc.jobs.store.claims import Saved
 from hidream_grpc.jobs.store.records import EndedJob
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.job_stores import (
@@ -31,6 +32,8 @@ from tests.job_stores import (
     succeeded,
     with_image,
 )
+
+WROTE = (Saved.WRITTEN, Saved.WAS_WRITTEN)
 
 
 async def test_a_job_ends_once(store: SqlJobStore) -> None:
@@ -48,10 +51,10 @@ async def test_a_job_ends_once(store: SqlJobStore) -> None:
     ]
     results = await asyncio.gather(*(store.save(ending) for ending in endings), return_exceptions=True)
     kept = await store.get(OWNER, job.job_id)
-    ended = [e for e, result in zip(endings, results, strict=True) if result is None and e.state.has_ended]
+    ended = [e for e, result in zip(endings, results, strict=True) if result in WROTE and e.state.has_ended]
     (first,) = ended
     assert (kept.state, kept.end_time, kept.images) == (first.state, first.end_time, first.images)
-    assert all(isinstance(result, ClaimLostError) for result in results if result is not None)
+    assert all(isinstance(result, ClaimLostError) for result in results if result not in WROTE)
 
 
 async def test_an_end_may_be_written_again_when_nobody_knows_whether_it_was(store: SqlJobStore) -> None:
@@ -189,3 +192,14 @@ async def test_a_caller_whose_jobs_are_all_deleted_is_new_again(store: SqlJobSto
             await store.delete(OWNER, done.job_id)
     a, b = await added(store, new_job(caller="a"), new_job(caller="b"))
     assert await store.queue_order(MODEL) == (b.job_id, a.job_id)
+
+
+async def test_a_job_that_is_to_be_cancelled_ends_in_no_other_way(store: SqlJobStore) -> None:
+    await added(store, new_job())
+    (job,) = await claimed(store)
+    await store.request_cancel(OWNER, job.job_id, CancelReason.REQUESTED)
+    done = succeeded(with_image(started(job)))
+    assert await store.save(done) is Saved.IS_TO_BE_CANCELLED
+    assert (await store.get(OWNER, job.job_id)).state is JobState.QUEUED, "nothing was written"
+    cancelled = job.ended(JobState.CANCELLED, time.time(), JobCancelledError(job.job_id))
+    assert await store.save(replace(cancelled, cancel_reason=CancelReason.REQUESTED)) is Saved.WRITTEN

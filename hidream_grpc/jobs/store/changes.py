@@ -14,7 +14,8 @@ from typing import Any
 import asyncpg
 import msgspec
 
-from hidream_grpc.errors import HiDreamError
+from hidream_grpc.background import Outage
+from hidream_grpc.errors import StoreUnavailableError
 from hidream_grpc.jobs.store.database import Database
 from hidream_grpc.jobs.store.failures import translated
 
@@ -142,11 +143,13 @@ class PostgresListener:
 
     async def _run(self, listens: asyncio.Future[None]) -> None:
         num_failures = 0
+        outage = Outage(logger, "hear of changes")
         while True:
             try:
                 with translated():
                     async for _ in self._listen():
                         num_failures = 0
+                        outage.note_success()
                         if listens.done():
                             self._hub.tell([Change(ChangeKind.ANYTHING)])
                         else:
@@ -156,10 +159,9 @@ class PostgresListener:
                 if not listens.done():
                     listens.set_exception(error)
                     return
-                is_known = isinstance(error, HiDreamError)
-                logger.warning("cannot hear of changes: %s", error, exc_info=not is_known)
+                outage.note_failure(error)
             else:
-                logger.warning("the connection that hears of changes is lost; opening another")
+                outage.note_failure(StoreUnavailableError(RECONNECT_SECONDS[0]))
             await asyncio.sleep(RECONNECT_SECONDS[min(num_failures, len(RECONNECT_SECONDS) - 1)])
             num_failures += 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from enum import Enum
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -68,17 +69,30 @@ async def claim_first(
     return tuple(claimed)
 
 
-async def save(connection: AsyncConnection, job: Job) -> bool:
-    """Write a claimed job; False when it is there already, which may be for the end of a job only.
+class Saved(Enum):
+    """What became of a job that was to be written."""
+
+    WRITTEN = "written"
+    WAS_WRITTEN = "was written before"
+    IS_TO_BE_CANCELLED = "is to be cancelled"
+    """It was to end otherwise; nothing was written."""
+
+
+async def save(connection: AsyncConnection, job: Job) -> Saved:
+    """Write a claimed job; a job that is to be cancelled ends in no other way.
 
     Raises:
         ClaimLostError: another claim has the job, or it was given back, has ended or was deleted.
     """
     write = queries.write_ended_claimed if job.state.has_ended else queries.write_claimed
     if (await connection.execute(write(job))).rowcount:
-        return True
-    if await _is_written_end(connection, job):
-        return False
+        return Saved.WRITTEN
+    row = (await connection.execute(queries.by_job_id(None, job.job_id))).one_or_none()
+    if row is not None and row.claim_number == job.claim_number:
+        if row.end_time is None and row.replica_id is not None and row.cancel_reason is not None:
+            return Saved.IS_TO_BE_CANCELLED
+        if (row.state, row.end_time) == (job.state, job.end_time):
+            return Saved.WAS_WRITTEN
     raise ClaimLostError(job.job_id, job.claim_number)
 
 
@@ -113,10 +127,3 @@ def _reason_to_end(job: Job, now: float) -> CancelReason | None:
         return job.cancel_reason
     is_late = job.deadline_time is not None and job.deadline_time <= now
     return CancelReason.DEADLINE if is_late else None
-
-
-async def _is_written_end(connection: AsyncConnection, job: Job) -> bool:
-    row = (await connection.execute(queries.by_job_id(None, job.job_id))).one_or_none()
-    if row is None or row.end_time is None:
-        return False
-    return (row.claim_number, row.state, row.end_time) == (job.claim_number, job.state, job.end_time)

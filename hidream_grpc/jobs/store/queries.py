@@ -274,8 +274,12 @@ def write_claimed(job: Job) -> sa.Update:
 
 
 def write_ended_claimed(job: Job) -> sa.Update:
-    """As `write_claimed`, for a job that ends: nobody has it any more."""
-    return write_claimed(job).values(**_no_claim(job))
+    """As `write_claimed`, for a job that ends: no replica has it any more.
+
+    One that is to be cancelled is not written with another end.
+    """
+    write = write_claimed(job).values(**_no_claim(job))
+    return write if job.state is JobState.CANCELLED else write.where(jobs.c.cancel_reason.is_(None))
 
 
 def write_ended_unclaimed(number: int, job: Job) -> sa.Update:

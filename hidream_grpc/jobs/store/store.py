@@ -34,6 +34,7 @@ from hidream_grpc.jobs.store.changes import (
     Subscription,
     to_text,
 )
+from hidream_grpc.jobs.store.claims import Saved
 from hidream_grpc.jobs.store.clock import StoreClock
 from hidream_grpc.jobs.store.database import Database, Lock
 from hidream_grpc.jobs.store.failures import UNAVAILABLE_RETRY_SECONDS, TransactionConflict
@@ -123,7 +124,10 @@ class SqlJobStore:
             StoreInUseError: another server has the SQLite file open.
             StoreVersionError: a newer version of the service wrote the database.
         """
-        await self._database.open()
+        try:
+            await self._database.open()
+        except TransactionConflict as error:
+            raise StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS) from error
         try:
             if self._listener is not None:
                 await self._listener.start()
@@ -425,8 +429,10 @@ class SqlJobStore:
             self.clock.follow(epoch_seconds, asked_at)
 
     @_uninterrupted
-    async def save(self, job: Job) -> None:
+    async def save(self, job: Job) -> Saved:
         """Write what the replica that has the job made of it. With a job that has ended the claim ends too.
+
+        A job that somebody wants cancelled ends as CANCELLED alone: any other end is not written then.
 
         `cancel_reason` and `deadline_time` of a job that has not ended are not written: they are others'.
         To write the same end again, after a StoreUnavailableError, is no error.
@@ -436,10 +442,12 @@ class SqlJobStore:
         """
         change = _changed(job)
         async with self._database.write() as connection:
-            if not await claims.save(connection, job):
-                return
+            saved = await claims.save(connection, job)
+            if saved is not Saved.WRITTEN:
+                return saved
             await self._tell(connection, [change])
         self._committed([change], job)
+        return saved
 
     @_uninterrupted
     async def release(self, job: Job) -> Job:
