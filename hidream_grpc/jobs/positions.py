@@ -91,14 +91,19 @@ class QueuePositions:
                 feed.tell_place(place)
 
     async def _read(self) -> None:
-        order = await self._store.queue_order(
-            self._limits.model_fingerprint, self._limits.max_running_jobs_of_caller
-        )
+        own_model = self._limits.model_fingerprint
+        orders = await self._store.queue_orders(own_model, self._limits.max_running_jobs_of_caller)
+        order = orders[own_model]
         missing = [job_id for job_id in order if job_id not in self._waiting]
         found = {job.job_id: job for job in await self._store.get_all(missing)} if missing else {}
         known = {**self._waiting, **found}
         self._waiting = {job_id: known[job_id] for job_id in order if job_id in known}
-        self._places = {job_id: place for place, job_id in enumerate(order, start=FIRST_PLACE)}
+        # Each model has a queue of its own.
+        self._places = {
+            job_id: place
+            for of_model in orders.values()
+            for place, job_id in enumerate(of_model, start=FIRST_PLACE)
+        }
         self._outlook.note_waiting(tuple(self._waiting.values()))
 
     def _place(self, job_id: str) -> Queued | None:

@@ -191,7 +191,7 @@ async def test_a_caller_whose_jobs_are_all_deleted_is_new_again(store: SqlJobSto
         if caller == "b":
             await store.delete(OWNER, done.job_id)
     a, b = await added(store, new_job(caller="a"), new_job(caller="b"))
-    assert await store.queue_order(MODEL) == (b.job_id, a.job_id)
+    assert (await store.queue_orders(MODEL))[MODEL] == (b.job_id, a.job_id)
 
 
 async def test_a_job_that_is_to_be_cancelled_ends_in_no_other_way(store: SqlJobStore) -> None:

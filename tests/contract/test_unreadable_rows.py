@@ -74,5 +74,5 @@ async def test_an_unreadable_row_leaves_the_order_of_the_queue_to_the_others(
 ) -> None:
     broken, other = await added(store, new_job(), new_job())
     await damage(database, broken, "submission = '{'")
-    assert other.job_id in await store.queue_order(MODEL)
+    assert other.job_id in (await store.queue_orders(MODEL))[MODEL]
     assert {job.job_id for job in await store.get_all(ids([broken, other]))} == set(ids([broken, other]))

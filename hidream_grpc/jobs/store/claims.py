@@ -15,26 +15,41 @@ from hidream_grpc.jobs.store.records import AttachedCall
 from hidream_grpc.jobs.store.rows import failed_document, job_of
 
 
-async def queue_order(
+async def orders_to_tell(
+    connection: AsyncConnection, model_fingerprint: str, max_running_jobs_of_caller: int | None
+) -> dict[str, ClaimOrder]:
+    """The order of the jobs of each model that wait, by fingerprint.
+
+    Jobs that any model may draw are among those of the given one.
+    """
+    waiting: dict[str, list[WaitingJob]] = {model_fingerprint: []}
+    for *columns, fingerprint in await connection.execute(queries.waiting()):
+        waiting.setdefault(fingerprint or model_fingerprint, []).append(WaitingJob(*columns))
+    loads = await _loads(connection, max_running_jobs_of_caller)
+    return {fingerprint: claim_order(jobs, loads) for fingerprint, jobs in waiting.items()}
+
+
+async def order_to_claim(
     connection: AsyncConnection,
     model_fingerprint: str,
     max_running_jobs_of_caller: int | None,
-    max_claims: int | None = None,
+    max_claims: int,
 ) -> ClaimOrder:
-    """The order of the jobs of a model that wait; for so many claims, as much of it as they need."""
-    if max_claims is None:
-        query = queries.waiting(model_fingerprint)
-    else:
-        query = queries.first_to_claim(model_fingerprint, max_claims)
+    """As much as so many claims need of the order of the jobs of a model that no replica has."""
+    query = queries.first_to_claim(model_fingerprint, max_claims)
     waiting = [WaitingJob(*row) for row in await connection.execute(query)]
     if not waiting:
         return ClaimOrder((), ())
+    return claim_order(waiting, await _loads(connection, max_running_jobs_of_caller))
+
+
+async def _loads(connection: AsyncConnection, max_running_jobs_of_caller: int | None) -> CallerLoads:
     last_turns = {row.caller: row.last_turn for row in await connection.execute(queries.last_turns())}
     num_running: dict[str, int] = {}
     if max_running_jobs_of_caller is not None:
         rows = await connection.execute(queries.num_running_by_caller())
         num_running = {row.caller: row.num_running for row in rows}
-    return claim_order(waiting, CallerLoads(last_turns, num_running, max_running_jobs_of_caller))
+    return CallerLoads(last_turns, num_running, max_running_jobs_of_caller)
 
 
 async def claim_first(

@@ -106,9 +106,9 @@ def counts_of_owner(owner: str) -> sa.Select[str, int]:
     return counts().where(jobs.c.owner == owner, _has_not_ended)
 
 
-def waiting(model_fingerprint: str) -> sa.Select[Any]:
-    """All jobs of a model that wait and were not begun: columns of `WaitingJob`."""
-    return sa.select(*_waiting_columns()).where(_is_waiting, _is_of_model(model_fingerprint))
+def waiting() -> sa.Select[Any]:
+    """All jobs that wait and were not begun: columns of `WaitingJob`, and the model's fingerprint."""
+    return sa.select(*_waiting_columns(), jobs.c.model_fingerprint).where(_is_waiting)
 
 
 def first_to_claim(model_fingerprint: str, max_jobs: int) -> sa.Select[Any]:

@@ -302,13 +302,18 @@ class SqlJobStore:
             return Counter({JobState(state): count for state, count in await connection.execute(query)})
 
     @_uninterrupted
-    async def queue_order(
+    async def queue_orders(
         self, model_fingerprint: str, max_running_jobs_of_caller: int | None = None
-    ) -> tuple[str, ...]:
-        """Ids of the jobs of a model that wait, in the order in which they will be claimed."""
+    ) -> Mapping[str, tuple[str, ...]]:
+        """Ids of the jobs that wait, in the order in which they will be claimed, by their model.
+
+        Args:
+            model_fingerprint: of the model that also draws the jobs that any may draw.
+            max_running_jobs_of_caller: of each caller; None for any number.
+        """
         async with self._database.read() as connection:
-            order = await claims.queue_order(connection, model_fingerprint, max_running_jobs_of_caller)
-        return tuple(job.job_id for job in order if not job.was_begun)
+            orders = await claims.orders_to_tell(connection, model_fingerprint, max_running_jobs_of_caller)
+        return {fingerprint: tuple(job.job_id for job in order) for fingerprint, order in orders.items()}
 
     # --- for replicas -----------------------------------------------------------------------------
 
@@ -375,7 +380,7 @@ class SqlJobStore:
         limit: int,
         max_running_jobs_of_caller: int | None = None,
     ) -> tuple[Job, ...]:
-        """Take jobs of a model to draw: those that lost their replica, then in the order of `queue_order`.
+        """Take jobs of a model to draw: those that lost their replica, then in the order of `queue_orders`.
 
         Claims of all replicas are made one after another. A claimed job is as it was left, QUEUED or
         RUNNING, with a claim number of its own. Jobs that are to be cancelled, too late, or unreadable end
@@ -530,7 +535,9 @@ class SqlJobStore:
     ) -> tuple[Job, ...]:
         async with self._database.write() as connection:
             await self._database.lock(connection, Lock.CLAIM)
-            order = await claims.queue_order(connection, model_fingerprint, max_running_jobs_of_caller, limit)
+            order = await claims.order_to_claim(
+                connection, model_fingerprint, max_running_jobs_of_caller, limit
+            )
             jobs = await claims.claim_first(
                 connection, replica_id, order, self.clock.now(), self._database.is_sqlite, limit
             )

@@ -54,7 +54,7 @@ async def test_many_changes_at_once_are_one_count_and_a_lost_store_leaves_the_ol
     await has_counted(300)
     num_counts = store.num_counts
     for _ in range(50):
-        await store.queue_order(MODEL)
+        (await store.queue_orders(MODEL))[MODEL]
     assert store.num_counts <= num_counts + 1
     store.is_lost = True
     await added(store, new_job())

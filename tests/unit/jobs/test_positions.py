@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,13 +29,13 @@ class CountingStore(SqlJobStore):
     num_jobs_read = 0
     is_lost = False
 
-    async def queue_order(
+    async def queue_orders(
         self, model_fingerprint: str, max_running_jobs_of_caller: int | None = None
-    ) -> tuple[str, ...]:
+    ) -> Mapping[str, tuple[str, ...]]:
         self.num_reads += 1
         if self.is_lost:
             raise StoreUnavailableError(1.0)
-        return await super().queue_order(model_fingerprint, max_running_jobs_of_caller)
+        return await super().queue_orders(model_fingerprint, max_running_jobs_of_caller)
 
     async def get_all(self, job_ids: Collection[str]) -> tuple[Job, ...]:
         self.num_jobs_read += len(job_ids)
