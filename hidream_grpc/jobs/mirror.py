@@ -123,8 +123,10 @@ class StoreMirror:
     async def _refresh(self, job_id: str) -> None:
         try:
             job = await self._store.get(None, job_id)
-        except (JobNotFoundError, JobInternalError) as error:
-            # An unreadable row ends its readers, not this loop.
+        except JobInternalError:
+            # Its row is not what its replica wrote, which will write it again, or is ended by the next claim.
+            return
+        except JobNotFoundError as error:
             if feed := self._feeds.get(job_id):
                 feed.close(error)
             return

@@ -77,6 +77,8 @@ def test_a_running_job_whose_row_cannot_be_read_ends_and_disturbs_no_other(
     with two_replicas(postgres, tmp_path) as (servers, stubs), readers() as streams:
         held, bad = (running(stub, width=128, height=128) for stub in stubs)
         watching = [streams.watch(stub, bad, f"WatchJob at {n}") for n, stub in enumerate(stubs)]
+        for stream in watching:
+            stream.wait_for("progress")
         spoil(postgres, servers[0], bad, change)
         # What its replica writes may mend the row.
         ends = {end_of(stream) for stream in watching}

@@ -12,7 +12,7 @@ from hidream_grpc.jobs.job import CancelReason, Job, JobState
 from hidream_grpc.jobs.store import queries
 from hidream_grpc.jobs.store.order import CallerLoads, ClaimOrder, WaitingJob, claim_order
 from hidream_grpc.jobs.store.records import AttachedCall
-from hidream_grpc.jobs.store.rows import failed_document, job_of
+from hidream_grpc.jobs.store.rows import failed_columns, job_of
 
 
 async def orders_to_tell(
@@ -71,7 +71,7 @@ async def claim_first(
         job = job_of(rows[number])
         if job.is_unreadable:
             assert isinstance(job.error, JobInternalError)
-            await connection.execute(queries.fail_unreadable(number, failed_document(job.error), now))
+            await connection.execute(queries.write(number, failed_columns(job, job.error, now)))
         elif (reason := _reason_to_end(job, now)) is not None:
             job = job.cancelled_unclaimed(reason, now)
             await connection.execute(queries.write_ended_unclaimed(number, job))

@@ -12,7 +12,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.sql.dml import ReturningDelete, ReturningInsert
 
 from hidream_grpc.jobs.job import Job, JobState
-from hidream_grpc.jobs.store.rows import changed_columns, label_digest
+from hidream_grpc.jobs.store.rows import changed_columns, label_digest, submission_column
 from hidream_grpc.jobs.store.schema import attached_calls, identity, job_labels, jobs, replicas, turns
 
 _has_not_ended = jobs.c.end_time.is_(None)
@@ -276,10 +276,11 @@ def write_claimed(job: Job) -> sa.Update:
 def write_ended_claimed(job: Job) -> sa.Update:
     """As `write_claimed`, for a job that ends: no replica has it any more.
 
-    One that is to be cancelled is not written with another end.
+    One that is to be cancelled is not written with another end. The row is written whole: what another
+    hand has made of it meanwhile is gone.
     """
-    write = write_claimed(job).values(**_no_claim(job))
-    return write if job.state is JobState.CANCELLED else write.where(jobs.c.cancel_reason.is_(None))
+    update = write_claimed(job).values(**_no_claim(job), **submission_column(job))
+    return update if job.state is JobState.CANCELLED else update.where(jobs.c.cancel_reason.is_(None))
 
 
 def write_ended_unclaimed(number: int, job: Job) -> sa.Update:
@@ -364,13 +365,9 @@ def notify(channel: str, texts: Sequence[str]) -> sa.Select[Any]:
     return sa.select(sa.func.pg_notify(channel, sa.func.unnest(sa.cast(list(texts), ARRAY(sa.Text)))))
 
 
-def fail_unreadable(number: int, run: str, end_time: float) -> sa.Update:
-    """End a job whose row cannot be read, and that no replica has."""
-    return (
-        sa.update(jobs)
-        .where(jobs.c.number == number)
-        .values(state=JobState.FAILED, run=run, end_time=end_time, replica_id=None)
-    )
+def write(number: int, columns: Mapping[str, Any]) -> sa.Update:
+    """Write columns of a job whose row is locked."""
+    return sa.update(jobs).where(jobs.c.number == number).values(**columns)
 
 
 def _waiting_columns() -> tuple[sa.ColumnElement[Any], ...]:

@@ -97,6 +97,11 @@ def new_row(job: Job) -> dict[str, Any]:
     }
 
 
+def submission_column(job: Job) -> dict[str, Any]:
+    """What was asked for, as it was accepted."""
+    return {"submission": _json(job.submission)}
+
+
 def changed_columns(job: Job) -> dict[str, Any]:
     """The columns that change as a job runs and ends; the store alone changes the others."""
     return {
@@ -132,9 +137,17 @@ def job_of(row: Row[Any]) -> Job:
         return _unreadable(row, error)
 
 
-def failed_document(error: JobInternalError) -> str:
-    """The run of a job that fails because its row cannot be read."""
-    return _json(_RunDocument(error=_error_document(error)))
+def failed_columns(job: Job, error: JobInternalError, now: float) -> dict[str, Any]:
+    """What ends a job whose row cannot be read, and that no replica has; counts as a claim of its own."""
+    run = _RunDocument(error=_error_document(error), last_sequence=job.last_sequence)
+    return {
+        "state": JobState.FAILED,
+        "end_time": max(now, job.create_time),
+        "run": _json(run),
+        "replica_id": None,
+        "cancel_reason": None,
+        "claim_number": job.claim_number + 1,
+    }
 
 
 def _unreadable(row: Row[Any], reason: Exception) -> Job:
@@ -157,7 +170,7 @@ def _unreadable(row: Row[Any], reason: Exception) -> Job:
         end_time=row.end_time or row.create_time,
         owner=row.owner,
         claim_number=row.claim_number,
-        last_sequence=claim_sequence(row.claim_number + 1, 1),
+        last_sequence=claim_sequence(row.claim_number + (row.end_time is None), 1),
         is_unreadable=True,
     )
 
