@@ -210,6 +210,10 @@ class JobExecutor:
                     self._requests.append((running, request))
                     self._engine.notify()
                 await self._run(running)
+            except Exception:
+                # Whatever it is: the claim is this server's, and nothing here draws it any more.
+                self._may_have_lost_track = True
+                raise
             finally:
                 self._engine.cancel(running.claim_id)
                 if self._held.get(job_id) is running:

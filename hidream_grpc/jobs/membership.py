@@ -62,9 +62,14 @@ class SilenceObserver:
 
 @dataclass(frozen=True, slots=True)
 class LiveModel:
-    """A model that a live replica draws with, and what a request for it is checked against."""
+    """A model that a live replica draws with, and what a request for it is checked against.
+
+    Attributes:
+        tokenizer_fingerprint: of the tokenizers that its prompts are counted with.
+    """
 
     identity: ModelIdentity
+    tokenizer_fingerprint: str
     scheduler: str
     shift: float
     limits: RequestLimits

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 MAX_JOBS_READ = 1000
 """At once; a sweep goes on until all that goes is gone."""
-JOBS_OF_A_BATCH = 100
+JOBS_OF_A_BATCH = 500
 """Removed together: their files at the same time, their rows in one transaction."""
 
 

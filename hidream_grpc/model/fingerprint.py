@@ -56,8 +56,20 @@ def fingerprint_of(model_path: Path, extra_model_path: Path | None) -> str:
     Raises:
         ModelNotFoundError: a configuration is missing, or a file cannot be read.
     """
+    return _digest(_files(model_path, extra_model_path))
+
+
+def tokenizer_fingerprint_of(model_path: Path, extra_model_path: Path | None) -> str:
+    """Tell the tokenizers of a checkpoint from others: the same ones count the same tokens in any prompt.
+
+    Args, result and errors are those of `fingerprint_of`.
+    """
+    return _digest(_all_tokenizer_files(model_path, extra_model_path))
+
+
+def _digest(files: Iterator[tuple[str, Path, str]]) -> str:
     digest = hashlib.sha256()
-    for name, path, flag in _files(model_path, extra_model_path):
+    for name, path, flag in files:
         size_bytes, parts = _read(path, flag)
         digest.update(f"{name}\n{size_bytes}\n".encode())
         for part in parts:
@@ -95,12 +107,19 @@ def _files(model_path: Path, extra_model_path: Path | None) -> Iterator[tuple[st
             yield name, model_path / name, flag
     for component in _COMPONENTS:
         yield from _component_files(component, model_path / component, flag)
+    yield from _component_files(LLAMA, llama, _llama_flag(model_path))
+    yield from _all_tokenizer_files(model_path, extra_model_path)
+
+
+def _all_tokenizer_files(model_path: Path, extra_model_path: Path | None) -> Iterator[tuple[str, Path, str]]:
     for tokenizer in _TOKENIZERS:
-        yield from _tokenizer_files(tokenizer, model_path / tokenizer, flag)
-    if not has_llama(model_path):
-        flag = EXTRA_MODEL_PATH_FLAG
-    yield from _component_files(LLAMA, llama, flag)
-    yield from _tokenizer_files(LLAMA_TOKENIZER, llama_tokenizer_folder(model_path, extra_model_path), flag)
+        yield from _tokenizer_files(tokenizer, model_path / tokenizer, MODEL_PATH_FLAG)
+    llama = llama_tokenizer_folder(model_path, extra_model_path)
+    yield from _tokenizer_files(LLAMA_TOKENIZER, llama, _llama_flag(model_path))
+
+
+def _llama_flag(model_path: Path) -> str:
+    return MODEL_PATH_FLAG if has_llama(model_path) else EXTRA_MODEL_PATH_FLAG
 
 
 def _component_files(name: str, folder: Path, flag: str) -> Iterator[tuple[str, Path, str]]:

@@ -41,6 +41,7 @@ from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.model.checkpoint import CheckpointDescription, describe_checkpoint
 from hidream_grpc.model.checkpoint_files import EXTRA_MODEL_PATH_FLAG
 from hidream_grpc.model.demo import demo_checkpoint_path
+from hidream_grpc.model.fingerprint import tokenizer_fingerprint_of
 from hidream_grpc.model.prompt_tokens import PromptTokenCounter
 from hidream_grpc.server.health import IMAGE_GEN, HealthServicer
 from hidream_grpc.server.image_gen import ImageGenServicer
@@ -128,6 +129,7 @@ async def serve(settings: Settings) -> None:
         )
         model = LiveModel(
             ModelIdentity(checkpoint.name, checkpoint.variant, checkpoint.fingerprint),
+            tokenizer_fingerprint_of(model_path, settings.extra_model_path),
             checkpoint.scheduler_name,
             checkpoint.shift,
             limits,

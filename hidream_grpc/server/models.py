@@ -26,9 +26,16 @@ class ModelChoice:
 
         Raises:
             ModelNotServedError: no live server draws with the model.
-            StoreUnavailableError: it cannot be found out which do.
+            InvalidRequestError: this server cannot count the tokens of a prompt for the model.
+            StoreUnavailableError: it cannot be found out which models are drawn with.
         """
-        model = await self._jobs.model(name)
+        model, own = await self._jobs.model(name), await self._jobs.model(None)
+        if model.tokenizer_fingerprint != own.tokenizer_fingerprint:
+            # A prompt that is too long would be cut where it is drawn.
+            description = (
+                f"{name} has other tokenizers than {own.identity.name}: ask a server that draws with it"
+            )
+            raise InvalidRequestError((FieldViolation("model", description),))
         return RequestValidator(model.limits, model.defaults, self._count_tokens, model.identity)
 
 

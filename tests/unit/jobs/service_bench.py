@@ -55,6 +55,7 @@ LIMITS = RequestLimits(
     chunk_bytes=1000,
     max_preview_side_pixels=128,
 )
+TOKENIZERS = "0011223344556677"
 MODEL_IDENTITY = ModelIdentity("demo", "dev", MODEL)
 DEFAULTS = RequestDefaults(width=64, height=64, num_inference_steps=3, guidance_scale=5.0)
 EXECUTION = Execution("demo", "UniPCMultistepScheduler", 3.0, "tp=4,ep=2")
@@ -179,7 +180,7 @@ async def bench_in(
     service = JobService(
         tools,
         engine,
-        LiveModel(MODEL_IDENTITY, EXECUTION.scheduler, EXECUTION.shift, limits, DEFAULTS),
+        LiveModel(MODEL_IDENTITY, TOKENIZERS, EXECUTION.scheduler, EXECUTION.shift, limits, DEFAULTS),
         limits,
         StorePolicy(LEASE_SECONDS, retention, ORPHAN_SWEEP_SECONDS),
         lambda report: None,

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from hidream_grpc.errors import ModelNotFoundError
 from hidream_grpc.model.checkpoint import describe_checkpoint
 from hidream_grpc.model.demo import demo_checkpoint_path
-from hidream_grpc.model.fingerprint import fingerprint_of
+from hidream_grpc.model.fingerprint import fingerprint_of, tokenizer_fingerprint_of
 from tests.checkpoints import write_variant
 
 Change = Callable[[Path], object]
@@ -170,3 +170,13 @@ def test_a_missing_weight_file_of_the_llama_folder_is_one_line_that_names_its_fl
     with pytest.raises(ModelNotFoundError) as raised:
         fingerprint_of(checkpoint, llama)
     assert str(raised.value) == f"-e/--extra-model-path: {llama / 'config.json'}: no such file"
+
+
+def test_tokenizers_are_told_apart_by_what_they_are_and_not_by_the_weights_beside_them(
+    own_checkpoint: Path,
+) -> None:
+    before = tokenizer_fingerprint_of(own_checkpoint, None)
+    retrain(own_checkpoint / "vae" / "diffusion_pytorch_model.safetensors")
+    assert tokenizer_fingerprint_of(own_checkpoint, None) == before
+    edit(own_checkpoint / "tokenizer_3" / "tokenizer_config.json", model_max_length=17)
+    assert tokenizer_fingerprint_of(own_checkpoint, None) != before

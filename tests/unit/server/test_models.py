@@ -16,12 +16,16 @@ from tests.unit.server.test_validation import DEFAULTS, LIMITS, count_words
 
 DEV = ModelIdentity("HiDream-I1-Dev", "dev", "0123456789abcdef")
 FULL = ModelIdentity("HiDream-I1-Full", "full", "fedcba9876543210")
+OTHER = ModelIdentity("demo", "full", "00000000deadbeef")
+TOKENIZERS = "0011223344556677"
 
 
 MODELS = {
-    DEV.name: LiveModel(DEV, "FlowMatchLCMScheduler", 3.0, LIMITS, DEFAULTS),
+    OTHER.name: LiveModel(OTHER, "other", "UniPCMultistepScheduler", 3.0, LIMITS, DEFAULTS),
+    DEV.name: LiveModel(DEV, TOKENIZERS, "FlowMatchLCMScheduler", 3.0, LIMITS, DEFAULTS),
     FULL.name: LiveModel(
         FULL,
+        TOKENIZERS,
         "UniPCMultistepScheduler",
         3.0,
         dataclasses.replace(LIMITS, max_num_inference_steps=10),
@@ -88,3 +92,11 @@ def test_a_batch_is_for_one_model() -> None:
         "requests[1].model",
         "requests[3].model",
     ]
+
+
+async def test_a_model_whose_prompts_cannot_be_counted_here_is_refused(choice: ModelChoice) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        await choice.validator(OTHER.name)
+    (violation,) = caught.value.violations
+    assert violation.field == "model"
+    assert "other tokenizers" in violation.description

@@ -47,8 +47,8 @@ type GenerateRequest struct {
 	// `limits.max_label_bytes` bytes; keys are not empty.
 	Labels map[string]string `protobuf:"bytes,6,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Name of the model that is to draw, as `ServerInfo.model.name`: that of the server that is asked, or
-	// one of `ServerInfo.live_models`; for any other the answer is FAILED_PRECONDITION. Absent: the model of
-	// the server that is asked.
+	// one of `ServerInfo.live_models` that has the same tokenizers; for one that nobody draws with the answer
+	// is FAILED_PRECONDITION. Absent: the model of the server that is asked.
 	Model         *string `protobuf:"bytes,7,opt,name=model,proto3,oneof" json:"model,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -201,7 +201,7 @@ type SubmitJobRequest struct {
 	Priority Priority `protobuf:"varint,4,opt,name=priority,proto3,enum=hidream.v1.Priority" json:"priority,omitempty"`
 	// As `GenerateRequest.labels`.
 	Labels map[string]string `protobuf:"bytes,5,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// As `GenerateRequest.model`.
+	// As `GenerateRequest.model`; the same in all requests of a batch.
 	Model         *string `protobuf:"bytes,6,opt,name=model,proto3,oneof" json:"model,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

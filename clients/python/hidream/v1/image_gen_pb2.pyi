@@ -70,8 +70,8 @@ class GenerateRequest(_message.Message):
     """Which jobs go first when several wait. Unspecified means PRIORITY_NORMAL."""
     model: _builtins.str
     """Name of the model that is to draw, as `ServerInfo.model.name`: that of the server that is asked, or
-    one of `ServerInfo.live_models`; for any other the answer is FAILED_PRECONDITION. Absent: the model of
-    the server that is asked.
+    one of `ServerInfo.live_models` that has the same tokenizers; for one that nobody draws with the answer
+    is FAILED_PRECONDITION. Absent: the model of the server that is asked.
     """
     @_builtins.property
     def spec(self) -> _image_pb2.ImageSpec:
@@ -171,7 +171,7 @@ class SubmitJobRequest(_message.Message):
     priority: _job_pb2.Priority.ValueType
     """As `GenerateRequest.priority`."""
     model: _builtins.str
-    """As `GenerateRequest.model`."""
+    """As `GenerateRequest.model`; the same in all requests of a batch."""
     @_builtins.property
     def spec(self) -> _image_pb2.ImageSpec:
         """What to draw. Required."""
