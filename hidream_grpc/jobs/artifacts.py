@@ -14,6 +14,7 @@ import asyncio
 import functools
 import hashlib
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -129,9 +130,16 @@ class ArtifactStore:
         for folder in (IMAGES, SNAPSHOTS):
             await self._call(functools.partial(self._objects.remove_below, f"{folder}/{job_id}"))
 
-    async def belongs_to(self, store_id: str) -> bool:
-        """Whether the files are those of this job store; a store that has none takes it as its own."""
-        return await self._call(lambda: self._objects.claim(STORE_ID, store_id.encode()) == store_id.encode())
+    async def store_id(self) -> str | None:
+        """The job store that all files belong to; None where that is not written."""
+        try:
+            return (await self._call(lambda: self._objects.get(STORE_ID))).decode(errors="replace")
+        except FileNotFoundError:
+            return None
+
+    async def set_store_id(self, store_id: str) -> None:
+        """Write which job store the files belong to, unless another one was faster: read it again then."""
+        await self._call(lambda: self._objects.put_new(STORE_ID, store_id.encode()))
 
     async def files(self, max_files: int) -> AsyncIterator[tuple[StoredFile, ...]]:
         """All images and snapshots, so many at a time.
@@ -200,12 +208,20 @@ def _snapshot_key(job_id: str, claim_number: int) -> str:
 
 def _file_of(key: str) -> StoredFile | None:
     match key.split("/"):
-        case ["images", job_id, claim_number, index] if claim_number.isdecimal():
-            return StoredFile(key, job_id, int(claim_number), int(index) if index.isdecimal() else None)
-        case ["images", job_id, index]:
+        case ["images", job_id, claim_number, index] if _is_job_id(job_id) and claim_number.isdecimal():
+            return StoredFile(key, job_id, int(claim_number), _number(index))
+        case ["images", job_id, index] if _is_job_id(job_id):
             # Of before claims had numbers.
-            return StoredFile(key, job_id, 0, int(index) if index.isdecimal() else None)
-        case ["snapshots", job_id, claim_number]:
-            return StoredFile(key, job_id, int(claim_number) if claim_number.isdecimal() else 0, None)
+            return StoredFile(key, job_id, 0, _number(index))
+        case ["snapshots", job_id, claim_number] if _is_job_id(job_id):
+            return StoredFile(key, job_id, _number(claim_number) or 0, None)
         case _:
             return None
+
+
+def _is_job_id(name: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{32}", name) is not None
+
+
+def _number(name: str) -> int | None:
+    return int(name) if name.isdecimal() else None

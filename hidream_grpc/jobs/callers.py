@@ -40,6 +40,10 @@ class AttachedCallers:
         if not self._closed.is_set():
             self._tasks.start(self._leave(job_id, call, reason), f"let a caller of job {job_id} go")
 
+    def forget(self, call: AttachedCall) -> None:
+        """Note that a caller does not wait, whose call may have been written though its answer was lost."""
+        self._tasks.start(self._store.detach(call.call_id), "forget a caller whose answer was lost")
+
     async def _leave(self, job_id: str, call: AttachedCall, reason: CancelReason | None) -> None:
         outage = Outage(logger, f"note that a caller of job {job_id} left")
         while not self._closed.is_set():

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 RELEASE_SECONDS = 2.0
 LOOK_SECONDS = 5.0
-"""Between two looks for jobs, when nothing says that there are some."""
+"""Between two looks for jobs, when nothing says that there are some, and at the claims of this server."""
 
 
 class Engine(Protocol):
@@ -81,7 +81,6 @@ class JobExecutor:
         self._claiming = asyncio.Lock()
         # Of jobs that may be claimed at this moment, and are not yet known here.
         self._early_cancels: dict[str, CancelReason] = {}
-        self._may_have_lost_track = False
         self._is_closed = False
 
     @property
@@ -127,17 +126,14 @@ class JobExecutor:
         return None
 
     async def run(self) -> None:
-        """Claim until cancelled."""
-        await keep_doing("claim jobs", self._claim, lambda: wait_at_most(self._wake, LOOK_SECONDS))
-
-    async def check_claims(self) -> None:
-        """Compare what is held here with what the store says; both are put right.
-
-        Raises:
-            StoreUnavailableError: the store cannot be read.
-        """
-        async with self._claiming:
-            await self._check_claims()
+        """Claim until cancelled, and give back what the store says is claimed here and is not."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(
+                keep_doing("claim jobs", self._claim, lambda: wait_at_most(self._wake, LOOK_SECONDS))
+            )
+            tasks.create_task(
+                keep_doing("look at its claims", self._check_claims, lambda: asyncio.sleep(LOOK_SECONDS))
+            )
 
     async def release_all(self) -> None:
         """Claim nothing more, and give back what is claimed, for another replica or after a restart."""
@@ -155,9 +151,6 @@ class JobExecutor:
         if self._is_closed or room <= 0 or not self._may_claim():
             return
         async with self._claiming:
-            if self._may_have_lost_track:
-                await self._check_claims()
-            self._may_have_lost_track = True
             try:
                 jobs = await self._tools.store.claim(
                     self._replica_id(),
@@ -169,17 +162,17 @@ class JobExecutor:
                     self._hold(job)
             finally:
                 self._early_cancels.clear()
-            self._may_have_lost_track = False
 
     async def _check_claims(self) -> None:
-        replica_id = self._replica_id()
-        claims = {claim.job_id: claim for claim in await self._tools.store.held(replica_id)}
-        for job_id, claim in claims.items():
-            running = self._held.get(job_id)
-            if running is None or running.job.claim_number != claim.claim_number:
-                await self._give_up(replica_id, claim)
-            elif claim.cancel_reason is not None:
-                self.cancel(job_id, claim.cancel_reason)
+        """Make up for answers of the store, and for cancels, that were lost on their way."""
+        async with self._claiming:
+            replica_id = self._replica_id()
+            for claim in await self._tools.store.held(replica_id):
+                running = self._held.get(claim.job_id)
+                if running is None or running.job.claim_number != claim.claim_number:
+                    await self._give_up(replica_id, claim)
+                elif claim.cancel_reason is not None:
+                    self.cancel(claim.job_id, claim.cancel_reason)
 
     async def _give_up(self, replica_id: str, claim: HeldClaim) -> None:
         """Give back a claim whose answer was lost, or that could not be given back before."""
@@ -210,10 +203,6 @@ class JobExecutor:
                     self._requests.append((running, request))
                     self._engine.notify()
                 await self._run(running)
-            except Exception:
-                # Whatever it is: the claim is this server's, and nothing here draws it any more.
-                self._may_have_lost_track = True
-                raise
             finally:
                 self._engine.cancel(running.claim_id)
                 if self._held.get(job_id) is running:
@@ -231,7 +220,6 @@ class JobExecutor:
             logger.warning("job is another's by now", extra=facts)
             self._tasks.start(self._on_lost(running.job), f"clean up after job {job.job_id}")
         except TRANSIENT_ERRORS as error:
-            self._may_have_lost_track = True
             logger.warning("job could not be given back: %s", error, extra=facts)
         else:
             if running.job.state.has_ended:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 
 from hidream_grpc.background import keep_doing
-from hidream_grpc.errors import JobNotFoundError
+from hidream_grpc.errors import JobInternalError, JobNotFoundError
 from hidream_grpc.jobs.job import CancelReason
 from hidream_grpc.jobs.orphans import OrphanedFiles
 from hidream_grpc.jobs.pauses import wait_at_most
@@ -61,8 +61,8 @@ class Housekeeping:
     async def _stop_late_jobs(self) -> None:
         self._has_late.clear()
         for job_id in await self._store.overdue():
-            # It may be stopped by another replica, and removed.
-            with contextlib.suppress(JobNotFoundError):
+            # It may be stopped by another replica and removed, or its row cannot be read.
+            with contextlib.suppress(JobNotFoundError, JobInternalError):
                 await self._store.request_cancel(None, job_id, CancelReason.DEADLINE)
 
     async def _sweep(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 
@@ -11,6 +12,10 @@ from hidream_grpc.jobs.job import StoredImage
 from hidream_grpc.jobs.store.store import SqlJobStore
 
 logger = logging.getLogger(__name__)
+
+REMOVAL_SECONDS = 2.0
+"""Between the files and the rows of jobs that are removed together."""
+NUM_LOOKS = 4
 
 
 class ImageReader:
@@ -46,8 +51,7 @@ class ImageReader:
         try:
             data = await self._artifacts.read(self._job_id, image, self._position, length)
         except ImageNotFoundError:
-            # Raises where that is as it should be.
-            await self._store.get(None, self._job_id)
+            await self._wait_for_removal()
             raise self._damaged(image, "it is gone") from None
         if len(data) < length:
             end = self._position + len(data)
@@ -57,6 +61,12 @@ class ImageReader:
         if self._position == image.size_bytes and self._hash.digest() != image.sha256:
             raise self._damaged(image, "its SHA-256 is another")
         return data
+
+    async def _wait_for_removal(self) -> None:
+        """Raise JobNotFoundError if the job is just being removed: its files go before its row."""
+        for _ in range(NUM_LOOKS):
+            await self._store.get(None, self._job_id)
+            await asyncio.sleep(REMOVAL_SECONDS / NUM_LOOKS)
 
     def _damaged(self, image: StoredImage, reason: str) -> ImageDamagedError:
         facts = {"job_id": self._job_id, "image_index": image.index}

@@ -98,9 +98,12 @@ class Membership:
         self._store = store
         self._on_removed = on_removed
         self._beat_seconds = lease_seconds / BEATS_PER_LEASE
-        self._observer = SilenceObserver(lease_seconds, 2 * self._beat_seconds)
+        self._observer = SilenceObserver(lease_seconds, 1.5 * self._beat_seconds)
         self._models: tuple[LiveModel, ...] = (model,)
         self._has_joined = False
+        # Who leaves waits for a beat that may join again.
+        self._joining = asyncio.Lock()
+        self._has_left = False
         self._id_before: str | None = None
         self._next_beat_time = 0.0
 
@@ -135,12 +138,18 @@ class Membership:
         self._id_before = None
 
     async def leave(self) -> None:
-        """Give up what this replica still has, at once; raises StoreUnavailableError."""
-        await self._store.remove_replica(self.replica_id)
-        self._has_joined = False
+        """Give up what this replica still has, for good; raises StoreUnavailableError."""
+        self._has_left = True
+        async with self._joining:
+            await self._store.remove_replica(self.replica_id)
 
     async def beat(self) -> None:
         """Show that this replica lives, and look at the others; raises StoreUnavailableError."""
+        async with self._joining:
+            if not self._has_left:
+                await self._beat()
+
+    async def _beat(self) -> None:
         if not self._has_joined:
             await self.join()
         records = await self._store.beat(self.replica_id)

@@ -109,16 +109,22 @@ class StoreMirror:
 
     async def _refresh_outdated(self) -> None:
         self._is_outdated.clear()
-        while self._outdated:
-            job_id = self._outdated.pop()
+        failures: list[Exception] = []
+        for job_id in tuple(self._outdated):
+            self._outdated.discard(job_id)
             try:
                 await self._refresh(job_id)
-            except Exception:
+            except Exception as error:
+                # The others are read all the same.
                 self._outdated.add(job_id)
-                raise
+                failures.append(error)
             if job_id not in self._outdated:
                 for event in self._held_back.pop(job_id):
                     self._put(job_id, event)
+        if self._outdated:
+            self._is_outdated.set()
+        if failures:
+            raise failures[0]
 
     async def _refresh(self, job_id: str) -> None:
         try:

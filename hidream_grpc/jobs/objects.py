@@ -66,11 +66,10 @@ class Objects:
                 raise
         return b""
 
-    def claim(self, key: str, data: bytes) -> bytes:
-        """Make an object where there is none; what it then holds, by whichever hand."""
+    def put_new(self, key: str, data: bytes) -> None:
+        """Make an object, unless there is one."""
         with contextlib.suppress(AlreadyExistsError):
             obstore.put(self._store, key, data, mode="create", use_multipart=False)
-        return self.get(key)
 
     def keys(self, folder: str, max_keys: int) -> Iterator[list[str]]:
         """The keys of all objects of a folder, so many at a time."""
@@ -79,9 +78,8 @@ class Objects:
 
     def remove(self, keys: list[str]) -> None:
         """Remove objects; one that is gone already is no error."""
-        for key in keys:
-            with contextlib.suppress(FileNotFoundError):
-                obstore.delete(self._store, key)
+        with contextlib.suppress(FileNotFoundError):
+            obstore.delete(self._store, keys)
 
     def remove_below(self, folder: str) -> None:
         """Remove all objects of a folder, if there are any."""
@@ -111,8 +109,10 @@ class FolderObjects(Objects):
 
     def keys(self, folder: str, max_keys: int) -> Iterator[list[str]]:
         """The keys of all objects of a folder, and of staged files, so many at a time."""
-        files = (path for path in (self._directory / folder).rglob("*") if path.is_file())
-        keys = (str(path.relative_to(self._directory)) for path in files)
+        # Not Path.rglob: it fails when a folder is removed meanwhile.
+        walk = os.walk(self._directory / folder)
+        paths = (Path(parent, name) for parent, _, names in walk for name in names)
+        keys = (str(path.relative_to(self._directory)) for path in paths)
         while some := list(itertools.islice(keys, max_keys)):
             yield some
 

@@ -11,7 +11,7 @@ from hidream_grpc.jobs.store.store import SqlJobStore
 
 logger = logging.getLogger(__name__)
 
-MAX_FILES_READ = 1000
+MAX_FILES_READ = 200
 """At once."""
 
 
@@ -41,9 +41,13 @@ class OrphanedFiles:
     async def sweep(self) -> None:
         """Look at all files once; raises HiDreamError when one of the stores does not answer."""
         if self._is_ours is None:
-            self._is_ours = await self._artifacts.belongs_to(await self._store.store_id())
+            self._is_ours = await self._find_out_whose()
             if not self._is_ours:
-                logger.warning("the artifact store belongs to another job store: what is left there stays")
+                logger.warning(
+                    "the artifact store belongs to another job store, or to none: files without a job stay; "
+                    "to have them removed, write %s into its file store_id and start again",
+                    await self._store.store_id(),
+                )
         if not self._is_ours:
             return
         num_removed = 0
@@ -60,6 +64,23 @@ class OrphanedFiles:
         indexes = range(job.submission.parameters.num_images)
         written = [image_file(job.job_id, job.claim_number, index) for index in indexes]
         await self._remove([file for file in written if not is_named(file, newest.get(job.job_id))])
+
+    async def _find_out_whose(self) -> bool:
+        """Whether the files are this job store's: as is written there, or else as all of them say."""
+        own_id = await self._store.store_id()
+        if await self._artifacts.store_id() is None:
+            if not await self._are_all_known_here():
+                return False
+            await self._artifacts.set_store_id(own_id)
+        return await self._artifacts.store_id() == own_id
+
+    async def _are_all_known_here(self) -> bool:
+        """Whether the job of every file, if there are any, is in this job store."""
+        async for files in self._artifacts.files(MAX_FILES_READ):
+            job_ids = {file.job_id for file in files}
+            if len(await self._store.get_all(job_ids)) < len(job_ids):
+                return False
+        return True
 
     async def _remove(self, files: Collection[StoredFile]) -> int:
         if files:

@@ -279,13 +279,14 @@ class RunningJob:
                 await self._end(JobState.FAILED, error)
 
     async def _read_snapshot(self) -> bytes | None:
-        kept, self.job = self.job.snapshot, replace(self.job, snapshot=None)
+        kept = self.job.snapshot
         if kept is None:
             return None
         job_id, claim_number = self.job.job_id, kept.claim_number
         data = await self._retry_until_stored(
             lambda: self._tools.artifacts.read_snapshot(job_id, claim_number)
         )
+        self.job = replace(self.job, snapshot=None)
         if data is None:
             return None
         identity = SnapshotIdentity(self.job.submission.parameters, self._tools.checkpoint_fingerprint)

@@ -11,7 +11,7 @@ from functools import partial
 
 from hidream_grpc.background import keep_doing
 from hidream_grpc.engine.requests import EngineState
-from hidream_grpc.errors import HiDreamError, NotServingError
+from hidream_grpc.errors import HiDreamError, NotServingError, StoreUnavailableError
 from hidream_grpc.jobs.callers import AttachedCallers
 from hidream_grpc.jobs.calls import RunningCalls
 from hidream_grpc.jobs.counts import JobCounts
@@ -163,7 +163,7 @@ class JobService:
         async with asyncio.TaskGroup() as tasks:
             if self._store.is_shared:
                 tasks.create_task(
-                    keep_doing("show that this server lives", self._beat, self._membership.pause)
+                    keep_doing("show that this server lives", self._membership.beat, self._membership.pause)
                 )
             for work in (
                 self._mirror,
@@ -240,7 +240,12 @@ class JobService:
         self._check_serving()
         call = AttachedCall(call_id, self._membership.replica_id) if call_id else None
         accepting = self._intake.accept(submissions, owner, self.retry_after_seconds, call)
-        accepted = await self._calls.finish(accepting, if_left=partial(self._leave_early, call_id))
+        try:
+            accepted = await self._calls.finish(accepting, if_left=partial(self._leave_early, call_id))
+        except StoreUnavailableError:
+            if call is not None:
+                self._callers.forget(call)
+            raise
         for submission in submissions:
             if submission.deadline_seconds is not None and not submission.is_detached:
                 self._housekeeping.expect_late_job(submission.deadline_seconds)
@@ -352,10 +357,6 @@ class JobService:
         async with contextlib.aclosing(self.follow(None, job_id)) as events:
             async for _ in events:
                 pass
-
-    async def _beat(self) -> None:
-        await self._membership.beat()
-        await self.executor.check_claims()
 
     def _lose_all(self) -> None:
         self.executor.lose_all()

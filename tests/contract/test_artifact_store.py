@@ -41,6 +41,7 @@ PARAMETERS = GenerationParameters(
 DATA = bytes(range(256)) * 40
 SHORT = ArtifactTimeouts(connect_seconds=0.2, request_seconds=0.3, call_seconds=0.6)
 TIMEOUT_SECONDS = 60
+ONE, OTHER = "1" * 32, "2" * 32
 CLAIM = 3
 
 
@@ -138,11 +139,11 @@ async def test_what_a_server_writes_late_overwrites_nothing_of_a_newer_claim(sto
 
 
 async def test_images_of_before_claims_had_numbers_are_read_listed_and_removed(tmp_path: Path) -> None:
-    (tmp_path / "images" / "job").mkdir(parents=True)
-    (tmp_path / "images" / "job" / "1").write_bytes(DATA)
+    (tmp_path / "images" / ONE).mkdir(parents=True)
+    (tmp_path / "images" / ONE / "1").write_bytes(DATA)
     store = ArtifactStore(tmp_path)
-    assert await store.read("job", image(1, claim_number=0), 9, 100) == DATA[9:109]
-    assert await listed(store) == [StoredFile("images/job/1", "job", 0, 1)]
+    assert await store.read(ONE, image(1, claim_number=0), 9, 100) == DATA[9:109]
+    assert await listed(store) == [StoredFile(f"images/{ONE}/1", ONE, 0, 1)]
     await store.remove_files(await listed(store))
     assert files_in(tmp_path) == []
 
@@ -211,56 +212,65 @@ async def test_of_writers_at_the_same_time_one_wins_whole(store: ArtifactStore) 
 
 @pytest.mark.parametrize("max_files", [1, 2, 1000])
 async def test_all_files_are_listed_with_what_they_are(store: ArtifactStore, max_files: int) -> None:
-    for job_id in ("one", "other"):
+    for job_id in (ONE, OTHER):
         for claim_number in (1, 20):
             await store.write(job_id, claim_number, 0, PARAMETERS, DATA)
         await store.write_snapshot(job_id, 20, b"snapshot")
-    await store.belongs_to("a store")
+    await store.set_store_id("a store")
     found = [files async for files in store.files(max_files)]
     assert all(len(files) <= max_files for files in found)
     files = sorted((file for files in found for file in files), key=lambda file: file.key)
     assert files == [
-        *(image_file(job_id, claim, 0) for job_id in ("one", "other") for claim in (1, 20)),
-        *(StoredFile(f"snapshots/{job_id}/20", job_id, 20, None) for job_id in ("one", "other")),
+        *(image_file(job_id, claim, 0) for job_id in (ONE, OTHER) for claim in (1, 20)),
+        *(StoredFile(f"snapshots/{job_id}/20", job_id, 20, None) for job_id in (ONE, OTHER)),
     ]
 
 
 async def test_files_are_removed_one_by_one_and_one_that_is_gone_is_no_error(
     store: ArtifactStore,
 ) -> None:
-    await store.write("job", 1, 0, PARAMETERS, DATA)
-    kept = await store.write("job", 2, 0, PARAMETERS, DATA)
-    await store.write_snapshot("job", 1, b"snapshot")
+    await store.write(ONE, 1, 0, PARAMETERS, DATA)
+    kept = await store.write(ONE, 2, 0, PARAMETERS, DATA)
+    await store.write_snapshot(ONE, 1, b"snapshot")
     gone = [file for file in await listed(store) if file.claim_number == 1]
     for _ in range(2):
-        await store.remove_files([*gone, image_file("job", 7, 7)])
-    assert await listed(store) == [image_file("job", 2, 0)]
-    assert await store.read("job", kept, 0, len(DATA)) == DATA
+        await store.remove_files([*gone, image_file(ONE, 7, 7)])
+    assert await listed(store) == [image_file(ONE, 2, 0)]
+    assert await store.read(ONE, kept, 0, len(DATA)) == DATA
 
 
 async def test_what_a_killed_writer_left_in_a_folder_is_listed_and_removed(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
-    await store.write("job", CLAIM, 0, PARAMETERS, DATA)
-    (tmp_path / "images" / "job" / str(CLAIM) / "1#7").write_bytes(b"half of an image")
+    await store.write(ONE, CLAIM, 0, PARAMETERS, DATA)
+    (tmp_path / "images" / ONE / str(CLAIM) / "1#7").write_bytes(b"half of an image")
     staged = [file for file in await listed(store) if file.index is None]
-    assert [(file.job_id, file.claim_number) for file in staged] == [("job", CLAIM)]
+    assert [(file.job_id, file.claim_number) for file in staged] == [(ONE, CLAIM)]
     await store.remove_files(staged)
-    assert files_in(tmp_path) == [f"images/job/{CLAIM}/0"]
+    assert files_in(tmp_path) == [f"images/{ONE}/{CLAIM}/0"]
 
 
 async def test_what_is_no_file_of_ours_is_passed_over(tmp_path: Path) -> None:
-    for name in ("images/README", "images/a/b/c/d", "snapshots/lost+found", "elsewhere/job/1/0"):
+    for name in (
+        "images/README",
+        "images/a/b/c/d",
+        "snapshots/lost+found",
+        "elsewhere/job/1/0",
+        "images/holiday/1.jpg",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"of somebody else")
     assert await listed(ArtifactStore(tmp_path)) == []
 
 
-async def test_the_files_belong_to_the_first_job_store_that_asks(store: ArtifactStore, location: str) -> None:
-    answers = await asyncio.gather(*(store.belongs_to(store_id) for store_id in ("a", "b", "c", "a")))
-    assert answers.count(True) in (1, 2)
-    winner = ("a", "b", "c", "a")[answers.index(True)]
-    again = ArtifactStore(location)
-    assert [await again.belongs_to(store_id) for store_id in "abc"] == [name == winner for name in "abc"]
+async def test_the_files_belong_to_the_first_job_store_that_says_so(
+    store: ArtifactStore, location: str
+) -> None:
+    assert await store.store_id() is None
+    await asyncio.gather(*(store.set_store_id(store_id) for store_id in ("a", "b", "c", "a")))
+    winner = await store.store_id()
+    assert winner in ("a", "b", "c")
+    await store.set_store_id("d")
+    assert await ArtifactStore(location).store_id() == winner
 
 
 # --- killed writers ---------------------------------------------------------------------------------
@@ -406,7 +416,8 @@ async def all_calls_are_unavailable(store: ArtifactStore) -> None:
         store.read_snapshot("job", CLAIM),
         store.remove_snapshots("job"),
         store.remove("job"),
-        store.belongs_to("a store"),
+        store.store_id(),
+        store.set_store_id("a store"),
         listed(store),
         store.remove_files([image_file("job", CLAIM, 0)]),
     ):

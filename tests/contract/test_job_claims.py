@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from hidream_grpc.errors import (
     ClaimLostError,
@@ -30,6 +31,7 @@ from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.job_stores import (
     MODEL,
     OWNER,
+    StoreDatabase,
     added,
     claimed,
     finished,
@@ -270,3 +272,23 @@ async def test_sequences_grow_from_claim_to_claim(store: SqlJobStore) -> None:
     sequences.append(cancelled.last_sequence)
     assert sequences == sorted(sequences)
     assert cancelled.last_sequence == claim_sequence(4, 1)
+
+
+async def test_a_reason_to_cancel_that_only_a_newer_version_knows_stops_no_server(
+    store: SqlJobStore, database: StoreDatabase
+) -> None:
+    await added(store, new_job())
+    await claimed(store)
+    engine = create_async_engine(database.url)
+    async with engine.begin() as connection:
+        await connection.exec_driver_sql("UPDATE jobs SET cancel_reason = 'BORED', state = 'PAUSED'")
+    await engine.dispose()
+    (claim,) = await store.held("replica-1")
+    assert claim.cancel_reason is CancelReason.REQUESTED
+    assert (await store.counts()).total() == 0
+
+
+async def test_a_replica_may_join_again_when_the_answer_was_lost(store: SqlJobStore) -> None:
+    for _ in range(2):
+        await store.join("replica-1", "{}")
+    assert [record.replica_id for record in await store.replicas()] == ["replica-1"]

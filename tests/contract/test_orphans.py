@@ -57,7 +57,7 @@ async def with_files(store: SqlJobStore, artifacts: ArtifactStore) -> Job:
     job = with_image(started(job))
     await store.save(succeeded(job))
     await artifacts.write(job.job_id, job.claim_number + 1, 0, job.submission.parameters, b"late")
-    await artifacts.write("of-a-job-that-was-deleted", 1, 0, job.submission.parameters, b"late")
+    await artifacts.write("0" * 32, 1, 0, job.submission.parameters, b"late")
     await artifacts.write_snapshot(job.job_id, job.claim_number, b"late")
     return job
 
@@ -74,8 +74,9 @@ async def test_a_sweep_leaves_the_files_that_rows_name(
     artifacts = ArtifactStore(folder)
     async with sqlite_database.opened() as store:
         job = await with_files(store, artifacts)
-        (folder / "images" / "half").mkdir()
-        (folder / "images" / "half" / "0#1").write_bytes(b"staged by a writer that was killed")
+        await artifacts.set_store_id(await store.store_id())
+        (folder / "images" / ("f" * 32)).mkdir()
+        (folder / "images" / ("f" * 32) / "0#1").write_bytes(b"staged by a writer that was killed")
         await OrphanedFiles(store, artifacts).sweep()
     assert keys(folder) == {f"images/{job.job_id}/1/0"}
     assert {path.name for path in (folder / "images").iterdir()} == {job.job_id}, "no empty folder is left"
@@ -86,7 +87,7 @@ async def test_files_of_another_job_store_are_left_alone(
 ) -> None:
     folder = tmp_path / "artifacts"
     artifacts = ArtifactStore(folder)
-    assert await artifacts.belongs_to("another store of jobs")
+    await artifacts.set_store_id("another store of jobs")
     async with sqlite_database.opened() as store:
         await with_files(store, artifacts)
         before = keys(folder)
@@ -95,6 +96,25 @@ async def test_files_of_another_job_store_are_left_alone(
             await OrphanedFiles(store, artifacts).sweep()
     assert keys(folder) == before
     assert "belongs to another job store" in caplog.text
+
+
+async def test_files_that_no_job_store_has_claimed_are_left_alone_by_one_that_does_not_know_them(
+    sqlite_database: StoreDatabase, tmp_path: Path
+) -> None:
+    folder = tmp_path / "artifacts"
+    artifacts = ArtifactStore(folder)
+    await artifacts.write("1" * 32, 1, 0, new_job().submission.parameters, b"of a production server")
+    async with sqlite_database.opened() as store:
+        await OrphanedFiles(store, artifacts).sweep()
+        assert keys(folder) == {f"images/{'1' * 32}/1/0"}
+        assert await artifacts.store_id() is None
+        await with_files(store, artifacts)
+        before = keys(folder)
+        await OrphanedFiles(store, artifacts).sweep()
+        assert keys(folder) == before, "to know one of them is not enough"
+        await artifacts.set_store_id(await store.store_id())
+        await OrphanedFiles(store, artifacts).sweep()
+        assert keys(folder) < before
 
 
 async def test_what_a_lost_claim_wrote_goes_unless_the_row_names_it(

@@ -65,6 +65,9 @@ async def _attach(connection: AsyncConnection, job: Job, call: AttachedCall) -> 
     if attached.state in (JobState.FAILED, JobState.CANCELLED):
         # It does not hold its request id any more.
         raise TransactionConflict
+    if attached.cancel_reason is not None:
+        # Whoever accepts waits for its end, and then tries again with the same call.
+        await connection.execute(queries.detach(call.call_id))
     return attached
 
 
@@ -80,7 +83,7 @@ async def _with_later_deadline(connection: AsyncConnection, holder: Job, job: Jo
         return holder
     later = None if job.deadline_time is None else max(deadline_time, job.deadline_time)
     if later != deadline_time:
-        await connection.execute(queries.set_deadline(holder.job_id, later))
+        await connection.execute(queries.put_deadline_off(holder.job_id, later))
     return replace(holder, deadline_time=later)
 
 

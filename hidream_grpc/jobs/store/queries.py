@@ -306,9 +306,10 @@ def ask_to_cancel(number: int, reason: str) -> sa.Update:
     )
 
 
-def set_deadline(job_id: str, deadline_time: float | None) -> sa.Update:
-    """Change when a job stops."""
-    return sa.update(jobs).where(jobs.c.job_id == job_id).values(deadline_time=deadline_time)
+def put_deadline_off(job_id: str, deadline_time: float | None) -> sa.Update:
+    """Have a job stop later, or never; nothing changes where it stops later already."""
+    update = sa.update(jobs).where(jobs.c.job_id == job_id).values(deadline_time=deadline_time)
+    return update if deadline_time is None else update.where(jobs.c.deadline_time < deadline_time)
 
 
 def overdue(now: float, limit: int) -> sa.Select[str]:
@@ -318,11 +319,6 @@ def overdue(now: float, limit: int) -> sa.Select[str]:
         .where(_has_not_ended, jobs.c.deadline_time <= now, jobs.c.cancel_reason.is_(None))
         .limit(limit)
     )
-
-
-def delete(number: int) -> sa.Delete:
-    """Remove a row, and its labels with it."""
-    return sa.delete(jobs).where(jobs.c.number == number)
 
 
 def delete_ended(job_ids: Collection[str]) -> ReturningDelete[str]:

@@ -193,6 +193,8 @@ def _log_once(job_id: str, error_id: str, reason: str) -> None:
 
 def _read(row: Row[Any]) -> Job:
     run = _run_decoder.decode(row.run)
+    if any(image.chunk_bytes < 1 for image in run.images):
+        raise ValueError("an image is in pieces of no bytes")
     return Job(
         job_id=row.job_id,
         submission=_submission_decoder.decode(row.submission),

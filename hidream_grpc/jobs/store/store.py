@@ -17,7 +17,6 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from hidream_grpc.errors import (
     JobNotEndedError,
     JobNotFoundError,
-    StoreFullError,
     StoreUnavailableError,
 )
 from hidream_grpc.jobs.calls import RunningCalls
@@ -50,9 +49,13 @@ from hidream_grpc.jobs.store.records import (
 )
 from hidream_grpc.jobs.store.rows import job_of
 
+MAX_CLAIM_ROUNDS = 10
+"""Of one call, in which jobs may end and none be claimed."""
 MAX_CONFLICTS = 20
 MAX_CONFLICT_SECONDS = 0.05
 CLOSE_SECONDS = 1.0
+
+_STATES = frozenset(state.value for state in JobState)
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -275,6 +278,12 @@ class SqlJobStore:
         return job
 
     @_uninterrupted
+    async def detach(self, call_id: str) -> None:
+        """Note that a caller waits no more for whatever it waited for, if it did; nothing is cancelled."""
+        async with self._database.write() as connection:
+            await connection.execute(queries.detach(call_id))
+
+    @_uninterrupted
     async def delete(self, owner: str | None, job_id: str) -> Job:
         """Remove a job that has ended; its request id is free again.
 
@@ -299,7 +308,9 @@ class SqlJobStore:
         """Jobs by state that are kept; of one owner only those that have not ended."""
         query = queries.counts() if owner is None else queries.counts_of_owner(owner)
         async with self._database.read() as connection:
-            return Counter({JobState(state): count for state, count in await connection.execute(query)})
+            rows = (await connection.execute(query)).all()
+        # Another version of the service may know more states.
+        return Counter({JobState(state): count for state, count in rows if state in _STATES})
 
     @_uninterrupted
     async def queue_orders(
@@ -328,11 +339,13 @@ class SqlJobStore:
         """Let a replica have jobs and callers, from now until it leaves, or is removed as dead.
 
         Args:
-            replica_id: that no replica had before.
+            replica_id: that no other replica had before.
             model: what others are told of its model.
             before: the id that it had, if it was removed as dead: its callers are still there.
         """
         async with self._database.write() as connection:
+            # It may be there already, from a try whose answer was lost.
+            await connection.execute(queries.remove_replica(replica_id))
             await connection.execute(queries.add_replica(replica_id, model))
             if before is not None:
                 await connection.execute(queries.remove_replica(before))
@@ -384,20 +397,14 @@ class SqlJobStore:
 
         Claims of all replicas are made one after another. A claimed job is as it was left, QUEUED or
         RUNNING, with a claim number of its own. Jobs that are to be cancelled, too late, or unreadable end
-        here instead. When the store fails after some were claimed, these are returned.
+        here instead: ask again when fewer come than were asked for.
         """
-        claimed: list[Job] = []
-        while (room := limit - len(claimed)) > 0:
-            try:
-                jobs = await self._claim_some(replica_id, model_fingerprint, room, max_running_jobs_of_caller)
-            except (StoreUnavailableError, StoreFullError, TransactionConflict):
-                if claimed:
-                    break
-                raise
-            if not jobs:
-                break
-            claimed += [job for job in jobs if not job.state.has_ended]
-        return tuple(claimed)
+        for _ in range(MAX_CLAIM_ROUNDS):
+            jobs = await self._claim_some(replica_id, model_fingerprint, limit, max_running_jobs_of_caller)
+            claimed = tuple(job for job in jobs if not job.state.has_ended)
+            if claimed or not jobs:
+                return claimed
+        return ()
 
     @_uninterrupted
     async def held(self, replica_id: str) -> tuple[HeldClaim, ...]:
@@ -408,7 +415,7 @@ class SqlJobStore:
             HeldClaim(
                 row.job_id,
                 row.claim_number,
-                None if row.cancel_reason is None else CancelReason(row.cancel_reason),
+                None if row.cancel_reason is None else _reason_of(row.cancel_reason),
             )
             for row in rows
         )
@@ -576,6 +583,14 @@ class SqlJobStore:
             self._num_ended[job.state] += 1
         if self._database.is_sqlite:
             self._hub.tell(changes)
+
+
+def _reason_of(text: str) -> CancelReason:
+    """Why a job is to be cancelled; what only another version of the service knows is a request."""
+    try:
+        return CancelReason(text)
+    except ValueError:
+        return CancelReason.REQUESTED
 
 
 def _changed(job: Job) -> Change:
