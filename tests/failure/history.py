@@ -137,6 +137,7 @@ class History:
     Attributes:
         downloads: images that were read while things failed, as far as the call ended with OK.
         refusals: calls that were answered with an error, by the name of the call and of the code.
+        num_listed_images: of each job that is listed in the end, also where its acknowledgement was lost.
     """
 
     acknowledged: list[Acknowledged] = field(default_factory=list)
@@ -148,6 +149,7 @@ class History:
     open_streams: list[OpenStream] = field(default_factory=list)
     final_jobs: list[FinalJob] = field(default_factory=list)
     stored_files: list[str] = field(default_factory=list)
+    num_listed_images: dict[str, int] = field(default_factory=dict)
     num_reconnects: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

@@ -112,6 +112,7 @@ class PromiseRun:
             if all(final.state in ENDS.values() for final in self._finals(last, with_images=False)):
                 self._draw_alone(last, "after")
             self.history.final_jobs = self._finals(last, with_images=True)
+            self.history.num_listed_images = _num_listed_images(replicas[0])
             self._read_files()
             found = breaches(self.history, lambda one, other: _differ(last.pictures, one, other))
             return self._counts(found), found
@@ -277,6 +278,18 @@ def _num_open_jobs(replica: Replica) -> int:
         return len(replica.stub.ListJobs(message, timeout=CALL_SECONDS).jobs)
     except grpc.RpcError:
         return 1
+
+
+def _num_listed_images(replica: Replica) -> dict[str, int]:
+    """How many images each job has that a replica lists."""
+    found: dict[str, int] = {}
+    message = image_gen_pb2.ListJobsRequest(page_size=1000)
+    while True:
+        page = replica.stub.ListJobs(message, timeout=CALL_SECONDS)
+        found.update((job.job_id, len(job.images)) for job in page.jobs)
+        message.page_token = page.next_page_token
+        if not message.page_token:
+            return found
 
 
 def _final(stage: Stage, replica: Replica, job_id: str, *, with_images: bool) -> FinalJob:

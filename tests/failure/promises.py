@@ -247,7 +247,8 @@ def _times_follow(history: History) -> Iterator[Breach]:
 
 def _no_file_without_a_row(history: History) -> Iterator[Breach]:
     """Images belong to jobs that name them; a job that has ended needs no snapshot."""
-    images = {final.job_id: len(final.images) for final in history.final_jobs if final.state}
+    images = dict(history.num_listed_images)
+    images.update({final.job_id: len(final.images) for final in history.final_jobs if final.state})
     unended = {final.job_id for final in history.final_jobs if final.state and final.state not in ENDED}
     num_files: Counter[str] = Counter()
     for path in history.stored_files:

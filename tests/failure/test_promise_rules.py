@@ -54,6 +54,14 @@ def good_history() -> History:
     )
 
 
+def test_an_image_of_a_job_whose_acknowledgement_was_lost_has_a_row() -> None:
+    history = good_history()
+    history.stored_files.append("images/unacknowledged/1/0")
+    assert found_in(history) != []
+    history.num_listed_images["unacknowledged"] = 1
+    assert found_in(history) == []
+
+
 def found_in(history: History, *, do_differ: bool = True) -> list[Breach]:
     return breaches(history, lambda _one, _other: do_differ)
 
