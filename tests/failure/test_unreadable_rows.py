@@ -92,7 +92,9 @@ def two_replicas(postgres: PostgresServer, folder: Path) -> Iterator[tuple[list[
     """Two that draw one job at a time each."""
     names = ("first", "second")
     with (
-        servers_on_postgres(postgres, folder, names, "--max-running-jobs", "1") as servers,
+        servers_on_postgres(
+            postgres, folder, names, "--max-running-jobs", "1", "--grace-seconds", "1"
+        ) as servers,
         servers[0].live.stub() as one,
         servers[1].live.stub() as other,
     ):
