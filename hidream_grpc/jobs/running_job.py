@@ -124,11 +124,6 @@ class RunningJob:
         """Whether the engine is to go on with it."""
         return self._state.is_running
 
-    @property
-    def stop_reason(self) -> StopReason | None:
-        """Why the engine is to go on no more; None while it is, and when the job ended by itself."""
-        return self._state.stop_reason
-
     def cancel(self, reason: CancelReason) -> None:
         """Have the job end as CANCELLED, unless the claim is lost or has ended."""
         self._change(self._state.cancelled(reason))
