@@ -56,8 +56,8 @@ def test_a_cut_resets_what_is_open_and_what_is_new_until_it_is_healed(proxy: Tcp
         with pytest.raises(OSError, match=r"reset|Broken pipe"):
             while echo(before):
                 pass
-    with connected(proxy) as meanwhile, pytest.raises(OSError, match=r"reset|Broken pipe"):
-        # The end of the stream comes before the reset, or after it.
+    # The reset comes before the connection is made, before the end of the stream, or after it.
+    with pytest.raises(OSError, match=r"reset|Broken pipe"), connected(proxy) as meanwhile:
         while True:
             echo(meanwhile)
     proxy.heal()
