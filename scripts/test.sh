@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# Installs the test extra and runs the whole suite; arguments go to pytest.
+# Installs the test extra and runs the whole suite, two files at a time; or pytest with the arguments given.
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$project"
 scripts/install.sh test
 scripts/install_go_tools.sh
+if (($# == 0)); then
+  # Tests of one file share servers. More workers would not help: each server computes too.
+  set -- -n 2 --dist loadfile --durations=25
+fi
 exec .venv/bin/python -m pytest "$@"
