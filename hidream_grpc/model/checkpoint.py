@@ -19,7 +19,6 @@ from hidream_grpc.model.checkpoint_files import (
     T5Config,
     TransformerConfig,
     VaeConfig,
-    check_component,
     check_tokenizer,
     has_llama,
     llama_folder,
@@ -32,6 +31,7 @@ from hidream_grpc.model.demo import DEMO_NAME, demo_checkpoint_path
 from hidream_grpc.model.fingerprint import fingerprint_of
 from hidream_grpc.model.sizes import ImageSize, SizeLimits
 from hidream_grpc.model.variants import SUPPORTED_SCHEDULERS, Variant, default_schedule, identify_variant
+from hidream_grpc.model.weight_files import Library, read_tensors
 
 _PIPELINE_CLASS = "HiDreamImagePipeline"
 _DEFAULT_SIDE_PIXELS = 1024
@@ -100,7 +100,7 @@ def describe_checkpoint(model_path: Path, extra_model_path: Path | None) -> Chec
     scheduler = _read_scheduler(model_path)
     transformer = _read_transformer(model_path)
     vae = read_json(model_path / "vae" / "config.json", VaeConfig, MODEL_PATH_FLAG)
-    check_component(model_path / "vae", MODEL_PATH_FLAG)
+    read_tensors(model_path / "vae", Library.DIFFUSERS)
     _check_text_encoders(model_path, transformer)
     _check_llama(model_path, extra_model_path, transformer)
 
@@ -144,7 +144,7 @@ def _read_scheduler(model_path: Path) -> SchedulerConfig:
 def _read_transformer(model_path: Path) -> TransformerConfig:
     path = model_path / "transformer" / "config.json"
     transformer = read_json(path, TransformerConfig, MODEL_PATH_FLAG)
-    check_component(path.parent, MODEL_PATH_FLAG)
+    read_tensors(path.parent, Library.DIFFUSERS)
     num_blocks = transformer.num_layers + transformer.num_single_layers
     if len(transformer.llama_layers) != num_blocks:
         raise ModelNotFoundError(
@@ -158,14 +158,14 @@ def _check_text_encoders(model_path: Path, transformer: TransformerConfig) -> No
     for number in ("", "_2"):
         folder = model_path / f"text_encoder{number}"
         clip = read_json(folder / "config.json", ClipConfig, MODEL_PATH_FLAG)
-        check_component(folder, MODEL_PATH_FLAG)
+        read_tensors(folder, Library.TRANSFORMERS)
         check_tokenizer(model_path / f"tokenizer{number}", MODEL_PATH_FLAG, with_vocabulary_files=True)
         if clip.max_position_embeddings < MAX_SEQUENCE_LENGTH:
             reason = f"has room for {clip.max_position_embeddings} tokens, {MAX_SEQUENCE_LENGTH} are needed"
             raise ModelNotFoundError(MODEL_PATH_FLAG, folder, reason)
         clips.append(clip)
     t5 = read_json(model_path / "text_encoder_3" / "config.json", T5Config, MODEL_PATH_FLAG)
-    check_component(model_path / "text_encoder_3", MODEL_PATH_FLAG)
+    read_tensors(model_path / "text_encoder_3", Library.TRANSFORMERS)
     check_tokenizer(model_path / "tokenizer_3", MODEL_PATH_FLAG)
     pooled_width = sum(clip.projection_dim for clip in clips)
     if pooled_width != transformer.text_emb_dim:
@@ -191,7 +191,7 @@ def _check_llama(model_path: Path, extra_model_path: Path | None, transformer: T
     llama = read_json(folder / "config.json", LlamaConfig, flag)
     if llama.model_type != "llama":
         raise ModelNotFoundError(flag, folder, f"is a {llama.model_type} model, not llama")
-    check_component(folder, flag)
+    read_tensors(folder, Library.TRANSFORMERS, flag)
     check_tokenizer(llama_tokenizer_folder(model_path, extra_model_path), flag)
     llama_width, last_layer = transformer.caption_channels[1], max(transformer.llama_layers)
     if llama.hidden_size != llama_width:

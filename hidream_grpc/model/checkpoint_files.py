@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
-from safetensors import safe_open
 
 from hidream_grpc.errors import ModelNotFoundError
 
@@ -19,9 +17,6 @@ LLAMA_TOKENIZER = "tokenizer_4"
 
 # The pipeline's default max_sequence_length: every prompt is padded to so many tokens.
 MAX_SEQUENCE_LENGTH = 128
-
-# What transformers and diffusers call the weights of a component that is one file.
-_WEIGHT_FILE_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 
 _Positive = Annotated[int, msgspec.Meta(gt=0)]
 
@@ -117,11 +112,28 @@ class _TokenizerConfig(msgspec.Struct, frozen=True):
     model_max_length: float | None = None
 
 
-class _WeightIndex(msgspec.Struct, frozen=True):
-    weight_map: dict[str, str]
-
-
 _Config = TypeVar("_Config")
+
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def check_file(path: Path, flag: str) -> None:
+    """Check that a file is there, itself and not what stands for it.
+
+    Raises:
+        ModelNotFoundError: it is missing, a link to nothing, or a pointer of Git LFS.
+    """
+    if not path.is_file():
+        is_broken = path.is_symlink()
+        reason = f"a link to {path.readlink()}, which is not there" if is_broken else "no such file"
+        raise ModelNotFoundError(flag, path, reason)
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError as error:
+        raise ModelNotFoundError(flag, path, str(error)) from None
+    if is_pointer:
+        raise ModelNotFoundError(flag, path, "a pointer of Git LFS, not the file itself: run `git lfs pull`")
 
 
 def read_json(path: Path, config_type: type[_Config], flag: str) -> _Config:
@@ -130,8 +142,7 @@ def read_json(path: Path, config_type: type[_Config], flag: str) -> _Config:
     Raises:
         ModelNotFoundError: it is missing, or does not say what it must.
     """
-    if not path.is_file():
-        raise ModelNotFoundError(flag, path, "no such file")
+    check_file(path, flag)
     try:
         return msgspec.json.decode(path.read_bytes(), type=config_type)
     except (OSError, msgspec.DecodeError) as error:
@@ -172,49 +183,6 @@ def llama_tokenizer_folder(model_path: Path, extra_model_path: Path | None) -> P
     return model_path / LLAMA_TOKENIZER if folder == model_path / LLAMA else folder
 
 
-def check_component(folder: Path, flag: str) -> None:
-    """Check that all weight files of one component are there.
-
-    Raises:
-        ModelNotFoundError: there are none, or one that the index names is missing.
-    """
-    files = weight_files(folder, flag)
-    if not files:
-        raise ModelNotFoundError(flag, folder, "no weights (*.safetensors)")
-    for path in files:
-        if not path.is_file():
-            raise ModelNotFoundError(flag, path, "no such file")
-
-
-def weight_files(folder: Path, flag: str = MODEL_PATH_FLAG) -> tuple[Path, ...]:
-    """Files that hold the weights of one component: those that its index names, or else what lies there."""
-    for index_path in sorted(folder.glob("*.safetensors.index.json")):
-        names = set(read_json(index_path, _WeightIndex, flag).weight_map.values())
-        return tuple(folder / name for name in sorted(names))
-    # A folder may hold the same weights in another precision too, as model.fp16.safetensors.
-    standard = tuple(path for name in _WEIGHT_FILE_NAMES if (path := folder / name).is_file())
-    return standard or tuple(sorted(folder.glob("*.safetensors")))
-
-
-def num_weights(folder: Path, left_out: str | None = None) -> int:
-    """How many numbers the weights of one component are, as its files' headers tell.
-
-    Args:
-        folder: of the component.
-        left_out: beginning of the names of tensors that are not counted.
-    """
-    total = 0
-    for path in weight_files(folder):
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                tensor = file.get_slice(name)
-                # Integers are constants, such as the position ids of older CLIPs.
-                is_weight = "F" in tensor.get_dtype()
-                if is_weight and not (left_out and name.startswith(left_out)):
-                    total += math.prod(tensor.get_shape())
-    return total
-
-
 def check_tokenizer(folder: Path, flag: str, with_vocabulary_files: bool = False) -> None:
     """Check that a tokenizer is there.
 
@@ -230,8 +198,7 @@ def check_tokenizer(folder: Path, flag: str, with_vocabulary_files: bool = False
     if with_vocabulary_files and not (folder / "tokenizer.json").is_file():
         names = ["vocab.json", "merges.txt"]
     for name in names:
-        if not (folder / name).is_file():
-            raise ModelNotFoundError(flag, folder / name, "no such file")
+        check_file(folder / name, flag)
 
 
 def token_limit(tokenizer_folder: Path) -> int:

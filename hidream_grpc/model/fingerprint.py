@@ -17,8 +17,8 @@ from hidream_grpc.model.checkpoint_files import (
     has_llama,
     llama_folder,
     llama_tokenizer_folder,
-    weight_files,
 )
+from hidream_grpc.model.weight_files import Library, weight_files
 
 _DIGITS = 16
 _SAMPLE_BYTES = 4096
@@ -26,7 +26,13 @@ _MAX_SAMPLES = 16
 """Of one weight file: a checkpoint of 60 GB costs a few megabytes of reading."""
 
 _PIPELINE_FILES = ("model_index.json", "generation_config.json", "scheduler/scheduler_config.json")
-_COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+_COMPONENTS = {
+    "transformer": Library.DIFFUSERS,
+    "vae": Library.DIFFUSERS,
+    "text_encoder": Library.TRANSFORMERS,
+    "text_encoder_2": Library.TRANSFORMERS,
+    "text_encoder_3": Library.TRANSFORMERS,
+}
 _TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -105,9 +111,9 @@ def _files(model_path: Path, extra_model_path: Path | None) -> Iterator[tuple[st
     for name in _PIPELINE_FILES:
         if (model_path / name).is_file():
             yield name, model_path / name, flag
-    for component in _COMPONENTS:
-        yield from _component_files(component, model_path / component, flag)
-    yield from _component_files(LLAMA, llama, _llama_flag(model_path))
+    for component, library in _COMPONENTS.items():
+        yield from _component_files(component, model_path / component, library, flag)
+    yield from _component_files(LLAMA, llama, Library.TRANSFORMERS, _llama_flag(model_path))
     yield from _all_tokenizer_files(model_path, extra_model_path)
 
 
@@ -122,9 +128,8 @@ def _llama_flag(model_path: Path) -> str:
     return MODEL_PATH_FLAG if has_llama(model_path) else EXTRA_MODEL_PATH_FLAG
 
 
-def _component_files(name: str, folder: Path, flag: str) -> Iterator[tuple[str, Path, str]]:
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    for path in (folder / "config.json", *indexes, *weight_files(folder, flag)):
+def _component_files(name: str, folder: Path, library: Library, flag: str) -> Iterator[tuple[str, Path, str]]:
+    for path in (folder / "config.json", *weight_files(folder, library, flag)):
         yield f"{name}/{path.name}", path, flag
 
 

@@ -1,4 +1,4 @@
-"""Parts of a checkpoint from its folder onto a device, by the libraries that own them."""
+"""Parts of a checkpoint from its folder onto a device, as classes of the libraries that own them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import diffusers
+import torch
 import transformers
-from diffusers import SchedulerMixin
+from diffusers import AutoencoderKL, SchedulerMixin
 from torch import nn
 
 from hidream_grpc.devices.base import Device
 from hidream_grpc.model.schedulers import SCHEDULER_CLASSES
+from hidream_grpc.model.weights import load_share
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _Tokenizer = TypeVar("_Tokenizer", bound=transformers.PreTrainedTokenizerBase)
@@ -25,14 +27,14 @@ def quieten_libraries() -> None:
 
 
 def load_module(module_class: type[_Module], folder: Path, device: Device) -> _Module:
-    """Load one component for inference, from local files alone.
+    """Load one text encoder for inference, from local files alone.
 
     Args:
-        module_class: of diffusers or transformers.
+        module_class: of transformers.
         folder: of the component, with config.json and weights in safetensors.
         device: where it goes, and in which dtype.
     """
-    # Every model of both libraries has it, without a common type that says so.
+    # Every model of the library has it, without a common type that says so.
     from_pretrained: Any = module_class.from_pretrained  # type: ignore[attr-defined]
     module: _Module = from_pretrained(folder, dtype=device.dtype, local_files_only=True, use_safetensors=True)
     module = module.to(device.torch_device).eval()
@@ -45,6 +47,14 @@ def _own_memory(module: nn.Module) -> None:
     """Copy the weights: in the dtype of their file they are a mapping of it, which a write to it changes."""
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = tensor.data.clone()
+
+
+def load_vae(folder: Path, device: Device) -> AutoencoderKL:
+    """Load the autoencoder for inference, from the same files and as strictly as the transformer."""
+    with torch.device("meta"):
+        vae: AutoencoderKL = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+    load_share(vae, folder, device)
+    return vae.eval()
 
 
 def load_tokenizer(tokenizer_class: type[_Tokenizer], folder: Path) -> _Tokenizer:

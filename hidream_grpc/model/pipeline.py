@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hidream_grpc.devices.base import Device
-from hidream_grpc.model.checkpoint_files import MODEL_PATH_FLAG, TransformerConfig, num_weights, read_json
+from hidream_grpc.model.checkpoint_files import MODEL_PATH_FLAG, TransformerConfig, read_json
 from hidream_grpc.model.compilation import compile_blocks
 from hidream_grpc.model.conditioning import Conditioning
 from hidream_grpc.model.denoising import DenoisingState, StepBatch
 from hidream_grpc.model.fingerprint import fingerprint_of, unchanged_checkpoint
 from hidream_grpc.model.images import encode_image
-from hidream_grpc.model.loading import load_module, load_scheduler, quieten_libraries
+from hidream_grpc.model.loading import load_scheduler, load_vae, quieten_libraries
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.rows import divide_rows, gather_rows
@@ -39,6 +39,7 @@ from hidream_grpc.model.step_shapes import StepShape
 from hidream_grpc.model.text_encoders import TextEncoders
 from hidream_grpc.model.transformer import HiDreamTransformer, RankRows
 from hidream_grpc.model.vae import ImageDecoding
+from hidream_grpc.model.weight_files import Library, num_weights, read_tensors
 from hidream_grpc.model.weights import load_share
 
 _PREVIEW_QUALITY = 80
@@ -119,7 +120,7 @@ class HiDreamModel:
         with torch.device("meta"):
             transformer = HiDreamTransformer(config, groups, device)
         load_share(transformer, model_path / "transformer", device)
-        vae = load_module(AutoencoderKL, model_path / "vae", device)
+        vae = load_vae(model_path / "vae", device)
         # Last: they go where the others leave room.
         text_encoders = TextEncoders.from_pretrained(
             model_path, extra_model_path, tuple(sorted(set(config.llama_layers))), device, groups.world
@@ -131,9 +132,11 @@ class HiDreamModel:
             scheduler=load_scheduler(model_path / "scheduler"),
             device=device,
             groups=groups,
-            num_parameters=num_weights(model_path / "transformer")
-            + num_weights(model_path / "vae")
-            + text_encoders.num_parameters,
+            num_parameters=text_encoders.num_parameters
+            + sum(
+                num_weights(read_tensors(model_path / component, Library.DIFFUSERS))
+                for component in ("transformer", "vae")
+            ),
             fingerprint=fingerprint,
         )
 

@@ -14,10 +14,10 @@ from hidream_grpc.model.checkpoint_files import (
     T5Config,
     llama_folder,
     llama_tokenizer_folder,
-    num_weights,
     read_json,
     token_limit,
 )
+from hidream_grpc.model.weight_files import Library, num_weights, read_tensors
 
 
 class TextEncoderName(StrEnum):
@@ -66,12 +66,12 @@ def text_encoder_files(
         TextEncoderName.CLIP_L: _clip_files(model_path, ""),
         TextEncoderName.CLIP_G: _clip_files(model_path, "_2"),
         TextEncoderName.T5: TextEncoderFiles(
-            t5_folder, t5_tokenizer, num_weights(t5_folder), (_num_tokens(t5_tokenizer), t5_width)
+            t5_folder, t5_tokenizer, _num_parameters(t5_folder), (_num_tokens(t5_tokenizer), t5_width)
         ),
         TextEncoderName.LLAMA: TextEncoderFiles(
             llama,
             llama_tokenizer,
-            num_weights(llama, left_out="lm_head."),
+            _num_parameters(llama, left_out="lm_head."),
             (num_llama_layers, _num_tokens(llama_tokenizer), llama_width),
         ),
     }
@@ -80,8 +80,14 @@ def text_encoder_files(
 def _clip_files(model_path: Path, number: str) -> TextEncoderFiles:
     folder = model_path / f"text_encoder{number}"
     projection_dim = read_json(folder / "config.json", ClipConfig, MODEL_PATH_FLAG).projection_dim
-    return TextEncoderFiles(folder, model_path / f"tokenizer{number}", num_weights(folder), (projection_dim,))
+    return TextEncoderFiles(
+        folder, model_path / f"tokenizer{number}", _num_parameters(folder), (projection_dim,)
+    )
 
 
 def _num_tokens(tokenizer_folder: Path) -> int:
     return min(MAX_SEQUENCE_LENGTH, token_limit(tokenizer_folder))
+
+
+def _num_parameters(folder: Path, left_out: str | None = None) -> int:
+    return num_weights(read_tensors(folder, Library.TRANSFORMERS), left_out)

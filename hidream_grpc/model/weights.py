@@ -2,69 +2,44 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from hidream_grpc.devices.base import Device
 from hidream_grpc.model.parallel.shards import TensorSlice, parameter_slices
-
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-class _Index(msgspec.Struct, frozen=True):
-    weight_map: dict[str, str]
+from hidream_grpc.model.weight_files import Library, read_tensors
 
 
 class SafetensorsFolder:
-    """The weights of one component, in one file or several. Use it in a `with` block.
+    """The weights of one component of diffusers, in one file or several. Use it in a `with` block.
 
     Attributes:
+        tensors: all of them by name, as the files' headers say.
         bytes_read: of all slices so far.
     """
 
     def __init__(self, folder: Path) -> None:
+        self.tensors = read_tensors(folder, Library.DIFFUSERS)
         self.bytes_read = 0
-        self._folder = folder
         self._stack = ExitStack()
-        self._file_of_tensor: dict[str, Any] = {}
+        self._files: dict[Path, Any] = {}
 
     def __enter__(self) -> SafetensorsFolder:
-        index = self._folder / f"{_WEIGHTS}.index.json"
-        names = [_WEIGHTS]
-        if index.is_file():
-            names = sorted(set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values()))
-        for name in names:
-            file = self._stack.enter_context(safe_open(self._folder / name, framework="pt"))
-            self._file_of_tensor |= dict.fromkeys(file.keys(), file)
+        for path in {tensor.file for tensor in self.tensors.values()}:
+            self._files[path] = self._stack.enter_context(safe_open(path, framework="pt"))
         return self
 
     def __exit__(self, *_error: object) -> None:
         self._stack.close()
 
-    def names(self) -> set[str]:
-        """Of all tensors."""
-        return set(self._file_of_tensor)
-
-    def num_elements(self, name: str) -> int:
-        """Of one tensor; only the file's header is read."""
-        return math.prod(self._file_of_tensor[name].get_slice(name).get_shape())
-
     def read(self, part: TensorSlice) -> Tensor:
-        """One slice, in the file's dtype, on the CPU.
-
-        Raises:
-            ValueError: there is no such tensor.
-        """
-        if part.name not in self._file_of_tensor:
-            raise ValueError(f"{self._folder} holds no tensor {part.name}")
-        tensor = self._file_of_tensor[part.name].get_slice(part.name)
+        """One slice of a tensor, in the file's dtype, on the CPU."""
+        tensor = self._files[self.tensors[part.name].file].get_slice(part.name)
         rows = slice(None) if part.rows is None else slice(part.rows.start, part.rows.stop)
         if part.columns is None:
             read: Tensor = tensor[rows]
@@ -92,7 +67,7 @@ def load_share(module: nn.Module, folder: Path, device: Device) -> int:
     """
     slices = parameter_slices(module)
     with SafetensorsFolder(folder) as weights:
-        missing = {part.name for parts in slices.values() for part in parts} - weights.names()
+        missing = {part.name for parts in slices.values() for part in parts} - weights.tensors.keys()
         if missing:
             raise ValueError(f"{folder} holds no tensor {min(missing)} ({len(missing)} are missing)")
         for path, parts in slices.items():
@@ -112,6 +87,8 @@ def _read_parameter(
     start = 0
     for part in parts:
         read = weights.read(part)
+        # A convolution's weight lies in the file as it lies here, flat or not.
+        read = read.flatten(0, -2) if read.dim() > 2 else read
         stop = start + read.shape[0]
         if flat[start:stop].shape != read.shape:
             sizes = f"{tuple(read.shape)} of {part.name} for {tuple(shape)}"

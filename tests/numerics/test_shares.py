@@ -97,7 +97,7 @@ def test_the_ranks_of_a_model_read_every_weight_once(layout: str, tiny_checkpoin
         with SafetensorsFolder(folder) as weights:
             for part in (part for parts in slices.values() for part in parts):
                 read[part.name] = read.get(part.name, 0) + weights.read(part).numel()
-            sizes = {name: weights.num_elements(name) for name in weights.names()}
+            sizes = {name: tensor.num_elements for name, tensor in weights.tensors.items()}
     assert read.keys() == sizes.keys()
     for name, size in sizes.items():
         # A weight that only some of the axes divide is read once by each rank of the others.
