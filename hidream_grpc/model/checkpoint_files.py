@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from hidream_grpc.errors import ModelNotFoundError
+from hidream_grpc.model.hub import has_unfinished_download
 
 MODEL_PATH_FLAG = "-m/--model-path"
 EXTRA_MODEL_PATH_FLAG = "-e/--extra-model-path"
@@ -51,6 +52,7 @@ class TransformerConfig(msgspec.Struct, frozen=True):
     max_resolution: tuple[_Positive, _Positive]
     llama_layers: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
     out_channels: int | None = None
+    name_or_path: str | None = msgspec.field(name="_name_or_path", default=None)
 
     @property
     def width(self) -> int:
@@ -69,30 +71,57 @@ class TransformerConfig(msgspec.Struct, frozen=True):
 
 
 class VaeConfig(msgspec.Struct, frozen=True):
-    """vae/config.json: each block but the last halves the picture."""
+    """vae/config.json: each block but the last halves the picture. Defaults are those of diffusers."""
 
     block_out_channels: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    layers_per_block: int = 1
+    down_block_types: tuple[Literal["DownEncoderBlock2D"], ...] = ()
+    up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ()
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
 
 
 class ClipConfig(msgspec.Struct, frozen=True):
-    """text_encoder/config.json and text_encoder_2/config.json."""
+    """text_encoder/config.json and text_encoder_2/config.json. Defaults are those of transformers."""
 
     projection_dim: int
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
     max_position_embeddings: int = 77
 
 
 class T5Config(msgspec.Struct, frozen=True):
-    """text_encoder_3/config.json."""
+    """text_encoder_3/config.json. Defaults are those of transformers."""
 
     d_model: int
+    vocab_size: int = 32128
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    feed_forward_proj: str = "relu"
 
 
 class LlamaConfig(msgspec.Struct, frozen=True):
-    """config.json of the Llama folder."""
+    """config.json of the Llama folder. Defaults are those of transformers."""
 
     model_type: str
+    vocab_size: int = 32000
     hidden_size: int = 4096
+    intermediate_size: int = 11008
     num_hidden_layers: int = 32
+    num_attention_heads: _Positive = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
 
 
 class GenerationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -114,6 +143,7 @@ class _TokenizerConfig(msgspec.Struct, frozen=True):
 
 _Config = TypeVar("_Config")
 
+UNFINISHED_DOWNLOAD = "; a download into its folder has not finished"
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -126,6 +156,8 @@ def check_file(path: Path, flag: str) -> None:
     if not path.is_file():
         is_broken = path.is_symlink()
         reason = f"a link to {path.readlink()}, which is not there" if is_broken else "no such file"
+        if has_unfinished_download(path.parent):
+            reason += UNFINISHED_DOWNLOAD
         raise ModelNotFoundError(flag, path, reason)
     try:
         with path.open("rb") as file:
@@ -153,9 +185,10 @@ def read_pipeline_class(model_path: Path) -> str:
     """Class of the pipeline in diffusers that the checkpoint is made for."""
     if not model_path.is_dir():
         raise ModelNotFoundError(MODEL_PATH_FLAG, model_path)
-    if not (model_path / "model_index.json").is_file():
+    index = model_path / "model_index.json"
+    if not (index.exists() or index.is_symlink()):
         raise ModelNotFoundError(MODEL_PATH_FLAG, model_path, "no model_index.json: not in diffusers format")
-    return read_json(model_path / "model_index.json", _PipelineIndex, MODEL_PATH_FLAG).name
+    return read_json(index, _PipelineIndex, MODEL_PATH_FLAG).name
 
 
 def has_llama(model_path: Path) -> bool:
@@ -177,34 +210,21 @@ def llama_folder(model_path: Path, extra_model_path: Path | None) -> Path:
     return extra_model_path
 
 
+def llama_flag(model_path: Path) -> str:
+    """Flag that names the folder in which Llama and its tokenizer lie."""
+    return MODEL_PATH_FLAG if has_llama(model_path) else EXTRA_MODEL_PATH_FLAG
+
+
 def llama_tokenizer_folder(model_path: Path, extra_model_path: Path | None) -> Path:
     """Where the tokenizer of the Llama text encoder lies."""
     folder = llama_folder(model_path, extra_model_path)
     return model_path / LLAMA_TOKENIZER if folder == model_path / LLAMA else folder
 
 
-def check_tokenizer(folder: Path, flag: str, with_vocabulary_files: bool = False) -> None:
-    """Check that a tokenizer is there.
-
-    Args:
-        folder: of the tokenizer.
-        flag: that named the folder.
-        with_vocabulary_files: vocab.json and merges.txt do as well as tokenizer.json.
-
-    Raises:
-        ModelNotFoundError: it is not.
-    """
-    names = ["tokenizer.json"]
-    if with_vocabulary_files and not (folder / "tokenizer.json").is_file():
-        names = ["vocab.json", "merges.txt"]
-    for name in names:
-        check_file(folder / name, flag)
-
-
-def token_limit(tokenizer_folder: Path) -> int:
+def token_limit(tokenizer_folder: Path, flag: str = MODEL_PATH_FLAG) -> int:
     """Most tokens that the pipeline gives to the encoder of this tokenizer."""
     path = tokenizer_folder / "tokenizer_config.json"
     if not path.is_file():
         return MAX_SEQUENCE_LENGTH
-    own_limit = read_json(path, _TokenizerConfig, MODEL_PATH_FLAG).model_max_length
+    own_limit = read_json(path, _TokenizerConfig, flag).model_max_length
     return MAX_SEQUENCE_LENGTH if own_limit is None else int(min(MAX_SEQUENCE_LENGTH, own_limit))

@@ -10,14 +10,14 @@ from typing import BinaryIO
 
 from hidream_grpc.errors import CheckpointChangedError, ModelNotFoundError
 from hidream_grpc.model.checkpoint_files import (
-    EXTRA_MODEL_PATH_FLAG,
     LLAMA,
     LLAMA_TOKENIZER,
     MODEL_PATH_FLAG,
-    has_llama,
+    llama_flag,
     llama_folder,
     llama_tokenizer_folder,
 )
+from hidream_grpc.model.tokenizer_files import TOKENIZER_FILES
 from hidream_grpc.model.weight_files import Library, weight_files
 
 _DIGITS = 16
@@ -34,15 +34,6 @@ _COMPONENTS = {
     "text_encoder_3": Library.TRANSFORMERS,
 }
 _TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-)
 
 
 def fingerprint_of(model_path: Path, extra_model_path: Path | None) -> str:
@@ -113,7 +104,7 @@ def _files(model_path: Path, extra_model_path: Path | None) -> Iterator[tuple[st
             yield name, model_path / name, flag
     for component, library in _COMPONENTS.items():
         yield from _component_files(component, model_path / component, library, flag)
-    yield from _component_files(LLAMA, llama, Library.TRANSFORMERS, _llama_flag(model_path))
+    yield from _component_files(LLAMA, llama, Library.TRANSFORMERS, llama_flag(model_path))
     yield from _all_tokenizer_files(model_path, extra_model_path)
 
 
@@ -121,11 +112,7 @@ def _all_tokenizer_files(model_path: Path, extra_model_path: Path | None) -> Ite
     for tokenizer in _TOKENIZERS:
         yield from _tokenizer_files(tokenizer, model_path / tokenizer, MODEL_PATH_FLAG)
     llama = llama_tokenizer_folder(model_path, extra_model_path)
-    yield from _tokenizer_files(LLAMA_TOKENIZER, llama, _llama_flag(model_path))
-
-
-def _llama_flag(model_path: Path) -> str:
-    return MODEL_PATH_FLAG if has_llama(model_path) else EXTRA_MODEL_PATH_FLAG
+    yield from _tokenizer_files(LLAMA_TOKENIZER, llama, llama_flag(model_path))
 
 
 def _component_files(name: str, folder: Path, library: Library, flag: str) -> Iterator[tuple[str, Path, str]]:
@@ -134,7 +121,7 @@ def _component_files(name: str, folder: Path, library: Library, flag: str) -> It
 
 
 def _tokenizer_files(name: str, folder: Path, flag: str) -> Iterator[tuple[str, Path, str]]:
-    for file_name in _TOKENIZER_FILES:
+    for file_name in TOKENIZER_FILES:
         if (folder / file_name).is_file():
             yield f"{name}/{file_name}", folder / file_name, flag
 

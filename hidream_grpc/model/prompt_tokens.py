@@ -9,16 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from hidream_grpc.errors import ModelNotFoundError
 from hidream_grpc.model.checkpoint_files import (
     MAX_SEQUENCE_LENGTH,
     MODEL_PATH_FLAG,
+    llama_flag,
     llama_tokenizer_folder,
+    read_json,
     token_limit,
 )
+from hidream_grpc.model.t5_tokenizer import t5_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +46,14 @@ class PromptTokenCounter:
     @classmethod
     def from_checkpoint(cls, model_path: Path, extra_model_path: Path | None) -> PromptTokenCounter:
         """Load the four tokenizers of a checkpoint that `describe_checkpoint` has accepted."""
-        llama = llama_tokenizer_folder(model_path, extra_model_path)
+        t5, llama = model_path / "tokenizer_3", llama_tokenizer_folder(model_path, extra_model_path)
+        flag = llama_flag(model_path)
         return cls(
             {
                 "CLIP-L": (_clip_tokenizer(model_path / "tokenizer"), MAX_SEQUENCE_LENGTH),
                 "CLIP-G": (_clip_tokenizer(model_path / "tokenizer_2"), MAX_SEQUENCE_LENGTH),
-                "T5": (_tokenizer(model_path / "tokenizer_3"), token_limit(model_path / "tokenizer_3")),
-                "Llama": (_tokenizer(llama), token_limit(llama)),
+                "T5": (_t5_tokenizer(t5), token_limit(t5)),
+                "Llama": (_tokenizer(llama, flag), token_limit(llama, flag)),
             }
         )
 
@@ -62,15 +65,20 @@ class PromptTokenCounter:
         )
 
 
-def _tokenizer(folder: Path) -> Tokenizer:
+def _tokenizer(folder: Path, flag: str = MODEL_PATH_FLAG) -> Tokenizer:
     path = folder / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower one
-        raise ModelNotFoundError(MODEL_PATH_FLAG, path, f"is no tokenizer: {error}") from None
+        raise ModelNotFoundError(flag, path, f"is no tokenizer: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _t5_tokenizer(folder: Path) -> Tokenizer:
+    has_own = (folder / "tokenizer.json").is_file()
+    return _tokenizer(folder) if has_own else t5_tokenizer(folder, MODEL_PATH_FLAG)
 
 
 def _clip_tokenizer(folder: Path) -> Tokenizer:
@@ -80,13 +88,17 @@ def _clip_tokenizer(folder: Path) -> Tokenizer:
     """
     if (folder / "tokenizer.json").is_file():
         return _tokenizer(folder)
-    vocabulary = msgspec.json.decode((folder / "vocab.json").read_bytes(), type=dict[str, int])
+    files, flag = (folder / "vocab.json", folder / "merges.txt"), MODEL_PATH_FLAG
+    vocabulary = read_json(files[0], dict[str, int], flag)
     start, end = "<|startoftext|>", "<|endoftext|>"
-    tokenizer = Tokenizer(
-        models.BPE.from_file(
-            str(folder / "vocab.json"), str(folder / "merges.txt"), unk_token=end, end_of_word_suffix="</w>"
-        )
-    )
+    for token in (start, end):
+        if token not in vocabulary:
+            raise ModelNotFoundError(flag, files[0], f"has no token {token}")
+    try:
+        model = models.BPE.from_file(*map(str, files), unk_token=end, end_of_word_suffix="</w>")
+    except Exception as error:  # the library raises no narrower one
+        raise ModelNotFoundError(flag, files[1], f"are no merges: {error}") from None
+    tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )

@@ -40,6 +40,7 @@ from hidream_grpc.model.parallel.linear import (
 )
 from hidream_grpc.model.parallel.norm import ParallelRMSNorm, rms_norms
 from hidream_grpc.model.patches import TokenGrid, patchify, unpatchify
+from hidream_grpc.model.transformer_tensors import modulations, swiglu_units
 
 _NORM_EPS = 1e-5
 _MAX_GRIDS = 16
@@ -91,9 +92,12 @@ class HiDreamTransformer(nn.Module):
             for index in range(config.num_single_layers)
         )
         # All blocks' modulations depend on the timestep and the pooled prompt alone: one product for all.
-        self.modulation = GatheredLinear(groups.model, *_modulations(config))
-        num_outputs = config.patch_size**2 * (config.out_channels or config.in_channels)
-        self.final_linear = ColumnParallelLinear(["final_layer.linear"], width, range(num_outputs), bias=True)
+        names, num_outputs = zip(*modulations(config), strict=True)
+        self.modulation = GatheredLinear(groups.model, names, width, num_outputs)
+        num_channels = config.out_channels or config.in_channels
+        self.final_linear = ColumnParallelLinear(
+            ["final_layer.linear"], width, range(config.patch_size**2 * num_channels), bias=True
+        )
         self._rotary_embedding = HiDreamImageEmbedND(theta=10000, axes_dim=list(config.axes_dims_rope))
         self._grids: dict[tuple[int, int, int], TokenGrid] = {}
 
@@ -327,25 +331,5 @@ class MixtureOfExperts(nn.Module):
         return routed + shared
 
 
-def swiglu_units(hidden_dim: int) -> int:
-    """Units of a SwiGLU that is called `hidden_dim` wide.
-
-    Source: diffusers 0.42.1 transformer_hidream_image.py, HiDreamImageFeedForwardSwiGLU.
-    """
-    multiple = 256
-    return -(-int(2 * hidden_dim / 3) // multiple) * multiple
-
-
 def _modulated(hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, functional.layer_norm(hidden, hidden.shape[-1:], eps=1e-6), 1 + scale)
-
-
-def _modulations(config: TransformerConfig) -> tuple[list[str], int, list[int]]:
-    """Names, inputs and outputs of the layers that modulate the blocks, and of the final one."""
-    layers = [
-        *((f"double_stream_blocks.{index}.block", 12) for index in range(config.num_layers)),
-        *((f"single_stream_blocks.{index}.block", 6) for index in range(config.num_single_layers)),
-        ("final_layer", 2),
-    ]
-    names = [f"{name}.adaLN_modulation.1" for name, _ in layers]
-    return names, config.width, [times * config.width for _, times in layers]

@@ -13,7 +13,8 @@ import msgspec
 from safetensors import SafetensorError, safe_open
 
 from hidream_grpc.errors import ModelNotFoundError
-from hidream_grpc.model.checkpoint_files import MODEL_PATH_FLAG, check_file, read_json
+from hidream_grpc.model.checkpoint_files import MODEL_PATH_FLAG, UNFINISHED_DOWNLOAD, check_file, read_json
+from hidream_grpc.model.hub import has_unfinished_download
 
 
 class Library(StrEnum):
@@ -83,7 +84,8 @@ def weight_files(folder: Path, library: Library, flag: str = MODEL_PATH_FLAG) ->
         check_file(single if single.is_symlink() else index, flag)
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     but = f", but {others[0]}, which is not loaded" if others else ""
-    raise ModelNotFoundError(flag, folder, f"no weights: no {single.name}{but}")
+    unfinished = UNFINISHED_DOWNLOAD if has_unfinished_download(folder) else ""
+    raise ModelNotFoundError(flag, folder, f"no weights: no {single.name}{but}{unfinished}")
 
 
 def read_tensors(folder: Path, library: Library, flag: str = MODEL_PATH_FLAG) -> dict[str, StoredTensor]:

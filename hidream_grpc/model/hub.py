@@ -1,0 +1,35 @@
+"""How the hub's client keeps downloads: its cache, and its folder in another one. Torch-free.
+
+The cache is `models--OWNER--NAME/{blobs,snapshots}`: a snapshot is called by the 40 digits of its revision,
+and its files are links to blobs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_DOWNLOADS = Path(".cache", "huggingface", "download")
+
+
+def repository_name(path: Path) -> str | None:
+    """Name of the repository whose part of the cache a file or folder lies in; None for any other."""
+    repository = _repository(path.resolve())
+    return None if repository is None else repository.name.rsplit("--", 1)[1]
+
+
+def is_snapshot(folder: Path) -> bool:
+    """Whether a folder is a snapshot in the cache."""
+    snapshots = folder.resolve().parent
+    return snapshots.name == "snapshots" and snapshots.parent == _repository(snapshots)
+
+
+def has_unfinished_download(folder: Path) -> bool:
+    """Whether the client has begun to download a file into this folder of a checkpoint, and not finished."""
+    places = [folder, folder / _DOWNLOADS, folder.parent / _DOWNLOADS / folder.name]
+    if repository := _repository(folder.resolve()):
+        places.append(repository / "blobs")
+    return any(any(place.glob("*.incomplete")) for place in places)
+
+
+def _repository(path: Path) -> Path | None:
+    return next((parent for parent in (path, *path.parents) if parent.name.startswith("models--")), None)
