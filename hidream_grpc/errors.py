@@ -39,6 +39,7 @@
     ├── RankDiedError                   the rank group was lost; the engine recovers, no caller sees it
     │   └── RestartRequestedError       the ranks are to start anew; nothing is lost yet
     ├── SnapshotError                   damaged or another's; its request starts from its seed
+    ├── NonFiniteError                  numbers of one job are NaN or infinite; it fails as a JobInternalError
     └── ClaimLostError                  the job is another replica's by now, or has ended; no caller sees it
 
 Facts are attributes, so that what handles an error never reads its text.
@@ -411,6 +412,10 @@ class RestartRequestedError(RankDiedError):
 
 class SnapshotError(HiDreamError):
     """A snapshot is not whole, or not of the request and checkpoint that it is read for."""
+
+
+class NonFiniteError(HiDreamError):
+    """What a model computed holds NaN or infinity; its text says what, and no prompt."""
 
 
 class ClaimLostError(HiDreamError):

@@ -6,6 +6,8 @@ Building takes a second or two; every component is of its real class.
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +19,9 @@ from diffusers import (
     HiDreamImageTransformer2DModel,
     UniPCMultistepScheduler,
 )
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -141,6 +145,32 @@ def write_reshaped(source: Path, folder: Path, **transformer: object) -> Path:
             else:
                 torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.5)
         model.save_pretrained(folder / "transformer")
+    return folder
+
+
+def write_spoilt(
+    source: Path, folder: Path, spoil: Mapping[str, Callable[[dict[str, Tensor]], None]]
+) -> Path:
+    """Write a checkpoint with altered weights, everything else of another one (linked).
+
+    Args:
+        source: the other checkpoint, whose components are one file each.
+        folder: of the new one; made.
+        spoil: by component, what is done to its weights, by their names.
+
+    Returns:
+        `folder`.
+    """
+    folder.mkdir(parents=True)
+    for part in source.iterdir():
+        if part.name not in spoil:
+            (folder / part.name).symlink_to(part.resolve())
+    for component, spoil_weights in spoil.items():
+        shutil.copytree(source / component, folder / component)
+        (path,) = (folder / component).glob("*.safetensors")
+        weights = load_file(path)
+        spoil_weights(weights)
+        save_file(weights, path, metadata={"format": "pt"})
     return folder
 
 

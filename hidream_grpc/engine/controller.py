@@ -35,6 +35,7 @@ from hidream_grpc.errors import (
     JobError,
     JobInternalError,
     LossCause,
+    NonFiniteError,
     OutOfDeviceMemoryError,
     RankDiedError,
     SnapshotError,
@@ -209,7 +210,7 @@ class Controller:
         refused = {fault.claim_id: fault.reason for fault in faults.values() if _is_refused_snapshot(fault)}
         for fault in faults.values():
             if fault.claim_id not in ran_out | refused.keys():
-                self._fail(fault.claim_id, JobInternalError(fault.error_id))
+                self._fail_for(fault)
         if plan.step_claims:
             self._apply_step(plan, answers, not_stepped=ran_out | refused.keys())
         for claim_id, reason in refused.items():
@@ -286,6 +287,16 @@ class Controller:
         if active := self._active.pop(claim_id, None):
             self._forget(claim_id)
             active.request.on_event(RequestFailed(error))
+
+    def _fail_for(self, fault: JobFault) -> None:
+        """Fail a job for a fault of its own; log what the ranks have not."""
+        active = self._active.get(fault.claim_id)
+        error = JobInternalError(fault.error_id) if fault.error_id else JobInternalError.new()
+        if active is not None and fault.kind == NonFiniteError.__name__:
+            logger.error(
+                "job failed: %s", fault.reason, extra=active.log_fields | {"error_id": error.error_id}
+            )
+        self._fail(fault.claim_id, error)
 
     def _forget(self, claim_id: str) -> None:
         self._scheduler.release(claim_id)

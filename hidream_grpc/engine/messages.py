@@ -240,7 +240,8 @@ class JobFault(_Message, frozen=True):
 
     A request whose admission fails on any rank is forgotten by all of them; one that fails later stays
     until the controller releases it. kind is the name of an error of `hidream_grpc.errors` that the
-    controller knows how to build; reason, of a SnapshotError alone, is a line for the operator.
+    controller knows how to build; reason is a line for the operator where the rank has not logged the error,
+    which is a SnapshotError or a NonFiniteError.
     """
 
     claim_id: str

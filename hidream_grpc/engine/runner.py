@@ -25,8 +25,8 @@ from hidream_grpc.engine.messages import (
     StepPlan,
     StepSnapshot,
 )
-from hidream_grpc.errors import JobInternalError, OutOfDeviceMemoryError, SnapshotError
-from hidream_grpc.model.denoising import DenoisingState, StepBatch
+from hidream_grpc.errors import JobInternalError, NonFiniteError, OutOfDeviceMemoryError, SnapshotError
+from hidream_grpc.model.denoising import DenoisingState, StepBatch, have_finite_latents
 from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.pipeline import HiDreamModel
 from hidream_grpc.model.prompt_encoding import EncodedPrompts
@@ -93,7 +93,9 @@ class Runner:
         # Only they may be missing: refused in this very plan.
         refused = {admission.claim_id for admission in plan.admissions} - self._jobs.keys()
         stepped = [self._jobs[claim_id] for claim_id in plan.step_claims if claim_id not in refused]
-        step_seconds = self._denoise_step(stepped)
+        step_seconds = self._denoise_step(stepped, faults)
+        failed = {fault.claim_id for fault in faults}
+        stepped = [job for job in stepped if job.admission.claim_id not in failed]
         return PlanDone(
             plan_id=plan.plan_id,
             encode_seconds=admitted.encode_seconds,
@@ -101,7 +103,7 @@ class Runner:
             num_prompt_cache_hits=admitted.num_prompt_cache_hits,
             num_prompt_cache_misses=admitted.num_prompt_cache_misses,
             previews=tuple(self._make_previews(stepped, faults)),
-            snapshot=next(self._take_snapshot(plan, faults), None),
+            snapshot=next(self._take_snapshot(plan, stepped, faults), None),
             images=self._decode(plan, refused, faults),
             faults=tuple(faults),
         )
@@ -156,8 +158,11 @@ class Runner:
             return self._model.restore(admission.parameters, admission.snapshot, encoded)
         return self._model.begin(admission.parameters, encoded)
 
-    def _denoise_step(self, jobs: Sequence[_RunningJob]) -> float:
-        """One denoising step of all these requests; returns its seconds, the exchange included."""
+    def _denoise_step(self, jobs: Sequence[_RunningJob], faults: list[JobFault]) -> float:
+        """One denoising step of all these requests; returns its seconds, the exchange included.
+
+        One whose latents are not finite is at fault, before anything is made of them.
+        """
         if not jobs:
             return 0.0
         started = time.monotonic()
@@ -166,8 +171,13 @@ class Runner:
         states = [job.state for job in jobs]
         batch = StepBatch.collect(states)
         self._model.advance(states, batch, self._model.predict(batch))
+        are_finite = have_finite_latents(states)
         self._device.synchronize()
-        return time.monotonic() - started
+        step_seconds = time.monotonic() - started
+        for job, is_finite in zip(jobs, are_finite, strict=True):
+            if not is_finite:
+                faults.append(self._not_finite(job.admission, "its latents are not finite"))
+        return step_seconds
 
     def _make_previews(self, jobs: Sequence[_RunningJob], faults: list[JobFault]) -> Iterator[Preview]:
         if self._world.index != PREVIEW_RANK:
@@ -177,8 +187,10 @@ class Runner:
                 with self._own_work_of(job.admission, faults):
                     yield Preview(claim_id=job.admission.claim_id, data=self._model.preview(job.state))
 
-    def _take_snapshot(self, plan: StepPlan, faults: list[JobFault]) -> Iterator[StepSnapshot]:
-        job = self._jobs.get(plan.snapshot_claim) if plan.snapshot_claim else None
+    def _take_snapshot(
+        self, plan: StepPlan, jobs: Sequence[_RunningJob], faults: list[JobFault]
+    ) -> Iterator[StepSnapshot]:
+        job = next((job for job in jobs if job.admission.claim_id == plan.snapshot_claim), None)
         if job is None or self._world.index != SNAPSHOT_RANK:
             return
         started = time.monotonic()
@@ -224,6 +236,8 @@ class Runner:
                     claim_id=admission.claim_id, kind=SnapshotError.__name__, error_id="", reason=str(error)
                 )
             )
+        except NonFiniteError as error:
+            faults.append(self._not_finite(admission, str(error)))
         except Exception as error:
             error_id = JobInternalError.new().error_id
             is_out_of_memory = self._device.is_out_of_memory(error)
@@ -237,3 +251,15 @@ class Runner:
             )
             kind = OutOfDeviceMemoryError if is_out_of_memory else JobInternalError
             faults.append(JobFault(claim_id=admission.claim_id, kind=kind.__name__, error_id=error_id))
+
+    def _not_finite(self, admission: Admission, what: str) -> JobFault:
+        """Every rank that sees it says the same: the controller logs it once."""
+        job = self._jobs.get(admission.claim_id)
+        step, parameters = job.state.step if job else 0, admission.parameters
+        where = f"step {step} of {parameters.num_inference_steps}, seed {parameters.seed}"
+        return JobFault(
+            claim_id=admission.claim_id,
+            kind=NonFiniteError.__name__,
+            error_id="",
+            reason=f"{what} ({where})",
+        )

@@ -126,3 +126,14 @@ class StepBatch:
     def num_samples(self) -> int:
         """B."""
         return len(self.conditioning)
+
+
+@torch.inference_mode()
+def have_finite_latents(states: Sequence[DenoisingState]) -> list[bool]:
+    """Whether the latents of each request hold neither NaN nor infinity; waits for the device.
+
+    Args:
+        states: at least one.
+    """
+    are_finite: list[bool] = torch.stack([state.latents.isfinite().all() for state in states]).tolist()
+    return are_finite

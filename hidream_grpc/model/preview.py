@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
+from hidream_grpc.errors import NonFiniteError
 from hidream_grpc.model.sizes import MAX_PREVIEW_SIDE_PIXELS, MIN_PREVIEW_SIDE_PIXELS
 
 _NUM_SAMPLE_IMAGES = 8
@@ -31,6 +32,9 @@ class LatentPreview:
 
         Args:
             vae: of the checkpoint; it is run once each way.
+
+        Raises:
+            NonFiniteError: it gives no numbers, for any picture.
         """
         pictures = _colourful_pictures().to(vae.device, vae.dtype)
         encoded = vae.encode(pictures).latent_dist.mode()
@@ -39,6 +43,8 @@ class LatentPreview:
         latents = (encoded - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
         inputs = latents.movedim(1, -1).flatten(0, -2).double().cpu()
         targets = colours.movedim(1, -1).flatten(0, -2).double().cpu()
+        if not (inputs.isfinite().all() and targets.isfinite().all()):
+            raise NonFiniteError("what the autoencoder of the checkpoint gives is not finite")
         inputs = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=inputs.dtype)], dim=1)
         # gelsd gives the smallest solution where latent channels depend on each other.
         solution = torch.linalg.lstsq(inputs, targets, driver="gelsd").solution.float()

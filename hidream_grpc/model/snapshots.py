@@ -57,6 +57,8 @@ class Snapshot:
         if self.latents.shape != state.latents.shape or self.latents.dtype != state.latents.dtype:
             here, there = (f"{tuple(t.shape)} of {t.dtype}" for t in (state.latents, self.latents))
             raise SnapshotError(f"the latents of the snapshot are {there}, not {here}")
+        if not self.latents.isfinite().all():
+            raise SnapshotError("the latents of the snapshot are not finite")
         self.history.put_into(state.scheduler, self.step)
         for generator, generator_state in zip(state.generators, self.generator_states, strict=True):
             try:

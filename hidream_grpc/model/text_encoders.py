@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from hidream_grpc.devices.base import CPU, Device, open_device
+from hidream_grpc.errors import NonFiniteError
 from hidream_grpc.model.checkpoint_files import MAX_SEQUENCE_LENGTH
 from hidream_grpc.model.loading import load_module, load_tokenizer
 from hidream_grpc.model.parallel.groups import Axis
@@ -137,15 +138,22 @@ class TextEncoders:
             What each encoder gives, in the model's dtype, on its device; of other ranks' encoders a
             tensor to receive it in.
 
+        Raises:
+            NonFiniteError: one of them gives NaN or infinity.
+
         Source: diffusers 0.42.1 pipeline_hidream_image.py, encode_prompt (padding and lengths).
         """
         device, dtype = self._device.torch_device, self._device.dtype
-        return {
+        outputs = {
             name: self._own[name].encode(prompt).to(device, dtype).contiguous()
             if name in self._own
             else torch.empty(shape, device=device, dtype=dtype)
             for name, shape in self._output_shapes.items()
         }
+        are_finite = {name: outputs[name].isfinite().all() for name in self._own}
+        if broken := [name for name, is_finite in are_finite.items() if not is_finite]:
+            raise NonFiniteError(f"what {' and '.join(broken)} gives for the prompt is not finite")
+        return outputs
 
     def blank(self) -> dict[TextEncoderName, Tensor]:
         """Zeros in the shapes of what the encoders give for any prompt."""

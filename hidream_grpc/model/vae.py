@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hidream_grpc.errors import NonFiniteError
+
 Slices = Generator[None, None, Tensor]
 """Work that stops after every slice, and returns its result."""
 
@@ -54,6 +56,7 @@ class ImageDecoding:
 
         Raises:
             IndexError: there is none.
+            NonFiniteError: this was the last one, and some pixels are no numbers.
         """
         if self.is_finished:
             raise IndexError("all slices are done")
@@ -75,8 +78,13 @@ class ImageDecoding:
     def _decode(self, vae: AutoencoderKL, sample: Tensor) -> Iterator[None]:
         sample = yield from decode_in_slices(vae, sample)
         # The last slice, which ends the walk.
+        is_finite = sample.isfinite().all()
         image = (sample[0] * 0.5 + 0.5).clamp_(0.0, 1.0).float()
-        self._pixels = image.mul_(255.0).round_().to(torch.uint8).cpu().movedim(0, -1).contiguous().numpy()
+        pixels = image.mul_(255.0).round_().to(torch.uint8).cpu().movedim(0, -1).contiguous().numpy()
+        # As pixels, NaN would be black and infinity white.
+        if not is_finite:
+            raise NonFiniteError("the pixels that the autoencoder gives are not finite")
+        self._pixels = pixels
 
 
 def decode_in_slices(vae: AutoencoderKL, sample: Tensor) -> Slices:

@@ -141,6 +141,21 @@ def test_all_ranks_hold_the_same_latents_bit_for_bit(shape: str, layout: str, dr
                 assert torch.equal(mine, its)
 
 
+@pytest.mark.parametrize("layout", ["tp=2", "ep=2", "cfg=2", "dp=2"])
+def test_a_request_that_overflows_does_so_on_every_rank_and_spoils_no_other(
+    layout: str, rank_worlds: RankWorlds, tiny_checkpoint: Path
+) -> None:
+    good = _SQUARE | {"guidance_scale": 4.0}
+    # The squares of such latents exceed 32 bits; it is the first to enter and the last to end.
+    bad = _SQUARE | {"guidance_scale": 1e25, "num_inference_steps": 5}
+    cases = (Case("alone", (good,)), Case("beside", (bad, good)))
+    ranks = rank_worlds.draw(Drawing(layout, str(tiny_checkpoint), cases, "float32"))
+    for drawn in ranks:
+        overflown, beside = drawn.latents["beside"]
+        assert not overflown.isfinite().all()
+        assert relative_error(beside, drawn.latents["alone"][0]) <= FLOAT32_TOLERANCE
+
+
 def test_no_collective_can_be_left_out(draw: Draw) -> None:
     shape, layout = "4 heads, 4 experts", "cfg=2,ep=2,tp=2"
     (alone,) = draw(shape, "tp=1")

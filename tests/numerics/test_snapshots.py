@@ -54,6 +54,15 @@ def test_a_request_goes_on_from_any_step_as_if_nothing_had_been(
     assert torch.equal(resumed.latents, undisturbed.latents)
 
 
+def test_a_snapshot_of_latents_that_are_not_finite_is_refused(model_of: LoadModel) -> None:
+    model, request = model_of("full"), request_of_two()
+    state = after_steps(model, request, 2)
+    state.latents = state.latents.clone()
+    state.latents[1, 0, 0, 0] = float("nan")
+    with pytest.raises(SnapshotError, match="the latents of the snapshot are not finite"):
+        model.restore(request, packed(model, state))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_snapshot_stays_as_it_was_when_the_request_goes_on(variant: str, model_of: LoadModel) -> None:
     model, request = model_of(variant), request_of_two()

@@ -38,6 +38,7 @@ from hidream_grpc.errors import (
     JobError,
     JobInternalError,
     LossCause,
+    NonFiniteError,
     OutOfDeviceMemoryError,
     RankDiedError,
     SnapshotError,
@@ -489,6 +490,29 @@ async def test_a_job_whose_snapshot_the_ranks_refuse_starts_from_its_seed() -> N
     assert restarts == [2, 2, 0, 0]
     assert service.steps_of("resumed") == service.steps_of("beside") == [1, 2, 1, 2, 3]
     assert service.controller.num_lost_steps == 4
+
+
+async def test_numbers_that_every_rank_finds_not_finite_fail_their_job_with_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ranks = CountingRanks(world_size=2)
+    ranks.faults_of = lambda plan: tuple(
+        JobFault(claim_id=claim_id, kind=NonFiniteError.__name__, error_id="", reason="NaN (step 2)")
+        for claim_id in plan.step_claims
+        if claim_id == "bad" and len(ranks.plans) == 2
+    )
+    service = Service(ranks)
+    for claim_id in ("bad", "good"):
+        service.submit(claim_id, num_inference_steps=3)
+    await service.run_until_ended("bad", "good")
+    assert service.steps_of("bad") == [1]
+    assert service.steps_of("good") == [1, 2, 3]
+    error = service.error_of("bad")
+    assert isinstance(error, JobInternalError)
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert record.getMessage() == "job failed: NaN (step 2)"
+    assert (record.__dict__["job_id"], record.__dict__["error_id"]) == ("job of bad", error.error_id)
+    assert error.error_id
 
 
 async def test_a_job_that_has_no_room_alone_fails_for_want_of_memory() -> None:

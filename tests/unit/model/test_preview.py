@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from torch.nn.functional import adaptive_avg_pool2d
 
+from hidream_grpc.errors import NonFiniteError
 from hidream_grpc.model.demo import demo_checkpoint_path
 from hidream_grpc.model.preview import LatentPreview
 
@@ -58,3 +61,10 @@ def test_a_preview_stays_within_its_limits_and_keeps_the_shape(
 def test_the_fit_is_the_same_every_time(vae: AutoencoderKL) -> None:
     latents = torch.randn(16, 32, 32, generator=torch.Generator().manual_seed(1))
     assert np.array_equal(LatentPreview.fit(vae).draw(latents), LatentPreview.fit(vae).draw(latents))
+
+
+def test_an_autoencoder_that_gives_no_numbers_is_told_before_anything_is_drawn(vae: AutoencoderKL) -> None:
+    broken = copy.deepcopy(vae)
+    torch.nn.init.constant_(broken.decoder.conv_out.bias, float("nan"))
+    with pytest.raises(NonFiniteError, match="what the autoencoder of the checkpoint gives is not finite"):
+        LatentPreview.fit(broken)
