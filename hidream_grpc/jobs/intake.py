@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
-from hidream_grpc.errors import JobNotFoundError
+from hidream_grpc.errors import JobNotFoundError, RequestError
 from hidream_grpc.jobs.job import Job, Submission
 from hidream_grpc.jobs.limits import RequestLimits
 from hidream_grpc.jobs.quotas import CallerQuotas
@@ -37,13 +37,18 @@ class JobIntake:
         owner: str,
         retry_after_seconds: float,
         attached_call: AttachedCall | None = None,
+        refusal: RequestError | None = None,
     ) -> tuple[Job, ...]:
         """The job of each request: a new one, or the one that has its request id; durable on return.
+
+        Args:
+            refusal: why the requests cannot become new jobs; they can still find those that they became.
 
         Raises:
             QueueFullError, CallerQueueFullError: too many jobs wait.
             CallerQuotaError: the caller has asked for too much within a minute.
             RequestIdConflictError: a request id was used with another request.
+            RequestError: the refusal, where not all requests have their jobs.
             StoreUnavailableError, StoreFullError: the store is lost or full.
         """
         now = self._store.clock.now()
@@ -51,9 +56,10 @@ class JobIntake:
         limits = QueueLimits(
             self._limits.max_queued_jobs, self._limits.max_queued_jobs_per_caller, retry_after_seconds
         )
-        with self._quotas.charged(submissions[0].caller, await self._new_pixel_steps(submissions, owner)):
+        pixel_steps = 0 if refusal is not None else await self._new_pixel_steps(submissions, owner)
+        with self._quotas.charged(submissions[0].caller, pixel_steps):
             while being_cancelled := _being_cancelled(
-                jobs, accepted := await self._store.add(jobs, limits, attached_call)
+                jobs, accepted := await self._store.add(jobs, limits, attached_call, refusal)
             ):
                 for job in being_cancelled:
                     with contextlib.suppress(JobNotFoundError):

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum, StrEnum
 
+import msgspec
+
 from hidream_grpc.errors import DeadlineExceededError, HiDreamError, JobCancelledError
 from hidream_grpc.model.parameters import GenerationParameters
 
@@ -78,6 +80,9 @@ class Submission:
         caller: who asked; callers take turns.
         model: None in what was kept before there were several: any model draws it.
         deadline_seconds: time left until the caller's deadline; None for none.
+        request_digest: of what the caller sent, with the version of its rule before a colon; empty in what
+            was kept before there was one.
+        left_open: the parameters that the caller did not send, and `model` where it named none.
     """
 
     parameters: GenerationParameters
@@ -88,6 +93,31 @@ class Submission:
     is_detached: bool = False
     deadline_seconds: float | None = None
     model: ModelIdentity | None = None
+    request_digest: str = ""
+    left_open: tuple[str, ...] = ()
+
+
+def asks_for_the_same(retry: Submission, earlier: Submission) -> bool:
+    """Whether a request is that of an earlier job once more: its caller sent the same.
+
+    Where the digests were made by two rules, as after an upgrade of the service, every field that the
+    retry sends has to be that of the earlier job.
+    """
+    if retry.request_digest and _rule_of(retry) == _rule_of(earlier):
+        return retry.request_digest == earlier.request_digest
+    left_open = [name for name in retry.left_open if name != "model"]
+    applied = {name: getattr(earlier.parameters, name) for name in left_open}
+    models = {each.model.name for each in (retry, earlier) if each.model is not None}
+    return (
+        msgspec.structs.replace(retry.parameters, **applied).digest == earlier.parameters.digest
+        and (len(models) <= 1 or "model" in retry.left_open)
+        and (retry.priority, retry.is_detached) == (earlier.priority, earlier.is_detached)
+        and retry.labels == earlier.labels
+    )
+
+
+def _rule_of(submission: Submission) -> str:
+    return submission.request_digest.partition(":")[0]
 
 
 @dataclass(frozen=True, slots=True)

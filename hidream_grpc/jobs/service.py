@@ -11,7 +11,7 @@ from functools import partial
 
 from hidream_grpc.background import keep_doing
 from hidream_grpc.engine.requests import EngineState
-from hidream_grpc.errors import HiDreamError, NotServingError, StoreUnavailableError
+from hidream_grpc.errors import HiDreamError, NotServingError, RequestError, StoreUnavailableError
 from hidream_grpc.jobs.callers import AttachedCallers
 from hidream_grpc.jobs.calls import RunningCalls
 from hidream_grpc.jobs.counts import JobCounts
@@ -214,32 +214,43 @@ class JobService:
 
     # --- what callers ask -------------------------------------------------------------------------
 
-    async def submit(self, submission: Submission, owner: str = "", call_id: str = "") -> Job:
-        """Accept a request, or follow up on the one of this owner that has its request id.
-
-        Args:
-            call_id: of a caller that stays with the job until it calls `leave`; empty for one that does not.
-        """
-        (job,) = await self.submit_all([submission], owner, call_id)
+    async def submit(
+        self,
+        submission: Submission,
+        owner: str = "",
+        call_id: str = "",
+        refusal: RequestError | None = None,
+    ) -> Job:
+        """Accept a request, or follow up on the one of this owner that has its request id."""
+        (job,) = await self.submit_all([submission], owner, call_id, refusal)
         return job
 
     async def submit_all(
-        self, submissions: Sequence[Submission], owner: str, call_id: str = ""
+        self,
+        submissions: Sequence[Submission],
+        owner: str,
+        call_id: str = "",
+        refusal: RequestError | None = None,
     ) -> tuple[Job, ...]:
         """Accept all requests or none; what is returned survives every process.
 
         A caller that is cancelled meanwhile leaves what is accepted then, as `leave` says.
+
+        Args:
+            call_id: of a caller that stays with the job until it calls `leave`; empty for one that does not.
+            refusal: why the requests cannot become new jobs; they can still find those that they became.
 
         Raises:
             NotServingError: the engine is starting, has failed, or the service drains.
             QueueFullError, CallerQueueFullError: too many jobs wait.
             CallerQuotaError: the caller has asked for too much within a minute.
             RequestIdConflictError: a request id was used with another request.
+            RequestError: the refusal, where not all requests have their jobs.
             StoreUnavailableError, StoreFullError: the store is lost or full.
         """
         self._check_serving()
         call = AttachedCall(call_id, self._membership.replica_id) if call_id else None
-        accepting = self._intake.accept(submissions, owner, self.retry_after_seconds, call)
+        accepting = self._intake.accept(submissions, owner, self.retry_after_seconds, call, refusal)
         try:
             accepted = await self._calls.finish(accepting, if_left=partial(self._leave_early, call_id))
         except StoreUnavailableError:

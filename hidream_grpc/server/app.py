@@ -43,6 +43,7 @@ from hidream_grpc.model.checkpoint_files import EXTRA_MODEL_PATH_FLAG
 from hidream_grpc.model.demo import demo_checkpoint_path
 from hidream_grpc.model.fingerprint import tokenizer_fingerprint_of
 from hidream_grpc.model.prompt_tokens import PromptTokenCounter
+from hidream_grpc.server.checks import RequestChecks
 from hidream_grpc.server.health import IMAGE_GEN, HealthServicer
 from hidream_grpc.server.image_gen import ImageGenServicer
 from hidream_grpc.server.info import ServerDescription
@@ -148,7 +149,8 @@ async def serve(settings: Settings) -> None:
             is_serving=lambda: jobs.takes_requests,
         )
         describe_server = ServerDescription(checkpoint, limits, defaults, group, jobs)
-        servicer = ImageGenServicer(jobs, ModelChoice(jobs, count_tokens), limits, describe_server)
+        checks = RequestChecks(ModelChoice(jobs, count_tokens), limits)
+        servicer = ImageGenServicer(jobs, checks, limits, describe_server)
 
         interceptors = (
             ObservationInterceptor(metrics),

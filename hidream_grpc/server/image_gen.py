@@ -19,6 +19,7 @@ from hidream_grpc.jobs.limits import RequestLimits
 from hidream_grpc.jobs.service import JobService
 from hidream_grpc.server import convert
 from hidream_grpc.server.call import current_call
+from hidream_grpc.server.checks import RequestChecks
 from hidream_grpc.server.job_requests import (
     checked_download,
     checked_filter,
@@ -27,7 +28,6 @@ from hidream_grpc.server.job_requests import (
     checked_watch,
     finished_image,
 )
-from hidream_grpc.server.models import ModelChoice, requested_model, requested_model_of_all
 from hidream_grpc.server.streams import OpenStreams
 
 # Text: only the stubs know the class as generic.
@@ -40,12 +40,12 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
     def __init__(
         self,
         jobs: JobService,
-        models: ModelChoice,
+        checks: RequestChecks,
         limits: RequestLimits,
         describe_server: Callable[[], server_info_pb2.ServerInfo],
     ) -> None:
         self._jobs = jobs
-        self._models = models
+        self._checks = checks
         self._limits = limits
         self._streams = OpenStreams(limits.max_streams, limits.max_streams_per_caller)
         self._describe_server = describe_server
@@ -56,11 +56,11 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         """Submit a job and follow it; when its last caller leaves it is cancelled, unless it is detached."""
         with self._stream():
             call = current_call()
-            validator = await self._models.validator(requested_model(request))
-            submission = validator.submission(request, call.caller, context.time_remaining())
+            checked = await self._checks.one(request, call.caller, context.time_remaining())
+            (submission,) = checked.submissions
             call.request_id = submission.request_id
             call_id = "" if submission.is_detached else uuid.uuid4().hex
-            job = await self._jobs.submit(submission, call.owner, call_id)
+            job = await self._jobs.submit(submission, call.owner, call_id, checked.refusal)
             call.job_id = job.job_id
             has_ended, reason = False, None
             try:
@@ -86,10 +86,10 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
     ) -> job_pb2.Job:
         """Queue a job."""
         call = current_call()
-        validator = await self._models.validator(requested_model(request))
-        submission = validator.detached(request, call.caller)
+        checked = await self._checks.one(request, call.caller)
+        (submission,) = checked.submissions
         call.request_id = submission.request_id
-        job = await self._jobs.submit(submission, call.owner)
+        job = await self._jobs.submit(submission, call.owner, refusal=checked.refusal)
         call.job_id = job.job_id
         return await self._job(job)
 
@@ -98,9 +98,8 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
     ) -> image_gen_pb2.BatchSubmitJobsResponse:
         """Queue many jobs, or none."""
         call = current_call()
-        validator = await self._models.validator(requested_model_of_all(request.requests))
-        submissions = validator.batch(request.requests, call.caller)
-        jobs = await self._jobs.submit_all(submissions, call.owner)
+        checked = await self._checks.batch(request.requests, call.caller)
+        jobs = await self._jobs.submit_all(checked.submissions, call.owner, refusal=checked.refusal)
         return image_gen_pb2.BatchSubmitJobsResponse(jobs=await self._shown(jobs))
 
     async def GetJob(  # noqa: N802

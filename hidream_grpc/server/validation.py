@@ -6,35 +6,25 @@ Every violation is collected, so that a caller learns all of them at once. The l
 
 from __future__ import annotations
 
-import hashlib
 import math
-import uuid
 from collections.abc import Callable, Sequence
 
-from google.protobuf.message import Message
-
-from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
+from hidream.v1 import image_gen_pb2, image_pb2
 from hidream_grpc.errors import FieldViolation, InvalidRequestError
-from hidream_grpc.jobs.job import ModelIdentity, Priority, Submission
+from hidream_grpc.jobs.job import ModelIdentity, Submission
 from hidream_grpc.jobs.limits import MAX_QUALITY, MIN_QUALITY, RequestDefaults, RequestLimits
-from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
+from hidream_grpc.model.parameters import OutputFormat
 from hidream_grpc.model.prompt_tokens import TokenCount
-from hidream_grpc.server.violations import invalid_request, label_violations
+from hidream_grpc.server.submissions import (
+    OUTPUT_FORMATS,
+    PRIORITIES,
+    JobRequest,
+    guidance_scale_of,
+    submission_of,
+)
+from hidream_grpc.server.violations import invalid_request, label_violations, request_id_violations
 
 CountTokens = Callable[[str], tuple[TokenCount, ...]]
-
-_OUTPUT_FORMATS = {
-    image_pb2.OUTPUT_FORMAT_UNSPECIFIED: OutputFormat.PNG,
-    image_pb2.OUTPUT_FORMAT_PNG: OutputFormat.PNG,
-    image_pb2.OUTPUT_FORMAT_JPEG: OutputFormat.JPEG,
-    image_pb2.OUTPUT_FORMAT_WEBP: OutputFormat.WEBP,
-}
-_PRIORITIES = {
-    job_pb2.PRIORITY_UNSPECIFIED: Priority.NORMAL,
-    job_pb2.PRIORITY_LOW: Priority.LOW,
-    job_pb2.PRIORITY_NORMAL: Priority.NORMAL,
-    job_pb2.PRIORITY_HIGH: Priority.HIGH,
-}
 
 
 class RequestValidator:
@@ -53,9 +43,7 @@ class RequestValidator:
         self._defaults = defaults
         self._count_tokens = count_tokens
 
-    def submission(
-        self, request: image_gen_pb2.GenerateRequest, caller: str, deadline_seconds: float | None
-    ) -> Submission:
+    def submission(self, request: JobRequest, caller: str, deadline_seconds: float | None) -> Submission:
         """Check a request and decide every field that it leaves open.
 
         Raises:
@@ -65,26 +53,17 @@ class RequestValidator:
         if not request.HasField("spec"):
             violations.append(FieldViolation("spec", "is required"))
         self._check_spec(request.spec, violations)
-        self._check_envelope(request, violations)
+        violations += request_id_violations(request, self._limits)
+        if request.priority not in PRIORITIES:
+            violations.append(FieldViolation("priority", f"unknown value {request.priority}"))
+        violations += label_violations(request.labels, self._limits)
         if violations:
             raise invalid_request(violations)
-        request_id = request.request_id or uuid.uuid4().hex
-        parameters = self._parameters(request.spec, request_id, request.preview)
-        self._check_work(parameters.pixel_steps)
-        return Submission(
-            parameters=parameters,
-            request_id=request_id,
-            caller=caller,
-            priority=_PRIORITIES[request.priority],
-            labels=dict(request.labels),
-            is_detached=request.detached,
-            deadline_seconds=deadline_seconds,
-            model=self._model,
+        submission = submission_of(
+            request, caller, deadline_seconds, self._defaults, self._limits.max_seed, self._model
         )
-
-    def detached(self, request: image_gen_pb2.SubmitJobRequest, caller: str) -> Submission:
-        """Check a request whose caller does not stay; raises InvalidRequestError."""
-        return self.submission(_detached(request), caller, deadline_seconds=None)
+        self._check_work(submission.parameters.pixel_steps)
+        return submission
 
     def batch(
         self, requests: Sequence[image_gen_pb2.SubmitJobRequest], caller: str
@@ -105,7 +84,7 @@ class RequestValidator:
             raise InvalidRequestError((FieldViolation("requests", description),))
         for index, request in enumerate(requests):
             try:
-                submissions.append(self.detached(request, caller))
+                submissions.append(self.submission(request, caller, deadline_seconds=None))
             except InvalidRequestError as error:
                 violations += [
                     FieldViolation(f"requests[{index}].{v.field}", v.description) for v in error.violations
@@ -134,7 +113,7 @@ class RequestValidator:
         check_range("num_inference_steps", 1, limits.max_num_inference_steps)
         check_range("num_images", 1, limits.max_num_images)
         check_range("quality", MIN_QUALITY, MAX_QUALITY)
-        guidance_scale = self._guidance_scale(spec)
+        guidance_scale = guidance_scale_of(spec, self._defaults)
         # As `ServerInfo` shows it: in 32 bits 7.3 is a little more than 7.3.
         highest_scale = image_pb2.ImageSpec(guidance_scale=limits.max_guidance_scale).guidance_scale
         if not math.isfinite(guidance_scale) or not 0 <= guidance_scale <= highest_scale:
@@ -143,9 +122,9 @@ class RequestValidator:
             violate("negative_prompt", f"needs a guidance_scale above 1, which is {guidance_scale:g}")
         if spec.HasField("seed") and not 0 <= spec.seed <= limits.max_seed:
             violate("seed", f"must be 0 to {limits.max_seed}, is {spec.seed}")
-        if spec.output_format not in _OUTPUT_FORMATS:
+        if spec.output_format not in OUTPUT_FORMATS:
             violate("output_format", f"unknown value {spec.output_format}")
-        elif spec.HasField("quality") and _OUTPUT_FORMATS[spec.output_format] is OutputFormat.PNG:
+        elif spec.HasField("quality") and OUTPUT_FORMATS[spec.output_format] is OutputFormat.PNG:
             violate("quality", "applies to JPEG and WebP only: PNG loses nothing")
 
     def _prompt_violation(self, prompt: str) -> str | None:
@@ -190,20 +169,6 @@ class RequestValidator:
         highest = max(limits.min_side_pixels, limits.max_pixels // other_side // multiple * multiple)
         return min(max(limits.min_side_pixels, round(side / multiple) * multiple), highest)
 
-    def _check_envelope(
-        self, request: image_gen_pb2.GenerateRequest, violations: list[FieldViolation]
-    ) -> None:
-        limits = self._limits
-        request_id = request.request_id
-        if len(request_id.encode()) > limits.max_request_id_bytes or not all(
-            "!" <= character <= "~" for character in request_id
-        ):
-            description = f"must be at most {limits.max_request_id_bytes} bytes of visible ASCII"
-            violations.append(FieldViolation("request_id", description))
-        if request.priority not in _PRIORITIES:
-            violations.append(FieldViolation("priority", f"unknown value {request.priority}"))
-        violations += label_violations(request.labels, limits)
-
     def _check_work(self, pixel_steps: int) -> None:
         max_pixel_steps = self._limits.max_pixel_steps_per_minute_per_caller
         if max_pixel_steps is not None and pixel_steps > max_pixel_steps:
@@ -212,45 +177,3 @@ class RequestValidator:
                 f"(max_pixel_steps_per_minute_per_caller), is {pixel_steps}"
             )
             raise InvalidRequestError((FieldViolation("spec", description),))
-
-    def _guidance_scale(self, spec: image_pb2.ImageSpec) -> float:
-        return spec.guidance_scale if spec.HasField("guidance_scale") else self._defaults.guidance_scale
-
-    def _parameters(
-        self, spec: image_pb2.ImageSpec, request_id: str, with_previews: bool
-    ) -> GenerationParameters:
-        defaults = self._defaults
-        return GenerationParameters(
-            prompt=spec.prompt,
-            negative_prompt=spec.negative_prompt,
-            width=_given(spec, "width", defaults.width),
-            height=_given(spec, "height", defaults.height),
-            num_inference_steps=_given(spec, "num_inference_steps", defaults.num_inference_steps),
-            guidance_scale=self._guidance_scale(spec),
-            num_images=_given(spec, "num_images", defaults.num_images),
-            seed=_given(spec, "seed", _seed_of(request_id, self._limits.max_seed)),
-            output_format=_OUTPUT_FORMATS[spec.output_format],
-            quality=_given(spec, "quality", defaults.quality),
-            with_previews=with_previews,
-        )
-
-
-def _detached(request: image_gen_pb2.SubmitJobRequest) -> image_gen_pb2.GenerateRequest:
-    return image_gen_pb2.GenerateRequest(
-        spec=request.spec if request.HasField("spec") else None,
-        request_id=request.request_id,
-        preview=request.preview,
-        detached=True,
-        priority=request.priority,
-        labels=request.labels,
-    )
-
-
-def _given(message: Message, field: str, default: int) -> int:
-    value = getattr(message, field) if message.HasField(field) else default
-    return int(value)
-
-
-def _seed_of(request_id: str, max_seed: int) -> int:
-    """A seed for a request that names none: a retry with the same request id draws the same image."""
-    return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8]) % (max_seed + 1)

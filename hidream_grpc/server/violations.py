@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from hidream_grpc.errors import FieldViolation, InvalidRequestError
 from hidream_grpc.jobs.limits import RequestLimits
+from hidream_grpc.server.submissions import JobRequest
 
 MAX_STATUS_BYTES = 7_500
 """A status travels in headers, of which clients accept 8 KiB: a longer one hides what was wrong."""
@@ -29,6 +30,16 @@ def invalid_request(violations: Sequence[FieldViolation]) -> InvalidRequestError
         description = f"{named[-1].description}; {num_left} more violations do not fit here"
         named[-1] = replace(named[-1], description=description)
     return InvalidRequestError(tuple(named))
+
+
+def request_id_violations(request: JobRequest, limits: RequestLimits) -> list[FieldViolation]:
+    """What is wrong with the request id; empty is for one that the server makes up."""
+    request_id = request.request_id
+    is_visible = all("!" <= character <= "~" for character in request_id)
+    if is_visible and len(request_id) <= limits.max_request_id_bytes:
+        return []
+    description = f"must be at most {limits.max_request_id_bytes} bytes of visible ASCII"
+    return [FieldViolation("request_id", description)]
 
 
 def label_violations(labels: Mapping[str, str], limits: RequestLimits) -> list[FieldViolation]:

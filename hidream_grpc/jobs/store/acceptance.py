@@ -8,13 +8,18 @@ from dataclasses import replace
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from hidream_grpc.errors import CallerQueueFullError, QueueFullError, RequestIdConflictError
-from hidream_grpc.jobs.job import Job, JobState
+from hidream_grpc.errors import (
+    CallerQueueFullError,
+    QueueFullError,
+    RequestError,
+    RequestIdConflictError,
+)
+from hidream_grpc.jobs.job import Job, JobState, asks_for_the_same
 from hidream_grpc.jobs.store import queries
 from hidream_grpc.jobs.store.database import Database, Lock
 from hidream_grpc.jobs.store.failures import TransactionConflict
 from hidream_grpc.jobs.store.records import AttachedCall, QueueLimits
-from hidream_grpc.jobs.store.rows import job_of, new_row, request_digest
+from hidream_grpc.jobs.store.rows import job_of, new_row
 
 
 async def accept(
@@ -23,6 +28,7 @@ async def accept(
     new_jobs: Sequence[Job],
     limits: QueueLimits,
     attached_call: AttachedCall | None,
+    refusal: RequestError | None,
 ) -> tuple[Job, ...]:
     """Insert the jobs whose request ids are free; see `SqlJobStore.add`."""
     (owner,) = {job.owner for job in new_jobs}
@@ -36,7 +42,10 @@ async def accept(
     for job in new_jobs:
         request_id = job.submission.request_id
         holder = holders.setdefault(request_id, job)
-        if not _asks_for_the_same(holder, job):
+        is_same = asks_for_the_same(job.submission, holder.submission)
+        if refusal is not None and (holder is job or not is_same):
+            raise refusal
+        if not is_same:
             raise RequestIdConflictError(request_id, holder.job_id)
         if request_id in earlier:
             holders[request_id] = await _with_later_deadline(connection, holder, job)
@@ -69,11 +78,6 @@ async def _attach(connection: AsyncConnection, job: Job, call: AttachedCall) -> 
         # Whoever accepts waits for its end, and then tries again with the same call.
         await connection.execute(queries.detach(call.call_id))
     return attached
-
-
-def _asks_for_the_same(holder: Job, job: Job) -> bool:
-    models = {each.submission.model.name for each in (holder, job) if each.submission.model is not None}
-    return len(models) <= 1 and request_digest(holder.submission) == request_digest(job.submission)
 
 
 async def _with_later_deadline(connection: AsyncConnection, holder: Job, job: Job) -> Job:

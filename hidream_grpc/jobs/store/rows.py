@@ -85,7 +85,7 @@ def new_row(job: Job) -> dict[str, Any]:
         "job_id": job.job_id,
         "owner": job.owner,
         "request_id": submission.request_id,
-        "request_digest": request_digest(submission),
+        "request_digest": submission.request_digest,
         "caller": submission.caller,
         "priority": submission.priority,
         "create_time": job.create_time,
@@ -216,12 +216,6 @@ def _read(row: Row[Any]) -> Job:
         cancel_reason=None if row.cancel_reason is None else CancelReason(row.cancel_reason),
         snapshot=run.snapshot,
     )
-
-
-def request_digest(submission: Submission) -> str:
-    """Of all that the caller asks for: the same for a retry from elsewhere with another deadline."""
-    asked = (submission.parameters, submission.priority, sorted(submission.labels.items()))
-    return hashlib.sha256(_json((*asked, submission.is_detached)).encode()).hexdigest()
 
 
 def label_digest(key: str, value: str) -> str:

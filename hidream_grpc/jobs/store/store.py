@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from hidream_grpc.errors import (
     JobNotEndedError,
     JobNotFoundError,
+    RequestError,
     StoreUnavailableError,
 )
 from hidream_grpc.jobs.calls import RunningCalls
@@ -154,7 +155,11 @@ class SqlJobStore:
 
     @_uninterrupted
     async def add(
-        self, new_jobs: Sequence[Job], limits: QueueLimits, attached_call: AttachedCall | None = None
+        self,
+        new_jobs: Sequence[Job],
+        limits: QueueLimits,
+        attached_call: AttachedCall | None = None,
+        refusal: RequestError | None = None,
     ) -> tuple[Job, ...]:
         """Accept all jobs of one owner, or none.
 
@@ -166,6 +171,7 @@ class SqlJobStore:
             new_jobs: QUEUED, of one owner, with job ids of their own.
             limits: of what waits afterwards, for the same model; jobs that were there do not count as new.
             attached_call: a caller that waits for the job, where there is one; see `leave`.
+            refusal: why none of the jobs can be new; they can still stand for those that are there.
 
         Returns:
             A job for each one given: the same job id tells that it is new.
@@ -173,11 +179,12 @@ class SqlJobStore:
         Raises:
             RequestIdConflictError: a request id is held by a job that asks for something else.
             QueueFullError, CallerQueueFullError: too many jobs wait.
+            RequestError: the refusal, where not all of the jobs are there.
         """
         if not new_jobs:
             return ()
         async with self._database.write() as connection:
-            accepted = await accept(self._database, connection, new_jobs, limits, attached_call)
+            accepted = await accept(self._database, connection, new_jobs, limits, attached_call, refusal)
             pairs = zip(new_jobs, accepted, strict=True)
             changes = [Change(ChangeKind.ADDED, new.job_id) for new, job in pairs if new.job_id == job.job_id]
             await self._tell(connection, changes)

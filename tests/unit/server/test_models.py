@@ -65,10 +65,10 @@ async def test_a_request_that_names_no_model_is_for_the_one_of_the_server_that_i
 async def test_a_request_is_checked_against_the_model_that_it_names(choice: ModelChoice) -> None:
     request = image_gen_pb2.SubmitJobRequest(spec=spec(), model=FULL.name)
     validator = await choice.validator(requested_model(request))
-    submission = validator.detached(request, "me")
+    submission = validator.submission(request, "me", None)
     assert (submission.model, submission.parameters.num_inference_steps) == (FULL, 5)
     with pytest.raises(InvalidRequestError) as refused:
-        validator.detached(image_gen_pb2.SubmitJobRequest(spec=spec(num_inference_steps=11)), "me")
+        validator.submission(image_gen_pb2.SubmitJobRequest(spec=spec(num_inference_steps=11)), "me", None)
     assert [violation.field for violation in refused.value.violations] == ["spec.num_inference_steps"]
 
 

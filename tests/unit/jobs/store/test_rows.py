@@ -17,7 +17,7 @@ from hidream_grpc.errors import (
 )
 from hidream_grpc.jobs.job import JobState
 from hidream_grpc.jobs.store import rows
-from hidream_grpc.jobs.store.rows import job_of, label_digest, new_row, request_digest
+from hidream_grpc.jobs.store.rows import job_of, label_digest, new_row
 from tests.job_stores import new_job
 
 ERRORS: tuple[HiDreamError, ...] = (
@@ -53,13 +53,6 @@ def test_every_error_that_a_job_may_end_with_can_be_kept() -> None:
 
 def test_a_row_of_an_older_version_that_lacks_fields_can_be_read() -> None:
     assert job_of(stored({**new_row(new_job()), "run": "{}"})).images == ()
-
-
-def test_a_request_is_the_same_from_elsewhere_with_another_deadline_and_no_other_way() -> None:
-    digest = request_digest(new_job(labels={"a": "b"}).submission)
-    assert digest == request_digest(new_job(labels={"a": "b"}, caller="host-2").submission)
-    assert digest != request_digest(new_job(labels={"a": "c"}).submission)
-    assert digest != request_digest(new_job(labels={"a": "b"}, prompt="another").submission)
 
 
 def test_labels_are_told_apart_wherever_key_ends_and_value_begins() -> None:

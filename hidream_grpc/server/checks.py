@@ -1,0 +1,91 @@
+"""Requests for jobs, checked; those that cannot become jobs now may be retries of requests that did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hidream.v1 import image_gen_pb2
+from hidream_grpc.errors import InvalidRequestError, ModelNotServedError, RequestError
+from hidream_grpc.jobs.job import Submission
+from hidream_grpc.jobs.limits import RequestLimits
+from hidream_grpc.server.models import ModelChoice, requested_model, requested_model_of_all
+from hidream_grpc.server.submissions import JobRequest, submission_of
+from hidream_grpc.server.validation import RequestValidator
+from hidream_grpc.server.violations import request_id_violations
+
+MAX_RETRIED_REQUESTS = 10_000
+"""Of one batch: that many are looked up although the queue has no room for so many any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRequests:
+    """What the requests of one call ask for.
+
+    Attributes:
+        refusal: why they cannot become new jobs; None where they can.
+    """
+
+    submissions: tuple[Submission, ...]
+    refusal: RequestError | None = None
+
+
+class RequestChecks:
+    """Checks requests against the model that they name.
+
+    Limits, defaults and models change while a job is kept. What was accepted under earlier ones is found by a
+    retry under the newer ones: such a request is refused only when the job store holds no job of it.
+    """
+
+    def __init__(self, models: ModelChoice, limits: RequestLimits) -> None:
+        self._models = models
+        self._limits = limits
+
+    async def one(
+        self, request: JobRequest, caller: str, deadline_seconds: float | None = None
+    ) -> CheckedRequests:
+        """Check one request.
+
+        Raises:
+            InvalidRequestError, ModelNotServedError: it is refused, and no retry.
+            StoreUnavailableError: it cannot be found out which models are served.
+        """
+        return await self._checked(
+            [request],
+            caller,
+            deadline_seconds,
+            requested_model(request),
+            lambda validator: (validator.submission(request, caller, deadline_seconds),),
+        )
+
+    async def batch(self, requests: Sequence[image_gen_pb2.SubmitJobRequest], caller: str) -> CheckedRequests:
+        """Check many requests; raises as `one`."""
+        return await self._checked(
+            requests,
+            caller,
+            None,
+            requested_model_of_all(requests),
+            lambda validator: validator.batch(requests, caller),
+        )
+
+    async def _checked(
+        self,
+        requests: Sequence[JobRequest],
+        caller: str,
+        deadline_seconds: float | None,
+        model: str | None,
+        check: Callable[[RequestValidator], tuple[Submission, ...]],
+    ) -> CheckedRequests:
+        try:
+            return CheckedRequests(check(await self._models.validator(model)))
+        except (InvalidRequestError, ModelNotServedError) as refusal:
+            if not self._may_be_retries(requests):
+                raise
+            sent = (submission_of(request, caller, deadline_seconds) for request in requests)
+            return CheckedRequests(tuple(sent), refusal)
+
+    def _may_be_retries(self, requests: Sequence[JobRequest]) -> bool:
+        """Whether all of the requests have names under which their jobs may be kept."""
+        return 0 < len(requests) <= MAX_RETRIED_REQUESTS and all(
+            request.request_id and not request_id_violations(request, self._limits) for request in requests
+        )
