@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MIN_QUALITY = 1
-MAX_QUALITY = 100
+from hidream_grpc.model.parameters import OutputFormat
+
 MAX_TORCH_SEED = 2**32 - 1
 """torch's CPU generator takes the lower 32 bits: larger seeds would repeat the images of others."""
 
@@ -39,6 +39,19 @@ class RequestLimits:
     max_running_jobs_per_caller: int | None = None
     max_pixel_steps_per_minute_per_caller: int | None = None
     max_streams_per_caller: int | None = None
+    min_quality: int = 1
+    max_quality: int = 100
+    max_jpeg_side_pixels: int | None = OutputFormat.JPEG.max_side_pixels
+    max_webp_side_pixels: int | None = OutputFormat.WEBP.max_side_pixels
+
+    def max_side_pixels(self, output_format: OutputFormat) -> int:
+        """Largest width and height of an image that such a file can hold."""
+        by_format = {
+            OutputFormat.JPEG: self.max_jpeg_side_pixels,
+            OutputFormat.WEBP: self.max_webp_side_pixels,
+        }
+        limit = by_format.get(output_format)
+        return self.max_pixels if limit is None else limit
 
 
 @dataclass(frozen=True, slots=True)

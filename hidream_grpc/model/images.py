@@ -10,6 +10,9 @@ from PIL import Image
 
 from hidream_grpc.model.parameters import OutputFormat
 
+MIN_FULL_COLOUR_QUALITY = 95
+"""Of a JPEG, from which on colour has as many pixels as brightness: who asks for it wants clean edges."""
+
 
 def encode_image(pixels: NDArray[np.uint8], output_format: OutputFormat, quality: int) -> bytes:
     """Encode one image; the same pixels always give the same bytes.
@@ -29,6 +32,9 @@ def encode_image(pixels: NDArray[np.uint8], output_format: OutputFormat, quality
     match output_format:
         case OutputFormat.PNG:
             image.save(file, format=output_format.value)
-        case OutputFormat.JPEG | OutputFormat.WEBP:
+        case OutputFormat.JPEG:
+            sampling = "4:4:4" if quality >= MIN_FULL_COLOUR_QUALITY else "4:2:0"
+            image.save(file, format=output_format.value, quality=quality, subsampling=sampling)
+        case OutputFormat.WEBP:
             image.save(file, format=output_format.value, quality=quality)
     return file.getvalue()

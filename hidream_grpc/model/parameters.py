@@ -20,6 +20,20 @@ class OutputFormat(StrEnum):
         """Media type of such a file."""
         return f"image/{self.value.lower()}"
 
+    @property
+    def max_side_pixels(self) -> int | None:
+        """Largest width and height that such a file can have; None where no model draws as much."""
+        return _MAX_SIDE_PIXELS.get(self)
+
+    @property
+    def has_quality(self) -> bool:
+        """Whether such a file can lose something, and be smaller for it."""
+        return self is not OutputFormat.PNG
+
+
+# Of the encoders: libjpeg stops short of the 65,535 that the format's 16 bits would hold.
+_MAX_SIDE_PIXELS = {OutputFormat.JPEG: 65_500, OutputFormat.WEBP: 16_383}
+
 
 class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
     """One request, every field decided: what is in here is what is done.

@@ -49,7 +49,7 @@ def image_spec(parameters: GenerationParameters) -> image_pb2.ImageSpec:
         seed=parameters.seed,
         output_format=_OUTPUT_FORMATS[parameters.output_format],
     )
-    if parameters.output_format is not OutputFormat.PNG:
+    if parameters.output_format.has_quality:
         spec.quality = parameters.quality
     return spec
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from hidream.v1 import image_gen_pb2, image_pb2
 from hidream_grpc.errors import FieldViolation, InvalidRequestError
 from hidream_grpc.jobs.job import ModelIdentity, Submission
-from hidream_grpc.jobs.limits import MAX_QUALITY, MIN_QUALITY, RequestDefaults, RequestLimits
+from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
 from hidream_grpc.model.parameters import OutputFormat
 from hidream_grpc.model.prompt_tokens import TokenCount
 from hidream_grpc.server.submissions import (
@@ -112,7 +112,7 @@ class RequestValidator:
         self._check_size(spec, violate)
         check_range("num_inference_steps", 1, limits.max_num_inference_steps)
         check_range("num_images", 1, limits.max_num_images)
-        check_range("quality", MIN_QUALITY, MAX_QUALITY)
+        check_range("quality", limits.min_quality, limits.max_quality)
         guidance_scale = guidance_scale_of(spec, self._defaults)
         # As `ServerInfo` shows it: in 32 bits 7.3 is a little more than 7.3.
         highest_scale = image_pb2.ImageSpec(guidance_scale=limits.max_guidance_scale).guidance_scale
@@ -124,7 +124,7 @@ class RequestValidator:
             violate("seed", f"must be 0 to {limits.max_seed}, is {spec.seed}")
         if spec.output_format not in OUTPUT_FORMATS:
             violate("output_format", f"unknown value {spec.output_format}")
-        elif spec.HasField("quality") and OUTPUT_FORMATS[spec.output_format] is OutputFormat.PNG:
+        elif spec.HasField("quality") and not OUTPUT_FORMATS[spec.output_format].has_quality:
             violate("quality", "applies to JPEG and WebP only: PNG loses nothing")
 
     def _prompt_violation(self, prompt: str) -> str | None:
@@ -144,29 +144,36 @@ class RequestValidator:
         if spec.HasField("width") != spec.HasField("height"):
             violate("height" if spec.HasField("width") else "width", "width and height are given together")
             return
-        if not spec.HasField("width"):
-            return
         rule = (
             f"must be a multiple of {limits.size_multiple} from {limits.min_side_pixels} on, "
             f"with width × height at most {limits.max_pixels}"
         )
-        sides = {"width": spec.width, "height": spec.height}
+        output_format = OUTPUT_FORMATS.get(spec.output_format, OutputFormat.PNG)
+        max_side = limits.max_side_pixels(output_format)
+        if max_side < limits.max_pixels:
+            rule += f", and at most {max_side} for {output_format}"
+        has_size = spec.HasField("width")
+        width = spec.width if has_size else self._defaults.width
+        height = spec.height if has_size else self._defaults.height
+        sides = {"width": width, "height": height}
         wrong = [
             field
             for field, side in sides.items()
-            if side < limits.min_side_pixels or side % limits.size_multiple
+            if not limits.min_side_pixels <= side <= max_side or side % limits.size_multiple
         ]
-        if not wrong and spec.width * spec.height > limits.max_pixels:
+        if not wrong and width * height > limits.max_pixels:
             wrong = ["width", "height"]
         for field in wrong:
-            nearest = self._nearest_side(sides[field], sides["height" if field == "width" else "width"])
+            other_side = sides["height" if field == "width" else "width"]
+            nearest = self._nearest_side(sides[field], other_side, max_side)
             violate(field, f"{rule}; is {sides[field]}, the nearest that works is {nearest}")
 
-    def _nearest_side(self, side: int, other_side: int) -> int:
+    def _nearest_side(self, side: int, other_side: int, max_side: int) -> int:
         limits = self._limits
         multiple = limits.size_multiple
-        other_side = max(limits.min_side_pixels, other_side)
-        highest = max(limits.min_side_pixels, limits.max_pixels // other_side // multiple * multiple)
+        other_side = min(max(limits.min_side_pixels, other_side), max_side)
+        highest = min(limits.max_pixels // other_side, max_side) // multiple * multiple
+        highest = max(limits.min_side_pixels, highest)
         return min(max(limits.min_side_pixels, round(side / multiple) * multiple), highest)
 
     def _check_work(self, pixel_steps: int) -> None:

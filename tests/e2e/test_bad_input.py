@@ -99,6 +99,10 @@ BAD: dict[str, tuple[Change, str]] = {
     "no quality": (spec(output_format=image_pb2.OUTPUT_FORMAT_JPEG, quality=0), "spec.quality"),
     "too much quality": (spec(output_format=image_pb2.OUTPUT_FORMAT_WEBP, quality=101), "spec.quality"),
     "quality of PNG": (spec(quality=50), "spec.quality"),
+    "wider than a WebP": (
+        spec(output_format=image_pb2.OUTPUT_FORMAT_WEBP, width=16_384, height=64),
+        "spec.width",
+    ),
     "width alone": (lambda message, _: message.spec.ClearField("height"), "spec.height"),
     "height alone": (lambda message, _: message.spec.ClearField("width"), "spec.width"),
     "unknown priority": (lambda message, _: setattr(message, "priority", 9), "priority"),

@@ -11,7 +11,7 @@ import pytest
 
 from hidream.v1 import image_pb2, job_pb2, server_info_pb2
 from hidream_grpc.jobs.job import CancelReason, JobStage, JobState, Priority
-from hidream_grpc.jobs.limits import MAX_QUALITY, MIN_QUALITY, RequestDefaults, RequestLimits
+from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 
 PROTOS = Path(__file__).parents[3] / "protos" / "hidream" / "v1"
@@ -47,10 +47,12 @@ def test_every_limit_and_default_that_a_comment_of_the_contract_names_exists() -
 
 def test_the_constants_in_the_comments_of_the_contract_are_those_of_the_code() -> None:
     text = re.sub(r"\s*//\s*", " ", (PROTOS / "image.proto").read_text(encoding="utf-8"))
-    quality = re.search(r"Quality of JPEG and WebP, (\d+) to (\d+); .*? Absent: (\d+)\.", text)
+    quality = re.search(r"`limits\.max_quality` \((\d+) to (\d+)\); .*? Absent: (\d+)\.", text)
     assert quality is not None
     default = {field.name: field.default for field in dataclasses.fields(RequestDefaults)}
-    assert [int(number) for number in quality.groups()] == [MIN_QUALITY, MAX_QUALITY, default["quality"]]
+    limit = {field.name: field.default for field in dataclasses.fields(RequestLimits)}
+    expected = [limit["min_quality"], limit["max_quality"], default["quality"]]
+    assert [int(number) for number in quality.groups()] == expected
     assert re.search(rf"limits\.max_num_images`\. Absent: {default['num_images']}\.", text)
 
 

@@ -297,6 +297,47 @@ def test_the_nearest_side_that_is_told_works(width: int, height: int) -> None:
     assert checked(message).parameters.height == height
 
 
+LONG = RequestValidator(dataclasses.replace(LIMITS, max_pixels=64 * 70_000), DEFAULTS, count_words)
+"""Of a model that draws longer images than some formats hold."""
+
+
+@pytest.mark.parametrize(
+    ("output_format", "longest", "limit"),
+    [
+        (image_pb2.OUTPUT_FORMAT_JPEG, 65_488, "65500 for JPEG"),
+        (image_pb2.OUTPUT_FORMAT_WEBP, 16_368, "16383 for WEBP"),
+    ],
+    ids=["JPEG", "WebP"],
+)
+def test_a_side_that_its_format_cannot_hold_is_refused_and_the_nearest_is_told(
+    output_format: image_pb2.OutputFormat.ValueType, longest: int, limit: str
+) -> None:
+    for width, height in ((longest, 64), (64, longest)):
+        fits = request(width=width, height=height, output_format=output_format)
+        assert LONG.submission(fits, "me", None).parameters.width == width
+        too_long: dict[str, Any] = {"width": width, "height": height}
+        name = "width" if width == longest else "height"
+        too_long[name] += LIMITS.size_multiple
+        with pytest.raises(InvalidRequestError) as refused:
+            LONG.submission(request(**too_long, output_format=output_format), "me", None)
+        (violation,) = refused.value.violations
+        assert violation.field == f"spec.{name}"
+        assert limit in violation.description
+        assert violation.description.endswith(f"the nearest that works is {longest}")
+    assert LONG.submission(request(width=70_000 // 16 * 16, height=64), "me", None), "a PNG holds it"
+
+
+def test_a_default_size_that_the_format_cannot_hold_is_refused_too() -> None:
+    long = RequestValidator(
+        dataclasses.replace(LIMITS, max_pixels=64 * 16_384),
+        dataclasses.replace(DEFAULTS, width=64, height=16_384),
+        count_words,
+    )
+    with pytest.raises(InvalidRequestError) as refused:
+        long.submission(request(output_format=image_pb2.OUTPUT_FORMAT_WEBP), "me", None)
+    assert [violation.field for violation in refused.value.violations] == ["spec.height"]
+
+
 def test_the_largest_guidance_scale_that_server_info_shows_is_taken() -> None:
     shown = struct.unpack("f", struct.pack("f", LIMITS.max_guidance_scale))[0]
     assert shown > LIMITS.max_guidance_scale

@@ -31,9 +31,11 @@ const (
 	OutputFormat_OUTPUT_FORMAT_UNSPECIFIED OutputFormat = 0
 	// PNG, 8 bits a channel, RGB, lossless.
 	OutputFormat_OUTPUT_FORMAT_PNG OutputFormat = 1
-	// JPEG.
+	// JPEG: colour at half the resolution of brightness (4:2:0), from quality 95 on at the same (4:4:4). No
+	// side is longer than `limits.max_jpeg_side_pixels`.
 	OutputFormat_OUTPUT_FORMAT_JPEG OutputFormat = 2
-	// WebP, lossy.
+	// WebP, lossy: colour at half the resolution of brightness at every quality. No side is longer than
+	// `limits.max_webp_side_pixels`.
 	OutputFormat_OUTPUT_FORMAT_WEBP OutputFormat = 3
 )
 
@@ -91,8 +93,9 @@ type ImageSpec struct {
 	// where `guidance_scale` is 1 or less. Absent or empty: none.
 	NegativePrompt string `protobuf:"bytes,2,opt,name=negative_prompt,json=negativePrompt,proto3" json:"negative_prompt,omitempty"`
 	// Width of the image, in pixels: a multiple of `limits.size_multiple`, from
-	// `limits.min_side_pixels` on; width × height is at most `limits.max_pixels`. The image has
-	// exactly this size. Absent, with height absent too: `defaults.width`.
+	// `limits.min_side_pixels` on; width × height is at most `limits.max_pixels`, and neither is more than
+	// `output_format` holds. The image has exactly this size. Absent, with height absent too:
+	// `defaults.width`.
 	Width *int32 `protobuf:"varint,3,opt,name=width,proto3,oneof" json:"width,omitempty"`
 	// Height of the image, in pixels; as `width`. Both are given, or neither.
 	Height *int32 `protobuf:"varint,4,opt,name=height,proto3,oneof" json:"height,omitempty"`
@@ -109,7 +112,8 @@ type ImageSpec struct {
 	Seed *int64 `protobuf:"varint,8,opt,name=seed,proto3,oneof" json:"seed,omitempty"`
 	// File format of the images. Unspecified means OUTPUT_FORMAT_PNG.
 	OutputFormat OutputFormat `protobuf:"varint,9,opt,name=output_format,json=outputFormat,proto3,enum=hidream.v1.OutputFormat" json:"output_format,omitempty"`
-	// Quality of JPEG and WebP, 1 to 100; refused with PNG, which loses nothing. Absent: 90.
+	// Quality of JPEG and WebP, `limits.min_quality` to `limits.max_quality` (1 to 100); refused with PNG,
+	// which loses nothing. Absent: 90.
 	Quality       *int32 `protobuf:"varint,10,opt,name=quality,proto3,oneof" json:"quality,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -628,8 +628,16 @@ type RequestLimits struct {
 	// Streams of one caller that are open at this server at the same time; a further one answers
 	// RESOURCE_EXHAUSTED. Absent: only `max_streams` counts.
 	MaxStreamsPerCaller *int32 `protobuf:"varint,22,opt,name=max_streams_per_caller,json=maxStreamsPerCaller,proto3,oneof" json:"max_streams_per_caller,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// Smallest quality of JPEG and WebP.
+	MinQuality int32 `protobuf:"varint,23,opt,name=min_quality,json=minQuality,proto3" json:"min_quality,omitempty"`
+	// Largest quality of JPEG and WebP.
+	MaxQuality int32 `protobuf:"varint,24,opt,name=max_quality,json=maxQuality,proto3" json:"max_quality,omitempty"`
+	// Largest width and height of a JPEG, in pixels. Absent: `max_pixels` alone limits them, as for a PNG.
+	MaxJpegSidePixels *int32 `protobuf:"varint,25,opt,name=max_jpeg_side_pixels,json=maxJpegSidePixels,proto3,oneof" json:"max_jpeg_side_pixels,omitempty"`
+	// Largest width and height of a WebP, in pixels. Absent: `max_pixels` alone limits them.
+	MaxWebpSidePixels *int32 `protobuf:"varint,26,opt,name=max_webp_side_pixels,json=maxWebpSidePixels,proto3,oneof" json:"max_webp_side_pixels,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *RequestLimits) Reset() {
@@ -812,6 +820,34 @@ func (x *RequestLimits) GetMaxPixelStepsPerMinutePerCaller() int64 {
 func (x *RequestLimits) GetMaxStreamsPerCaller() int32 {
 	if x != nil && x.MaxStreamsPerCaller != nil {
 		return *x.MaxStreamsPerCaller
+	}
+	return 0
+}
+
+func (x *RequestLimits) GetMinQuality() int32 {
+	if x != nil {
+		return x.MinQuality
+	}
+	return 0
+}
+
+func (x *RequestLimits) GetMaxQuality() int32 {
+	if x != nil {
+		return x.MaxQuality
+	}
+	return 0
+}
+
+func (x *RequestLimits) GetMaxJpegSidePixels() int32 {
+	if x != nil && x.MaxJpegSidePixels != nil {
+		return *x.MaxJpegSidePixels
+	}
+	return 0
+}
+
+func (x *RequestLimits) GetMaxWebpSidePixels() int32 {
+	if x != nil && x.MaxWebpSidePixels != nil {
+		return *x.MaxWebpSidePixels
 	}
 	return 0
 }
@@ -1051,7 +1087,8 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\x0eguidance_scale\x18\x04 \x01(\x02R\rguidanceScale\x12\x1d\n" +
 	"\n" +
 	"num_images\x18\x05 \x01(\x05R\tnumImages\x12\x18\n" +
-	"\aquality\x18\x06 \x01(\x05R\aquality\"\x8c\t\n" +
+	"\aquality\x18\x06 \x01(\x05R\aquality\"\xec\n" +
+	"\n" +
 	"\rRequestLimits\x12*\n" +
 	"\x11max_prompt_tokens\x18\x01 \x01(\x05R\x0fmaxPromptTokens\x12(\n" +
 	"\x10max_prompt_bytes\x18\x02 \x01(\x05R\x0emaxPromptBytes\x12#\n" +
@@ -1079,11 +1116,19 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\x1amax_queued_jobs_per_caller\x18\x13 \x01(\x05H\x00R\x16maxQueuedJobsPerCaller\x88\x01\x01\x12A\n" +
 	"\x1bmax_running_jobs_per_caller\x18\x14 \x01(\x05H\x01R\x17maxRunningJobsPerCaller\x88\x01\x01\x12S\n" +
 	"%max_pixel_steps_per_minute_per_caller\x18\x15 \x01(\x03H\x02R\x1fmaxPixelStepsPerMinutePerCaller\x88\x01\x01\x128\n" +
-	"\x16max_streams_per_caller\x18\x16 \x01(\x05H\x03R\x13maxStreamsPerCaller\x88\x01\x01B\x1d\n" +
+	"\x16max_streams_per_caller\x18\x16 \x01(\x05H\x03R\x13maxStreamsPerCaller\x88\x01\x01\x12\x1f\n" +
+	"\vmin_quality\x18\x17 \x01(\x05R\n" +
+	"minQuality\x12\x1f\n" +
+	"\vmax_quality\x18\x18 \x01(\x05R\n" +
+	"maxQuality\x124\n" +
+	"\x14max_jpeg_side_pixels\x18\x19 \x01(\x05H\x04R\x11maxJpegSidePixels\x88\x01\x01\x124\n" +
+	"\x14max_webp_side_pixels\x18\x1a \x01(\x05H\x05R\x11maxWebpSidePixels\x88\x01\x01B\x1d\n" +
 	"\x1b_max_queued_jobs_per_callerB\x1e\n" +
 	"\x1c_max_running_jobs_per_callerB(\n" +
 	"&_max_pixel_steps_per_minute_per_callerB\x19\n" +
-	"\x17_max_streams_per_caller\"\xa7\x01\n" +
+	"\x17_max_streams_per_callerB\x17\n" +
+	"\x15_max_jpeg_side_pixelsB\x17\n" +
+	"\x15_max_webp_side_pixels\"\xa7\x01\n" +
 	"\tJobCounts\x12\x16\n" +
 	"\x06queued\x18\x01 \x01(\x05R\x06queued\x12\x18\n" +
 	"\arunning\x18\x02 \x01(\x05R\arunning\x12\x1c\n" +

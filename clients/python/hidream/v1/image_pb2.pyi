@@ -28,9 +28,13 @@ class _OutputFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OutputFo
     OUTPUT_FORMAT_PNG: _OutputFormat.ValueType  # 1
     """PNG, 8 bits a channel, RGB, lossless."""
     OUTPUT_FORMAT_JPEG: _OutputFormat.ValueType  # 2
-    """JPEG."""
+    """JPEG: colour at half the resolution of brightness (4:2:0), from quality 95 on at the same (4:4:4). No
+    side is longer than `limits.max_jpeg_side_pixels`.
+    """
     OUTPUT_FORMAT_WEBP: _OutputFormat.ValueType  # 3
-    """WebP, lossy."""
+    """WebP, lossy: colour at half the resolution of brightness at every quality. No side is longer than
+    `limits.max_webp_side_pixels`.
+    """
 
 class OutputFormat(_OutputFormat, metaclass=_OutputFormatEnumTypeWrapper):
     """File format of an image."""
@@ -40,9 +44,13 @@ OUTPUT_FORMAT_UNSPECIFIED: OutputFormat.ValueType  # 0
 OUTPUT_FORMAT_PNG: OutputFormat.ValueType  # 1
 """PNG, 8 bits a channel, RGB, lossless."""
 OUTPUT_FORMAT_JPEG: OutputFormat.ValueType  # 2
-"""JPEG."""
+"""JPEG: colour at half the resolution of brightness (4:2:0), from quality 95 on at the same (4:4:4). No
+side is longer than `limits.max_jpeg_side_pixels`.
+"""
 OUTPUT_FORMAT_WEBP: OutputFormat.ValueType  # 3
-"""WebP, lossy."""
+"""WebP, lossy: colour at half the resolution of brightness at every quality. No side is longer than
+`limits.max_webp_side_pixels`.
+"""
 Global___OutputFormat: _TypeAlias = OutputFormat  # noqa: Y015
 
 @_typing.final
@@ -73,8 +81,9 @@ class ImageSpec(_message.Message):
     """
     width: _builtins.int
     """Width of the image, in pixels: a multiple of `limits.size_multiple`, from
-    `limits.min_side_pixels` on; width × height is at most `limits.max_pixels`. The image has
-    exactly this size. Absent, with height absent too: `defaults.width`.
+    `limits.min_side_pixels` on; width × height is at most `limits.max_pixels`, and neither is more than
+    `output_format` holds. The image has exactly this size. Absent, with height absent too:
+    `defaults.width`.
     """
     height: _builtins.int
     """Height of the image, in pixels; as `width`. Both are given, or neither."""
@@ -94,7 +103,9 @@ class ImageSpec(_message.Message):
     output_format: Global___OutputFormat.ValueType
     """File format of the images. Unspecified means OUTPUT_FORMAT_PNG."""
     quality: _builtins.int
-    """Quality of JPEG and WebP, 1 to 100; refused with PNG, which loses nothing. Absent: 90."""
+    """Quality of JPEG and WebP, `limits.min_quality` to `limits.max_quality` (1 to 100); refused with PNG,
+    which loses nothing. Absent: 90.
+    """
     def __init__(
         self,
         *,

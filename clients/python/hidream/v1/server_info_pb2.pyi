@@ -332,6 +332,10 @@ class RequestLimits(_message.Message):
     MAX_RUNNING_JOBS_PER_CALLER_FIELD_NUMBER: _builtins.int
     MAX_PIXEL_STEPS_PER_MINUTE_PER_CALLER_FIELD_NUMBER: _builtins.int
     MAX_STREAMS_PER_CALLER_FIELD_NUMBER: _builtins.int
+    MIN_QUALITY_FIELD_NUMBER: _builtins.int
+    MAX_QUALITY_FIELD_NUMBER: _builtins.int
+    MAX_JPEG_SIDE_PIXELS_FIELD_NUMBER: _builtins.int
+    MAX_WEBP_SIDE_PIXELS_FIELD_NUMBER: _builtins.int
     max_prompt_tokens: _builtins.int
     """Tokens of a prompt, for each text encoder, its special tokens included."""
     max_prompt_bytes: _builtins.int
@@ -388,6 +392,14 @@ class RequestLimits(_message.Message):
     """Streams of one caller that are open at this server at the same time; a further one answers
     RESOURCE_EXHAUSTED. Absent: only `max_streams` counts.
     """
+    min_quality: _builtins.int
+    """Smallest quality of JPEG and WebP."""
+    max_quality: _builtins.int
+    """Largest quality of JPEG and WebP."""
+    max_jpeg_side_pixels: _builtins.int
+    """Largest width and height of a JPEG, in pixels. Absent: `max_pixels` alone limits them, as for a PNG."""
+    max_webp_side_pixels: _builtins.int
+    """Largest width and height of a WebP, in pixels. Absent: `max_pixels` alone limits them."""
     def __init__(
         self,
         *,
@@ -413,11 +425,17 @@ class RequestLimits(_message.Message):
         max_running_jobs_per_caller: _builtins.int | None = ...,
         max_pixel_steps_per_minute_per_caller: _builtins.int | None = ...,
         max_streams_per_caller: _builtins.int | None = ...,
+        min_quality: _builtins.int = ...,
+        max_quality: _builtins.int = ...,
+        max_jpeg_side_pixels: _builtins.int | None = ...,
+        max_webp_side_pixels: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller", "_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller", "_max_running_jobs_per_caller", b"_max_running_jobs_per_caller", "_max_streams_per_caller", b"_max_streams_per_caller", "max_pixel_steps_per_minute_per_caller", b"max_pixel_steps_per_minute_per_caller", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_running_jobs_per_caller", b"max_running_jobs_per_caller", "max_streams_per_caller", b"max_streams_per_caller"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_jpeg_side_pixels", b"_max_jpeg_side_pixels", "_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller", "_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller", "_max_running_jobs_per_caller", b"_max_running_jobs_per_caller", "_max_streams_per_caller", b"_max_streams_per_caller", "_max_webp_side_pixels", b"_max_webp_side_pixels", "max_jpeg_side_pixels", b"max_jpeg_side_pixels", "max_pixel_steps_per_minute_per_caller", b"max_pixel_steps_per_minute_per_caller", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_running_jobs_per_caller", b"max_running_jobs_per_caller", "max_streams_per_caller", b"max_streams_per_caller", "max_webp_side_pixels", b"max_webp_side_pixels"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller", "_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller", "_max_running_jobs_per_caller", b"_max_running_jobs_per_caller", "_max_streams_per_caller", b"_max_streams_per_caller", "chunk_bytes", b"chunk_bytes", "max_guidance_scale", b"max_guidance_scale", "max_label_bytes", b"max_label_bytes", "max_labels", b"max_labels", "max_num_images", b"max_num_images", "max_num_inference_steps", b"max_num_inference_steps", "max_pixel_steps_per_minute_per_caller", b"max_pixel_steps_per_minute_per_caller", "max_pixels", b"max_pixels", "max_preview_side_pixels", b"max_preview_side_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompt_tokens", b"max_prompt_tokens", "max_queued_jobs", b"max_queued_jobs", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_receive_message_bytes", b"max_receive_message_bytes", "max_request_id_bytes", b"max_request_id_bytes", "max_running_jobs", b"max_running_jobs", "max_running_jobs_per_caller", b"max_running_jobs_per_caller", "max_seed", b"max_seed", "max_streams", b"max_streams", "max_streams_per_caller", b"max_streams_per_caller", "min_side_pixels", b"min_side_pixels", "size_multiple", b"size_multiple"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_jpeg_side_pixels", b"_max_jpeg_side_pixels", "_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller", "_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller", "_max_running_jobs_per_caller", b"_max_running_jobs_per_caller", "_max_streams_per_caller", b"_max_streams_per_caller", "_max_webp_side_pixels", b"_max_webp_side_pixels", "chunk_bytes", b"chunk_bytes", "max_guidance_scale", b"max_guidance_scale", "max_jpeg_side_pixels", b"max_jpeg_side_pixels", "max_label_bytes", b"max_label_bytes", "max_labels", b"max_labels", "max_num_images", b"max_num_images", "max_num_inference_steps", b"max_num_inference_steps", "max_pixel_steps_per_minute_per_caller", b"max_pixel_steps_per_minute_per_caller", "max_pixels", b"max_pixels", "max_preview_side_pixels", b"max_preview_side_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompt_tokens", b"max_prompt_tokens", "max_quality", b"max_quality", "max_queued_jobs", b"max_queued_jobs", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_receive_message_bytes", b"max_receive_message_bytes", "max_request_id_bytes", b"max_request_id_bytes", "max_running_jobs", b"max_running_jobs", "max_running_jobs_per_caller", b"max_running_jobs_per_caller", "max_seed", b"max_seed", "max_streams", b"max_streams", "max_streams_per_caller", b"max_streams_per_caller", "max_webp_side_pixels", b"max_webp_side_pixels", "min_quality", b"min_quality", "min_side_pixels", b"min_side_pixels", "size_multiple", b"size_multiple"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_jpeg_side_pixels: _TypeAlias = _typing.Literal["max_jpeg_side_pixels"]  # noqa: Y015
+    _WhichOneofArgType__max_jpeg_side_pixels: _TypeAlias = _typing.Literal["_max_jpeg_side_pixels", b"_max_jpeg_side_pixels"]  # noqa: Y015
     _WhichOneofReturnType__max_pixel_steps_per_minute_per_caller: _TypeAlias = _typing.Literal["max_pixel_steps_per_minute_per_caller"]  # noqa: Y015
     _WhichOneofArgType__max_pixel_steps_per_minute_per_caller: _TypeAlias = _typing.Literal["_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller"]  # noqa: Y015
     _WhichOneofReturnType__max_queued_jobs_per_caller: _TypeAlias = _typing.Literal["max_queued_jobs_per_caller"]  # noqa: Y015
@@ -426,6 +444,10 @@ class RequestLimits(_message.Message):
     _WhichOneofArgType__max_running_jobs_per_caller: _TypeAlias = _typing.Literal["_max_running_jobs_per_caller", b"_max_running_jobs_per_caller"]  # noqa: Y015
     _WhichOneofReturnType__max_streams_per_caller: _TypeAlias = _typing.Literal["max_streams_per_caller"]  # noqa: Y015
     _WhichOneofArgType__max_streams_per_caller: _TypeAlias = _typing.Literal["_max_streams_per_caller", b"_max_streams_per_caller"]  # noqa: Y015
+    _WhichOneofReturnType__max_webp_side_pixels: _TypeAlias = _typing.Literal["max_webp_side_pixels"]  # noqa: Y015
+    _WhichOneofArgType__max_webp_side_pixels: _TypeAlias = _typing.Literal["_max_webp_side_pixels", b"_max_webp_side_pixels"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_jpeg_side_pixels) -> _WhichOneofReturnType__max_jpeg_side_pixels | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_pixel_steps_per_minute_per_caller) -> _WhichOneofReturnType__max_pixel_steps_per_minute_per_caller | None: ...
     @_typing.overload
@@ -434,6 +456,8 @@ class RequestLimits(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_running_jobs_per_caller) -> _WhichOneofReturnType__max_running_jobs_per_caller | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_streams_per_caller) -> _WhichOneofReturnType__max_streams_per_caller | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_webp_side_pixels) -> _WhichOneofReturnType__max_webp_side_pixels | None: ...
 
 Global___RequestLimits: _TypeAlias = RequestLimits  # noqa: Y015
 
