@@ -117,13 +117,15 @@ class Outage:
 
 def reason_of(error: Exception) -> str:
     """The error's text and, in parentheses, the first line of what caused it."""
-    cause = error.__cause__
-    # What SQLAlchemy wraps says it more shortly.
-    cause = getattr(cause, "orig", None) or cause
     if not isinstance(error, HiDreamError):
         return str(error) or type(error).__name__
-    return f"{error} ({_first_line(cause)})" if cause is not None else str(error)
+    return f"{error} ({cause_of(error)})" if error.__cause__ is not None else str(error)
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+def cause_of(error: BaseException) -> str:
+    """The first line of what caused an error, in the words of whoever said it first."""
+    cause = error.__cause__ or error
+    # What SQLAlchemy wraps says it more shortly, and what its adapter of a driver wraps shorter still.
+    if wrapped := getattr(cause, "orig", None):
+        cause = wrapped.__cause__ or wrapped
+    return next(iter(str(cause).splitlines()), "") or type(cause).__name__

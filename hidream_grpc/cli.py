@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from hidream_grpc.errors import ConfigurationError, HiDreamError, StartupError
-from hidream_grpc.logs import LogConfig, configure_logging
+from hidream_grpc.logs import LogConfig, configure_logging, log_unforeseen, place_of
 from hidream_grpc.server.app import serve
 from hidream_grpc.settings import Settings, flag_name, load_settings
 
@@ -62,8 +62,17 @@ def _serve_command(config: Path | None = None, **flags: Any) -> None:
         _configure_logging(settings)
         asyncio.run(serve(settings))
     except HiDreamError as error:
-        typer.echo(f"hidream-grpc: {error}", err=True)
+        typer.echo(f"hidream-grpc: {' '.join(str(error).split())}", err=True)
         sys.exit(EXIT_STARTUP_ERROR if isinstance(error, StartupError) else EXIT_FAILED)
+    except Exception as error:
+        error_id = log_unforeseen(error)
+        # Not its text, which may hold a password.
+        typer.echo(
+            f"hidream-grpc: internal error {error_id}: {type(error).__name__} in {place_of(error)}; "
+            "the traceback is in --log-file, and here with --log-level DEBUG",
+            err=True,
+        )
+        sys.exit(EXIT_FAILED)
 
 
 def _configure_logging(settings: Settings) -> None:

@@ -9,6 +9,7 @@
     │   ├── DeviceUnavailableError      the device type or one of the devices is not there
     │   ├── DeviceFailedError           devices cannot be opened; the engine takes the others, while there are
     │   ├── StoreInUseError             another server has the job store open
+    │   ├── StoreUnusableError          a file, right, role or host of the job store is not as it must be
     │   └── StoreVersionError           a newer server has written the job store
     ├── RequestError                    the caller is told; the table is `server/status.py`
     │   ├── UnauthenticatedError        a token is asked for, and none that is known was given
@@ -128,6 +129,10 @@ class StoreInUseError(StartupError):
     def __init__(self, path: Path) -> None:
         super().__init__(f"{path} is in use by another server")
         self.path = path
+
+
+class StoreUnusableError(StartupError):
+    """The job store cannot be opened; its text says which file, right, role or host is in the way."""
 
 
 class StoreVersionError(StartupError):

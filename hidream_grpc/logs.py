@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pythonjsonlogger.json import JsonFormatter
+
+logger = logging.getLogger(__name__)
 
 # What a log record may carry besides its message, in the order in which a text line shows it.
 FACTS = (
@@ -37,6 +41,9 @@ class LogConfig:
     level: str = "INFO"
     format: Literal["text", "json"] = "text"
     file: Path | None = None
+
+
+_NOT_ON_TERMINAL = "is_not_on_terminal"
 
 
 class _TextFormatter(logging.Formatter):
@@ -69,7 +76,29 @@ def configure_logging(config: LogConfig) -> None:
         handlers.append(logging.FileHandler(config.file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
+    if config.level != "DEBUG":
+        handlers[0].addFilter(lambda record: not getattr(record, _NOT_ON_TERMINAL, False))
     logging.basicConfig(level=config.level, handlers=handlers, force=True)
     # It tells of each look at the schema.
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.captureWarnings(True)
+
+
+def log_unforeseen(error: Exception) -> str:
+    """Log the traceback of an error that ends the process, to the terminal at DEBUG only.
+
+    Returns:
+        The id of the error in the log.
+    """
+    error_id = uuid.uuid4().hex
+    facts = {"error_id": error_id, _NOT_ON_TERMINAL: True}
+    # Python writes to the terminal itself what is logged before `configure_logging`.
+    if logging.getLogger().handlers:
+        logger.error("the process ends by an internal error", exc_info=error, extra=facts)
+    return error_id
+
+
+def place_of(error: Exception) -> str:
+    """File and line of the code that raised an error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else "unknown code"

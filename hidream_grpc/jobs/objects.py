@@ -19,6 +19,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, S3Store
 
 from hidream_grpc.errors import ConfigurationError
+from hidream_grpc.jobs.folders import make_writable
 
 ARTIFACTS_FLAG = "--artifacts"
 MAX_RETRIES = 4
@@ -176,9 +177,11 @@ def open_objects(location: Path | str, timeouts: ArtifactTimeouts) -> Objects:
 
 def _open_folder(directory: Path) -> FolderObjects:
     try:
+        make_writable(directory)
         return FolderObjects(directory)
     except (BaseError, OSError) as error:
-        reason = f"cannot write to {directory}: {first_line(error)}"
+        text = error.strerror if isinstance(error, OSError) else None
+        reason = f"cannot write to {directory}: {text or first_line(error)}"
         raise ConfigurationError(ARTIFACTS_FLAG, reason) from None
 
 

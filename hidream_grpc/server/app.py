@@ -27,9 +27,12 @@ from hidream_grpc.errors import (
     StoreFullError,
     StoreInUseError,
     StoreUnavailableError,
+    StoreUnusableError,
+    StoreVersionError,
 )
 from hidream_grpc.jobs.artifacts import ArtifactStore
 from hidream_grpc.jobs.estimates import EngineCapacity
+from hidream_grpc.jobs.folders import make_writable
 from hidream_grpc.jobs.job import Execution, ModelIdentity
 from hidream_grpc.jobs.membership import LiveModel
 from hidream_grpc.jobs.outlook import Outlook
@@ -38,6 +41,7 @@ from hidream_grpc.jobs.retention import RetentionLimits
 from hidream_grpc.jobs.running_job import JobTools
 from hidream_grpc.jobs.service import JobService, StorePolicy
 from hidream_grpc.jobs.store.store import SqlJobStore
+from hidream_grpc.jobs.store.url import STORE_FLAG
 from hidream_grpc.model.checkpoint import CheckpointDescription, describe_checkpoint
 from hidream_grpc.model.checkpoint_files import EXTRA_MODEL_PATH_FLAG
 from hidream_grpc.model.demo import demo_checkpoint_path
@@ -63,6 +67,7 @@ from hidream_grpc.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+DATA_DIR_FLAG = "--data-dir"
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 SEND_LAST_EVENTS_SECONDS = 1.0
 END_SECONDS = 4.0
@@ -166,7 +171,7 @@ async def serve(settings: Settings) -> None:
         if settings.metrics_port is not None:
             logger.info("metrics on port %d", metrics.serve(host, settings.metrics_port))
 
-        with _told_as_start_errors():
+        with _told_as_start_errors(settings.store):
             await jobs.join()
         work = asyncio.create_task(jobs.run())
         engine = asyncio.create_task(controller.run(jobs.executor))
@@ -256,13 +261,25 @@ def take_all_devices(group: RankGroup, scheduler: StepScheduler) -> None:
 
 def _data_directory(data_dir: Path | None) -> Path:
     """The folder of jobs and images: what was accepted must be found again after a restart."""
-    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    directory = (data_dir or Path(home) / "hidream-grpc").absolute()
+    directory = (data_dir or _home_of_data() / "hidream-grpc").absolute()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_writable(directory)
     except OSError as error:
-        raise ConfigurationError("--data-dir", f"cannot write to {directory}: {error.strerror}") from None
+        raise ConfigurationError(DATA_DIR_FLAG, f"cannot write to {directory}: {error.strerror}") from None
     return directory
+
+
+def _home_of_data() -> Path:
+    if data_home := os.environ.get("XDG_DATA_HOME"):
+        return Path(data_home)
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = None
+    if home is None or os.environ.get("HOME") == "":
+        reason = "must name a folder, since neither XDG_DATA_HOME nor HOME is set"
+        raise ConfigurationError(DATA_DIR_FLAG, reason)
+    return home / ".local" / "share"
 
 
 def _store_policy(settings: Settings) -> StorePolicy:
@@ -279,7 +296,7 @@ def _store_policy(settings: Settings) -> StorePolicy:
 async def _open_store(url: str | None, data_directory: Path) -> AsyncIterator[SqlJobStore]:
     """The job store, for as long as the block lasts."""
     store = SqlJobStore(url or f"sqlite+aiosqlite:///{data_directory / 'jobs.sqlite'}")
-    with _told_as_start_errors():
+    with _told_as_start_errors(url):
         await store.open()
     try:
         yield store
@@ -288,11 +305,12 @@ async def _open_store(url: str | None, data_directory: Path) -> AsyncIterator[Sq
 
 
 @contextlib.contextmanager
-def _told_as_start_errors() -> Iterator[None]:
+def _told_as_start_errors(store_url: str | None) -> Iterator[None]:
     """Turn what a store says at the start into one line that names the flag."""
+    flag = DATA_DIR_FLAG if store_url is None else STORE_FLAG
     try:
         yield
-    except StoreInUseError as error:
-        raise ConfigurationError("--data-dir", str(error)) from None
+    except (StoreInUseError, StoreUnusableError, StoreVersionError) as error:
+        raise ConfigurationError(flag, str(error)) from None
     except (StoreUnavailableError, StoreFullError) as error:
-        raise ConfigurationError("--store", reason_of(error)) from None
+        raise ConfigurationError(flag, reason_of(error)) from None

@@ -16,7 +16,7 @@ from hidream_grpc.errors import (
     RequestIdConflictError,
 )
 from hidream_grpc.jobs.job import JobState
-from hidream_grpc.jobs.store import database as store_database
+from hidream_grpc.jobs.store import sqlite
 from hidream_grpc.jobs.store.records import QueueLimits
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.job_stores import (
@@ -167,7 +167,7 @@ async def test_callers_that_go_away_meanwhile_leave_whole_batches_and_a_free_sto
     database: StoreDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A transaction that is left in the middle would have the others wait, and then fail.
-    monkeypatch.setattr(store_database, "BUSY_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_SECONDS", 0.2)
     generator = random.Random(6)
     accepted = Counter[int]()
     async with database.opened() as store:

@@ -16,7 +16,6 @@ from tests.failure.faulty_servers import FaultyServer, server_on_postgres
 from tests.job_calls import LONG_STEPS, Stub, get, submission, submit, wait_for_state
 from tests.live_server import wait_until
 from tests.postgres import PostgresServer, running_postgres
-from tests.refused_starts import refused_line
 
 NUM_SUBMITTERS = 16
 NUM_SUBMISSIONS = 64
@@ -110,39 +109,6 @@ def test_a_server_that_the_database_keeps_out_says_so_and_goes_on_when_it_may(
             wait_for_state(stub, job_id, job_pb2.JOB_STATE_SUCCEEDED)
         wait_for_state(stub, submit(stub).job_id, job_pb2.JOB_STATE_SUCCEEDED)
         assert server.live.process.poll() is None
-
-
-REFUSED_STARTS = {
-    "a wrong password": ("{role}:wrong", "{database}", ""),
-    "a role that is not there": ("nobody:secret", "{database}", ""),
-    "a database that is not there": ("{role}:secret", "nowhere", ""),
-    "no right to make tables": (
-        "{role}:secret",
-        "{database}",
-        "REVOKE ALL ON SCHEMA public FROM PUBLIC; ALTER SCHEMA public OWNER TO postgres;",
-    ),
-    "a table of another hand": ("{role}:secret", "{database}", "CREATE TABLE jobs (id int);"),
-}
-"""User and database of the URL, and what is done to the database before."""
-
-
-@pytest.mark.parametrize("kind", REFUSED_STARTS)
-def test_a_start_that_the_database_refuses_is_one_line_with_its_reason(
-    kind: str, guarded: PostgresServer
-) -> None:
-    user, name, before = REFUSED_STARTS[kind]
-    with guarded.database() as url:
-        database = url.partition("?")[0].rpartition("/")[2]
-        role = f"{database}_starter"
-        guarded.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'secret';")
-        if before:
-            guarded.execute(before, url)
-        names = {"role": role, "database": database}
-        socket_folder = guarded.socket_path.parent
-        store = f"postgresql+asyncpg://{user.format(**names)}@/{name.format(**names)}?host={socket_folder}"
-        line = refused_line(["--listen", "127.0.0.1:0", "--store", store])
-    assert line.startswith("hidream-grpc: --store: the job store does not answer (")
-    assert "secret" not in line
 
 
 def calls_to_store(stub: Stub) -> dict[str, Callable[[], object]]:

@@ -100,7 +100,7 @@ def test_a_server_that_was_killed_on_a_full_disk_says_so_at_its_start_and_goes_o
         refused = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_SECONDS)
         assert refused.returncode == 2
         assert refused.stderr == (
-            "hidream-grpc: --store: the job store has no room (database or disk is full)\n"
+            "hidream-grpc: --data-dir: the job store has no room (database or disk is full)\n"
         )
         filling.unlink()
         with server_on(disk) as (server, stub):

@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import asyncpg
 import msgspec
 
 from hidream_grpc.background import Outage
 from hidream_grpc.errors import StoreUnavailableError
+from hidream_grpc.jobs.pauses import wait_at_most
 from hidream_grpc.jobs.store.database import Database
 from hidream_grpc.jobs.store.failures import translated
 
@@ -27,7 +27,6 @@ MAX_PAYLOAD_BYTES = 5_500
 MAX_PENDING_CHANGES = 10_000
 RECONNECT_SECONDS = (0.05, 0.2, 1.0, 2.0)
 CHECK_SECONDS = 10.0
-CHECK_TIMEOUT_SECONDS = 5.0
 
 
 class ChangeKind(StrEnum):
@@ -167,21 +166,15 @@ class PostgresListener:
 
     async def _listen(self) -> AsyncIterator[None]:
         """Yield once when the connection listens; return when it is lost."""
-        async with self._database.connect() as connection:
-            driver: Any = (await connection.get_raw_connection()).driver_connection
+        async with self._database.listening() as driver:
             is_lost = asyncio.Event()
             driver.add_termination_listener(lambda _: is_lost.set())
-            try:
-                await driver.add_listener(CHANNEL, self._on_notification)
-                yield
-                while not is_lost.is_set():
-                    try:
-                        await asyncio.wait_for(is_lost.wait(), CHECK_SECONDS)
-                    except TimeoutError:
-                        # A peer that vanished says nothing.
-                        await driver.execute("SELECT 1", timeout=CHECK_TIMEOUT_SECONDS)
-            finally:
-                await connection.invalidate()
+            await driver.add_listener(CHANNEL, self._on_notification)
+            yield
+            while not await wait_at_most(is_lost, CHECK_SECONDS):
+                # A peer that vanished says nothing; nor does a host that others have left.
+                if not await self._database.is_heard_by(driver):
+                    return
 
     def _on_notification(self, driver: asyncpg.Connection, pid: int, channel: str, text: str) -> None:
         self._hub.tell([_decoder.decode(text)])

@@ -1,32 +1,31 @@
-"""Connections and transactions of the job store, on SQLite and on PostgreSQL."""
+"""Transactions of the job store, on SQLite and on PostgreSQL."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from enum import IntEnum
-from pathlib import Path
-from typing import Any
 
+import asyncpg
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from hidream_grpc.errors import StoreInUseError
-from hidream_grpc.jobs.store.failures import translated
+from hidream_grpc.background import cause_of
+from hidream_grpc.errors import StoreUnavailableError, StoreUnusableError
+from hidream_grpc.jobs.store.failures import TransactionConflict, translated
 from hidream_grpc.jobs.store.migrate import is_migrated, migrate
+from hidream_grpc.jobs.store.postgresql import (
+    PostgresConnector,
+    hears,
+    postgresql_engine,
+    refuse_transaction_pooling,
+)
+from hidream_grpc.jobs.store.sqlite import IS_WRITE, StoreFiles, sqlite_engine
+from hidream_grpc.jobs.store.url import SqliteFile, parse_store_url
 
-BUSY_TIMEOUT_SECONDS = 5.0
-CONNECT_TIMEOUT_SECONDS = 5.0
-STATEMENT_TIMEOUT_SECONDS = 15.0
 CLOSE_SECONDS = 1.0
-IDLE_IN_TRANSACTION_SECONDS = 5.0
-"""PostgreSQL ends a session whose client says nothing for so long in the middle of a transaction: one that
-was stopped while it held locks."""
-_IS_WRITE = "hidream_is_write"
 
 
 class Lock(IntEnum):
@@ -40,49 +39,86 @@ class Lock(IntEnum):
 class Database:
     """One database that is brought to the newest schema when it is opened."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str | sa.URL) -> None:
         """Know a database, without a connection to it.
 
         Args:
-            url: `sqlite+aiosqlite:////folder/jobs.sqlite` or `postgresql+asyncpg://…`.
+            url: as `--store` has it, see `parse_store_url`.
+
+        Raises:
+            ConfigurationError: what is wrong with the URL.
         """
-        parsed = sa.make_url(url)
-        self.is_sqlite = parsed.get_backend_name() == "sqlite"
-        self._engine = _sqlite_engine(parsed) if self.is_sqlite else _postgresql_engine(parsed)
-        self._path = Path(parsed.database or "") if self.is_sqlite else None
-        self._lock_descriptor: int | None = None
+        location = parse_store_url(url)
+        self._files: StoreFiles | None = None
+        self._connector: PostgresConnector | None = None
+        if isinstance(location, SqliteFile):
+            self._engine = sqlite_engine(location.path)
+            self._files = StoreFiles(location.path)
+            self._name = str(location.path)
+        else:
+            self._connector = PostgresConnector(location)
+            self._engine = postgresql_engine(self._connector)
+            self._name = "the job store"
+        # SQLite removes its log when the last connection is closed; this one stays.
+        self._first_connection: AsyncConnection | None = None
         # SQLite has one writer; waiting here costs nothing, waiting there is polling.
         self._writer = asyncio.Lock()
 
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether the jobs are in a file that no other process has."""
+        return self._files is not None
+
     async def open(self) -> None:
-        """Take the file, where it is one, and run the migrations that are missing."""
-        if self._path is not None:
-            self._lock(self._path)
+        """Take the file, where it is one, and run the migrations that are missing.
+
+        Raises:
+            StartupError: why this database cannot be the job store.
+            StoreFullError: it has no room.
+        """
         try:
-            async with self.read() as connection:
-                is_current = await connection.run_sync(is_migrated)
-            if not is_current:
-                async with self.write() as connection:
-                    await self.lock(connection, Lock.MIGRATE)
-                    await connection.run_sync(migrate)
-        except BaseException:
+            await self._open()
+        except BaseException as error:
             await self.close()
+            if isinstance(error, StoreUnavailableError | TransactionConflict):
+                prefix = f"{self._name}: " if self.is_sqlite else ""
+                raise StoreUnusableError(f"{prefix}{cause_of(error)}") from error
             raise
+
+    async def _open(self) -> None:
+        if self._files is not None:
+            self._files.take()
+        if self._connector is not None:
+            with translated():
+                await refuse_transaction_pooling(self._connector)
+        async with self.read() as connection:
+            is_current = await connection.run_sync(is_migrated)
+        if not is_current:
+            async with self.write() as connection:
+                await self.lock(connection, Lock.MIGRATE)
+                await connection.run_sync(migrate, self._name)
+        if self._files is not None:
+            with translated():
+                self._first_connection = await self._engine.connect()
+                self._files.note_opened()
 
     async def close(self) -> None:
         """Close all connections and give the file free. May be called twice."""
         with contextlib.suppress(TimeoutError):
             # A database that does not answer is not waited for.
             async with asyncio.timeout(CLOSE_SECONDS):
+                if self._first_connection is not None:
+                    await self._first_connection.close()
+                    self._first_connection = None
                 await self._engine.dispose()
-        if self._lock_descriptor is not None:
-            os.close(self._lock_descriptor)
-            self._lock_descriptor = None
+        if self._files is not None:
+            self._files.give_free()
 
     @asynccontextmanager
     async def read(self) -> AsyncGenerator[AsyncConnection]:
         """A transaction that changes nothing."""
         with translated():
+            self._check_files()
             async with self._engine.connect() as connection, connection.begin():
                 yield connection
 
@@ -90,12 +126,16 @@ class Database:
     async def write(self) -> AsyncGenerator[AsyncConnection]:
         """A transaction; what it changed is durable when the block has ended without an error."""
         with translated():
-            if self.is_sqlite:
-                async with self._writer, self._transaction() as connection:
-                    yield connection
-            else:
+            if not self.is_sqlite:
                 async with self._transaction() as connection:
                     yield connection
+                return
+            async with self._writer:
+                self._check_files()
+                async with self._transaction() as connection:
+                    yield connection
+                # The file may have been taken away just before the commit.
+                self._check_files()
 
     async def lock(self, connection: AsyncConnection, lock: Lock) -> None:
         """Be the only one to do this, over all replicas, until the transaction ends.
@@ -106,65 +146,28 @@ class Database:
             await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock.value)))
 
     @asynccontextmanager
-    async def connect(self) -> AsyncGenerator[AsyncConnection]:
-        """A connection of one's own, outside of any transaction."""
-        async with self._engine.connect() as connection:
-            yield connection
+    async def listening(self) -> AsyncGenerator[asyncpg.Connection]:
+        """A session of PostgreSQL of one's own, to listen with."""
+        assert self._connector is not None, "SQLite tells nothing"
+        async with self._connector.listening() as driver:
+            yield driver
+
+    async def is_heard_by(self, driver: asyncpg.Connection) -> bool:
+        """Whether what is written here reaches a session of `listening`: both may be at different hosts."""
+
+        async def notify(channel: str) -> None:
+            async with self.write() as connection:
+                await connection.execute(sa.select(sa.func.pg_notify(channel, "")))
+
+        return await hears(driver, notify)
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncGenerator[AsyncConnection]:
         async with self._engine.connect() as connection:
-            await connection.execution_options(**{_IS_WRITE: True})
+            await connection.execution_options(**{IS_WRITE: True})
             async with connection.begin():
                 yield connection
 
-    def _lock(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(
-            path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-        )
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise StoreInUseError(path) from error
-        self._lock_descriptor = descriptor
-
-
-def _postgresql_engine(url: sa.URL) -> AsyncEngine:
-    return create_async_engine(
-        url,
-        # Not what the database or the role has as its default.
-        isolation_level="READ COMMITTED",
-        pool_pre_ping=True,
-        pool_timeout=STATEMENT_TIMEOUT_SECONDS,
-        connect_args={
-            "timeout": CONNECT_TIMEOUT_SECONDS,
-            "command_timeout": STATEMENT_TIMEOUT_SECONDS,
-            "server_settings": {
-                "application_name": "hidream-grpc",
-                "statement_timeout": f"{STATEMENT_TIMEOUT_SECONDS * 1000:.0f}",
-                "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_SECONDS * 1000:.0f}",
-            },
-        },
-    )
-
-
-def _sqlite_engine(url: sa.URL) -> AsyncEngine:
-    engine = create_async_engine(url, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
-
-    @sa.event.listens_for(engine.sync_engine, "connect")
-    def _prepare(connection: Any, record: Any) -> None:
-        # Transactions are begun below, where the driver would begin them too late.
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
-
-    @sa.event.listens_for(engine.sync_engine, "begin")
-    def _begin(connection: sa.Connection) -> None:
-        is_write = connection.get_execution_options().get(_IS_WRITE, False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
-
-    return engine
+    def _check_files(self) -> None:
+        if self._files is not None:
+            self._files.check()

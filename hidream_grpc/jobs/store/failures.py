@@ -17,6 +17,8 @@ FULL_RETRY_SECONDS = 5.0
 _POSTGRESQL_DISK_FULL = "53100"
 # Serialization failure, deadlock, and a key that another transaction has inserted meanwhile.
 _POSTGRESQL_CONFLICTS = ("40001", "40P01", "23505")
+POSTGRESQL_READ_ONLY = "25006"
+"""What is written is refused, and nothing was changed: the host is a standby, or about to become one."""
 _SQLITE_PRIMARY_CODE = 0xFF
 
 
@@ -40,7 +42,13 @@ def translated() -> Iterator[None]:
         yield
     except DBAPIError as error:
         raise _meaning(error) from error
-    except (SQLAlchemyError, OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+    except (
+        SQLAlchemyError,
+        OSError,
+        asyncpg.PostgresError,
+        asyncpg.InterfaceError,
+        asyncpg.InternalClientError,
+    ) as error:
         # A connection that cannot be opened is not wrapped by SQLAlchemy; nor is a wait for one.
         raise StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS) from error
 
@@ -51,6 +59,7 @@ def _meaning(error: DBAPIError) -> Exception:
     code = getattr(cause, "sqlite_errorcode", 0) & _SQLITE_PRIMARY_CODE
     if state == _POSTGRESQL_DISK_FULL or code == sqlite3.SQLITE_FULL:
         return StoreFullError(FULL_RETRY_SECONDS)
-    if state in _POSTGRESQL_CONFLICTS:
+    if state in _POSTGRESQL_CONFLICTS or state == POSTGRESQL_READ_ONLY:
+        # The next try of one that was read-only connects anew, maybe to another host.
         return TransactionConflict()
     return StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS)

@@ -18,8 +18,11 @@ def is_migrated(connection: Connection) -> bool:
     return MigrationContext.configure(connection).get_current_revision() == head
 
 
-def migrate(connection: Connection) -> None:
+def migrate(connection: Connection, name: str) -> None:
     """Run the migrations that are missing, in the transaction of the connection.
+
+    Args:
+        name: of the database, for the operator.
 
     Raises:
         StoreVersionError: a newer version of the service has migrated the database.
@@ -29,7 +32,7 @@ def migrate(connection: Connection) -> None:
     try:
         upgrade(config, "head")
     except CommandError as error:
-        raise StoreVersionError(connection.engine.url.render_as_string(hide_password=True)) from error
+        raise StoreVersionError(name) from error
 
 
 def _config() -> Config:

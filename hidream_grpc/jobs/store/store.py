@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from sqlalchemy import Row
+from sqlalchemy import URL, Row
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hidream_grpc.errors import (
@@ -95,11 +95,14 @@ class SqlJobStore:
     is cancelled goes on to its end: the caller does not know what became of it.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str | URL) -> None:
         """Know a store, without a connection to it.
 
         Args:
-            url: `sqlite+aiosqlite:////folder/jobs.sqlite` or `postgresql+asyncpg://…`.
+            url: as `--store` has it, see `parse_store_url`.
+
+        Raises:
+            ConfigurationError: what is wrong with the URL.
         """
         self._database = Database(url)
         self._hub = ChangeHub()
@@ -127,11 +130,10 @@ class SqlJobStore:
         Raises:
             StoreInUseError: another server has the SQLite file open.
             StoreVersionError: a newer version of the service wrote the database.
+            StoreUnusableError: a file, a right, a role or a host is not as it must be.
+            ConfigurationError: what stands before the database delivers no notifications.
         """
-        try:
-            await self._database.open()
-        except TransactionConflict as error:
-            raise StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS) from error
+        await self._database.open()
         try:
             if self._listener is not None:
                 await self._listener.start()

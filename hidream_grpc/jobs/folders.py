@@ -1,0 +1,21 @@
+"""Folders that the service keeps jobs and images in."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder, unless it is there already.
+
+    Raises:
+        OSError: it cannot be made, or nothing can be written into it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
+        code = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(code, os.strerror(code), str(folder))

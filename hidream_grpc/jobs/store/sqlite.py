@@ -1,0 +1,106 @@
+"""A SQLite file that is this process's alone, and must stay the one that was opened."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from hidream_grpc.errors import StoreInUseError, StoreUnavailableError, StoreUnusableError
+from hidream_grpc.jobs.folders import make_writable
+from hidream_grpc.jobs.store.failures import UNAVAILABLE_RETRY_SECONDS
+
+BUSY_TIMEOUT_SECONDS = 5.0
+IS_WRITE = "hidream_is_write"
+"""The execution option of a connection whose next transaction writes."""
+
+
+class StoreFiles:
+    """The files of a job store: `jobs.sqlite`, its log `-wal`, and the lock that keeps other servers out.
+
+    What is written into a file that was removed or replaced is lost when the process ends.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._wal_path = path.with_name(path.name + "-wal")
+        self._lock_path = path.with_name(path.name + ".lock")
+        self._lock_descriptor: int | None = None
+        self._opened: dict[Path, tuple[int, int]] = {}
+
+    def take(self) -> None:
+        """Keep other servers out, before the first connection.
+
+        Raises:
+            StoreInUseError: another server has the file.
+            StoreUnusableError: the file, or its folder, cannot be read and written.
+        """
+        try:
+            make_writable(self._path.parent)
+            self._lock_descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in (self._path, self._wal_path, self._path.with_name(self._path.name + "-shm")):
+                # SQLite says neither which of them it is, nor why. Not later: closing ends SQLite's locks.
+                if path.exists():
+                    os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        except BlockingIOError as error:
+            self.give_free()
+            raise StoreInUseError(self._path) from error
+        except OSError as error:
+            self.give_free()
+            raise StoreUnusableError(f"{error.filename or self._path}: {error.strerror}") from error
+
+    def note_opened(self) -> None:
+        """Note which files these are; a connection must be open, and stay so."""
+        self._opened = {path: _identity(path) for path in (self._path, self._wal_path, self._lock_path)}
+
+    def check(self) -> None:
+        """Raise StoreUnavailableError while one of the files is not there, or is another one."""
+        for path, identity in self._opened.items():
+            try:
+                is_same = _identity(path) == identity
+            except OSError:
+                is_same = False
+            if not is_same:
+                cause = FileNotFoundError(
+                    f"{path} was removed or replaced while it is in use: put it back, or restart the server"
+                )
+                raise StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS) from cause
+
+    def give_free(self) -> None:
+        """Let other servers have the file. May be called twice."""
+        self._opened = {}
+        if self._lock_descriptor is not None:
+            os.close(self._lock_descriptor)
+            self._lock_descriptor = None
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def sqlite_engine(path: Path) -> AsyncEngine:
+    """An engine whose commits survive a loss of power."""
+    url = sa.URL.create("sqlite+aiosqlite", database=str(path))
+    engine = create_async_engine(url, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
+
+    @sa.event.listens_for(engine.sync_engine, "connect")
+    def _prepare(connection: Any, record: Any) -> None:
+        # Transactions are begun below, where the driver would begin them too late.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @sa.event.listens_for(engine.sync_engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        is_write = connection.get_execution_options().get(IS_WRITE, False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
+
+    return engine

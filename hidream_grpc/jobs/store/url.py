@@ -1,0 +1,234 @@
+"""What `--store` names: a SQLite file, or a PostgreSQL database in the forms that providers write."""
+
+from __future__ import annotations
+
+import re
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+
+import sqlalchemy as sa
+
+from hidream_grpc.errors import ConfigurationError
+
+STORE_FLAG = "--store"
+CONNECT_TIMEOUT_SECONDS = 5.0
+MAX_CONNECT_TIMEOUT_SECONDS = 60.0
+APPLICATION_NAME = "hidream-grpc"
+
+_FORMS = "must be postgresql://USER:PASSWORD@HOST/DATABASE or sqlite:////FOLDER/jobs.sqlite"
+_POSTGRESQL_SCHEMES = ("postgres", "postgresql", "postgresql+asyncpg")
+_SQLITE_SCHEMES = ("sqlite", "sqlite+aiosqlite")
+_DEFAULT_PORT = 5432
+_MAX_PORT = 65_535
+
+_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+_SSL_FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
+_ASYNCPG_PARAMETERS = (
+    *_SSL_FILES,
+    "sslmode",
+    "sslpassword",
+    "sslnegotiation",
+    "ssl_min_protocol_version",
+    "ssl_max_protocol_version",
+    "passfile",
+    "krbsrvname",
+    "gsslib",
+)
+_SERVER_SETTINGS = ("application_name", "options")
+_WRITABLE = ("any", "read-write", "primary")
+_BESIDE_SYSTEM_CERTIFICATES = {"sslrootcert", "sslmode", "passfile"}
+
+
+@dataclass(frozen=True, slots=True)
+class SqliteFile:
+    """Jobs in a file."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class PostgresHost:
+    """One place where the database may be: a host name or address, or the folder of a Unix socket."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class PostgresDatabase:
+    """A database, and how to connect to it.
+
+    Attributes:
+        hosts: to try in this order; empty for those of libpq's environment variables and defaults.
+        arguments: of `asyncpg.connect`, besides host and port.
+    """
+
+    hosts: tuple[PostgresHost, ...]
+    arguments: Mapping[str, Any] = field(repr=False)
+
+
+def parse_store_url(url: str | sa.URL) -> SqliteFile | PostgresDatabase:
+    """Read the value of `--store`.
+
+    Raises:
+        ConfigurationError: in one line, which part is wrong; it never shows the password.
+    """
+    text = url if isinstance(url, str) else url.render_as_string(hide_password=False)
+    scheme, separator, _ = text.partition("://")
+    if separator and scheme in _SQLITE_SCHEMES:
+        return _sqlite_file(sa.make_url(url))
+    if separator and scheme in _POSTGRESQL_SCHEMES:
+        return _postgres_database(text)
+    raise _refusal(_FORMS)
+
+
+def _sqlite_file(url: sa.URL) -> SqliteFile:
+    if url.query:
+        raise _refusal(f"{next(iter(url.query))}: a SQLite file has no parameters")
+    if url.host or not url.database or url.database == ":memory:":
+        raise _refusal(f"{_FORMS}: jobs are kept in a file")
+    return SqliteFile(Path(url.database).absolute())
+
+
+def _postgres_database(text: str) -> PostgresDatabase:
+    try:
+        parts = urlsplit(text)
+        query = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+    except ValueError:
+        # Its text may hold a piece of the password.
+        raise _refusal(f"cannot be read: {_FORMS}") from None
+    credentials, _, hosts_text = parts.netloc.rpartition("@")
+    if parts.fragment or (not credentials and "@" in parts.path + parts.query):
+        raise _refusal(
+            "a special character in the user or password must be percent-encoded, such as %2F for /"
+        )
+    parameters = {name: value for name, value in query if value}
+    user, _, password = credentials.partition(":")
+    known: dict[str, str] = {
+        "user": unquote(user) or parameters.pop("user", ""),
+        "password": unquote(password) or parameters.pop("password", ""),
+        "database": unquote(parts.path[1:]) or parameters.pop("dbname", parameters.pop("database", "")),
+    }
+    hosts = _hosts(hosts_text, parameters.pop("host", ""), parameters.pop("port", ""))
+    arguments: dict[str, Any] = {name: value for name, value in known.items() if value}
+    return PostgresDatabase(hosts, {**arguments, **_connect_arguments(parameters)})
+
+
+def _connect_arguments(parameters: dict[str, str]) -> dict[str, Any]:
+    """Arguments of `asyncpg.connect` for parameters of a URL; a parameter that has none is refused."""
+    settings = {"application_name": APPLICATION_NAME}
+    arguments: dict[str, Any] = {"timeout": CONNECT_TIMEOUT_SECONDS, "target_session_attrs": "read-write"}
+    dsn: dict[str, str] = {}
+    # SQLAlchemy's name of it.
+    if "ssl" in parameters:
+        parameters.setdefault("sslmode", parameters.pop("ssl"))
+    for name, value in parameters.items():
+        if name in _SERVER_SETTINGS:
+            settings[name] = value
+        elif name in _ASYNCPG_PARAMETERS:
+            dsn[name] = value
+        elif name == "connect_timeout":
+            arguments["timeout"] = _timeout_seconds(value)
+        elif name == "target_session_attrs":
+            if value not in _WRITABLE:
+                raise _refusal(f"{name}={value}: jobs are written, so it must be read-write or primary")
+            if value == "primary":
+                arguments[name] = value
+        elif name == "channel_binding":
+            if value == "require":
+                raise _refusal(
+                    "channel_binding=require is not supported; leave it out, and let sslmode=verify-full "
+                    "with sslrootcert=system prove that the server is the right one"
+                )
+            if value not in ("disable", "prefer"):
+                raise _refusal(f"channel_binding={value}: must be disable or prefer")
+        elif name == "gssencmode" and value in ("disable", "prefer"):
+            continue
+        else:
+            raise _refusal(f"parameter {name!r} is not supported")
+    arguments |= _encryption(dsn)
+    return {**arguments, "server_settings": settings}
+
+
+def _encryption(dsn: dict[str, str]) -> dict[str, Any]:
+    mode = dsn.get("sslmode")
+    if mode is not None and mode not in _SSL_MODES:
+        raise _refusal(f"sslmode={mode}: must be one of {', '.join(_SSL_MODES)}")
+    if dsn.get("sslrootcert") == "system":
+        if mode not in (None, "verify-full"):
+            raise _refusal(f"sslmode={mode} with sslrootcert=system: must be verify-full")
+        for name in dsn.keys() - _BESIDE_SYSTEM_CERTIFICATES:
+            raise _refusal(f"parameter {name!r} with sslrootcert=system is not supported")
+        return {"ssl": _system_certificates(), **_dsn({n: v for n, v in dsn.items() if n == "passfile"})}
+    for name in _SSL_FILES:
+        if name in dsn and not Path(dsn[name]).is_file():
+            # The driver's own error does not say which file it is.
+            raise _refusal(f"{name}={dsn[name]}: no such file")
+    return _dsn(dsn)
+
+
+def _dsn(parameters: Mapping[str, str]) -> dict[str, str]:
+    """asyncpg takes these from a URL only."""
+    return {"dsn": f"postgresql:///?{urlencode(parameters, quote_via=quote)}"} if parameters else {}
+
+
+def _system_certificates() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["postgresql"])
+    return context
+
+
+def _timeout_seconds(text: str) -> float:
+    """Seconds; as with libpq 0 or less is for ever, which here means as long as may be."""
+    try:
+        seconds = float(int(text))
+    except ValueError:
+        raise _refusal(f"connect_timeout={text}: must be a number of seconds") from None
+    return min(seconds, MAX_CONNECT_TIMEOUT_SECONDS) if seconds > 0 else MAX_CONNECT_TIMEOUT_SECONDS
+
+
+def _hosts(authority: str, host_parameter: str, port_parameter: str) -> tuple[PostgresHost, ...]:
+    """The hosts of a URL: `host:port,[::1]:port` before the path, or as the parameters host and port."""
+    entries = [_split_port(entry) for entry in (authority or host_parameter).split(",") if entry]
+    ports = [_port(port) for port in port_parameter.split(",") if port]
+    if len(ports) > 1 and len(ports) != len(entries):
+        raise _refusal(f"port: there are {len(ports)} of them for {len(entries)} hosts")
+    if ports and not entries:
+        entries = [("localhost", None)]
+    common = ports * len(entries) if len(ports) == 1 else ports
+    return tuple(
+        PostgresHost(host, own or (common[index] if common else _DEFAULT_PORT))
+        for index, (host, own) in enumerate(entries)
+    )
+
+
+def _split_port(entry: str) -> tuple[str, int | None]:
+    bracketed = re.fullmatch(r"\[([^\]]+)\](?::(.*))?", entry)
+    if bracketed:
+        host, port = bracketed[1], bracketed[2]
+    elif entry.startswith("/") or entry.count(":") > 1:
+        # The folder of a socket, or an IPv6 address without brackets, as the parameter has them.
+        host, port = entry, ""
+    else:
+        host, _, port = entry.partition(":")
+    return unquote(host), _port(port) if port else None
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 0 < int(text) <= _MAX_PORT:
+        # Not the text: an unencoded password may end up here.
+        raise _refusal(
+            f"a port must be a number from 1 to {_MAX_PORT}, and special characters percent-encoded"
+        )
+    return int(text)
+
+
+def _refusal(reason: str) -> ConfigurationError:
+    return ConfigurationError(STORE_FLAG, reason)
