@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
+import os
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,9 @@ import typer
 from hidream_grpc.errors import ConfigurationError, HiDreamError, StartupError
 from hidream_grpc.logs import LogConfig, configure_logging, log_unforeseen, place_of
 from hidream_grpc.server.app import serve
-from hidream_grpc.settings import Settings, flag_name, load_settings
+from hidream_grpc.settings import Settings, describe_unknown_variables, flag_name, load_settings
+
+logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
 EXIT_STARTUP_ERROR = 2
@@ -52,7 +55,7 @@ def _flags() -> list[inspect.Parameter]:
     return parameters
 
 
-def _serve_command(config: Path | None = None, **flags: Any) -> None:
+def _serve_command(config: str | None = None, **flags: Any) -> None:
     """Load the model once, then serve until SIGTERM.
 
     Every flag is also an environment variable HIDREAM_<NAME>, and a key of the --config file.
@@ -60,6 +63,8 @@ def _serve_command(config: Path | None = None, **flags: Any) -> None:
     try:
         settings = load_settings({k: v for k, v in flags.items() if v is not None}, config)
         _configure_logging(settings)
+        if (unknown := describe_unknown_variables(os.environ)) is not None:
+            logger.warning("%s", unknown)
         asyncio.run(serve(settings))
     except HiDreamError as error:
         typer.echo(f"hidream-grpc: {' '.join(str(error).split())}", err=True)
@@ -91,7 +96,7 @@ _serve_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             "config",
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[Path | None, _config_option],
+            annotation=Annotated[str | None, _config_option],
         ),
     ]
 )

@@ -5,11 +5,13 @@ Below `cli.py` and `server/app.py` nobody sees these settings: each layer takes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -22,11 +24,37 @@ from hidream_grpc.engine.group_config import GroupTimeouts
 from hidream_grpc.errors import ConfigurationError
 
 ENVIRONMENT_PREFIX = "HIDREAM_"
+VARIABLES_OF_CLIENTS = frozenset({"HIDREAM_ADDRESS", "HIDREAM_CA_FILE", "HIDREAM_TLS", "HIDREAM_TOKEN"})
 
 _TIMEOUTS = GroupTimeouts()
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(ge=0, le=86_400)]
+
+
+def _not_blank(value: Any) -> Any:
+    """Refuse an empty text: what is not to be set is left out.
+
+    Else a manifest's `${UNSET}` would give each replica a store of its own, without a word.
+    """
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("is empty; leave it out to have its default")
+    return value
+
+
+def _path_text(value: Any) -> Any:
+    """Refuse what is no path, and a `~` that no shell has expanded; every other name is taken as it is."""
+    if not isinstance(value, str):
+        return value
+    if value.startswith("~"):
+        raise ValueError(f"{value!r}: only a shell expands ~; write the whole path, or ./~ for such a name")
+    if "\0" in value:
+        raise ValueError(f"{value!r} is no path")
+    return value
+
+
+PathSetting = Annotated[Path, BeforeValidator(_path_text)]
+"""Of a file or folder, relative to the working folder of the server, wherever it is set."""
 
 
 class Settings(BaseSettings):
@@ -35,10 +63,11 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, frozen=True, extra="forbid")
 
     model_path: Annotated[
-        Path | None, Field(description="HiDream-I1 in diffusers format; the built-in demo model when absent")
+        PathSetting | None,
+        Field(description="HiDream-I1 in diffusers format; the built-in demo model when absent"),
     ] = None
     extra_model_path: Annotated[
-        Path | None, Field(description="Llama-3.1-8B-Instruct, where the checkpoint holds none")
+        PathSetting | None, Field(description="Llama-3.1-8B-Instruct, where the checkpoint holds none")
     ] = None
     device_type: Annotated[str, Field(description="auto, npu, cuda or cpu")] = "auto"
     devices: Annotated[
@@ -70,14 +99,14 @@ class Settings(BaseSettings):
         "0.0.0.0:8088"
     )
     tokens_file: Annotated[
-        Path | None,
+        PathSetting | None,
         Field(description="callers, a name and a bearer token a line; everybody may call when absent"),
     ] = None
     metrics_port: Annotated[
         int | None, Field(ge=0, le=65_535, description="port for Prometheus; none when absent")
     ] = None
     data_dir: Annotated[
-        Path | None,
+        PathSetting | None,
         Field(description="folder of jobs and images; $XDG_DATA_HOME/hidream-grpc when absent"),
     ] = None
     store: Annotated[
@@ -156,7 +185,12 @@ class Settings(BaseSettings):
         Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(description="least severe level that is logged")
     ] = "INFO"
     log_format: Annotated[Literal["text", "json"], Field(description="lines or JSON objects")] = "text"
-    log_file: Annotated[Path | None, Field(description="also append the log to this file")] = None
+    log_file: Annotated[PathSetting | None, Field(description="also append the log to this file")] = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_blank(cls, value: Any) -> Any:
+        return _not_blank(value)
 
     @classmethod
     def settings_customise_sources(
@@ -171,30 +205,37 @@ class Settings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
 
-def load_settings(flags: Mapping[str, Any], config_file: Path | None) -> Settings:
+def load_settings(flags: Mapping[str, Any], config: str | None) -> Settings:
     """Put the settings together.
 
     Args:
         flags: what was given on the command line, by field name.
-        config_file: a TOML file with fields of `Settings`.
+        config: path of a TOML file with fields of `Settings`.
 
     Raises:
-        ConfigurationError: a value is out of its range, or the file cannot be read.
+        ConfigurationError: a value is empty or out of its range, or the file cannot be read.
     """
-    if config_file is not None and not config_file.is_file():
-        raise ConfigurationError("--config", f"{config_file}: no such file")
+    # Also where a flag goes before it: one rule, whatever reads the variable.
+    of_settings = set(map(variable_name, Settings.model_fields))
+    _refuse_empty_variables(name for name in os.environ if name.upper() in of_settings)
+    config_file = None if config is None else _config_file(config)
 
     class _Settings(Settings):
-        model_config = SettingsConfigDict(toml_file=config_file)
+        model_config = SettingsConfigDict(toml_file=config_file and config_file.absolute())
 
     try:
-        return _Settings(**flags)
+        settings = _Settings(**flags)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
-        raise ConfigurationError(_origin(name, flags, config_file), first["msg"]) from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ConfigurationError(_origin(name, flags, config_file), reason) from None
     except (SettingsError, ValueError, OSError) as error:
         raise ConfigurationError(str(config_file or ENVIRONMENT_PREFIX), str(error)) from None
+    if (settings.artifacts or "").startswith("s3:"):
+        # What opens the bucket would take an empty endpoint or key for one.
+        _refuse_empty_variables(name for name in os.environ if name.startswith("AWS_"))
+    return settings
 
 
 def flag_name(field: str) -> str:
@@ -202,9 +243,59 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def variable_name(field: str) -> str:
+    """The environment variable of a field."""
+    return ENVIRONMENT_PREFIX + field.upper()
+
+
+def describe_unknown_variables(names: Iterable[str]) -> str | None:
+    """Name the variables that look like settings and are none, each with the setting that may be meant.
+
+    A warning, where a flag or a key of the file that does not exist is refused: Kubernetes and operators
+    give variables of this prefix too (`HIDREAM_PORT`, say, for a Service called hidream).
+
+    Returns:
+        One line, or None when there are none.
+    """
+    known = {variable_name(field) for field in Settings.model_fields}
+    unknown = {
+        name
+        for name in names
+        if (upper := name.upper()).startswith(ENVIRONMENT_PREFIX)
+        and upper not in known | VARIABLES_OF_CLIENTS
+    }
+    if not unknown:
+        return None
+    guesses = {name: get_close_matches(name.upper(), sorted(known), n=1, cutoff=0.9) for name in unknown}
+    listed = ", ".join(
+        f"{name} (did you mean {guesses[name][0]}?)" if guesses[name] else name for name in sorted(unknown)
+    )
+    return f"no settings, and ignored: {listed}"
+
+
+def _refuse_empty_variables(names: Iterable[str]) -> None:
+    for name in names:
+        try:
+            _not_blank(os.environ[name])
+        except ValueError as error:
+            raise ConfigurationError(name, str(error)) from None
+
+
+def _config_file(text: str) -> Path:
+    try:
+        config_file = Path(_path_text(_not_blank(text)))
+    except ValueError as error:
+        raise ConfigurationError("--config", str(error)) from None
+    if not config_file.is_file():
+        raise ConfigurationError("--config", f"{config_file}: no such file")
+    return config_file
+
+
 def _origin(field: str, flags: Mapping[str, Any], config_file: Path | None) -> str:
+    """What the operator wrote: a flag goes before a variable, a variable before a key of the file."""
     if field in flags:
         return flag_name(field)
-    if field in Settings.model_fields and config_file is None:
-        return ENVIRONMENT_PREFIX + field.upper()
-    return f"{field} ({config_file} or {ENVIRONMENT_PREFIX}{field.upper()})"
+    is_variable = variable_name(field) in map(str.upper, os.environ)
+    if field in Settings.model_fields and (is_variable or config_file is None):
+        return variable_name(field)
+    return f"{field} ({config_file})"

@@ -37,6 +37,13 @@ fail() {
   exit 2
 }
 
+require_not_empty() { # variables
+  local name
+  for name; do
+    [[ -z ${!name+set} || -n ${!name//[[:space:]]/} ]] || fail "$name: is empty; leave it out to have its default"
+  done
+}
+
 require_folder() { # flag, folder
   [[ -d $2 ]] || fail "$1: $2: no such folder"
 }
@@ -44,6 +51,8 @@ require_folder() { # flag, folder
 absolute() {
   (cd "$1" && pwd)
 }
+
+require_not_empty HIDREAM_DEVICES HIDREAM_MODEL_PATH HIDREAM_EXTRA_MODEL_PATH HIDREAM_LISTEN
 
 model_path=
 extra_model_path=

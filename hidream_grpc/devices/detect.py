@@ -38,6 +38,11 @@ class Machine:
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
     import_path: Sequence[str] | None = None
 
+    def num_devices(self, device_type: DeviceType) -> int:
+        """How many devices of a counted type there are, visible or not."""
+        node = re.compile(rf"{device_type.device_node_prefix}\d+")
+        return sum(1 for path in self.dev_directory.glob("*") if node.fullmatch(path.name))
+
     def visible_devices(self, device_type: DeviceType) -> tuple[str, ...]:
         """The devices of a counted type that this process may use, as its runtime names them.
 
@@ -45,8 +50,7 @@ class Machine:
         With one, its entries up to the first that the runtime would not accept: an index that does
         not exist, or anything but an index or a GPU's or GPU slice's unique id.
         """
-        node = re.compile(rf"{device_type.device_node_prefix}\d+")
-        num_nodes = sum(1 for path in self.dev_directory.glob("*") if node.fullmatch(path.name))
+        num_nodes = self.num_devices(device_type)
         inherited = self.environment.get(device_type.visible_devices_variable or "")
         if inherited is None or num_nodes == 0:
             return tuple(str(index) for index in range(num_nodes))
@@ -219,6 +223,12 @@ def parse_devices(value: str, flag: str = "--devices") -> tuple[int, ...]:
 def _first_present(machine: Machine) -> DeviceType:
     for device_type in (NPU, CUDA):
         if not machine.visible_devices(device_type):
+            if machine.num_devices(device_type):
+                _logger.warning(
+                    "%s devices are here but not used: %s",
+                    device_type.name,
+                    _what_is_missing(device_type, machine),
+                )
             continue
         missing = machine.missing_software(device_type)
         if missing is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 from pathlib import Path
@@ -161,13 +162,14 @@ def _check_length(length: int) -> None:
         raise FrameError(f"a frame of {length} bytes; {MAX_FRAME_BYTES} are allowed")
 
 
-def _encode_path(value: object) -> str:
+def _encode_path(value: object) -> bytes:
     if isinstance(value, Path):
-        return str(value)
+        # The name of a file need not be text.
+        return bytes(value)
     raise NotImplementedError(f"no message carries a {type(value).__name__}")
 
 
 def _decode_path(expected: type, value: Any) -> Any:
     if issubclass(expected, Path):
-        return Path(value)
+        return Path(os.fsdecode(value))
     raise NotImplementedError(f"no message carries a {expected.__name__}")

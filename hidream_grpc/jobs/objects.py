@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote_to_bytes
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
@@ -25,6 +25,9 @@ ARTIFACTS_FLAG = "--artifacts"
 MAX_RETRIES = 4
 
 _FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_URL = re.compile(r"file://(localhost)?(?P<folder>/.*)|s3://[^/@:]+(/.*)?", re.DOTALL)
+# What begins another part of a URL, what its parsers remove, and a % without its two digits.
+_NOT_IN_URLS = re.compile(r"[?#\x00-\x1f\x7f]|[ ]\Z|%(?![0-9A-Fa-f]{2})")
 # obstore tells these in its text alone; the last three are what MinIO and Ceph answer.
 _FULL = re.compile(
     rf"\(os error ({'|'.join(map(str, _FULL_ERRNOS))})\)"
@@ -149,13 +152,8 @@ def open_objects(location: Path | str, timeouts: ArtifactTimeouts) -> Objects:
     """
     if isinstance(location, Path):
         return _open_folder(location)
-    url = urlsplit(location)
-    if url.scheme == "file" and url.netloc in ("", "localhost") and url.path.startswith("/"):
-        return _open_folder(Path(unquote(url.path)))
-    if url.scheme != "s3" or not url.netloc:
-        raise ConfigurationError(
-            ARTIFACTS_FLAG, f"{location!r} is neither file:///FOLDER nor s3://BUCKET/PREFIX"
-        )
+    if (folder := _folder_of(location)) is not None:
+        return _open_folder(folder)
     try:
         store = S3Store.from_url(
             location,
@@ -173,6 +171,22 @@ def open_objects(location: Path | str, timeouts: ArtifactTimeouts) -> Objects:
     except (BaseError, ValueError) as error:
         raise ConfigurationError(ARTIFACTS_FLAG, f"{location!r}: {first_line(error)}") from None
     return Objects(store)
+
+
+def _folder_of(url: str) -> Path | None:
+    """The folder of a file:// URL; None for an s3:// URL. What parsers drop in silence is refused."""
+    match = _URL.fullmatch(url)
+    if match is None:
+        raise ConfigurationError(ARTIFACTS_FLAG, f"{url!r} is neither file:///FOLDER nor s3://BUCKET/PREFIX")
+    if wrong := _NOT_IN_URLS.search(url):
+        reason = f"{url!r}: in a URL {wrong[0]!r} is written {quote(wrong[0], safe='')}"
+        raise ConfigurationError(ARTIFACTS_FLAG, reason)
+    if match["folder"] is None:
+        return None
+    folder = os.fsdecode(unquote_to_bytes(match["folder"]))
+    if "\0" in folder:
+        raise ConfigurationError(ARTIFACTS_FLAG, f"{url!r}: a folder's name cannot hold %00")
+    return Path(folder)
 
 
 def _open_folder(directory: Path) -> FolderObjects:

@@ -295,7 +295,7 @@ def _store_policy(settings: Settings) -> StorePolicy:
 @contextlib.asynccontextmanager
 async def _open_store(url: str | None, data_directory: Path) -> AsyncIterator[SqlJobStore]:
     """The job store, for as long as the block lasts."""
-    store = SqlJobStore(url or f"sqlite+aiosqlite:///{data_directory / 'jobs.sqlite'}")
+    store = SqlJobStore(url or data_directory / "jobs.sqlite")
     with _told_as_start_errors(url):
         await store.open()
     try:

@@ -9,7 +9,7 @@ import random
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from hidream_grpc.jobs.job import StoredImage
 from hidream_grpc.jobs.objects import ArtifactTimeouts
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 from tests.answering_servers import answering
+from tests.file_names import ODD_FILE_NAMES
 from tests.s3_server import BUCKET, S3Server, running_s3_server
 from tests.small_disks import small_disk
 
@@ -514,6 +515,35 @@ def test_a_location_that_is_no_folder_and_no_bucket_is_told_at_the_start(locatio
     with pytest.raises(ConfigurationError, match=r"^--artifacts: .*s3://BUCKET/PREFIX") as refused:
         ArtifactStore(location)
     assert repr(location) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("location", "line"),
+    [
+        ("file:///images?x", "'file:///images?x': in a URL '?' is written %3F"),
+        ("file:///images#1", "'file:///images#1': in a URL '#' is written %23"),
+        ("file:///images%", "'file:///images%': in a URL '%' is written %25"),
+        ("file:///ima\nges", r"'file:///ima\nges': in a URL '\n' is written %0A"),
+        ("file:///ima%00ges", "'file:///ima%00ges': a folder's name cannot hold %00"),
+        ("s3://bucket/prefix?x", "'s3://bucket/prefix?x': in a URL '?' is written %3F"),
+        ("s3://bucket/prefix ", "'s3://bucket/prefix ': in a URL ' ' is written %20"),
+    ],
+)
+def test_what_a_url_would_lose_in_silence_is_refused(location: str, line: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        ArtifactStore(location)
+    assert str(refused.value) == f"--artifacts: {line}"
+
+
+@pytest.mark.parametrize("name", ODD_FILE_NAMES, ids=ascii)
+@pytest.mark.parametrize("as_location", [Path, Path.as_uri], ids=["path", "URL"])
+async def test_a_folder_of_any_name_holds_the_images(
+    name: str, as_location: Callable[[Path], Path | str], tmp_path: Path
+) -> None:
+    store = ArtifactStore(as_location(tmp_path / name))
+    stored = await store.write(ONE, CLAIM, 0, PARAMETERS, DATA)
+    assert await store.read(ONE, stored, 0, len(DATA)) == DATA
+    assert files_in(tmp_path) == [f"{name}/images/{ONE}/{CLAIM}/0"]
 
 
 def test_a_folder_that_cannot_be_made_is_told_at_the_start(tmp_path: Path) -> None:

@@ -1,16 +1,28 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import typing
 from pathlib import Path
 
 import pytest
+import typer.models
 from typer.testing import CliRunner
 
+from hidream import options
 from hidream_grpc.cli import app
 from hidream_grpc.errors import ConfigurationError
 from hidream_grpc.jobs.limits import RequestLimits
-from hidream_grpc.settings import ENVIRONMENT_PREFIX, Settings, flag_name, load_settings
+from hidream_grpc.settings import (
+    ENVIRONMENT_PREFIX,
+    VARIABLES_OF_CLIENTS,
+    Settings,
+    describe_unknown_variables,
+    flag_name,
+    load_settings,
+)
+from tests.file_names import ODD_FILE_NAMES
 
 # Adding or renaming a flag changes what operators have in their scripts.
 FLAGS = {
@@ -102,7 +114,7 @@ def test_a_flag_goes_before_the_environment_the_environment_before_the_file(
     config_file.write_text("max_queued_jobs = 1\nmax_running_jobs = 1\nmax_streams = 1\n", encoding="utf-8")
     monkeypatch.setenv("HIDREAM_MAX_QUEUED_JOBS", "2")
     monkeypatch.setenv("HIDREAM_MAX_RUNNING_JOBS", "2")
-    settings = load_settings({"max_queued_jobs": 3}, config_file)
+    settings = load_settings({"max_queued_jobs": 3}, str(config_file))
     assert (settings.max_queued_jobs, settings.max_running_jobs, settings.max_streams) == (3, 2, 1)
     assert settings.chunk_bytes == Settings.model_fields["chunk_bytes"].default
 
@@ -162,10 +174,115 @@ def test_a_bad_file_is_told_in_one_line_that_names_it(tmp_path: Path, content: b
     config_file = tmp_path / "hidream.toml"
     config_file.write_bytes(content)
     with pytest.raises(ConfigurationError) as refused:
-        load_settings({}, config_file)
+        load_settings({}, str(config_file))
     assert words in str(refused.value)
     assert str(config_file) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\t\n"], ids=["empty", "space", "tab and newline"])
+@pytest.mark.parametrize("field", Settings.model_fields)
+def test_an_empty_value_is_refused_wherever_it_stands(
+    field: str, blank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_file = tmp_path / "hidream.toml"
+    config_file.write_text(f"{field} = {json.dumps(blank)}", encoding="utf-8")
+    reason = "is empty; leave it out to have its default"
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings({}, str(config_file))
+    assert str(refused.value) == f"{field} ({config_file}): {reason}"
+    monkeypatch.setenv(ENVIRONMENT_PREFIX + field.upper(), blank)
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings({}, str(config_file))
+    assert str(refused.value) == f"{ENVIRONMENT_PREFIX}{field.upper()}: {reason}"
+    monkeypatch.delenv(ENVIRONMENT_PREFIX + field.upper())
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings({field: blank}, str(config_file))
+    assert str(refused.value) == f"{flag_name(field)}: {reason}"
+
+
+def test_an_empty_variable_is_refused_beside_its_flag_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIDREAM_STORE", "")
+    with pytest.raises(ConfigurationError, match=r"^HIDREAM_STORE: is empty; leave it out"):
+        load_settings({"store": "postgresql+asyncpg://host/jobs"}, None)
+
+
+def test_an_empty_variable_of_the_bucket_is_refused_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "")
+    assert load_settings({"artifacts": "file:///images"}, None).artifacts == "file:///images"
+    with pytest.raises(ConfigurationError, match=r"^AWS_ENDPOINT_URL: is empty; leave it out"):
+        load_settings({"artifacts": "s3://bucket/prefix"}, None)
+
+
+def test_an_empty_config_flag_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"^--config: is empty; leave it out"):
+        load_settings({}, "")
+
+
+PATHS = ("model_path", "extra_model_path", "data_dir", "tokens_file", "log_file")
+
+
+@pytest.mark.parametrize("field", PATHS)
+@pytest.mark.parametrize("name", ODD_FILE_NAMES, ids=ascii)
+def test_every_name_of_a_file_is_taken_as_it_is(
+    field: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert getattr(load_settings({field: name}, None), field) == Path(name)
+    monkeypatch.setenv(ENVIRONMENT_PREFIX + field.upper(), name)
+    assert getattr(load_settings({}, None), field) == Path(name)
+
+
+@pytest.mark.parametrize("name", ODD_FILE_NAMES, ids=ascii)
+def test_a_config_file_may_have_any_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text("max_streams = 7\ndata_dir = 'relative'", encoding="utf-8")
+    settings = load_settings({}, name)
+    assert (settings.max_streams, settings.data_dir) == (7, Path("relative"))
+
+
+@pytest.mark.parametrize("field", PATHS)
+def test_a_tilde_that_no_shell_expanded_is_refused_and_such_a_name_has_a_way(field: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings({field: "~/hidream"}, None)
+    assert str(refused.value) == (
+        f"{flag_name(field)}: '~/hidream': only a shell expands ~; "
+        "write the whole path, or ./~ for such a name"
+    )
+    assert getattr(load_settings({field: "./~x"}, None), field) == Path("~x")
+
+
+def test_a_tilde_in_the_name_of_the_config_file_is_no_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("~x").write_text("max_streams = 7", encoding="utf-8")
+    assert load_settings({}, "./~x").max_streams == 7
+
+
+def test_a_path_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    config_file = tmp_path / "hidream.toml"
+    config_file.write_text('data_dir = "a\\u0000b"', encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=r"^data_dir .*'a\\x00b' is no path$"):
+        load_settings({}, str(config_file))
+
+
+def test_variables_that_look_like_settings_are_told_with_the_one_that_may_be_meant() -> None:
+    names = ["HIDREAM_STROE", "HIDREAM_PORT", "HIDREAM_TOKEN", "HIDREAM_STORE", "hidream_data_dir", "HOME"]
+    assert describe_unknown_variables(names) == (
+        "no settings, and ignored: HIDREAM_PORT, HIDREAM_STROE (did you mean HIDREAM_STORE?)"
+    )
+    assert describe_unknown_variables(["HIDREAM_STORE", *VARIABLES_OF_CLIENTS]) is None
+
+
+def test_the_variables_of_the_clients_are_known_to_the_server() -> None:
+    of_clients = (typing.get_args(option)[1].envvar for option in vars(options).values() if is_option(option))
+    assert {name for name in of_clients if name} == VARIABLES_OF_CLIENTS
+
+
+def is_option(value: object) -> bool:
+    return isinstance(getattr(value, "__metadata__", (None,))[0], typer.models.OptionInfo)
 
 
 def test_settings_do_not_change_once_the_server_has_them() -> None:

@@ -212,6 +212,16 @@ def test_a_bad_start_is_refused_with_one_line_that_names_the_flag(arguments: lis
     assert refusal(*arguments) == f"start_service: {line}"
 
 
+@pytest.mark.parametrize("variable", ["DEVICES", "MODEL_PATH", "EXTRA_MODEL_PATH", "LISTEN"])
+def test_an_empty_variable_is_refused_as_by_the_server(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"HIDREAM_{variable}", " ")
+    assert refusal("--demo") == (
+        f"start_service: HIDREAM_{variable}: is empty; leave it out to have its default"
+    )
+
+
 def test_a_missing_llama_folder_is_one_line(model_folder: Path) -> None:
     assert refusal("-m", model_folder, "-e", "/no/llama") == (
         "start_service: --extra-model-path: /no/llama: no such folder"

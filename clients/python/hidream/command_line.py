@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Concatenate
 
@@ -22,7 +23,7 @@ from hidream.errors import (
     ServerError,
     UnavailableError,
 )
-from hidream.options import Address, CaFile, Token, UseTls
+from hidream.options import VARIABLES, Address, CaFile, Token, UseTls
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2
@@ -64,12 +65,31 @@ def connected(command: Callable[Concatenate[Client, ...], None]) -> Callable[...
     @functools.wraps(command)
     def run(**options: Any) -> None:
         connection = {name: options.pop(name) for name in of_connection}
+        _refuse_empty(connection)
         with exit_codes(connection["address"]), _new_client(**connection) as client:
             command(client, **options)
 
     # What typer reads.
     run.__signature__ = inspect.Signature([*own, *of_connection.values()])  # type: ignore[attr-defined]
     return run
+
+
+def _refuse_empty(connection: Mapping[str, Any]) -> None:
+    """End the command where an option of the connection, or the variable in its place, is empty.
+
+    An unset `$TOKEN` or `$TLS` of a script must not become a call without a token, or in plaintext.
+    """
+    for name, variable in VARIABLES.items():
+        value = connection[name]
+        if not os.environ.get(variable, variable).strip():
+            # Typer takes it for an absent one.
+            empty = variable
+        elif isinstance(value, str) and not value.strip():
+            empty = f"--{name}"
+        else:
+            continue
+        typer.echo(f"hidream: {empty}: is empty; leave it out to have its default", err=True)
+        raise typer.Exit(EXIT_INVALID)
 
 
 def _new_client(

@@ -56,16 +56,23 @@ class Label:
 
 
 # How to reach the server.
-Address = Annotated[str, typer.Option(envvar="HIDREAM_ADDRESS", help="host:port of the server.")]
+VARIABLES = {
+    "address": "HIDREAM_ADDRESS",
+    "token": "HIDREAM_TOKEN",
+    "tls": "HIDREAM_TLS",
+    "ca_file": "HIDREAM_CA_FILE",
+}
+Address = Annotated[str, typer.Option(envvar=VARIABLES["address"], help="host:port of the server.")]
 Token = Annotated[
     str | None,
-    typer.Option(envvar="HIDREAM_TOKEN", show_envvar=True, help="Bearer token; better by its variable."),
+    typer.Option(envvar=VARIABLES["token"], show_envvar=True, help="Bearer token; better by its variable."),
 ]
-UseTls = Annotated[bool, typer.Option("--tls", envvar="HIDREAM_TLS", help="Encrypt the connection.")]
+UseTls = Annotated[bool, typer.Option("--tls", envvar=VARIABLES["tls"], help="Encrypt the connection.")]
 CaFile = Annotated[
     Path | None,
     typer.Option(
-        envvar="HIDREAM_CA_FILE", help="PEM file of who vouches for the server, in place of the public ones."
+        envvar=VARIABLES["ca_file"],
+        help="PEM file of who vouches for the server, in place of the public ones.",
     ),
 ]
 

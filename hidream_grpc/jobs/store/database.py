@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from enum import IntEnum
+from pathlib import Path
 
 import asyncpg
 import sqlalchemy as sa
@@ -39,24 +40,24 @@ class Lock(IntEnum):
 class Database:
     """One database that is brought to the newest schema when it is opened."""
 
-    def __init__(self, url: str | sa.URL) -> None:
+    def __init__(self, location: Path | str) -> None:
         """Know a database, without a connection to it.
 
         Args:
-            url: as `--store` has it, see `parse_store_url`.
+            location: the file of a SQLite database, or a URL as `--store` has it, see `parse_store_url`.
 
         Raises:
             ConfigurationError: what is wrong with the URL.
         """
-        location = parse_store_url(url)
+        parsed = SqliteFile(location.absolute()) if isinstance(location, Path) else parse_store_url(location)
         self._files: StoreFiles | None = None
         self._connector: PostgresConnector | None = None
-        if isinstance(location, SqliteFile):
-            self._engine = sqlite_engine(location.path)
-            self._files = StoreFiles(location.path)
-            self._name = str(location.path)
+        if isinstance(parsed, SqliteFile):
+            self._engine = sqlite_engine(parsed.path)
+            self._files = StoreFiles(parsed.path)
+            self._name = str(parsed.path)
         else:
-            self._connector = PostgresConnector(location)
+            self._connector = PostgresConnector(parsed)
             self._engine = postgresql_engine(self._connector)
             self._name = "the job store"
         # SQLite removes its log when the last connection is closed; this one stays.

@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from sqlalchemy import URL, Row
+from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hidream_grpc.errors import (
@@ -95,16 +96,16 @@ class SqlJobStore:
     is cancelled goes on to its end: the caller does not know what became of it.
     """
 
-    def __init__(self, url: str | URL) -> None:
+    def __init__(self, location: Path | str) -> None:
         """Know a store, without a connection to it.
 
         Args:
-            url: as `--store` has it, see `parse_store_url`.
+            location: the file of a SQLite database, or a URL as `--store` has it, see `parse_store_url`.
 
         Raises:
             ConfigurationError: what is wrong with the URL.
         """
-        self._database = Database(url)
+        self._database = Database(location)
         self._hub = ChangeHub()
         self._calls = RunningCalls()
         is_sqlite = self._database.is_sqlite

@@ -74,18 +74,17 @@ class PostgresDatabase:
     arguments: Mapping[str, Any] = field(repr=False)
 
 
-def parse_store_url(url: str | sa.URL) -> SqliteFile | PostgresDatabase:
+def parse_store_url(url: str) -> SqliteFile | PostgresDatabase:
     """Read the value of `--store`.
 
     Raises:
         ConfigurationError: in one line, which part is wrong; it never shows the password.
     """
-    text = url if isinstance(url, str) else url.render_as_string(hide_password=False)
-    scheme, separator, _ = text.partition("://")
+    scheme, separator, _ = url.partition("://")
     if separator and scheme in _SQLITE_SCHEMES:
         return _sqlite_file(sa.make_url(url))
     if separator and scheme in _POSTGRESQL_SCHEMES:
-        return _postgres_database(text)
+        return _postgres_database(url)
     raise _refusal(_FORMS)
 
 

@@ -16,6 +16,7 @@ from hidream.errors import (
     StreamError,
     error_from_status,
 )
+from hidream.options import VARIABLES
 from hidream.v1 import image_pb2
 
 ADDRESS = "localhost:8088"
@@ -120,3 +121,27 @@ def test_a_failure_of_the_server_always_tells_its_id() -> None:
     assert error_lines(error_from_status(details), ADDRESS) == [
         "localhost:8088: internal error (error id a1b2)"
     ]
+
+
+@pytest.mark.parametrize("blank", ["", " "], ids=["empty", "space"])
+@pytest.mark.parametrize(
+    ("arguments", "variable", "named"),
+    [
+        *(([], variable, variable) for variable in VARIABLES.values()),
+        (["--token", "a-token-0123456789"], "HIDREAM_TOKEN", "HIDREAM_TOKEN"),
+        (["--token"], None, "--token"),
+        (["--address"], None, "--address"),
+    ],
+    ids=["address", "token", "tls", "ca file", "beside its flag", "the token's flag", "the address's flag"],
+)
+def test_an_empty_value_of_the_connection_is_refused(
+    arguments: list[str], variable: str | None, named: str, blank: str
+) -> None:
+    # HIDREAM_TLS of blanks is no truth value, which typer says itself.
+    if (variable, blank) == ("HIDREAM_TLS", " "):
+        return
+    environment = {variable: blank} if variable else {}
+    command = ["info", *arguments, *([] if variable else [blank])]
+    result = CliRunner().invoke(cli.app, command, env=environment)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"hidream: {named}: is empty; leave it out to have its default\n"

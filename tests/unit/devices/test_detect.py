@@ -80,6 +80,19 @@ def test_auto_passes_over_devices_that_torch_cannot_use_and_says_why(
     ]
 
 
+@pytest.mark.parametrize("variable_value", ["", " ", "-1"], ids=["empty", "blank", "none"])
+def test_auto_says_when_a_variable_hides_all_devices(
+    make_machine: MakeMachine, variable_value: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine = make_machine(DAVINCI, environment={"ASCEND_RT_VISIBLE_DEVICES": variable_value})
+    with caplog.at_level(logging.WARNING):
+        assert detect(machine=machine) is CPU
+    assert [record.getMessage() for record in caplog.records] == [
+        f"npu devices are here but not used: ASCEND_RT_VISIBLE_DEVICES={variable_value} leaves none of "
+        f"{machine.dev_directory}/davinciN visible"
+    ]
+
+
 def test_a_type_that_is_there_can_be_asked_for_by_name(make_machine: MakeMachine) -> None:
     machine = make_machine(NVIDIA + DAVINCI)
     assert [detect(name, machine=machine) for name in ("npu", "cuda", "cpu")] == [NPU, CUDA, CPU]

@@ -3,9 +3,11 @@ package flags
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
+	"strings"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
@@ -50,7 +52,11 @@ func (server *Server) Connect() (*grpc.ClientConn, error) {
 		transport = credentials.NewTLS(config)
 	}
 	options := []grpc.DialOption{grpc.WithTransportCredentials(transport)}
-	if token := os.Getenv("HIDREAM_TOKEN"); token != "" {
+	if token, isSet := os.LookupEnv("HIDREAM_TOKEN"); isSet {
+		if strings.TrimSpace(token) == "" {
+			// An unset $TOKEN of a script must not become a call without a token.
+			return nil, errors.New("HIDREAM_TOKEN: is empty; leave it out to call without a token")
+		}
 		options = append(options, grpc.WithPerRPCCredentials(hidream.BearerToken(token)))
 	}
 	return grpc.NewClient(server.address, options...)
