@@ -20,7 +20,7 @@ from hidream_grpc.errors import ModelNotFoundError
 from hidream_grpc.model.checkpoint import describe_checkpoint
 from hidream_grpc.model.loading import load_module
 from hidream_grpc.model.pipeline import HiDreamModel
-from tests.unit.model.test_weight_files import pointer, unlinked
+from tests.unfinished_downloads import leave_pointer, unlink_target
 
 MODEL_FLAG = "-m/--model-path"
 EXTRA_FLAG = "-e/--extra-model-path"
@@ -276,7 +276,7 @@ def test_weights_of_the_editing_model_are_refused_where_the_files_tell(
 )
 @pytest.mark.parametrize(
     ("damage", "reason"),
-    [(pointer, "a pointer of Git LFS"), (unlinked, "a link to ../../blobs/0123abcd")],
+    [(leave_pointer, "a pointer of Git LFS"), (unlink_target, "a link to ../../blobs/0123abcd")],
     ids=["LFS", "dangling link"],
 )
 def test_a_file_that_was_not_downloaded_is_named_whatever_it_is(

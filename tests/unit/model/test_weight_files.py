@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from hidream_grpc.errors import ModelNotFoundError
 from hidream_grpc.model.weight_files import Library, num_weights, read_tensors, weight_files
+from tests.unfinished_downloads import halve, leave_part, leave_pointer, unlink_target
 
 FLAG = "-m/--model-path"
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -87,34 +88,16 @@ def test_of_one_file_and_a_whole_index_each_library_takes_what_it_takes_itself(t
     assert names(tmp_path, Library.TRANSFORMERS) == SHARDS
 
 
-def half(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def unlinked(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("../../blobs/0123abcd")
-
-
-def pointer(path: Path) -> None:
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n")
-
-
-def unfinished(path: Path) -> None:
-    path.unlink()
-    downloads = path.parent / ".cache" / "huggingface" / "download"
-    downloads.mkdir(parents=True)
-    (downloads / "x1.0123abcd.incomplete").write_bytes(b"half")
-
-
 @pytest.mark.parametrize("file", [SINGLE, SHARDS[1]], ids=["one file", "one of two files"])
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        pytest.param(half, "not a whole safetensors file: ", id="truncated"),
-        pytest.param(pointer, "a pointer of Git LFS, not the file itself: run `git lfs pull`", id="LFS"),
-        pytest.param(unlinked, "a link to ../../blobs/0123abcd, which is not there", id="dangling link"),
-        pytest.param(unfinished, "; a download into its folder has not finished", id="part"),
+        pytest.param(halve, "not a whole safetensors file: ", id="truncated"),
+        pytest.param(
+            leave_pointer, "a pointer of Git LFS, not the file itself: run `git lfs pull`", id="LFS"
+        ),
+        pytest.param(unlink_target, "a link to ../../blobs/0123abcd, which is not there", id="dangling link"),
+        pytest.param(leave_part, "; a download into its folder has not finished", id="part"),
     ],
 )
 def test_a_download_that_is_not_whole_is_one_line_naming_the_file(
