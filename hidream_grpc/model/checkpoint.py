@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def _defaults(model_path: Path, scheduler: SchedulerConfig, size_limits: SizeLim
     if not size_limits.allows(size):
         size = size_limits.largest_square()
     path = model_path / "generation_config.json"
-    own = read_json(path, GenerationConfig, MODEL_PATH_FLAG) if path.exists() else GenerationConfig()
+    own = read_json(path, GenerationConfig, MODEL_PATH_FLAG) if os.path.lexists(path) else GenerationConfig()
     size = ImageSize(own.width or size.width, own.height or size.height)
     if not size_limits.allows(size):
         raise ModelNotFoundError(MODEL_PATH_FLAG, path, f"{size.width}×{size.height} cannot be drawn")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -186,7 +187,7 @@ def read_pipeline_class(model_path: Path) -> str:
     if not model_path.is_dir():
         raise ModelNotFoundError(MODEL_PATH_FLAG, model_path)
     index = model_path / "model_index.json"
-    if not (index.exists() or index.is_symlink()):
+    if not os.path.lexists(index):
         raise ModelNotFoundError(MODEL_PATH_FLAG, model_path, "no model_index.json: not in diffusers format")
     return read_json(index, _PipelineIndex, MODEL_PATH_FLAG).name
 

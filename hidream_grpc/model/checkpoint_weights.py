@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -121,7 +122,7 @@ def _check_component(component: _Component) -> dict[str, StoredTensor]:
         # The library would load that file instead of the one that is checked here.
         raise ModelNotFoundError(flag, config, "names a weight file of its own (transformers_weights)")
     for name in _ADAPTER_FILES:
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):
             raise ModelNotFoundError(
                 flag, folder / name, "a LoRA that is not loaded; merge it into the weights"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,12 @@ def check_tokenizers(model_path: Path, extra_model_path: Path | None) -> None:
 
 def _check_tokenizer(folder: Path, flag: str, vocabulary: tuple[str, ...]) -> None:
     """Check one that is a tokenizer.json, or else these files."""
-    has_vocabulary = any((folder / name).exists() for name in vocabulary)
-    if (folder / "tokenizer.json").exists() or not has_vocabulary:
+    has_vocabulary = any(os.path.lexists(folder / name) for name in vocabulary)
+    if os.path.lexists(folder / "tokenizer.json") or not has_vocabulary:
         vocabulary = ("tokenizer.json",)
     for name in TOKENIZER_FILES:
         path = folder / name
-        if name in vocabulary or path.exists() or path.is_symlink():
+        if name in vocabulary or os.path.lexists(path):
             check_file(path, flag)
             if name in _SETTINGS:
                 read_json(path, dict[str, Any], flag)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+from safetensors.numpy import load_file, save_file
 
 from hidream.v1 import server_info_pb2
+from hidream_grpc.model.demo import demo_checkpoint_path
 from tests.e2e.conftest import NarrowServer
 from tests.live_server import LiveServer, running_server
 from tests.refused_starts import refused_line
@@ -86,6 +90,17 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
 def test_whatever_is_wrong_with_a_flag_is_one_line_that_names_it(flags: list[str], words: list[str]) -> None:
     line = refused_line(["--listen", "127.0.0.1:0", *flags] if "--listen" not in flags else flags)
     assert all(word in line for word in words), line
+
+
+def test_a_checkpoint_that_is_not_what_it_says_is_one_line_before_any_rank_starts(tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(demo_checkpoint_path(), tmp_path / "checkpoint"))
+    weights = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
+    scale = {"final_layer.linear.scale_weight": np.ones((), np.float32)}
+    save_file(load_file(weights) | scale, weights)
+    assert refused_line(["-m", checkpoint]) == (
+        f"hidream-grpc: -m/--model-path: {weights}: final_layer.linear.scale_weight: quantized weights;"
+        " take those that are not quantized"
+    )
 
 
 @pytest.mark.parametrize("device_type", ["npu", "cuda"])

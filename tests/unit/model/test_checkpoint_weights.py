@@ -263,6 +263,7 @@ def test_weights_of_the_editing_model_are_refused_where_the_files_tell(
     "file",
     [
         "model_index.json",
+        "generation_config.json",
         "scheduler/scheduler_config.json",
         "transformer/config.json",
         *WEIGHTS,
@@ -282,6 +283,7 @@ def test_weights_of_the_editing_model_are_refused_where_the_files_tell(
 def test_a_file_that_was_not_downloaded_is_named_whatever_it_is(
     damage: Callable[[Path], None], reason: str, file: str, own_checkpoint: Path
 ) -> None:
+    (own_checkpoint / "generation_config.json").write_text("{}")
     damage(own_checkpoint / file)
     assert refused(own_checkpoint).startswith(f"{MODEL_FLAG}: {own_checkpoint / file}: {reason}")
 

@@ -11,6 +11,7 @@ from transformers import T5Tokenizer
 
 from hidream_grpc.errors import ModelNotFoundError
 from hidream_grpc.model.checkpoint import describe_checkpoint
+from hidream_grpc.model.loading import load_tokenizer
 from hidream_grpc.model.prompt_tokens import PromptTokenCounter
 from hidream_grpc.model.t5_tokenizer import t5_tokenizer
 
@@ -61,7 +62,7 @@ def test_the_converted_tokenizer_gives_the_tokens_of_the_ranks(
             '{"extra_ids": 6, "added_tokens_decoder":'
             ' {"1": {"content": "</s>", "lstrip": true, "rstrip": true, "special": true}}}'
         )
-    of_the_ranks = T5Tokenizer.from_pretrained(tmp_path)
+    of_the_ranks = load_tokenizer(T5Tokenizer, tmp_path)
     converted = t5_tokenizer(tmp_path, FLAG)
     for prompt in PROMPTS:
         assert converted.encode(prompt).ids == of_the_ranks(prompt).input_ids, prompt
@@ -75,7 +76,7 @@ def test_a_checkpoint_with_spiece_model_alone_is_accepted(spiece_model: bytes, o
     describe_checkpoint(own_checkpoint, None)
     counts = PromptTokenCounter.from_checkpoint(own_checkpoint, None).count(PROMPTS[0])
     (t5,) = (count for count in counts if count.encoder == "T5")
-    assert t5.num_tokens == len(T5Tokenizer.from_pretrained(folder)(PROMPTS[0]).input_ids)
+    assert t5.num_tokens == len(load_tokenizer(T5Tokenizer, folder)(PROMPTS[0]).input_ids)
 
 
 @pytest.mark.parametrize("content", [b"no model at all", b""], ids=["text", "empty"])
