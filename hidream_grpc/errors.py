@@ -8,6 +8,7 @@
     │   ├── CheckpointChangedError      other files lie in the model folder than at the start of the server
     │   ├── DeviceUnavailableError      the device type or one of the devices is not there
     │   ├── DeviceFailedError           devices cannot be opened; the engine takes the others, while there are
+    │   ├── InsufficientMemoryError     the model in this layout needs more memory than there is
     │   ├── StoreInUseError             another server has the job store open
     │   ├── StoreUnusableError          a file, right, role or host of the job store is not as it must be
     │   └── StoreVersionError           a newer server has written the job store
@@ -121,6 +122,10 @@ class DeviceFailedError(StartupError):
         self.ranks = ranks
         self.reason = reason
         self.took_too_long = took_too_long
+
+
+class InsufficientMemoryError(StartupError):
+    """What the ranks load does not fit the memory that there is; no device is to blame."""
 
 
 class StoreInUseError(StartupError):

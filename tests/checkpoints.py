@@ -148,6 +148,37 @@ def write_reshaped(source: Path, folder: Path, **transformer: object) -> Path:
     return folder
 
 
+def write_promised(source: Path, folder: Path, **transformer: object) -> Path:
+    """Write a checkpoint whose transformer is as large as its headers say, and takes no room on the disk.
+
+    Args:
+        source: a checkpoint, whose other components are linked.
+        folder: of the new one; made.
+        transformer: what differs from the tiny checkpoint's configuration.
+
+    Returns:
+        `folder`.
+    """
+    (folder / "transformer").mkdir(parents=True)
+    for part in source.iterdir():
+        if part.name != "transformer":
+            (folder / part.name).symlink_to(part.resolve())
+    with torch.device("meta"):
+        model = _transformer(**transformer)
+    model.save_config(folder / "transformer")
+    header: dict[str, object] = {}
+    end = 0
+    for name, parameter in model.state_dict().items():
+        start, end = end, end + 2 * parameter.numel()
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    with (folder / "transformer" / "diffusion_pytorch_model.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        # The rest of the file is a hole.
+        file.truncate(8 + len(encoded) + end)
+    return folder
+
+
 def write_spoilt(
     source: Path, folder: Path, spoil: Mapping[str, Callable[[dict[str, Tensor]], None]]
 ) -> Path:

@@ -28,6 +28,10 @@ class Devices:
         for number in numbers:
             (self._folder / str(number)).touch()
 
+    def take_memory_of(self, *numbers: int) -> None:
+        for number in numbers:
+            (self._folder / str(number)).write_text("memory")
+
     def repair_all(self) -> None:
         for path in self._folder.iterdir():
             path.unlink()

@@ -38,6 +38,7 @@ class DeviceType:
         device_node_prefix: device N of this type is the file `/dev/<prefix>N`.
         rank_environment: environment defaults of the ranks, by the number of ranks.
         can_compile: whether torch.compile has been made to work on it here.
+        bytes_per_weight: of the dtype that the model has on it.
     """
 
     name: str
@@ -48,6 +49,7 @@ class DeviceType:
     device_node_prefix: str
     rank_environment: Callable[[int], dict[str, str]]
     can_compile: bool
+    bytes_per_weight: int
 
     def environment(self, num_ranks: int) -> dict[str, str]:
         """Environment defaults of the ranks; each applies only where the operator set nothing.
@@ -94,6 +96,7 @@ CPU = DeviceType(
     device_node_prefix="",
     rank_environment=lambda _num_ranks: {},
     can_compile=True,
+    bytes_per_weight=4,
 )
 CUDA = DeviceType(
     name="cuda",
@@ -105,6 +108,7 @@ CUDA = DeviceType(
     device_node_prefix="nvidia",
     rank_environment=_cuda_environment,
     can_compile=True,
+    bytes_per_weight=2,
 )
 NPU = DeviceType(
     name="npu",
@@ -117,6 +121,7 @@ NPU = DeviceType(
     rank_environment=_npu_environment,
     # torch_npu has two backends for graphs; neither has been run with this model: docs/decisions/0005.
     can_compile=False,
+    bytes_per_weight=2,
 )
 
 

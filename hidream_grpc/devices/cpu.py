@@ -9,6 +9,7 @@ import torch
 
 from hidream_grpc.devices import kernels
 from hidream_grpc.devices.base import CPU, Device, DeviceMemory
+from hidream_grpc.devices.host_memory import colon_separated, host_memory
 
 
 class CpuDevice:
@@ -23,11 +24,8 @@ class CpuDevice:
         self.name = _processor_name()
 
     def memory(self) -> DeviceMemory:
-        """Memory of the machine; a container's own limit is not looked at."""
-        fields = _colon_separated(Path("/proc/meminfo"))
-        return DeviceMemory(
-            total_bytes=_kibibytes(fields["MemTotal"]), free_bytes=_kibibytes(fields["MemAvailable"])
-        )
+        """Memory of the machine, or of the container."""
+        return host_memory()
 
     def synchronize(self) -> None:
         """Return at once: work on a CPU is done when its call returns."""
@@ -66,13 +64,4 @@ def open_device(_local_index: int) -> Device:
 
 def _processor_name() -> str:
     # Arm kernels give no "model name".
-    return _colon_separated(Path("/proc/cpuinfo")).get("model name") or platform.machine()
-
-
-def _colon_separated(path: Path) -> dict[str, str]:
-    lines = (line.partition(":") for line in path.read_text(encoding="utf-8").splitlines())
-    return {name.strip(): value.strip() for name, _, value in lines}
-
-
-def _kibibytes(value: str) -> int:
-    return int(value.removesuffix(" kB")) * 1024
+    return colon_separated(Path("/proc/cpuinfo")).get("model name") or platform.machine()

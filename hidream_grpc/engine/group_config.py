@@ -8,9 +8,14 @@ from typing import Literal
 
 from hidream_grpc.devices.base import StartMethod
 from hidream_grpc.devices.detect import DeviceSelection
+from hidream_grpc.engine.memory_gate import MemoryCheck
 from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.step_shapes import StepShape
+
+
+def _any_memory_will_do(*_arguments: object) -> None:
+    """Where nobody knows what the model needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ class GroupConfig:
         start_method: how the zygote makes ranks.
         replace: who is started again when a rank died: the dead alone, or all. "one" is proven on gloo.
         threads_per_rank: of torch, on the CPU.
+        check_memory: whether ranks that start have room for what they load.
         compile_shapes: of the steps that each rank compiles for when it has loaded.
         timeouts: of everything that is waited for.
         log: how zygote and ranks log.
@@ -66,6 +72,7 @@ class GroupConfig:
     start_method: StartMethod = StartMethod.FORK
     replace: Literal["one", "all"] = "one"
     threads_per_rank: int = 1
+    check_memory: MemoryCheck = _any_memory_will_do
     compile_shapes: tuple[StepShape, ...] = ()
     timeouts: GroupTimeouts = field(default_factory=GroupTimeouts)
     log: LogConfig = field(default_factory=LogConfig)

@@ -92,7 +92,7 @@ ZygoteEvent = ZygoteReady | ProcessStarted | StartRefused | ProcessEnded
 
 
 class Load(_Message, frozen=True):
-    """First command of a rank: open the device, load the weights, compile for the shapes of steps.
+    """First command of a rank: open the device, then, at `LoadWeights`, load the weights and compile.
 
     A checkpoint of another fingerprint is refused: the server has described this one to its callers.
     pulse_path is the page in which the rank says that it waits for others, see `engine/pulse.py`.
@@ -108,6 +108,10 @@ class Load(_Message, frozen=True):
     compile_shapes: tuple[StepShape, ...]
     pulse_path: Path
     log: LogConfig
+
+
+class LoadWeights(_Message, frozen=True):
+    """There is room for what this rank and those beside it load."""
 
 
 class JoinGroup(_Message, frozen=True):
@@ -182,7 +186,7 @@ class Leave(_Message, frozen=True):
     """Leave the group and exit 0."""
 
 
-Command = Load | JoinGroup | StepPlan | GiveSnapshot | Leave
+Command = Load | LoadWeights | JoinGroup | StepPlan | GiveSnapshot | Leave
 
 # --- rank → server ---------------------------------------------------------------------------
 
@@ -211,6 +215,12 @@ class DeviceFacts(_Message, frozen=True):
     free_memory_bytes: int
 
 
+class DeviceOpened(_Message, frozen=True):
+    """The rank's device works, and holds nothing of the model yet."""
+
+    device: DeviceFacts
+
+
 class Loaded(_Message, frozen=True):
     """The rank holds its weights and waits for `JoinGroup`."""
 
@@ -222,11 +232,12 @@ class Loaded(_Message, frozen=True):
 class LoadFailed(_Message, frozen=True):
     """The rank cannot load and ends; reason is a line for the operator.
 
-    is_device says that its device is to blame: another one may work.
+    is_device says that its device is to blame: another one may work; is_out_of_memory that it had no room.
     """
 
     reason: str
     is_device: bool = False
+    is_out_of_memory: bool = False
 
 
 class Joined(_Message, frozen=True):
@@ -313,4 +324,4 @@ class SnapshotGiven(_Message, frozen=True):
     data: bytes
 
 
-Event = Hello | Loaded | LoadFailed | Joined | PlanDone | GroupBroken | SnapshotGiven
+Event = Hello | DeviceOpened | Loaded | LoadFailed | Joined | PlanDone | GroupBroken | SnapshotGiven

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from hidream_grpc.background import BackgroundTasks
+from hidream_grpc.devices.base import DeviceMemory
 from hidream_grpc.engine.channel import AsyncChannel, FrameError
 from hidream_grpc.engine.listener import RankListener
 from hidream_grpc.engine.messages import (
+    DeviceOpened,
     Event,
     GiveSnapshot,
     GroupBroken,
@@ -20,6 +22,7 @@ from hidream_grpc.engine.messages import (
     Load,
     Loaded,
     LoadFailed,
+    LoadWeights,
     PlanDone,
     SnapshotGiven,
     StepPlan,
@@ -29,7 +32,13 @@ from hidream_grpc.engine.processes import OomKills, cause_of_exit
 from hidream_grpc.engine.pulse import PulseReader
 from hidream_grpc.engine.watchdog import RankLook
 from hidream_grpc.engine.zygote_link import ChildProcess, Verdict, ZygoteLink
-from hidream_grpc.errors import DeviceFailedError, LossCause, RankDiedError, StartupError
+from hidream_grpc.errors import (
+    DeviceFailedError,
+    InsufficientMemoryError,
+    LossCause,
+    RankDiedError,
+    StartupError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +90,7 @@ class RankLink:
         cls,
         rank: int,
         make_load: Callable[[Path], Load],
+        may_load: Callable[[DeviceMemory], Awaitable[None]],
         timeout_seconds: float,
         listener: RankListener,
         zygote: ZygoteLink,
@@ -90,6 +100,7 @@ class RankLink:
         Args:
             rank: to start.
             make_load: its first command, by the path of its pulse.
+            may_load: returns when it may load its weights, by the memory of its device.
             timeout_seconds: until it has loaded.
             listener: that it connects to.
             zygote: that starts it.
@@ -98,6 +109,7 @@ class RankLink:
             StartupError: it cannot load them, or the zygote cannot start it.
             DeviceFailedError: its device cannot be opened or loaded onto, it crashed meanwhile, or took
                 too long.
+            InsufficientMemoryError: it has no room for them; also what `may_load` raises.
             RankDiedError: it was killed meanwhile. Nothing of it is left after any error.
         """
         child: ChildProcess | None = None
@@ -112,7 +124,7 @@ class RankLink:
                     end = _end_of(child, oom_kills)
                     raise RankDiedError((rank,), end.reason, end.cause)
                 link = cls(rank, child, channel, zygote, pulse)
-                await link._load(make_load(pulse.path))
+                await link._load(make_load(pulse.path), may_load)
         except BaseException as error:
             if link is not None:
                 await link.end()
@@ -122,6 +134,9 @@ class RankLink:
             if isinstance(error, TimeoutError):
                 reason = f"rank {rank} did not load within {timeout_seconds:g} s"
                 raise DeviceFailedError((rank,), reason, took_too_long=True) from None
+            if isinstance(error, RankDiedError) and error.cause is LossCause.OUT_OF_MEMORY:
+                reason = f"rank {rank} cannot load for want of the host's memory: {error.reason}"
+                raise InsufficientMemoryError(reason) from None
             if isinstance(error, RankDiedError) and error.cause is not LossCause.OUTSIDE:
                 raise DeviceFailedError((rank,), f"rank {rank} cannot load: {error.reason}") from None
             raise
@@ -210,17 +225,23 @@ class RankLink:
         await asyncio.wait((self._reader,))
         self._pulse.close()
 
-    async def _load(self, load: Load) -> None:
+    async def _load(self, load: Load, may_load: Callable[[DeviceMemory], Awaitable[None]]) -> None:
         await self._channel.send(load)
-        match await self._next_event():
-            case Loaded() as loaded:
-                self.loaded = loaded
-            case LoadFailed(reason=reason, is_device=True):
-                raise DeviceFailedError((self.rank,), reason)
-            case LoadFailed(reason=reason):
-                raise StartupError(reason)
-            case event:
-                raise RankDiedError((self.rank,), f"answered Load with {type(event).__name__}")
+        while self.loaded is None:
+            match await self._next_event():
+                case DeviceOpened(device=device):
+                    await may_load(DeviceMemory(device.total_memory_bytes, device.free_memory_bytes))
+                    await self._channel.send(LoadWeights())
+                case Loaded() as loaded:
+                    self.loaded = loaded
+                case LoadFailed(reason=reason, is_out_of_memory=True):
+                    raise InsufficientMemoryError(reason)
+                case LoadFailed(reason=reason, is_device=True):
+                    raise DeviceFailedError((self.rank,), reason)
+                case LoadFailed(reason=reason):
+                    raise StartupError(reason)
+                case event:
+                    raise RankDiedError((self.rank,), f"answered Load with {type(event).__name__}")
 
     async def _next_event(self) -> Event:
         event = await self._events.get()

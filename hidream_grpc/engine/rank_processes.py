@@ -6,18 +6,21 @@ import asyncio
 import logging
 import os
 from collections.abc import Coroutine, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hidream_grpc.devices.host_memory import host_memory
 from hidream_grpc.engine.group_config import GroupConfig
 from hidream_grpc.engine.group_placement import Placement
 from hidream_grpc.engine.listener import RankListener
+from hidream_grpc.engine.memory_gate import MemoryGate
 from hidream_grpc.engine.messages import JoinGroup, Load, PrepareZygote
 from hidream_grpc.engine.plan_run import BLAME, watch_ranks
 from hidream_grpc.engine.rank_link import RankLink
 from hidream_grpc.engine.watchdog import PlanWatch
 from hidream_grpc.engine.zygote_link import ChildProcess, ZygoteLink
-from hidream_grpc.errors import DeviceFailedError, RankDiedError
+from hidream_grpc.errors import DeviceFailedError, InsufficientMemoryError, RankDiedError
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,7 @@ class RankProcesses:
 
         Raises:
             DeviceFailedError: devices cannot be opened or loaded onto.
+            InsufficientMemoryError: there is no room for what the ranks load.
             StartupError: the ranks cannot load, whatever the device.
             RankDiedError: a process was killed meanwhile.
         """
@@ -79,7 +83,10 @@ class RankProcesses:
         # From here on a loss is a new one; no await since the dead were sorted out.
         self.loss.clear()
         missing = sorted(set(range(placement.layout.world_size)) - set(self._ranks))
-        starting = (self._start_rank(rank, placement, zygote) for rank in missing)
+        gate = MemoryGate(
+            missing, lambda devices: self._config.check_memory(placement.layout, devices, host_memory())
+        )
+        starting = (self._start_rank(rank, placement, zygote, gate) for rank in missing)
         failures = list(filter(None, await _all_of(starting)))
         if of_devices := [failure for failure in failures if isinstance(failure, DeviceFailedError)]:
             raise DeviceFailedError(
@@ -170,8 +177,8 @@ class RankProcesses:
         return self.zygote
 
     async def _start_rank(
-        self, rank: int, placement: Placement, zygote: ZygoteLink
-    ) -> RankDiedError | DeviceFailedError | None:
+        self, rank: int, placement: Placement, zygote: ZygoteLink, gate: MemoryGate
+    ) -> RankDiedError | DeviceFailedError | InsufficientMemoryError | None:
         """Returns a failure instead of raising it, so that the ranks beside it go on loading."""
 
         def make_load(pulse_path: Path) -> Load:
@@ -190,9 +197,13 @@ class RankProcesses:
 
         load_seconds = self._config.timeouts.load_seconds
         try:
-            link = await RankLink.start(rank, make_load, load_seconds, self._listener, zygote)
-        except (RankDiedError, DeviceFailedError) as failure:
+            link = await RankLink.start(
+                rank, make_load, partial(gate.pass_through, rank), load_seconds, self._listener, zygote
+            )
+        except (RankDiedError, DeviceFailedError, InsufficientMemoryError) as failure:
             return failure
+        finally:
+            gate.leave(rank)
         self._ranks[rank] = link
         logger.info("rank %d is process %d", rank, link.child.pid)
         link.watch(self.loss.set)

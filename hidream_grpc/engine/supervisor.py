@@ -22,7 +22,13 @@ from hidream_grpc.engine.plan_limits import PlanLimits
 from hidream_grpc.engine.plan_run import notice, run_plan
 from hidream_grpc.engine.rank_processes import CannotJoinError, RankProcesses
 from hidream_grpc.engine.watchdog import PlanWatch
-from hidream_grpc.errors import DeviceFailedError, RankDiedError, RestartRequestedError, StartupError
+from hidream_grpc.errors import (
+    DeviceFailedError,
+    InsufficientMemoryError,
+    RankDiedError,
+    RestartRequestedError,
+    StartupError,
+)
 from hidream_grpc.model.parallel.layout import Layout
 
 logger = logging.getLogger(__name__)
@@ -212,6 +218,7 @@ class RankGroup:
             await self._end_ranks(keep_snapshots)
             self._placement.reset()
         self._full_layout_wanted = False
+        why = ""
         while True:
             try:
                 await self._bring_up_here()
@@ -220,6 +227,15 @@ class RankGroup:
                 if not self._placement.without(failure.ranks):
                     raise
                 why = failure.reason
+            except InsufficientMemoryError as failure:
+                # Where no device was lost, a rank of a smaller layout would need more than these do.
+                if not why:
+                    raise
+                await self._end_ranks(keep_snapshots)
+                if not self._placement.smaller():
+                    raise InsufficientMemoryError(f"{why}; without it, {failure}") from None
+                logger.error("layout passed over: %s", failure)
+                continue
             except CannotJoinError as failure:
                 await self._end_ranks(keep_snapshots)
                 if not self._placement.smaller():
@@ -250,6 +266,12 @@ class RankGroup:
                 await self._processes.join_next_generation(self._limits.longest_seconds)
             except DeviceFailedError as error:
                 if tries_left == 0 or error.took_too_long:
+                    raise
+                logger.warning("trying again: %s", error)
+                await asyncio.sleep(DEVICE_PAUSE_SECONDS)
+            except InsufficientMemoryError as error:
+                # What a process held that was killed may not be free yet.
+                if tries_left == 0 or self.generation == 0:
                     raise
                 logger.warning("trying again: %s", error)
                 await asyncio.sleep(DEVICE_PAUSE_SECONDS)

@@ -1,6 +1,6 @@
 """A rank's process: opens its device, loads its weights once, then obeys the server for life.
 
-    connect → Hello → Load → Loaded
+    connect → Hello → Load → DeviceOpened → LoadWeights → Loaded
             → { JoinGroup → Joined | StepPlan → PlanDone | GiveSnapshot → SnapshotGiven }* → Leave
 
 Whatever breaks the group is answered with GroupBroken, and the rank waits for the next JoinGroup
@@ -25,6 +25,7 @@ from hidream_grpc.engine.channel import BlockingChannel
 from hidream_grpc.engine.messages import (
     Command,
     DeviceFacts,
+    DeviceOpened,
     GiveSnapshot,
     GroupBroken,
     Hello,
@@ -33,6 +34,7 @@ from hidream_grpc.engine.messages import (
     Load,
     Loaded,
     LoadFailed,
+    LoadWeights,
     ModelFacts,
     PlanDone,
     SnapshotGiven,
@@ -181,15 +183,21 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
     torch.set_num_threads(load.num_threads)
     # No gradients anywhere in a rank: what is computed here is never differentiated.
     with torch.inference_mode():
-        started = time.monotonic()
+        device: Device | None = None
         try:
             device = open_device(load.device_type, load.local_index)
+            channel.send(DeviceOpened(device=_facts_of(device)))
+            if not isinstance(channel.receive(), LoadWeights):
+                return
+            started = time.monotonic()
             groups = ParallelGroups(load.layout, rank, PulseWriter(load.pulse_path))
             model = HiDreamModel.from_pretrained(
                 load.model_path, load.extra_model_path, device, groups, load.checkpoint_fingerprint
             )
             if load.compile_shapes:
                 model.compile(load.compile_shapes)
+        except ConnectionError:
+            raise
         except HiDreamError as error:
             channel.send(LoadFailed(reason=str(error)))
             sys.exit(1)
@@ -199,7 +207,10 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
             reason = f"rank {rank} cannot load: {type(error).__name__}: {summary}"
             # The class that torch and the runtimes use; a bad file is an OSError or one of its library's.
             is_device = isinstance(error, RuntimeError | MemoryError)
-            channel.send(LoadFailed(reason=reason, is_device=is_device))
+            is_out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+                device is not None and device.is_out_of_memory(error)
+            )
+            channel.send(LoadFailed(reason=reason, is_device=is_device, is_out_of_memory=is_out_of_memory))
             sys.exit(1)
         load_seconds = time.monotonic() - started
         logger.info("loaded in %.3f s", load_seconds)
@@ -208,15 +219,19 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
 
 
 def _loaded(device: Device, model: HiDreamModel, load_seconds: float) -> Loaded:
-    memory = device.memory()
     return Loaded(
         load_seconds=load_seconds,
         model=ModelFacts(
             scheduler_name=model.scheduler_name, shift=model.shift, num_parameters=model.num_parameters
         ),
-        device=DeviceFacts(
-            name=device.name, total_memory_bytes=memory.total_bytes, free_memory_bytes=memory.free_bytes
-        ),
+        device=_facts_of(device),
+    )
+
+
+def _facts_of(device: Device) -> DeviceFacts:
+    memory = device.memory()
+    return DeviceFacts(
+        name=device.name, total_memory_bytes=memory.total_bytes, free_memory_bytes=memory.free_bytes
     )
 
 

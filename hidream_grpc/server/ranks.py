@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from hidream_grpc.devices.base import CPU
 from hidream_grpc.devices.detect import DeviceSelection, detect, parse_devices, select_devices
+from hidream_grpc.devices.host_memory import host_memory
 from hidream_grpc.engine.group_config import GroupConfig, GroupTimeouts
 from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.checkpoint import CheckpointDescription
+from hidream_grpc.model.memory_requirements import MemoryRequirements
+from hidream_grpc.model.model_weights import read_model_weights
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import LAYOUT_FLAG, ModelDivisions, choose_layout, smaller_layouts
 from hidream_grpc.model.step_shapes import choose_compile_shapes
@@ -19,11 +23,18 @@ def group_config(settings: Settings, model_path: Path, checkpoint: CheckpointDes
     """The ranks that the settings ask for.
 
     Raises:
-        StartupError: a device, a layout or a shape that cannot be.
+        StartupError: a device, a layout or a shape that cannot be, or has no room.
     """
     divisions = ModelDivisions(checkpoint.num_attention_heads, checkpoint.num_routed_experts)
     devices, layout = _plan(settings, divisions)
     device_type = devices.device_type
+    requirements = MemoryRequirements(
+        read_model_weights(model_path, settings.extra_model_path), divisions, device_type
+    )
+    if device_type is CPU:
+        # Other devices tell their memory when a rank has opened them, before it loads.
+        host = host_memory()
+        requirements.check(layout, dict.fromkeys(range(layout.world_size), host), host)
     cores_per_rank = len(os.sched_getaffinity(0)) // layout.world_size
     return GroupConfig(
         model_path=model_path,
@@ -33,6 +44,7 @@ def group_config(settings: Settings, model_path: Path, checkpoint: CheckpointDes
         layout=layout,
         smaller_layouts=smaller_layouts(layout, divisions),
         start_method=device_type.start_method,
+        check_memory=requirements.check,
         # Proven on gloo; an experiment where the backend holds state in the device.
         replace=settings.replace or ("one" if device_type.backend == "gloo" else "all"),
         threads_per_rank=settings.threads_per_rank or max(1, cores_per_rank),

@@ -34,6 +34,7 @@ def test_the_rank_meets_the_backend_that_the_server_planned_with(
     assert device.backend == device_type.backend
     assert device.torch_device.type == device_type.name
     assert torch.distributed.is_backend_available(device.backend)
+    assert device.dtype.itemsize == device_type.bytes_per_weight
 
 
 def test_the_device_has_a_name_to_show(device: Device) -> None:

@@ -1,7 +1,8 @@
 """Faults of rank processes, from outside: a Python that finds this on its path imports it when it starts.
 
 SIGUSR1 has a process loop for ever, SIGUSR2 wait for ever for what never comes. A device of the CPU whose
-number is the name of a file in the folder `BROKEN_DEVICES` cannot be opened.
+number is the name of a file in the folder `BROKEN_DEVICES` cannot be opened, or has no memory where the file
+says so.
 """
 
 from __future__ import annotations
@@ -46,7 +47,10 @@ class BreakableDevices(MetaPathFinder):
             open_device = module.open_device
 
             def open_unless_broken(local_index: int) -> object:
-                if (Path(os.environ["BROKEN_DEVICES"]) / str(local_index)).exists():
+                fault = Path(os.environ["BROKEN_DEVICES"]) / str(local_index)
+                if fault.exists() and fault.read_text() == "memory":
+                    raise MemoryError("no memory for a buffer")
+                if fault.exists():
                     raise RuntimeError(f"device {local_index} has fallen off the bus")
                 return open_device(local_index)
 

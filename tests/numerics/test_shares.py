@@ -14,12 +14,15 @@ import torch
 
 from hidream_grpc.devices.cpu import CpuDevice
 from hidream_grpc.model.checkpoint_files import TransformerConfig
+from hidream_grpc.model.model_weights import read_model_weights
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.planner import parse_layout
 from hidream_grpc.model.parallel.shards import parameter_slices
 from hidream_grpc.model.transformer import HiDreamTransformer
+from hidream_grpc.model.weight_files import Library, read_tensors
+from hidream_grpc.model.weight_files import num_weights as num_weights_of_component
 from hidream_grpc.model.weights import SafetensorsFolder, load_share
-from tests.checkpoints import write_reshaped
+from tests.checkpoints import write_promised, write_reshaped
 
 TOLERANCE = 1.05
 
@@ -84,6 +87,27 @@ def test_what_every_rank_holds_of_the_real_model_is_next_to_nothing() -> None:
     total = sum(parameter.numel() for parameter in alone.parameters())
     assert total == pytest.approx(17.1e9, rel=0.01)
     assert (total - num_weights(alone)) / total < 0.002
+
+
+def test_what_is_told_from_headers_of_a_ranks_weights_is_what_it_holds(tiny_checkpoint: Path) -> None:
+    sizes = {
+        "num_layers": 2,
+        "num_single_layers": 3,
+        "num_attention_heads": 20,
+        "attention_head_dim": 128,
+        "axes_dims_rope": (64, 32, 32),
+        "llama_layers": [0, 1, 2, 2, 2],
+    }
+    folder = write_promised(tiny_checkpoint, tiny_checkpoint.parent / "promised", **sizes)
+    config = msgspec.json.decode(
+        (folder / "transformer" / "config.json").read_bytes(), type=TransformerConfig
+    )
+    weights = read_model_weights(folder, None)
+    autoencoder = num_weights_of_component(read_tensors(folder / "vae", Library.DIFFUSERS))
+    for layout in ("tp=1", "tp=2", "tp=5", "tp=10", "ep=2", "ep=4", "tp=4,ep=2", "cfg=2,dp=2,tp=2"):
+        share = transformer_of(config, layout, rank=0)
+        held = sum(parameter.numel() for parameter in share.parameters()) + autoencoder
+        assert weights.without_text_encoders(parse_layout(layout)) == pytest.approx(held, rel=0.02), layout
 
 
 @pytest.mark.parametrize("layout", ["tp=1", "tp=2", "tp=4", "tp=4,ep=2", "ep=4", "cfg=2,tp=2"])

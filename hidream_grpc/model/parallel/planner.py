@@ -105,7 +105,9 @@ def plan_layout(num_devices: int, divisions: ModelDivisions) -> Layout:
         num_devices: at least 1.
         divisions: of the model.
     """
-    layouts = _layouts(num_devices, divisions, max_data_parallel=max(1, num_devices // _MIN_REPLICA_DEVICES))
+    layouts = allowed_layouts(
+        num_devices, divisions, max_data_parallel=max(1, num_devices // _MIN_REPLICA_DEVICES)
+    )
     return max(
         (
             layout
@@ -127,7 +129,7 @@ def smaller_layouts(full: Layout, divisions: ModelDivisions) -> tuple[Layout, ..
         divisions: of the model, which allow `full`.
     """
     by_size: dict[int, list[Layout]] = {}
-    for layout in _layouts(full.world_size - 1, divisions, full.cfg_parallel, full.data_parallel):
+    for layout in allowed_layouts(full.world_size - 1, divisions, full.cfg_parallel, full.data_parallel):
         by_size.setdefault(layout.world_size, []).append(layout)
 
     def change(layout: Layout) -> tuple[float, ...]:
@@ -164,7 +166,7 @@ def check_layout(
 
 def _nearest(asked: Layout, num_devices: int, divisions: ModelDivisions) -> list[Layout]:
     """One or two that are allowed: that which uses most devices, that which changes least."""
-    layouts = list(_layouts(num_devices, divisions, asked.cfg_parallel, asked.data_parallel))
+    layouts = list(allowed_layouts(num_devices, divisions, asked.cfg_parallel, asked.data_parallel))
 
     def use(layout: Layout) -> tuple[float, ...]:
         return (layout.world_size, layout.cfg_parallel, layout.data_parallel, *_preference(layout))
@@ -184,7 +186,7 @@ def _ratios(asked: Layout, layout: Layout) -> list[float]:
     return [max(size / wanted, wanted / size) for size, wanted in sizes]
 
 
-def _layouts(
+def allowed_layouts(
     num_devices: int, divisions: ModelDivisions, max_cfg_parallel: int = 1, max_data_parallel: int = 1
 ) -> Iterator[Layout]:
     """Every layout that a model allows on at most so many devices."""

@@ -1,0 +1,57 @@
+"""Where ranks that are starting wait until it is known that all of them have room. Torch-free."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+
+from hidream_grpc.devices.base import DeviceMemory
+from hidream_grpc.errors import InsufficientMemoryError
+from hidream_grpc.model.parallel.layout import Layout
+
+MemoryCheck = Callable[[Layout, Mapping[int, DeviceMemory], DeviceMemory], None]
+"""Raises InsufficientMemoryError where ranks of a layout have no room on their devices or the host."""
+
+
+class MemoryGate:
+    """Opens when every rank that is starting has opened its device, or failed to; none has loaded then.
+
+    Args:
+        ranks: that are starting.
+        check: of the devices of those that have not failed.
+    """
+
+    def __init__(self, ranks: Iterable[int], check: Callable[[Mapping[int, DeviceMemory]], None]) -> None:
+        self._awaited = set(ranks)
+        self._check = check
+        self._devices: dict[int, DeviceMemory] = {}
+        self._is_decided = asyncio.Event()
+        self._refusal: str | None = None
+
+    async def pass_through(self, rank: int, memory: DeviceMemory) -> None:
+        """Wait until this rank may load.
+
+        Args:
+            rank: one of those that are starting.
+            memory: of its device.
+
+        Raises:
+            InsufficientMemoryError: the ranks have no room, together or one of them.
+        """
+        self._devices[rank] = memory
+        self.leave(rank)
+        await self._is_decided.wait()
+        if self._refusal is not None:
+            raise InsufficientMemoryError(self._refusal)
+
+    def leave(self, rank: int) -> None:
+        """Wait no longer for a rank; may be called whatever became of it."""
+        self._awaited.discard(rank)
+        if self._awaited or self._is_decided.is_set():
+            return
+        self._is_decided.set()
+        try:
+            if self._devices:
+                self._check(self._devices)
+        except InsufficientMemoryError as error:
+            self._refusal = str(error)

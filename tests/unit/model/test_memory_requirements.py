@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+
+from hidream_grpc.devices.base import CPU, CUDA, NPU, DeviceMemory, DeviceType
+from hidream_grpc.errors import InsufficientMemoryError
+from hidream_grpc.model.memory_requirements import MemoryRequirements
+from hidream_grpc.model.model_weights import ModelWeights
+from hidream_grpc.model.parallel.planner import ModelDivisions, parse_layout
+from hidream_grpc.model.text_encoder_files import TextEncoderName
+
+# The released model.
+WEIGHTS = ModelWeights(
+    on_every_rank=100_000_000,
+    divided_by_tensor=3_850_000_000,
+    divided_by_model=13_200_000_000,
+    text_encoders={
+        TextEncoderName.CLIP_L: 125_000_000,
+        TextEncoderName.CLIP_G: 700_000_000,
+        TextEncoderName.T5: 4_760_000_000,
+        TextEncoderName.LLAMA: 7_500_000_000,
+    },
+)
+
+
+def gigabytes(total: float, free: float | None = None) -> DeviceMemory:
+    return DeviceMemory(int(total * 1e9), int((total if free is None else free) * 1e9))
+
+
+def refusal(
+    device_type: DeviceType,
+    layout: str,
+    memory: DeviceMemory,
+    host: DeviceMemory,
+    ranks: tuple[int, ...] | None = None,
+) -> str:
+    """What the operator reads; empty where there is room."""
+    parsed = parse_layout(layout)
+    requirements = MemoryRequirements(WEIGHTS, ModelDivisions(20, 4), device_type)
+    devices = dict.fromkeys(range(parsed.world_size) if ranks is None else ranks, memory)
+    try:
+        requirements.check(parsed, devices, host)
+    except InsufficientMemoryError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_on_a_cpu_share_the_hosts_memory_and_the_line_says_what_would_fit() -> None:
+    host = gigabytes(200, 180)
+    assert refusal(CPU, "cfg=2", host, host) == (
+        "--layout: cfg=2 needs 213.8 GB of the host's memory for 2 ranks "
+        "(189.5 GB of weights, 24.2 GB to work in), which has 180.0 GB free; tp=2 or tp=1 would fit"
+    )
+    assert refusal(CPU, "tp=2", host, host) == refusal(CPU, "tp=1", host, host) == ""
+    host = gigabytes(24)
+    assert refusal(CPU, "cfg=2", host, host).endswith("has 24.0 GB free; no other layout would fit")
+
+
+@pytest.mark.parametrize("device_type", [CUDA, NPU], ids=lambda device_type: device_type.name)
+def test_a_device_that_is_too_small_is_told_with_layouts_and_places_of_text_encoders_that_fit(
+    device_type: DeviceType,
+) -> None:
+    assert refusal(device_type, "tp=1", gigabytes(24, 23), gigabytes(128, 120)) == (
+        "--layout: tp=1 needs 38.6 GB of each device (34.3 GB of weights, 4.3 GB to work in), and that of "
+        "rank 0 has 23.0 GB of 24.0 GB free; tp=2 with Llama, T5 and CLIP-L on the host would fit"
+    )
+    assert refusal(device_type, "tp=1", gigabytes(38), gigabytes(128)).endswith("free; tp=2 would fit")
+    assert refusal(device_type, "tp=1", gigabytes(32), gigabytes(128)).endswith(
+        "free; tp=2 with Llama and CLIP-G on the host or tp=4 would fit"
+    )
+
+
+def test_a_host_that_is_too_small_for_text_encoders_is_told() -> None:
+    device = gigabytes(64)
+    assert refusal(CUDA, "tp=1", device, gigabytes(20)) == ""
+    assert refusal(CUDA, "tp=1", device, gigabytes(16)) == (
+        "--layout: tp=1 leaves no room on the devices for T5: on the host that needs 19.0 GB, and there are "
+        "16.0 GB free; tp=2 would fit"
+    )
+
+
+def test_every_rank_counts_towards_the_host_and_only_those_that_start() -> None:
+    device, host = gigabytes(24, 23), gigabytes(40)
+    # Llama of rank 0 needs 30 GB there, T5 and CLIP-L of rank 1 need 19.5.
+    assert "leaves no room on the devices for Llama, T5 and CLIP-L" in refusal(CUDA, "tp=2", device, host)
+    assert refusal(CUDA, "tp=2", device, host, ranks=(0,)) == ""
+    assert refusal(CUDA, "tp=2", device, host, ranks=(1,)) == ""
+    # Beside ranks that hold their weights it is no matter of layouts.
+    assert refusal(CUDA, "tp=2", device, gigabytes(10), ranks=(1,)).endswith("and there are 10.0 GB free")
+
+
+def test_a_layout_that_divides_more_needs_less_and_whole_models_do_not() -> None:
+    def needed(layout: str) -> float:
+        return float(refusal(CUDA, layout, gigabytes(1), gigabytes(1)).split("(")[1].split(" GB")[0])
+
+    assert needed("tp=1") == needed("cfg=2") == needed("dp=4")
+    assert needed("tp=1") > needed("ep=2") > needed("tp=2") > needed("tp=2,ep=2") > needed("tp=4,ep=2")
