@@ -67,7 +67,7 @@ class Housekeeping:
 
     async def _sweep(self) -> None:
         self._has_ended.clear()
-        await self._retention.sweep(self._store.clock.now())
+        await self._retention.sweep(self._store.clock.cautious_now())
 
     async def _pause_between_looks(self) -> None:
         await wait_at_most(self._has_late, LATE_LOOK_SECONDS)

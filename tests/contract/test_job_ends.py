@@ -119,6 +119,16 @@ async def test_a_job_is_not_started_after_its_deadline(store: SqlJobStore) -> No
     assert await store.overdue() == ()
 
 
+async def test_a_clock_that_the_store_follows_makes_no_job_late_when_it_steps(store: SqlJobStore) -> None:
+    deadline_time = store.clock.now() + 1000.0
+    (job,) = await added(store, new_job(deadline_time=deadline_time))
+    for seconds in (0.0, 7200.0):
+        store.clock.follow(store.clock.now() + seconds, store.clock.elapsed_seconds())
+    assert store.clock.now() > deadline_time
+    assert await store.overdue() == ()
+    assert ids(await claimed(store)) == [job.job_id]
+
+
 async def test_only_a_job_that_has_ended_can_be_deleted(store: SqlJobStore) -> None:
     (job,) = await added(store, new_job(labels={"a": "b"}))
     with pytest.raises(JobNotEndedError):

@@ -35,10 +35,25 @@ def wait_until_swept(stub: Stub, *job_ids: str) -> None:
         wait_until(lambda job_id=job_id: job_id not in listed(stub), 60, "the oldest job goes")  # type: ignore[misc]
 
 
+@contextmanager
+def server_on(
+    store: str, postgres: PostgresServer, folder: Path, *flags: str
+) -> Iterator[tuple[FaultyServer, Stub]]:
+    """One server with its jobs in a file or in a database."""
+    if store == "postgresql":
+        with replica(postgres, folder, *flags) as server_and_stub:
+            yield server_and_stub
+    else:
+        with server_on_sqlite(folder, *flags) as server, server.live.stub() as stub:
+            yield server, stub
+
+
+@pytest.mark.parametrize("store", ["sqlite", "postgresql"])
 def test_a_clock_that_is_set_two_hours_ahead_removes_no_images(
-    postgres: PostgresServer, tmp_path: Path
+    store: str, postgres: PostgresServer, tmp_path: Path
 ) -> None:
-    with replica(postgres, tmp_path, "--max-retained-jobs", str(NUM_RETAINED_JOBS)) as (server, stub):
+    flags = ("--max-retained-jobs", str(NUM_RETAINED_JOBS))
+    with server_on(store, postgres, tmp_path, *flags) as (server, stub):
         oldest, older, kept = (drawn(stub, num_inference_steps=1, seed=seed) for seed in range(3))
         image = downloaded(stub, kept.job_id)
         server.clock.step_to(2 * HOUR_SECONDS)
@@ -83,26 +98,25 @@ def test_a_deadline_holds_though_the_servers_clock_is_an_hour_ahead(
 
 
 @pytest.mark.parametrize("store", ["sqlite", "postgresql"])
-def test_times_of_a_job_follow_one_another_when_the_clock_is_set_back_under_it(
+def test_times_of_a_job_follow_one_another_when_the_clock_is_set_under_it(
     store: str, postgres: PostgresServer, tmp_path: Path
 ) -> None:
-    with ExitStack() as stack:
-        if store == "sqlite":
-            server = stack.enter_context(server_on_sqlite(tmp_path))
-            stub = stack.enter_context(server.live.stub())
-        else:
-            server, stub = stack.enter_context(replica(postgres, tmp_path))
-        streams = stack.enter_context(readers())
+    with server_on(store, postgres, tmp_path) as (server, stub), readers() as streams:
         stream = streams.generate(stub, width=64, height=64, num_inference_steps=60)
-        stream.wait_for("progress")
+        stream.wait_for("started")
         server.clock.step_to(-HOUR_SECONDS)
+        stream.wait_for("progress")
+        server.clock.step_to(HOUR_SECONDS)
         assert stream.wait_for_end() == grpc.StatusCode.OK
         job = get(stub, stream.received[0].message.job_id)
         create_time, start_time, end_time = (
             time.ToNanoseconds() for time in (job.create_time, job.start_time, job.end_time)
         )
         assert create_time <= start_time <= end_time
-        assert all(seconds >= 0 for seconds in seconds_of(job.timings))
+        assert all(0 <= seconds < HOUR_SECONDS for seconds in seconds_of(job.timings))
+        steps = [event.progress for event in stream.events if event.HasField("progress")]
+        estimates = [step.estimated_remaining for step in steps if step.HasField("estimated_remaining")]
+        assert all(0 <= each.ToTimedelta().total_seconds() < HOUR_SECONDS for each in estimates)
 
 
 def seconds_of(timings: job_pb2.JobTimings) -> list[float]:

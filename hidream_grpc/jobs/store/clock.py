@@ -24,10 +24,21 @@ class StoreClock:
     def __init__(self, elapsed_seconds: Callable[[], float] = boot_seconds) -> None:
         self._elapsed_seconds = elapsed_seconds
         self._start = time.time() - elapsed_seconds()
+        self._first_followed_start: float | None = None
 
     def now(self) -> float:
         """Seconds since the epoch."""
         return self._start + self._elapsed_seconds()
+
+    def cautious_now(self) -> float:
+        """Now, and never later than by the time that has passed here since a database first told its own.
+
+        What is too old or too late is judged by it: a database's clock that steps ahead ends nothing early.
+        """
+        start = self._start
+        if self._first_followed_start is not None:
+            start = min(start, self._first_followed_start)
+        return start + self._elapsed_seconds()
 
     def elapsed_seconds(self) -> float:
         """What `follow` is told the moments of a sample in."""
@@ -43,3 +54,5 @@ class StoreClock:
         answered_at = self._elapsed_seconds()
         if answered_at - asked_at <= MAX_SAMPLE_SECONDS:
             self._start = epoch_seconds - (asked_at + answered_at) / 2
+            if self._first_followed_start is None:
+                self._first_followed_start = self._start

@@ -489,7 +489,9 @@ class SqlJobStore:
     async def overdue(self, limit: int = 100) -> tuple[str, ...]:
         """Ids of jobs whose deadline has passed: `request_cancel` each with CancelReason.DEADLINE."""
         async with self._database.read() as connection:
-            return tuple((await connection.execute(queries.overdue(self.clock.now(), limit))).scalars())
+            return tuple(
+                (await connection.execute(queries.overdue(self.clock.cautious_now(), limit))).scalars()
+            )
 
     # --- for retention ----------------------------------------------------------------------------
 
@@ -556,7 +558,7 @@ class SqlJobStore:
                 connection, model_fingerprint, max_running_jobs_of_caller, limit
             )
             jobs = await claims.claim_first(
-                connection, replica_id, order, self.clock.now(), self._database.is_sqlite, limit
+                connection, replica_id, order, self.clock.cautious_now(), self._database.is_sqlite, limit
             )
             changes = [_changed(job) for job in jobs]
             await self._tell(connection, changes)

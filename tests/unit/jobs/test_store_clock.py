@@ -42,3 +42,24 @@ def test_an_answer_that_took_too_long_is_not_taken_for_the_time() -> None:
     elapsed.seconds += MAX_SAMPLE_SECONDS + 0.1
     clock.follow(5_000_000.0, asked_at)
     assert clock.now() == pytest.approx(before + MAX_SAMPLE_SECONDS + 0.1)
+
+
+@pytest.mark.parametrize("step_seconds", [7200.0, -7200.0], ids=["ahead", "back"])
+def test_a_step_of_the_databases_clock_makes_nothing_old(step_seconds: float) -> None:
+    elapsed = Elapsed()
+    clock = StoreClock(elapsed)
+    clock.follow(5_000_000.0, clock.elapsed_seconds())
+    elapsed.seconds += 10.0
+    clock.follow(5_000_010.0 + step_seconds, clock.elapsed_seconds())
+    assert clock.now() == pytest.approx(5_000_010.0 + step_seconds), "as all replicas tell it"
+    assert clock.cautious_now() == pytest.approx(5_000_010.0 + min(0.0, step_seconds))
+
+
+def test_a_machines_clock_that_was_wrong_at_the_start_does_not_last() -> None:
+    elapsed = Elapsed()
+    clock = StoreClock(elapsed)
+    for epoch_seconds in (clock.now() + 7200.0, clock.now() - 7200.0):
+        fresh = StoreClock(elapsed)
+        assert fresh.cautious_now() == fresh.now()
+        fresh.follow(epoch_seconds, fresh.elapsed_seconds())
+        assert fresh.cautious_now() == fresh.now() == pytest.approx(epoch_seconds)
