@@ -3,7 +3,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, closing
+from functools import partial
 from typing import Any
 
 import PIL.Image
@@ -12,7 +14,7 @@ import pytest
 from hidream import events
 from hidream.aio import AsyncClient
 from hidream.client import Client
-from hidream.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
+from hidream.errors import DeadlineExceededError, EventLoopError, InvalidArgumentError, UnavailableError
 from hidream.images import Image
 from hidream.v1 import server_info_pb2
 from tests.live_server import LiveServer, wait_until
@@ -49,6 +51,42 @@ def test_several_pictures_come_in_order_each_with_its_seed(client: Client) -> No
         check_picture(image, 64, 64, "PNG")
         assert (image.index, image.seed) == (index, 11 + index)
     assert len({image.sha256 for image in images}) == 3
+
+
+def test_an_async_client_may_be_made_where_no_event_loop_runs(server: LiveServer) -> None:
+    client = AsyncClient(server.address)
+
+    async def use() -> list[Image]:
+        async with client:
+            await client.wait_until_serving(30)
+            return await client.draw(PROMPT, **SMALL)
+
+    assert asyncio.run(use()) == asyncio.run(use()), "closed in one loop, it connects anew in the next"
+
+
+def test_an_async_client_says_that_it_belongs_to_another_event_loop(server: LiveServer) -> None:
+    client = AsyncClient(server.address)
+
+    async def read(stream: AsyncGenerator[Any]) -> None:
+        async for _ in stream:
+            pass
+
+    calls: list[Callable[[], Coroutine[Any, Any, Any]]] = [
+        client.info,
+        client.health,
+        partial(client.draw, PROMPT, **SMALL),
+        lambda: read(client.watch("any")),
+        partial(client.wait_until_serving, 30),
+        client.close,
+    ]
+    with asyncio.Runner() as first:
+        first.run(client.info())
+        for call in calls:
+            with pytest.raises(EventLoopError, match="connected in another event loop"):
+                asyncio.run(call())
+        assert first.run(client.info()).jobs.failed >= 0, "the first loop has lost nothing"
+        first.run(client.close())
+        first.run(client.close())
 
 
 async def test_the_same_seed_gives_the_same_bytes_through_both_clients(server: LiveServer) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 import grpc
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from hidream.connection import DEFAULT_ADDRESS, SERVICE_NAME, Tls, call_metadata, channel_options
 from hidream.downloads import Download
-from hidream.errors import translated_errors
+from hidream.errors import EventLoopError, translated_errors
 from hidream.events import Event, EventReader, ImageFinished
 from hidream.health import HealthStatus, ServingWait, health_request, health_status
 from hidream.images import Image
@@ -31,33 +31,67 @@ from hidream.v1 import image_gen_pb2, image_pb2, job_pb2, server_info_pb2
 from hidream.v1.image_gen_pb2_grpc import ImageGenStub
 from hidream.watching import AllJobsWatch, JobChange, JobWatch
 
+if TYPE_CHECKING:
+    # Only the types tell the awaited stub from the other one.
+    from hidream.v1.image_gen_pb2_grpc import ImageGenAsyncStub
+
 _RequestT = TypeVar("_RequestT")
 _ResponseT = TypeVar("_ResponseT")
 _ItemT = TypeVar("_ItemT")
 
 
+class _Connection:
+    """A channel, and the event loop that it belongs to from its creation on."""
+
+    def __init__(self, address: str, tls: Tls | None) -> None:
+        self.loop = asyncio.get_running_loop()
+        options = channel_options(tls)
+        self.channel = (
+            grpc.aio.secure_channel(address, tls.credentials(), options)
+            if tls
+            else grpc.aio.insecure_channel(address, options)
+        )
+        self.image_gen = ImageGenStub(self.channel)
+        self.health = HealthStub(self.channel)
+
+
 class AsyncClient:
     """One connection to a server, of one event loop. Close it, or use it in an `async with`.
 
-    Arguments, results and errors are those of `hidream.client.Client`.
+    It may be made where no event loop runs, as at the top of a module: it belongs to the loop of its first
+    call. A call in another loop raises EventLoopError, until the client was closed in the first one; then it
+    connects anew. Arguments, results and other errors are those of `hidream.client.Client`.
     """
 
     def __init__(
         self, address: str = DEFAULT_ADDRESS, *, token: str | None = None, tls: Tls | None = None
     ) -> None:
-        options = channel_options(tls)
-        self._channel = (
-            grpc.aio.secure_channel(address, tls.credentials(), options)
-            if tls
-            else grpc.aio.insecure_channel(address, options)
-        )
+        self._address = address
+        self._tls = tls
         self._metadata = call_metadata(token)
-        self._image_gen = ImageGenStub(self._channel)
-        self._health = HealthStub(self._channel)
+        self._connection: _Connection | None = None
+
+    @property
+    def _image_gen(self) -> ImageGenAsyncStub:
+        return self._connected().image_gen
+
+    @property
+    def _health(self) -> HealthStub:
+        return self._connected().health
+
+    def _connected(self) -> _Connection:
+        """The connection of the running loop, opened by its first call."""
+        if self._connection is None:
+            self._connection = _Connection(self._address, self._tls)
+        elif self._connection.loop is not asyncio.get_running_loop():
+            raise EventLoopError
+        return self._connection
 
     async def close(self) -> None:
         """Close the connection; calls that are under way are cancelled. May be called twice."""
-        await self._channel.close()
+        if self._connection is not None:
+            connection, self._connection = self._connected(), None
+            await connection.channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -155,7 +189,7 @@ class AsyncClient:
 
     def watch(self, job_id: str, policy: ReconnectPolicy = DEFAULT_POLICY) -> AsyncGenerator[Event]:
         """As `Client.watch`."""
-        return self._resuming(self._image_gen.WatchJob, JobWatch(job_id, policy))
+        return self._resuming(lambda: self._image_gen.WatchJob, JobWatch(job_id, policy))
 
     def watch_all(
         self,
@@ -166,7 +200,7 @@ class AsyncClient:
     ) -> AsyncGenerator[JobChange]:
         """As `Client.watch_all`."""
         request = watch_jobs_request(states, labels)
-        return self._resuming(self._image_gen.WatchJobs, AllJobsWatch(request, policy))
+        return self._resuming(lambda: self._image_gen.WatchJobs, AllJobsWatch(request, policy))
 
     async def cancel(self, job_id: str, *, timeout_seconds: float | None = None) -> job_pb2.Job:
         """As `Client.cancel`."""
@@ -186,17 +220,17 @@ class AsyncClient:
         """As `Client.download`."""
         job = await self.status(job_id, timeout_seconds=policy.timeout_seconds)
         with Download(job, image_index, path, policy) as download:
-            async for _ in self._resuming(self._image_gen.DownloadImage, download):
+            async for _ in self._resuming(lambda: self._image_gen.DownloadImage, download):
                 pass
             return download.save()
 
     async def _resuming(
         self,
-        method: grpc.aio.UnaryStreamMultiCallable[_RequestT, _ResponseT],
+        method: Callable[[], grpc.aio.UnaryStreamMultiCallable[_RequestT, _ResponseT]],
         stream: ResumableStream[_RequestT, _ResponseT, _ItemT],
     ) -> AsyncGenerator[_ItemT]:
         while not stream.is_over:
-            call = method(stream.request(), timeout=stream.timeout_seconds(), metadata=self._metadata)
+            call = method()(stream.request(), timeout=stream.timeout_seconds(), metadata=self._metadata)
             try:
                 async for response in call:
                     stream.answered()

@@ -17,6 +17,7 @@
     │   ├── DataLossError               a stored image is damaged: `job_id`, `image_index`
     │   └── InternalError               a failure of the server: `error_id` stands in its log
     ├── NotServingError                 it did not serve in the time given
+    ├── EventLoopError                  an AsyncClient is used in a second event loop
     └── StreamError                     what arrived is not what was announced
         └── BrokenImageError            an image did not arrive as it was sent: `image_index`
 
@@ -209,6 +210,16 @@ class NotServingError(HiDreamError):
         super().__init__(f"not serving after {timeout_seconds:g} s: {seen}")
         self.timeout_seconds = timeout_seconds
         self.last_status = last_status
+
+
+class EventLoopError(HiDreamError):
+    """An AsyncClient that is connected in one event loop was used in another one."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this AsyncClient is connected in another event loop: make one for each loop, or close it there "
+            "before it is used here"
+        )
 
 
 class StreamError(HiDreamError):
