@@ -111,8 +111,12 @@ class Settings(BaseSettings):
     ] = None
     store: Annotated[
         str | None,
-        Field(description="postgresql+asyncpg://… shared by replicas; SQLite in --data-dir when absent"),
+        Field(description="postgresql://… shared by replicas; SQLite in --data-dir when absent"),
     ] = None
+    store_outage_seconds: Annotated[
+        float,
+        Field(ge=0.1, le=3600, description="health waits so long for a store that refuses everything"),
+    ] = 10.0
     lease_seconds: Annotated[
         float, Field(ge=1, le=3600, description="after so long without news another replica takes a job")
     ] = 15.0

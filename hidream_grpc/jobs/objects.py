@@ -100,6 +100,7 @@ class FolderObjects(Objects):
 
     def put(self, key: str, data: bytes) -> None:
         """Make an object, or replace it at once; it is durable when this returns."""
+        self._check()
         super().put(key, data)
         path = self._directory / key
         try:
@@ -110,6 +111,16 @@ class FolderObjects(Objects):
             # A network file system may tell only now that it had no room.
             path.unlink(missing_ok=True)
             raise
+
+    def put_new(self, key: str, data: bytes) -> None:
+        """Make an object, unless there is one."""
+        self._check()
+        super().put_new(key, data)
+
+    def _check(self) -> None:
+        # obstore would make it anew, and what was moved away could not be put back.
+        if not self._directory.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self._directory))
 
     def keys(self, folder: str, max_keys: int) -> Iterator[list[str]]:
         """The keys of all objects of a folder, and of staged files, so many at a time."""

@@ -32,6 +32,7 @@ from hidream_grpc.jobs.retention import Retention, RetentionLimits, RetentionRep
 from hidream_grpc.jobs.running_job import JobTools
 from hidream_grpc.jobs.state_changes import JobChange, StateChanges
 from hidream_grpc.jobs.store.records import AttachedCall, Page
+from hidream_grpc.jobs.store_probe import StoreProbe
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +52,13 @@ class StorePolicy:
         lease_seconds: after so long without a heartbeat a replica is dead.
         retention: what is kept of jobs that have ended.
         orphan_sweep_seconds: between two looks for files that no job names.
+        max_outage_seconds: the store may refuse everything for so long before this server is not ready.
     """
 
     lease_seconds: float
     retention: RetentionLimits
     orphan_sweep_seconds: float
+    max_outage_seconds: float
 
 
 class JobService:
@@ -72,6 +75,7 @@ class JobService:
         limits: RequestLimits,
         policy: StorePolicy,
         observe_retention: Callable[[RetentionReport], None],
+        observe_readiness: Callable[[bool], None],
     ) -> None:
         self._store = tools.store
         self._artifacts = tools.artifacts
@@ -101,6 +105,8 @@ class JobService:
             policy.retention, self._store, self._artifacts, self._feeds.has_readers, observe_retention
         )
         self._housekeeping = Housekeeping(self._store, retention, self._orphans, policy.orphan_sweep_seconds)
+        self._probe = StoreProbe(self._store, policy.max_outage_seconds, self._tell_readiness)
+        self._observe_readiness = observe_readiness
         self._counts = JobCounts(self._store)
         self._intake = JobIntake(self._store, limits, self._wait_for_end)
         self._engine_state = EngineState.STARTING
@@ -138,6 +144,7 @@ class JobService:
         """Note whether the rank group can work."""
         self._engine_state = state
         self.executor.notify()
+        self._tell_readiness()
 
     @property
     def is_draining(self) -> bool:
@@ -148,6 +155,11 @@ class JobService:
     def takes_requests(self) -> bool:
         """Whether a request is accepted where the queue has room for it."""
         return self._engine_state.takes_requests and not self._is_draining
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether callers are better sent here than elsewhere; one that comes all the same is tried."""
+        return self.takes_requests and self._probe.is_usable
 
     @property
     def retry_after_seconds(self) -> float:
@@ -171,6 +183,7 @@ class JobService:
                 self._positions,
                 self._housekeeping,
                 self._counts,
+                self._probe,
             ):
                 tasks.create_task(work.run())
 
@@ -358,6 +371,9 @@ class JobService:
             raise NotServingError("the model is loading", START_RETRY_SECONDS)
         if not self.takes_requests:
             raise NotServingError("the devices are not available", START_RETRY_SECONDS)
+
+    def _tell_readiness(self) -> None:
+        self._observe_readiness(self.is_ready)
 
     def _leave_early(self, call_id: str, jobs: Sequence[Job]) -> None:
         for job in jobs:

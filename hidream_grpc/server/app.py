@@ -105,7 +105,6 @@ async def serve(settings: Settings) -> None:
     def on_state(state: EngineState) -> None:
         logger.info("the engine is %s", state)
         jobs.set_engine_state(state)
-        health.mark_ready(state.takes_requests)
 
     def on_step(report: StepReport) -> None:
         metrics.observe_step(report)
@@ -142,7 +141,13 @@ async def serve(settings: Settings) -> None:
             defaults,
         )
         jobs = JobService(
-            tools, controller, model, limits, _store_policy(settings), metrics.observe_retention
+            tools,
+            controller,
+            model,
+            limits,
+            _store_policy(settings),
+            metrics.observe_retention,
+            health.mark_ready,
         )
         metrics.watch(
             num_queued=lambda: jobs.num_queued,
@@ -151,7 +156,7 @@ async def serve(settings: Settings) -> None:
             num_layout_devices=lambda: group.world_size,
             num_lost_steps=lambda: controller.num_lost_steps,
             max_step_pixels=lambda: scheduler.max_step_pixels,
-            is_serving=lambda: jobs.takes_requests,
+            is_serving=lambda: jobs.is_ready,
         )
         describe_server = ServerDescription(checkpoint, limits, defaults, group, jobs)
         checks = RequestChecks(ModelChoice(jobs, count_tokens), limits)
@@ -289,7 +294,12 @@ def _store_policy(settings: Settings) -> StorePolicy:
         settings.max_retained_bytes,
         settings.retention_dry_run,
     )
-    return StorePolicy(settings.lease_seconds, retention, settings.orphan_sweep_seconds)
+    return StorePolicy(
+        settings.lease_seconds,
+        retention,
+        settings.orphan_sweep_seconds,
+        settings.store_outage_seconds,
+    )
 
 
 @contextlib.asynccontextmanager

@@ -563,3 +563,16 @@ def test_a_process_that_has_just_written_ends_in_order(location: str) -> None:
     for _ in range(3):
         ended = subprocess.run([sys.executable, "-c", script, location], env=os.environ, capture_output=True)
         assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+async def test_a_folder_that_was_moved_away_is_not_made_anew(tmp_path: Path) -> None:
+    folder, away = tmp_path / "artifacts", tmp_path / "away"
+    store = ArtifactStore(folder)
+    await store.write(ONE, CLAIM, 0, PARAMETERS, DATA)
+    folder.rename(away)
+    for attempt in (store.write(ONE, CLAIM, 1, PARAMETERS, DATA), store.set_store_id("other")):
+        with pytest.raises(ArtifactUnavailableError):
+            await attempt
+    away.rename(folder)
+    await store.write(ONE, CLAIM, 1, PARAMETERS, DATA)
+    assert [file.index for file in await listed(store)] == [0, 1]

@@ -19,6 +19,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
+from hidream_grpc.background import reason_of
 from hidream_grpc.errors import (
     HiDreamError,
     StoreFullError,
@@ -42,6 +43,7 @@ from tests.job_stores import (
     added,
     claimed,
     finished,
+    ids,
     new_job,
     started,
     with_image,
@@ -436,6 +438,37 @@ async def full_file(store: SqlJobStore) -> AsyncIterator[None]:
     finally:
         sa.event.remove(engine, "begin", forbid_growth)
         sa.event.listen(engine, "begin", allow_growth)
+
+
+async def test_after_the_log_was_deleted_nothing_is_accepted_and_closing_keeps_what_was(
+    sqlite_database: StoreDatabase, tmp_path: Path
+) -> None:
+    async with sqlite_database.opened() as store:
+        kept = await added(store, *(new_job() for _ in range(3)))
+        (tmp_path / "jobs.sqlite-wal").unlink()
+        assert isinstance(await told(store), StoreUnavailableError)
+        with pytest.raises(StoreUnavailableError):
+            await store.get(None, kept[0].job_id)
+    async with sqlite_database.opened() as store:
+        assert {*ids(await store.get_all(ids(kept)))} == {*ids(kept)}
+        assert (await store.counts()).total() == len(kept)
+
+
+async def test_a_job_that_was_committed_into_a_file_that_just_went_is_not_acknowledged(
+    sqlite_database: StoreDatabase, tmp_path: Path
+) -> None:
+    path, away = tmp_path / "jobs.sqlite", tmp_path / "away.sqlite"
+    async with sqlite_database.opened() as store:
+        engine = store._database._engine.sync_engine
+        sa.event.listen(engine, "commit", lambda _: path.rename(away), once=True)
+        error = await told(store)
+        assert isinstance(error, StoreUnavailableError)
+        assert reason_of(error) == (
+            f"the job store does not answer ({path} was removed or replaced while it is in use: "
+            "put it back, or restart the server)"
+        )
+        away.rename(path)
+        assert await told(store) is None
 
 
 # --- migrations ---------------------------------------------------------------------------------------

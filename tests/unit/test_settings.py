@@ -71,6 +71,7 @@ FLAGS = {
     "--retention-dry-run",
     "--retention-seconds",
     "--store",
+    "--store-outage-seconds",
     "--threads-per-rank",
     "--tokens-file",
 }
@@ -136,6 +137,7 @@ OUT_OF_RANGE = {
     "retention_seconds": "-1",
     "orphan_sweep_seconds": "-1",
     "lease_seconds": "0",
+    "store_outage_seconds": "0",
     "max_retained_bytes": "0",
     "retention_dry_run": "perhaps",
     "grace_seconds": "inf",

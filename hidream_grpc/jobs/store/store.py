@@ -195,6 +195,12 @@ class SqlJobStore:
         return accepted
 
     @_uninterrupted
+    async def probe(self) -> None:
+        """Do all that accepting a job takes, and accept none."""
+        async with self._database.write() as connection:
+            await connection.execute(queries.add_nothing())
+
+    @_uninterrupted
     async def get(self, owner: str | None, job_id: str) -> Job:
         """A job as it is now; of anybody where the owner is None.
 

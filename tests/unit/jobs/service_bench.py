@@ -62,6 +62,7 @@ EXECUTION = Execution("demo", "UniPCMultistepScheduler", 3.0, "tp=4,ep=2")
 DATA = bytes(range(250)) * 10
 TIMEOUT_SECONDS = 10
 LEASE_SECONDS = 60.0
+MAX_OUTAGE_SECONDS = 10.0
 ORPHAN_SWEEP_SECONDS = 3600.0
 
 
@@ -182,8 +183,9 @@ async def bench_in(
         engine,
         LiveModel(MODEL_IDENTITY, TOKENIZERS, EXECUTION.scheduler, EXECUTION.shift, limits, DEFAULTS),
         limits,
-        StorePolicy(LEASE_SECONDS, retention, ORPHAN_SWEEP_SECONDS),
+        StorePolicy(LEASE_SECONDS, retention, ORPHAN_SWEEP_SECONDS, MAX_OUTAGE_SECONDS),
         lambda report: None,
+        lambda is_ready: None,
     )
     await service.join()
     service.set_engine_state(EngineState.SERVING)

@@ -1,0 +1,185 @@
+"""Health tells the truth about the job store, and no job is taken into a file that is not there any more."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from hidream.v1 import job_pb2
+from tests.failure.faulty_servers import ONE_THREAD, FaultyServer, server_on_postgres
+from tests.job_calls import LONG_STEPS, Stub, downloaded, get, submit, wait_for_state
+from tests.live_server import LiveServer, running_server
+from tests.postgres import PostgresServer
+
+OUTAGE_SECONDS = 1.0
+WAIT_SECONDS = 30.0
+Status = health_pb2.HealthCheckResponse.ServingStatus
+
+
+def check(server: LiveServer, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
+    with grpc.insecure_channel(server.address) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        return health_pb2_grpc.HealthStub(channel).Check(request).status
+
+
+@contextmanager
+def watched_health(
+    server: LiveServer,
+) -> Iterator[Callable[[], health_pb2.HealthCheckResponse.ServingStatus]]:
+    """A function that waits for the next change of the readiness."""
+    with grpc.insecure_channel(server.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service="hidream.v1.ImageGen"), timeout=WAIT_SECONDS
+        )
+        yield lambda: next(watch).status
+        watch.cancel()
+
+
+def is_accepted(stub: Stub) -> bool:
+    try:
+        submit(stub, num_inference_steps=1)
+    except grpc.RpcError as error:
+        assert isinstance(error, grpc.Call)
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
+        return False
+    return True
+
+
+# --- PostgreSQL ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def on_postgres(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyServer]:
+    with (
+        postgres.database() as url,
+        server_on_postgres(
+            postgres,
+            url,
+            tmp_path_factory.mktemp("images"),
+            "one",
+            "--store-outage-seconds",
+            str(OUTAGE_SECONDS),
+            password="secret",
+        ) as server,
+    ):
+        yield server
+
+
+def silence(server: FaultyServer, postgres: PostgresServer, database: str) -> Callable[[], None]:
+    server.store.silence()
+    return server.store.heal
+
+
+def cut(server: FaultyServer, postgres: PostgresServer, database: str) -> Callable[[], None]:
+    server.store.cut()
+    return server.store.heal
+
+
+def revoke(server: FaultyServer, postgres: PostgresServer, database: str) -> Callable[[], None]:
+    postgres.execute(f"REVOKE INSERT ON jobs FROM {server.role};", database)
+    return lambda: postgres.execute(f"GRANT INSERT ON jobs TO {server.role};", database)
+
+
+@pytest.mark.parametrize("fault", [cut, silence, revoke])
+def test_health_is_not_serving_while_the_store_refuses_everything_and_serving_once_it_heals(
+    fault: Callable[[FaultyServer, PostgresServer, str], Callable[[], None]],
+    on_postgres: FaultyServer,
+    postgres: PostgresServer,
+) -> None:
+    live = on_postgres.live
+    database = f"/{on_postgres.role.rpartition('_')[0]}"
+    num_before = live.log.count("health says NOT_SERVING")
+    with watched_health(live) as next_status:
+        assert next_status() == Status.SERVING
+        heal = fault(on_postgres, postgres, database)
+        try:
+            assert next_status() == Status.NOT_SERVING
+            assert check(live, "") == Status.NOT_SERVING
+            assert check(live, "liveness") == Status.SERVING
+        finally:
+            heal()
+        assert next_status() == Status.SERVING
+    line = f"the job store has refused everything for {OUTAGE_SECONDS:g} s: health says NOT_SERVING"
+    assert live.log.count(line) == num_before + 1
+    with live.stub() as stub:
+        assert is_accepted(stub)
+
+
+# --- the file -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def moved(path: Path) -> Iterator[None]:
+    away = path.with_name(path.name + ".away")
+    path.rename(away)
+    try:
+        yield
+    finally:
+        away.rename(path)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[None]:
+    """Another file in its place, with the same content."""
+    with moved(path):
+        shutil.copy(path.with_name(path.name + ".away"), path)
+        yield
+        path.unlink()
+
+
+@pytest.fixture(scope="module")
+def on_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LiveServer, Path]]:
+    folder = tmp_path_factory.mktemp("parent") / "data"
+    flags = (
+        "--data-dir",
+        str(folder),
+        "--store-outage-seconds",
+        str(OUTAGE_SECONDS),
+        "--max-running-jobs",
+        "1",
+        "--grace-seconds",
+        "1",
+    )
+    with running_server(*flags, *ONE_THREAD) as server:
+        yield server, folder
+
+
+WAYS = {
+    "the file is moved": (moved, "jobs.sqlite"),
+    "the file is replaced": (replaced, "jobs.sqlite"),
+    "its log is replaced": (replaced, "jobs.sqlite-wal"),
+    "its lock is moved": (moved, "jobs.sqlite.lock"),
+    "its folder is moved": (moved, ""),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_while_the_file_of_the_jobs_is_taken_away_nothing_is_accepted_that_would_be_lost(
+    way: str, on_file: tuple[LiveServer, Path]
+) -> None:
+    server, folder = on_file
+    take_away, name = WAYS[way]
+    line = f"{folder / (name or 'jobs.sqlite')} was removed or replaced while it is in use: put it back, or"
+    reason = f"cannot use the job store: the job store does not answer ({line}"
+    num_before = server.log.count(reason)
+    with server.stub() as stub, watched_health(server) as next_status:
+        assert next_status() == Status.SERVING
+        # Until it has ended there is something to write into the folder.
+        num_steps = LONG_STEPS if take_away is moved and not name else 1
+        runs = submit(stub, num_inference_steps=num_steps).job_id
+        with take_away(folder / name if name else folder):
+            assert not is_accepted(stub)
+            assert next_status() == Status.NOT_SERVING
+            assert server.log.count(reason) == num_before + 1
+        assert next_status() == Status.SERVING
+        # Put back, it goes on as if nothing had happened.
+        for job_id in (runs, submit(stub, num_inference_steps=1).job_id):
+            wait_for_state(stub, job_id, job_pb2.JOB_STATE_SUCCEEDED)
+        assert get(stub, runs).execution.attempt == 1
+        assert downloaded(stub, runs)
