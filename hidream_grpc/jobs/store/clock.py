@@ -8,6 +8,11 @@ from collections.abc import Callable
 MAX_SAMPLE_SECONDS = 1.0
 """A sample that took longer says too little: this process may have stood still meanwhile."""
 
+MAX_SLEW = 0.01
+"""What a step ahead adds to each second of `cautious_now`."""
+MAX_CAUTION_SECONDS = 86_400.0
+"""`cautious_now` is never further behind: nothing is kept for longer than a day anyway."""
+
 
 def boot_seconds() -> float:
     """Seconds since the machine's start, those that it slept included; never goes back."""
@@ -24,20 +29,19 @@ class StoreClock:
     def __init__(self, elapsed_seconds: Callable[[], float] = boot_seconds) -> None:
         self._elapsed_seconds = elapsed_seconds
         self._start = time.time() - elapsed_seconds()
-        self._first_followed_start: float | None = None
+        self._cautious_start: float | None = None
+        self._followed_at = 0.0
 
     def now(self) -> float:
         """Seconds since the epoch."""
         return self._start + self._elapsed_seconds()
 
     def cautious_now(self) -> float:
-        """Now, and never later than by the time that has passed here since a database first told its own.
+        """Now, but for what the database's clock was set ahead by, which is made up for slowly.
 
-        What is too old or too late is judged by it: a database's clock that steps ahead ends nothing early.
+        What is too old or too late is judged by it: a clock that steps ahead by hours ends nothing early.
         """
-        start = self._start
-        if self._first_followed_start is not None:
-            start = min(start, self._first_followed_start)
+        start = self._start if self._cautious_start is None else self._cautious_start
         return start + self._elapsed_seconds()
 
     def elapsed_seconds(self) -> float:
@@ -52,7 +56,12 @@ class StoreClock:
             asked_at: `elapsed_seconds` when it was asked; it has answered just now.
         """
         answered_at = self._elapsed_seconds()
-        if answered_at - asked_at <= MAX_SAMPLE_SECONDS:
-            self._start = epoch_seconds - (asked_at + answered_at) / 2
-            if self._first_followed_start is None:
-                self._first_followed_start = self._start
+        if answered_at - asked_at > MAX_SAMPLE_SECONDS:
+            return
+        start = self._start = epoch_seconds - (asked_at + answered_at) / 2
+        if self._cautious_start is None:
+            self._cautious_start = start
+        else:
+            slewed = self._cautious_start + MAX_SLEW * (answered_at - self._followed_at)
+            self._cautious_start = min(start, max(slewed, start - MAX_CAUTION_SECONDS))
+        self._followed_at = answered_at

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from hidream_grpc.jobs.store.clock import MAX_SAMPLE_SECONDS, StoreClock
+from hidream_grpc.jobs.store.clock import MAX_CAUTION_SECONDS, MAX_SAMPLE_SECONDS, MAX_SLEW, StoreClock
 
 
 class Elapsed:
@@ -52,7 +52,25 @@ def test_a_step_of_the_databases_clock_makes_nothing_old(step_seconds: float) ->
     elapsed.seconds += 10.0
     clock.follow(5_000_010.0 + step_seconds, clock.elapsed_seconds())
     assert clock.now() == pytest.approx(5_000_010.0 + step_seconds), "as all replicas tell it"
-    assert clock.cautious_now() == pytest.approx(5_000_010.0 + min(0.0, step_seconds))
+    assert clock.cautious_now() == pytest.approx(5_000_010.0 + min(10 * MAX_SLEW, step_seconds))
+
+
+def test_a_clock_that_was_set_right_is_caught_up_with_in_the_end() -> None:
+    elapsed = Elapsed()
+    clock = StoreClock(elapsed)
+    clock.follow(5_000_000.0, clock.elapsed_seconds())
+    for _day in range(10):
+        elapsed.seconds += 86_400.0
+        clock.follow(5_007_200.0 + elapsed.seconds, clock.elapsed_seconds())
+    assert clock.cautious_now() == clock.now()
+
+
+def test_a_clock_that_steps_by_years_is_followed_but_for_a_day() -> None:
+    elapsed = Elapsed()
+    clock = StoreClock(elapsed)
+    clock.follow(1_000.0, clock.elapsed_seconds())
+    clock.follow(1_800_000_000.0, clock.elapsed_seconds())
+    assert clock.now() - clock.cautious_now() == pytest.approx(MAX_CAUTION_SECONDS)
 
 
 def test_a_machines_clock_that_was_wrong_at_the_start_does_not_last() -> None:
