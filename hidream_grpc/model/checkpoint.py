@@ -96,8 +96,8 @@ def describe_checkpoint(model_path: Path, extra_model_path: Path | None) -> Chec
         )
     configs = read_configs(model_path, extra_model_path)
     check_tokenizers(model_path, extra_model_path)
-    check_weights(model_path, extra_model_path, configs)
     check_no_editing_model(model_path / "transformer", configs.transformer)
+    check_weights(model_path, extra_model_path, configs)
 
     scheduler, transformer, vae = configs.scheduler, configs.transformer, configs.vae
     token_side_pixels = 2 ** (len(vae.block_out_channels) - 1) * transformer.patch_size

@@ -19,7 +19,7 @@ from hidream.v1 import server_info_pb2
 from hidream_grpc.model.demo import demo_checkpoint_path
 from tests.e2e.conftest import NarrowServer
 from tests.live_server import LiveServer, running_server
-from tests.refused_starts import refused_line
+from tests.refused_starts import refused_line, refused_line_here
 from tests.streams import follow, request
 
 
@@ -97,7 +97,7 @@ def test_a_checkpoint_that_is_not_what_it_says_is_one_line_before_any_rank_start
     weights = checkpoint / "transformer" / "diffusion_pytorch_model.safetensors"
     scale = {"final_layer.linear.scale_weight": np.ones((), np.float32)}
     save_file(load_file(weights) | scale, weights)
-    assert refused_line(["-m", checkpoint]) == (
+    assert refused_line_here(["-m", checkpoint]) == (
         f"hidream-grpc: -m/--model-path: {weights}: final_layer.linear.scale_weight: quantized weights;"
         " take those that are not quantized"
     )
