@@ -207,15 +207,21 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
             reason = f"rank {rank} cannot load: {type(error).__name__}: {summary}"
             # The class that torch and the runtimes use; a bad file is an OSError or one of its library's.
             is_device = isinstance(error, RuntimeError | MemoryError)
-            is_out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-                device is not None and device.is_out_of_memory(error)
-            )
+            is_out_of_memory = _is_out_of_memory(error, device)
             channel.send(LoadFailed(reason=reason, is_device=is_device, is_out_of_memory=is_out_of_memory))
             sys.exit(1)
         load_seconds = time.monotonic() - started
         logger.info("loaded in %.3f s", load_seconds)
         channel.send(_loaded(device, model, load_seconds))
         Worker(channel, rank, device, model, groups, context).serve()
+
+
+def _is_out_of_memory(error: Exception, device: Device | None) -> bool:
+    """Whether the device, opened or not, or the host had no room."""
+    if isinstance(error, MemoryError):
+        return True
+    # A runtime that found no room to open its device says so in words.
+    return "out of memory" in str(error) if device is None else device.is_out_of_memory(error)
 
 
 def _loaded(device: Device, model: HiDreamModel, load_seconds: float) -> Loaded:

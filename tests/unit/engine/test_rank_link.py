@@ -9,12 +9,15 @@ from typing import cast
 
 import pytest
 
+from hidream_grpc.devices.base import DeviceMemory
 from hidream_grpc.engine.channel import AsyncChannel
-from hidream_grpc.engine.messages import Event, StepPlan
+from hidream_grpc.engine.listener import RankListener
+from hidream_grpc.engine.messages import Event, Load, StepPlan
+from hidream_grpc.engine.processes import OomKills
 from hidream_grpc.engine.pulse import PulseReader
 from hidream_grpc.engine.rank_link import RankLink
 from hidream_grpc.engine.zygote_link import ChildProcess, ZygoteLink
-from hidream_grpc.errors import RankDiedError
+from hidream_grpc.errors import InsufficientMemoryError, RankDiedError
 
 
 class BrokenChannel:
@@ -58,3 +61,38 @@ async def test_a_rank_whose_messages_cannot_be_taken_is_lost_and_killed_and_the_
     (record,) = caplog.records
     assert record.message == "what rank 0 sent cannot be taken"
     assert record.exc_info
+
+
+class MortalZygote(Zygote):
+    """Starts ranks that are gone at once."""
+
+    folder: Path
+
+    async def start_rank(self, _rank: int) -> ChildProcess:
+        child = ChildProcess(4711, asyncio.get_running_loop().create_future(), 0)
+        child.exited.set_result(-signal.SIGKILL)
+        return child
+
+    async def connection_of(self, _child: ChildProcess) -> None:
+        return None
+
+
+async def test_a_rank_that_the_kernel_kills_for_its_memory_while_it_loads_blames_no_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OomKills, "has_new", True)
+    zygote = MortalZygote()
+    zygote.folder = tmp_path
+
+    async def may_load(_memory: DeviceMemory) -> None:
+        raise AssertionError("it opened no device")
+
+    with pytest.raises(InsufficientMemoryError, match="rank 3 cannot load for want of the host's memory"):
+        await RankLink.start(
+            3,
+            lambda _path: cast(Load, None),
+            may_load,
+            10.0,
+            cast(RankListener, zygote),
+            cast(ZygoteLink, zygote),
+        )

@@ -175,8 +175,16 @@ def test_loading_and_drawing_write_nothing_to_the_terminal(tiny_checkpoint: Path
 
 
 def test_what_the_server_imports_of_the_model_is_free_of_torch() -> None:
-    modules = ["checkpoint", "demo", "fingerprint", "images", "parameters", "placement", "prompt_tokens"]
-    modules += ["sizes", "snapshot_format", "text_encoder_files", "variants"]
+    modules = ["checkpoint", "demo", "fingerprint", "images", "memory_requirements", "model_weights"]
+    modules += [
+        "parameters",
+        "placement",
+        "prompt_tokens",
+        "sizes",
+        "snapshot_format",
+        "text_encoder_files",
+        "variants",
+    ]
     program = f"import sys, {', '.join(f'hidream_grpc.model.{module}' for module in modules)}\n"
     program += "print([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
     done = subprocess.run(
