@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from hidream_grpc.errors import ConfigurationError, HiDreamError, StartupError
-from hidream_grpc.logs import LogConfig, configure_logging, log_unforeseen, place_of
+from hidream_grpc.log_streams import protect_stderr
+from hidream_grpc.logs import LogConfig, configure_logging, log_unforeseen, one_line, place_of
 from hidream_grpc.server.app import serve
 from hidream_grpc.settings import Settings, describe_unknown_variables, flag_name, load_settings
 
@@ -67,7 +68,7 @@ def _serve_command(config: str | None = None, **flags: Any) -> None:
             logger.warning("%s", unknown)
         asyncio.run(serve(settings))
     except HiDreamError as error:
-        typer.echo(f"hidream-grpc: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"hidream-grpc: {one_line(str(error))}", err=True)
         sys.exit(EXIT_STARTUP_ERROR if isinstance(error, StartupError) else EXIT_FAILED)
     except Exception as error:
         error_id = log_unforeseen(error)
@@ -82,7 +83,8 @@ def _serve_command(config: str | None = None, **flags: Any) -> None:
 
 def _configure_logging(settings: Settings) -> None:
     try:
-        configure_logging(LogConfig(settings.log_level, settings.log_format, settings.log_file))
+        config = LogConfig(settings.log_level, settings.log_format, settings.log_file)
+        configure_logging(config, may_start_threads=True)
     except OSError as error:
         reason = f"cannot append to {settings.log_file}: {error.strerror}"
         raise ConfigurationError("--log-file", reason) from None
@@ -110,6 +112,7 @@ def _commands() -> None:
 
 def main() -> None:
     """Entry point of the `hidream-grpc` command."""
+    protect_stderr()
     try:
         exit_code = app(prog_name="hidream-grpc", standalone_mode=False)
     except typer.TyperException as error:

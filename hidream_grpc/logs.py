@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 import uuid
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from pythonjsonlogger.json import JsonFormatter
+
+from hidream_grpc.log_streams import drain_streams, dropping_stream
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +47,26 @@ class LogConfig:
 
 
 _NOT_ON_TERMINAL = "is_not_on_terminal"
+_SPELT_OUT = {number: repr(chr(number))[1:-1] for number in (*range(0x20), *range(0x7F, 0xA0))}
+
+
+def one_line(text: str) -> str:
+    """The text with its control characters spelt out: a name or a prompt makes no line of its own."""
+    return text.translate(_SPELT_OUT)
 
 
 class _TextFormatter(logging.Formatter):
     """`time level logger: message fact=value …`."""
 
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (logging's name)
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
+
     def format(self, record: logging.LogRecord) -> str:
         facts = [
-            f"{name}={value}" for name in FACTS if (value := getattr(record, name, "")) not in ("", None)
+            f"{name}={one_line(str(value))}"
+            for name in FACTS
+            if (value := getattr(record, name, "")) not in ("", None)
         ]
         line = super().format(record)
         if not facts:
@@ -60,8 +75,16 @@ class _TextFormatter(logging.Formatter):
         return f"{first} {' '.join(facts)}{newline}{traceback}"
 
 
-def configure_logging(config: LogConfig) -> None:
-    """Set up the root logger of this process. Several processes may append to one file."""
+def configure_logging(config: LogConfig, may_start_threads: bool = False) -> None:
+    """Set up the root logger of this process. Several processes may append to one file.
+
+    Args:
+        config: how to log.
+        may_start_threads: without them a file system that hangs holds this process up.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
     formatter: logging.Formatter
     if config.format == "json":
         formatter = JsonFormatter(
@@ -73,7 +96,7 @@ def configure_logging(config: LogConfig) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if config.file is not None:
         config.file.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(config.file, encoding="utf-8"))
+        handlers.append(_file_handler(config.file, may_start_threads))
     for handler in handlers:
         handler.setFormatter(formatter)
     if config.level != "DEBUG":
@@ -82,6 +105,19 @@ def configure_logging(config: LogConfig) -> None:
     # It tells of each look at the schema.
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.captureWarnings(True)
+
+
+def _file_handler(file: Path, may_start_threads: bool) -> logging.Handler:
+    if not may_start_threads:
+        return logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    return logging.StreamHandler(dropping_stream(descriptor, str(file)))
+
+
+def end_logging() -> None:
+    """Write what was logged, before an end of the process that Python does not know of."""
+    logging.shutdown()
+    drain_streams()
 
 
 def log_unforeseen(error: Exception) -> str:

@@ -175,7 +175,7 @@ def work(socket_path: Path, rank: int) -> None:
 
 
 def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) -> None:
-    configure_logging(load.log)
+    configure_logging(load.log, may_start_threads=True)
     context = RankContext(rank)
     for handler in logging.getLogger().handlers:
         handler.addFilter(context)

@@ -37,7 +37,7 @@ from hidream_grpc.engine.messages import (
     ZygoteReady,
 )
 from hidream_grpc.engine.processes import die_with_parent, leave_signals_to_the_server, num_threads
-from hidream_grpc.logs import configure_logging
+from hidream_grpc.logs import configure_logging, end_logging
 
 logger = logging.getLogger("hidream_grpc.engine.zygote")  # this module is __main__
 
@@ -157,7 +157,7 @@ class Zygote:
         except BaseException:
             logger.exception("a child of the zygote failed")
         finally:
-            logging.shutdown()
+            end_logging()
             # No return into the zygote's frames, and none of its exit handlers.
             os._exit(exit_code)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from hidream_grpc.background import BackgroundTasks
 from hidream_grpc.engine.channel import STREAM_BUFFER_BYTES, AsyncChannel, FrameError
+from hidream_grpc.engine.child_output import ChildOutput
 from hidream_grpc.engine.messages import (
     KillProcess,
     PrepareZygote,
@@ -85,6 +86,7 @@ class ZygoteLink:
         prepare: PrepareZygote,
         process: asyncio.subprocess.Process,
         channel: AsyncChannel[ZygoteEvent],
+        output: ChildOutput,
     ) -> None:
         self.prepare = prepare
         self.pid = process.pid
@@ -92,6 +94,7 @@ class ZygoteLink:
         self.loss = ""
         self._process = process
         self._channel = channel
+        self._output = output
         self._children: dict[int, ChildProcess] = {}
         self._answers: asyncio.Queue[ZygoteReady | ChildProcess | StartRefused | None] = asyncio.Queue()
         self._one_question = asyncio.Lock()
@@ -117,19 +120,25 @@ class ZygoteLink:
         with zygote_end:
             reader, writer = await asyncio.open_unix_connection(sock=server_end, limit=STREAM_BUFFER_BYTES)
             channel = AsyncChannel[ZygoteEvent](reader, writer, ZygoteEvent)
+            output = ChildOutput()
             try:
                 process = await asyncio.create_subprocess_exec(
                     sys.executable,
                     *("-m", "hidream_grpc.engine.zygote", str(zygote_end.fileno()), str(os.getpid())),
                     pass_fds=(zygote_end.fileno(),),
                     stdin=asyncio.subprocess.DEVNULL,
+                    stdout=output.write_end,
+                    stderr=output.write_end,
                     # A Ctrl-C must not reach the interpreter before it ignores the signal.
                     start_new_session=True,
                 )
             except BaseException:
+                output.close()
                 await channel.close()
                 raise
-        link = cls(prepare, process, channel)
+            finally:
+                os.close(output.write_end)
+        link = cls(prepare, process, channel, output)
         try:
             await link._ask(prepare, timeout_seconds)
         except BaseException:
@@ -234,6 +243,8 @@ class ZygoteLink:
         await self._channel.close()
         # The kernel kills the children along with their parent; nobody is left to report it.
         await asyncio.gather(*(wait_until_gone(pid) for pid in self._children))
+        # Their last words are told before their loss is.
+        self._output.close()
         self.lost.set()
         for child in self._children.values():
             child.exited.set_result(-signal.SIGKILL)

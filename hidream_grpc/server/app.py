@@ -59,6 +59,7 @@ from hidream_grpc.server.limits import request_defaults, request_limits
 from hidream_grpc.server.listening import bind, grpc_server
 from hidream_grpc.server.memory import return_freed_buffers
 from hidream_grpc.server.metrics import Metrics
+from hidream_grpc.server.model_folders import utf8_path
 from hidream_grpc.server.models import ModelChoice
 from hidream_grpc.server.ranks import group_config
 from hidream_grpc.server.signals import Signals, end_within
@@ -85,6 +86,7 @@ async def serve(settings: Settings) -> None:
     """
     return_freed_buffers()
     signals = Signals()
+    settings = settings.model_copy(update=_utf8_folders(settings))
     model_path = settings.model_path or demo_checkpoint_path()
     if settings.extra_model_path is not None and not settings.extra_model_path.is_dir():
         # Also where the checkpoint holds its own: a wrong path is not passed over in silence.
@@ -233,8 +235,9 @@ async def _drain(
 
 def _raise_what_ended(tasks: Sequence[asyncio.Task[None]]) -> None:
     for task in tasks:
-        if task.done():
-            task.result()
+        if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+            logger.critical("the server ends, since a task of it has failed", exc_info=error)
+            raise error
 
 
 async def _end(*tasks: asyncio.Task[None]) -> None:
@@ -262,6 +265,11 @@ def take_all_devices(group: RankGroup, scheduler: StepScheduler) -> None:
         logger.info("SIGHUP: going back to layout %s", group.full_layout)
     else:
         logger.info("SIGHUP: the layout is the one that was asked for")
+
+
+def _utf8_folders(settings: Settings) -> dict[str, Path]:
+    folders = {"model_path": settings.model_path, "extra_model_path": settings.extra_model_path}
+    return {name: utf8_path(folder) for name, folder in folders.items() if folder is not None}
 
 
 def _data_directory(data_dir: Path | None) -> Path:

@@ -9,6 +9,8 @@ import signal
 import threading
 from collections.abc import Callable
 
+from hidream_grpc.logs import end_logging
+
 logger = logging.getLogger(__name__)
 
 
@@ -48,5 +50,5 @@ def end_within(seconds: float) -> None:
 
 def _end_now() -> None:
     logger.warning("stopped, without waiting any longer for stores that do not answer")
-    logging.shutdown()
+    end_logging()
     os._exit(0)

@@ -40,6 +40,13 @@ def test_a_text_line_has_time_level_logger_message_and_facts(capsys: pytest.Capt
     assert rest == "WARNING hidream_grpc.piece: a rank is slow rank=0 job_id=j1\n"
 
 
+def test_a_message_or_a_fact_with_control_characters_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with configured(LogConfig()):
+        logger.info("the folder %s", "a\nb\x1b[2J", extra={"job_id": "j\r\n1"})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(r"the folder a\nb\x1b[2J job_id=j\r\n1")
+
+
 def test_facts_stand_before_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     with configured(LogConfig()):
         try:
