@@ -23,6 +23,7 @@ from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
 from hidream_grpc.engine.supervisor import RankGroup
 from hidream_grpc.errors import (
     ConfigurationError,
+    HiDreamError,
     ModelNotFoundError,
     StoreFullError,
     StoreInUseError,
@@ -236,7 +237,8 @@ async def _drain(
 def _raise_what_ended(tasks: Sequence[asyncio.Task[None]]) -> None:
     for task in tasks:
         if task.done() and not task.cancelled() and (error := task.exception()) is not None:
-            logger.critical("the server ends, since a task of it has failed", exc_info=error)
+            if not isinstance(error, HiDreamError):
+                logger.critical("the server ends, since a task of it has failed", exc_info=error)
             raise error
 
 
