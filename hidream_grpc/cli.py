@@ -113,6 +113,11 @@ def _commands() -> None:
 def main() -> None:
     """Entry point of the `hidream-grpc` command."""
     protect_stderr()
+    run()
+
+
+def run() -> None:
+    """Do what the arguments of the process say, then exit."""
     try:
         exit_code = app(prog_name="hidream-grpc", standalone_mode=False)
     except typer.TyperException as error:
