@@ -20,7 +20,7 @@ from hidream_grpc.engine.plan_run import BLAME, watch_ranks
 from hidream_grpc.engine.rank_link import RankLink
 from hidream_grpc.engine.watchdog import PlanWatch
 from hidream_grpc.engine.zygote_link import ChildProcess, ZygoteLink
-from hidream_grpc.errors import DeviceFailedError, InsufficientMemoryError, RankDiedError
+from hidream_grpc.errors import DeviceFailedError, InsufficientMemoryError, RankDiedError, StartupError
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +218,8 @@ async def _all_of(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[Res
     except BaseExceptionGroup as failures:
         first, *others = failures.exceptions
         for failure in others:
-            logger.error("starting a rank failed", exc_info=failure)
+            is_explained = isinstance(failure, StartupError)
+            logger.error("starting a rank failed: %s", failure, exc_info=None if is_explained else failure)
     else:
         return [task.result() for task in running]
     raise first

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hidream_grpc.devices.base import Device
+from hidream_grpc.errors import ModelNotFoundError, NonFiniteError
 from hidream_grpc.model.checkpoint_files import MODEL_PATH_FLAG, TransformerConfig, read_json
 from hidream_grpc.model.compilation import compile_blocks
 from hidream_grpc.model.conditioning import Conditioning
@@ -60,6 +61,7 @@ class HiDreamModel:
         prompt_encoder: PromptEncoder,
         transformer: HiDreamTransformer,
         vae: AutoencoderKL,
+        preview: LatentPreview,
         scheduler: SchedulerMixin,
         device: Device,
         groups: ParallelGroups,
@@ -77,7 +79,7 @@ class HiDreamModel:
         self._scheduler = scheduler
         self._device = device
         self._groups = groups
-        self._preview = LatentPreview.fit(vae)
+        self._preview = preview
 
     @classmethod
     def from_pretrained(
@@ -99,6 +101,7 @@ class HiDreamModel:
 
         Raises:
             CheckpointChangedError: it is another checkpoint, or became one while it was read.
+            ModelNotFoundError: its autoencoder gives no numbers.
         """
         quieten_libraries()
         groups = groups or ParallelGroups(Layout())
@@ -121,6 +124,10 @@ class HiDreamModel:
             transformer = HiDreamTransformer(config, groups, device)
         load_share(transformer, model_path / "transformer", device)
         vae = load_vae(model_path / "vae", device)
+        try:
+            preview = LatentPreview.fit(vae)
+        except NonFiniteError as error:
+            raise ModelNotFoundError(MODEL_PATH_FLAG, model_path / "vae", str(error)) from None
         # Last: they go where the others leave room.
         text_encoders = TextEncoders.from_pretrained(
             model_path, extra_model_path, tuple(sorted(set(config.llama_layers))), device, groups.world
@@ -129,6 +136,7 @@ class HiDreamModel:
             prompt_encoder=PromptEncoder(text_encoders, transformer, groups.world, device),
             transformer=transformer,
             vae=vae,
+            preview=preview,
             scheduler=load_scheduler(model_path / "scheduler"),
             device=device,
             groups=groups,

@@ -44,7 +44,7 @@ class LatentPreview:
         inputs = latents.movedim(1, -1).flatten(0, -2).double().cpu()
         targets = colours.movedim(1, -1).flatten(0, -2).double().cpu()
         if not (inputs.isfinite().all() and targets.isfinite().all()):
-            raise NonFiniteError("what the autoencoder of the checkpoint gives is not finite")
+            raise NonFiniteError("the autoencoder gives numbers that are not finite")
         inputs = torch.cat([inputs, torch.ones(len(inputs), 1, dtype=inputs.dtype)], dim=1)
         # gelsd gives the smallest solution where latent channels depend on each other.
         solution = torch.linalg.lstsq(inputs, targets, driver="gelsd").solution.float()

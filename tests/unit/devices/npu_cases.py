@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.backend_registration import rename_privateuse1_backend
 
-from hidream_grpc.devices.base import open_device
+from hidream_grpc.devices.base import NPU, open_device
 from tests.unit.devices.npu_stand_in import TOTAL_BYTES, NpuRuntime
 
 
@@ -38,6 +38,7 @@ def test_ranks_on_npus_talk_hccl_and_compute_in_bfloat16(npu_runtime: NpuRuntime
     device = open_device("npu", 0)
     assert device.backend == "hccl"
     assert device.dtype is torch.bfloat16
+    assert device.dtype.itemsize == NPU.bytes_per_weight
 
 
 def test_memory_is_that_of_the_rank_s_own_npu(npu_runtime: NpuRuntime) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hidream_grpc.devices.base import CUDA
 from hidream_grpc.devices.cuda import CudaDevice
 
 
@@ -21,3 +22,7 @@ from hidream_grpc.devices.cuda import CudaDevice
 def test_out_of_memory_is_told_from_other_errors(error: Exception, expected: bool) -> None:
     unopened = object.__new__(CudaDevice)  # to read an error takes no GPU
     assert unopened.is_out_of_memory(error) is expected
+
+
+def test_what_is_told_of_a_models_memory_before_it_loads_counts_the_bytes_of_its_dtype() -> None:
+    assert CudaDevice.dtype.itemsize == CUDA.bytes_per_weight

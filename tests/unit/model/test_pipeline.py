@@ -13,7 +13,7 @@ from diffusers import HiDreamImagePipeline
 from PIL import Image
 
 from hidream_grpc.devices.base import open_device
-from hidream_grpc.errors import CheckpointChangedError
+from hidream_grpc.errors import CheckpointChangedError, ModelNotFoundError
 from hidream_grpc.model.demo import demo_checkpoint_path
 from hidream_grpc.model.denoising import StepBatch
 from hidream_grpc.model.fingerprint import fingerprint_of
@@ -23,6 +23,7 @@ from hidream_grpc.model.pipeline import HiDreamModel
 from hidream_grpc.model.prompt_encoding import EMPTY_PROMPT, MAX_CACHED_PROMPTS
 from hidream_grpc.model.text_encoder_files import TextEncoderName
 from hidream_grpc.model.text_encoders import TextEncoders
+from tests.checkpoints import write_spoilt
 from tests.denoising import denoise, parameters, take_step
 
 
@@ -221,3 +222,15 @@ def test_a_checkpoint_that_is_exchanged_while_it_is_read_is_refused(
     monkeypatch.setattr("hidream_grpc.model.pipeline.load_share", exchange)
     with pytest.raises(CheckpointChangedError):
         HiDreamModel.from_pretrained(own_checkpoint, None, open_device("cpu", 0), fingerprint=fingerprint)
+
+
+def test_a_checkpoint_whose_autoencoder_gives_no_numbers_is_refused_by_its_folder(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        weights["decoder.conv_out.bias"][:] = float("nan")
+
+    folder = write_spoilt(tiny_checkpoint, tmp_path / "spoilt", {"vae": spoil})
+    reason = f"-m/--model-path: {folder}/vae: the autoencoder gives numbers that are not finite"
+    with pytest.raises(ModelNotFoundError, match=f"^{reason}$"):
+        HiDreamModel.from_pretrained(folder, None, open_device("cpu", 0))

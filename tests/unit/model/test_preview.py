@@ -66,5 +66,5 @@ def test_the_fit_is_the_same_every_time(vae: AutoencoderKL) -> None:
 def test_an_autoencoder_that_gives_no_numbers_is_told_before_anything_is_drawn(vae: AutoencoderKL) -> None:
     broken = copy.deepcopy(vae)
     torch.nn.init.constant_(broken.decoder.conv_out.bias, float("nan"))
-    with pytest.raises(NonFiniteError, match="what the autoencoder of the checkpoint gives is not finite"):
+    with pytest.raises(NonFiniteError, match="the autoencoder gives numbers that are not finite"):
         LatentPreview.fit(broken)
