@@ -56,6 +56,11 @@ class PostgresServer:
         self._server.stop()
 
     @property
+    def system_user(self) -> str | None:
+        """Whom it runs as where tests run as root."""
+        return self._server.system_user
+
+    @property
     def socket_path(self) -> Path:
         """The Unix socket that it listens on."""
         socket_folder = self._server.get_postmaster_info().socket_dir
@@ -71,9 +76,8 @@ class PostgresServer:
     def standby(self) -> Iterator[PostgresServer]:
         """A server that follows this one until it is promoted, and can be read meanwhile."""
         with _new_folder() as folder:
-            user = self._server.system_user
-            if user is not None:
-                shutil.chown(folder, user)
+            if self.system_user is not None:
+                shutil.chown(folder, self.system_user)
             words = (
                 "-h",
                 str(self.socket_path.parent),
@@ -85,7 +89,7 @@ class PostgresServer:
                 "-c",
                 "fast",
             )
-            pgexec("pg_basebackup", words, bin_path=self._server.bin_path, user=user)
+            pgexec("pg_basebackup", words, bin_path=self._server.bin_path, user=self.system_user)
             # What the primary itself keeps in its folder.
             (folder / f"{self.socket_path.name}.lock").unlink()
             server = PostgresServer(folder)
