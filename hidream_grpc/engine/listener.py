@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import socket
 import struct
-import tempfile
 from pathlib import Path
 
 from hidream_grpc.background import BackgroundTasks
 from hidream_grpc.engine.channel import STREAM_BUFFER_BYTES, AsyncChannel, FrameError
+from hidream_grpc.engine.group_folder import GroupFolder
 from hidream_grpc.engine.messages import PROTOCOL_VERSION, Event, Hello
 from hidream_grpc.engine.zygote_link import ChildProcess
 from hidream_grpc.errors import ConfigurationError
@@ -26,7 +25,7 @@ class RankListener:
     """Accepts the connections of ranks and hands each to whoever waits for that process."""
 
     def __init__(self) -> None:
-        self._folder: Path | None = None
+        self._folder: GroupFolder | None = None
         self._server: asyncio.Server | None = None
         self._arrivals: dict[int, asyncio.Future[AsyncChannel[Event]]] = {}
         self._greetings = BackgroundTasks()
@@ -36,7 +35,7 @@ class RankListener:
         """That only this user may enter; there between `start` and `stop`."""
         if self._folder is None:
             raise ValueError("the listener was not started")
-        return self._folder
+        return self._folder.path
 
     @property
     def socket_path(self) -> Path:
@@ -47,11 +46,17 @@ class RankListener:
         """Make the folder (mode 0700) and listen in it.
 
         Raises:
-            ConfigurationError: the folder for temporary files has too long a name for a socket.
+            ConfigurationError: the folder for temporary files has too long a name for a socket, or there is
+                none.
         """
-        self._folder = Path(tempfile.mkdtemp(prefix="hidream-"))
+        try:
+            self._folder = GroupFolder()
+        except OSError as error:
+            raise ConfigurationError(
+                "TMPDIR", f"cannot make a folder for the ranks: {error.strerror}"
+            ) from None
         if len(bytes(self.socket_path)) > _MAX_SOCKET_PATH_BYTES:
-            raise ConfigurationError("TMPDIR", f"{self._folder} is too long a path for a Unix socket")
+            raise ConfigurationError("TMPDIR", f"{self.folder} is too long a path for a Unix socket")
         self._server = await asyncio.start_unix_server(
             self._connected, self.socket_path, limit=STREAM_BUFFER_BYTES
         )
@@ -76,7 +81,7 @@ class RankListener:
                 await arrival.result().close()
         self._arrivals.clear()
         if self._folder is not None:
-            shutil.rmtree(self._folder)
+            self._folder.remove()
             self._folder = None
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
