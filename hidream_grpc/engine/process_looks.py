@@ -12,7 +12,7 @@ LOOK_SECONDS = 1.0
 
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 # Of /proc/<pid>/stat, counted from the field after the name: proc_pid_stat(5).
-_STATE, _USER_TICKS, _SYSTEM_TICKS = 0, 11, 12
+_STATE, _PARENT, _USER_TICKS, _SYSTEM_TICKS = 0, 1, 11, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,17 @@ def look_at(pid: int) -> ProcessLook | None:
         is_runnable=bool(states & {"R", "D"}),
         cpu_seconds=(int(fields[_USER_TICKS]) + int(fields[_SYSTEM_TICKS])) / _TICKS_PER_SECOND,
     )
+
+
+def zombies_of(parent_pid: int) -> frozenset[int]:
+    """The children of a process that have ended and were not waited for."""
+    pids = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            fields = _stat_fields(process)
+            if fields[_STATE] == "Z" and int(fields[_PARENT]) == parent_pid:
+                pids.add(int(process.name))
+    return frozenset(pids)
 
 
 def _stat_fields(folder: Path) -> list[str]:

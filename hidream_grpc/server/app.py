@@ -48,6 +48,7 @@ from hidream_grpc.model.checkpoint_files import EXTRA_MODEL_PATH_FLAG
 from hidream_grpc.model.demo import demo_checkpoint_path
 from hidream_grpc.model.fingerprint import tokenizer_fingerprint_of
 from hidream_grpc.model.prompt_tokens import PromptTokenCounter
+from hidream_grpc.server.adopted_children import reap_adopted_children
 from hidream_grpc.server.checks import RequestChecks
 from hidream_grpc.server.health import IMAGE_GEN, HealthServicer
 from hidream_grpc.server.image_gen import ImageGenServicer
@@ -87,6 +88,8 @@ async def serve(settings: Settings) -> None:
     """
     return_freed_buffers()
     signals = Signals()
+    background = BackgroundTasks()
+    background.start(reap_adopted_children(), "reaping adopted children")
     settings = settings.model_copy(update=_utf8_folders(settings))
     model_path = settings.model_path or demo_checkpoint_path()
     if settings.extra_model_path is not None and not settings.extra_model_path.is_dir():

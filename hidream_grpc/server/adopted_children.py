@@ -1,0 +1,51 @@
+"""What the first process of a container owes: a process whose parent has ended is its child from then on.
+
+Such a child stays a zombie until it is waited for, and nothing here started it. Ranks of a zygote that was
+killed become children so, and whatever `docker exec` or a compiler leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+
+from hidream_grpc.background import keep_doing
+from hidream_grpc.engine.process_looks import LOOK_SECONDS, zombies_of
+
+_PR_GET_CHILD_SUBREAPER = 37  # linux/prctl.h
+
+
+def adopts_orphans() -> bool:
+    """Whether this process gets children that it did not start."""
+    if os.getpid() == 1:
+        return True
+    is_subreaper = ctypes.c_int()
+    libc = ctypes.CDLL(None)
+    return libc.prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(is_subreaper)) == 0 and bool(is_subreaper.value)
+
+
+async def reap_adopted_children() -> None:
+    """Wait for adopted children until cancelled; return at once where there can be none.
+
+    A child that this process started is waited for by what started it, within moments of its end. So a zombie
+    that is there at two looks in a row is an adopted one, and its exit status nobody's.
+    """
+    if not adopts_orphans():
+        return
+    seen: frozenset[int] = frozenset()
+
+    async def look() -> None:
+        nonlocal seen
+        zombies = zombies_of(os.getpid())
+        for pid in zombies & seen:
+            _reap(pid)
+        seen = zombies
+
+    await keep_doing("reap processes whose parents have ended", look, lambda: asyncio.sleep(LOOK_SECONDS))
+
+
+def _reap(pid: int) -> None:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
