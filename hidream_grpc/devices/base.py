@@ -70,6 +70,8 @@ def _cuda_environment(_num_ranks: int) -> dict[str, str]:
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
         # A library that asks torch.cuda.is_available() in the zygote must not open the runtime there.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        # cuBLAS adds in a fixed order only in workspaces of a fixed size: 8 of 4 MiB.
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     }
 
 
@@ -83,6 +85,9 @@ def _npu_environment(num_ranks: int) -> dict[str, str]:
         "ACL_STREAM_TIMEOUT": "7200",
         "PYTORCH_NPU_ALLOC_CONF": "max_split_size_mb:512",
         "DEVICE_COUNT": str(num_ranks),
+        # Reductions over ranks, and sums within a matrix product, in a fixed order.
+        "HCCL_DETERMINISTIC": "true",
+        "CLOSE_MATMUL_K_SHIFT": "1",
     }
 
 

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from hidream_grpc.devices import kernels
 from hidream_grpc.devices.base import CUDA, Device, DeviceMemory
+from hidream_grpc.devices.determinism import use_deterministic_kernels
 
 # Libraries that allocate outside torch's allocator report it in words only.
 _OUT_OF_MEMORY_TEXTS = (
@@ -24,6 +25,10 @@ class CudaDevice:
     dtype = torch.bfloat16
 
     def __init__(self, local_index: int) -> None:
+        use_deterministic_kernels()
+        # Kernels of cuDNN that add atomically, and those that the fastest of some trials chooses, differ.
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
         self.torch_device = torch.device("cuda", local_index)
         torch.cuda.set_device(self.torch_device)
         self.name = torch.cuda.get_device_name(self.torch_device)

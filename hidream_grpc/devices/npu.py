@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hidream_grpc.devices import kernels
 from hidream_grpc.devices.base import NPU, Device, DeviceMemory
+from hidream_grpc.devices.determinism import use_deterministic_kernels
 
 # What torch_npu's allocators say, and CANN's code for the same: some raise a plain RuntimeError with it.
 _OUT_OF_MEMORY_TEXTS = ("NPU out of memory", "EL0004")
@@ -26,6 +27,7 @@ class NpuDevice:
     dtype = torch.bfloat16
 
     def __init__(self, local_index: int) -> None:
+        use_deterministic_kernels()
         self.torch_device = torch.device("npu", local_index)
         torch_npu.npu.set_device(self.torch_device)
         self.name: str = torch_npu.npu.get_device_name(self.torch_device)

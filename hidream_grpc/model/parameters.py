@@ -7,6 +7,8 @@ from enum import StrEnum
 
 import msgspec
 
+from hidream_grpc.model.variants import MAX_SCALE_WITHOUT_GUIDANCE
+
 
 class OutputFormat(StrEnum):
     """File format of the finished images; the value is Pillow's name of it."""
@@ -72,8 +74,8 @@ class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def uses_guidance(self) -> bool:
-        """Whether each image needs an unconditional sample too (diffusers: guidance_scale > 1)."""
-        return self.guidance_scale > 1.0
+        """Whether each image needs an unconditional sample too."""
+        return self.guidance_scale > MAX_SCALE_WITHOUT_GUIDANCE
 
     @property
     def prompts(self) -> tuple[str, ...]:

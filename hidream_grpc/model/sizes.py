@@ -18,8 +18,8 @@ class ImageSize:
     height: int
 
 
-# Source: the official repository's inference script, then those of the server that this one replaces.
-RECOMMENDED_SIZES = (
+# Source: the official repository's inference script.
+TRAINED_SIZES = (
     ImageSize(1024, 1024),
     ImageSize(768, 1360),
     ImageSize(1360, 768),
@@ -27,10 +27,9 @@ RECOMMENDED_SIZES = (
     ImageSize(1168, 880),
     ImageSize(1248, 832),
     ImageSize(832, 1248),
-    ImageSize(1024, 768),
-    ImageSize(768, 1024),
-    ImageSize(512, 512),
 )
+# Source: the server that this one replaces, which offered them beside 1024×1024.
+SUPPORTED_SIZES = (ImageSize(1024, 768), ImageSize(768, 1024), ImageSize(512, 512))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,5 +61,9 @@ class SizeLimits:
         return ImageSize(side, side)
 
     def recommended(self) -> tuple[ImageSize, ...]:
-        """Sizes to offer: those that HiDream-I1 was trained for, or the largest square."""
-        return tuple(size for size in RECOMMENDED_SIZES if self.allows(size)) or (self.largest_square(),)
+        """Sizes to offer first: those that HiDream-I1 was trained for, or the largest square."""
+        return tuple(filter(self.allows, TRAINED_SIZES)) or (self.largest_square(),)
+
+    def supported(self) -> tuple[ImageSize, ...]:
+        """Sizes to offer beside those: HiDream-I1 draws them, and was not trained for them."""
+        return tuple(filter(self.allows, SUPPORTED_SIZES))

@@ -31,7 +31,14 @@ class Schedule:
     num_inference_steps: int
     guidance_scale: float
 
+    @property
+    def needs_guidance(self) -> bool:
+        """Whether a guidance scale that turns guidance off gives poor images."""
+        return self.guidance_scale > MAX_SCALE_WITHOUT_GUIDANCE
 
+
+MAX_SCALE_WITHOUT_GUIDANCE = 1.0
+"""Up to here a guidance scale means none (diffusers: guidance_scale > 1)."""
 UNIPC = "UniPCMultistepScheduler"
 FLOW_MATCH_LCM = "FlowMatchLCMScheduler"
 FLOW_MATCH_EULER = "FlowMatchEulerDiscreteScheduler"

@@ -6,14 +6,17 @@ import dataclasses
 import importlib.metadata
 import platform
 import time
+from collections.abc import Iterable
 
 from hidream.v1 import server_info_pb2
 from hidream_grpc.engine.requests import EngineState
 from hidream_grpc.engine.supervisor import RankGroup
-from hidream_grpc.jobs.job import JobState
+from hidream_grpc.jobs.job import JobState, ModelIdentity
 from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
 from hidream_grpc.jobs.service import JobService
 from hidream_grpc.model.checkpoint import CheckpointDescription
+from hidream_grpc.model.sizes import ImageSize
+from hidream_grpc.model.variants import MAX_SCALE_WITHOUT_GUIDANCE, default_schedule
 from hidream_grpc.server import convert
 
 _STATES = {
@@ -58,23 +61,14 @@ class ServerDescription:
         state = _STATES[self._jobs.engine_state]
         return server_info_pb2.ServerInfo(
             state=server_info_pb2.SERVER_STATE_DRAINING if self._jobs.is_draining else state,
-            model=server_info_pb2.ModelInfo(
-                name=checkpoint.name,
-                variant=checkpoint.variant,
-                scheduler=checkpoint.scheduler_name,
-                shift=checkpoint.shift,
-                num_parameters=loaded[0].model.num_parameters if loaded else 0,
-                fingerprint=checkpoint.fingerprint,
+            model=_model_info(
+                ModelIdentity(checkpoint.name, checkpoint.variant, checkpoint.fingerprint),
+                checkpoint.scheduler_name,
+                checkpoint.shift,
+                loaded[0].model.num_parameters if loaded else 0,
             ),
             live_models=[
-                server_info_pb2.ModelInfo(
-                    name=model.identity.name,
-                    variant=model.identity.variant,
-                    scheduler=model.scheduler,
-                    shift=model.shift,
-                    fingerprint=model.identity.fingerprint,
-                )
-                for model in self._jobs.live_models
+                _model_info(model.identity, model.scheduler, model.shift) for model in self._jobs.live_models
             ],
             layout=str(placement.layout),
             devices=[
@@ -89,10 +83,8 @@ class ServerDescription:
             ],
             defaults=server_info_pb2.RequestDefaults(**dataclasses.asdict(self._defaults)),
             limits=server_info_pb2.RequestLimits(**dataclasses.asdict(self._limits)),
-            recommended_sizes=[
-                server_info_pb2.ImageSize(width=size.width, height=size.height)
-                for size in checkpoint.size_limits.recommended()
-            ],
+            recommended_sizes=_sizes(checkpoint.size_limits.recommended()),
+            supported_sizes=_sizes(checkpoint.size_limits.supported()),
             jobs=server_info_pb2.JobCounts(
                 queued=self._jobs.num_queued,
                 running=self._jobs.num_running,
@@ -107,3 +99,27 @@ class ServerDescription:
             num_rank_restarts=self._group.num_restarts,
             idle_devices=placement.devices.idle_devices,
         )
+
+
+def _model_info(
+    identity: ModelIdentity, scheduler: str, shift: float, num_parameters: int = 0
+) -> server_info_pb2.ModelInfo:
+    info = server_info_pb2.ModelInfo(
+        name=identity.name,
+        variant=identity.variant,
+        scheduler=scheduler,
+        shift=shift,
+        num_parameters=num_parameters,
+        fingerprint=identity.fingerprint,
+    )
+    if default_schedule(scheduler, shift).needs_guidance:
+        info.max_poor_guidance_scale = MAX_SCALE_WITHOUT_GUIDANCE
+        info.warnings.append(
+            f"{identity.name} is trained with classifier-free guidance: a guidance_scale of "
+            f"{MAX_SCALE_WITHOUT_GUIDANCE:g} or less turns it off and gives poor images"
+        )
+    return info
+
+
+def _sizes(sizes: Iterable[ImageSize]) -> list[server_info_pb2.ImageSize]:
+    return [server_info_pb2.ImageSize(width=size.width, height=size.height) for size in sizes]

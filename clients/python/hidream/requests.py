@@ -29,7 +29,8 @@ class SubmitOptions(TypedDict, total=False):
         negative_prompt: what to keep away from; works through guidance.
         width, height: in pixels; both or neither.
         num_inference_steps: denoising steps.
-        guidance_scale: how closely to follow the prompt; 1 or less is none, in half the time.
+        guidance_scale: how closely to follow the prompt; 1 or less is none, in half the time, and gives poor
+            images of a model that is trained with guidance, such as Full.
         num_images: image i is drawn from seed + i.
         seed: of image 0; the server picks one when absent, and `Started.spec` says which.
         output_format: file format of the images.

@@ -148,13 +148,19 @@ def _info_rows(info: server_info_pb2.ServerInfo) -> Iterator[tuple[str, str]]:
         f"{defaults.width}×{defaults.height}, {defaults.num_inference_steps} steps, "
         f"guidance {defaults.guidance_scale:g}, {defaults.num_images} image, quality {defaults.quality}",
     )
-    yield "sizes", ", ".join(f"{size.width}×{size.height}" for size in info.recommended_sizes)
+    yield "sizes", _sizes(info.recommended_sizes)
+    yield "further sizes", _sizes(info.supported_sizes)
+    yield "warnings", "; ".join(model.warnings)
     for field, value in limits.ListFields():
         yield field.name, f"{value:,}" if isinstance(value, int) else f"{value:g}"
     yield (
         "versions",
         ", ".join(f"{field.name} {value}" for field, value in info.versions.ListFields()),
     )
+
+
+def _sizes(sizes: Iterable[server_info_pb2.ImageSize]) -> str:
+    return ", ".join(f"{size.width}×{size.height}" for size in sizes)
 
 
 def _memory(device: server_info_pb2.DeviceInfo) -> str:

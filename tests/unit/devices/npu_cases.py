@@ -34,6 +34,13 @@ def test_opening_makes_the_npu_the_current_one_and_names_it(npu_runtime: NpuRunt
     assert device.name == "Ascend910B4"
 
 
+def test_an_opened_npu_computes_in_a_fixed_order(npu_runtime: NpuRuntime) -> None:
+    torch.use_deterministic_algorithms(False)
+    open_device("npu", 0)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled(), "what has no such kernel runs all the same"
+
+
 def test_ranks_on_npus_talk_hccl_and_compute_in_bfloat16(npu_runtime: NpuRuntime) -> None:
     device = open_device("npu", 0)
     assert device.backend == "hccl"

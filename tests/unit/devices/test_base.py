@@ -46,12 +46,18 @@ def test_npu_ranks_get_the_documented_environment() -> None:
         "PYTORCH_NPU_ALLOC_CONF": "max_split_size_mb:512",
         "TOKENIZERS_PARALLELISM": "false",
         "DEVICE_COUNT": "4",
+        "HCCL_DETERMINISTIC": "true",
+        "CLOSE_MATMUL_K_SHIFT": "1",
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
     }
 
 
 def test_a_library_that_looks_for_gpus_does_not_open_cuda_before_the_fork() -> None:
     assert CUDA.environment(num_ranks=2)["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
+
+
+def test_cublas_gets_workspaces_in_which_it_adds_in_a_fixed_order() -> None:
+    assert CUDA.environment(num_ranks=2)["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_a_dead_cuda_rank_does_not_end_the_others() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hidream_grpc.model.sizes import RECOMMENDED_SIZES, ImageSize, SizeLimits
+from hidream_grpc.model.sizes import SUPPORTED_SIZES, TRAINED_SIZES, ImageSize, SizeLimits
 from hidream_grpc.model.variants import Variant, default_schedule, identify_variant
 
 REAL_MODEL = SizeLimits(size_multiple=16, max_pixels=1024 * 1024)
@@ -27,12 +27,16 @@ def test_a_size_is_allowed_when_its_tokens_fit(width: int, height: int, is_allow
     assert REAL_MODEL.allows(ImageSize(width, height)) is is_allowed
 
 
-def test_the_real_model_draws_every_recommended_size() -> None:
-    assert REAL_MODEL.recommended() == RECOMMENDED_SIZES
+def test_the_real_model_draws_the_seven_sizes_that_it_was_trained_for_and_more() -> None:
+    sides = ((1024, 1024), (768, 1360), (1360, 768), (880, 1168), (1168, 880), (1248, 832), (832, 1248))
+    assert REAL_MODEL.recommended() == TRAINED_SIZES == tuple(ImageSize(*size) for size in sides)
+    assert REAL_MODEL.supported() == SUPPORTED_SIZES
+    assert ImageSize(512, 512) in SUPPORTED_SIZES
 
 
 def test_a_small_checkpoint_recommends_its_largest_square() -> None:
-    assert SizeLimits(size_multiple=16, max_pixels=200 * 200).recommended() == (ImageSize(192, 192),)
+    small = SizeLimits(size_multiple=16, max_pixels=200 * 200)
+    assert (small.recommended(), small.supported()) == ((ImageSize(192, 192),), ())
 
 
 @pytest.mark.parametrize(
@@ -47,6 +51,15 @@ def test_a_small_checkpoint_recommends_its_largest_square() -> None:
 )
 def test_scheduler_and_shift_tell_the_variant(scheduler: str, shift: float, variant: Variant) -> None:
     assert identify_variant(scheduler, shift) is variant
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "shift", "needs_guidance"),
+    [("UniPCMultistepScheduler", 3.0, True), ("FlowMatchLCMScheduler", 6.0, False)],
+    ids=["full", "dev"],
+)
+def test_what_was_trained_with_guidance_needs_it(scheduler: str, shift: float, needs_guidance: bool) -> None:
+    assert default_schedule(scheduler, shift).needs_guidance is needs_guidance
 
 
 def test_a_distilled_checkpoint_of_another_shift_needs_no_guidance_either() -> None:

@@ -102,13 +102,17 @@ type ImageSpec struct {
 	// Denoising steps, 1 to `limits.max_num_inference_steps`. Absent: `defaults.num_inference_steps`.
 	NumInferenceSteps *int32 `protobuf:"varint,5,opt,name=num_inference_steps,json=numInferenceSteps,proto3,oneof" json:"num_inference_steps,omitempty"`
 	// How closely to follow the prompt (classifier-free guidance), 0 to `limits.max_guidance_scale`.
-	// 1 or less means no guidance, in half the time. Absent: `defaults.guidance_scale`.
+	// 1 or less means no guidance, in half the time: Dev and Fast are made for that, but Full is trained with
+	// guidance and draws poor images without it (`ModelInfo.max_poor_guidance_scale`). Absent:
+	// `defaults.guidance_scale`.
 	GuidanceScale *float32 `protobuf:"fixed32,6,opt,name=guidance_scale,json=guidanceScale,proto3,oneof" json:"guidance_scale,omitempty"`
 	// Images to draw, 1 to `limits.max_num_images`. Absent: 1.
 	NumImages *int32 `protobuf:"varint,7,opt,name=num_images,json=numImages,proto3,oneof" json:"num_images,omitempty"`
-	// Seed of image 0, 0 to `limits.max_seed`; image i is drawn from seed + i, and is the image that
-	// seed + i draws alone. Absent: the server derives one from the `request_id`, which is random unless
-	// the caller chose it, and reports it; so a retry with the same `request_id` draws the same images.
+	// Seed of image 0, 0 to `limits.max_seed`; image i is drawn from seed + i. The same request with the same
+	// seed gives the same bytes where it runs alone, on the same layout and kind of device, with the same
+	// versions of the server and its libraries. Beside other requests or images, and on another layout or
+	// device, the image is the same within rounding. Absent: the server derives a seed from the `request_id`,
+	// which is random unless the caller chose it, and reports it.
 	Seed *int64 `protobuf:"varint,8,opt,name=seed,proto3,oneof" json:"seed,omitempty"`
 	// File format of the images. Unspecified means OUTPUT_FORMAT_PNG.
 	OutputFormat OutputFormat `protobuf:"varint,9,opt,name=output_format,json=outputFormat,proto3,enum=hidream.v1.OutputFormat" json:"output_format,omitempty"`
@@ -228,7 +232,7 @@ type ImageInfo struct {
 	Width int32 `protobuf:"varint,2,opt,name=width,proto3" json:"width,omitempty"`
 	// Height, in pixels.
 	Height int32 `protobuf:"varint,3,opt,name=height,proto3" json:"height,omitempty"`
-	// The seed that draws this image alone.
+	// The seed that this image is drawn from: that of its request, plus `index`.
 	Seed int64 `protobuf:"varint,4,opt,name=seed,proto3" json:"seed,omitempty"`
 	// Media type, such as `image/png`.
 	MimeType string `protobuf:"bytes,5,opt,name=mime_type,json=mimeType,proto3" json:"mime_type,omitempty"`

@@ -30,16 +30,15 @@ type GenerateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What to draw. Required.
 	Spec *ImageSpec `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"`
-	// A name that the caller chooses for this request, so that a retry does not draw twice: while the
-	// job is kept, the same id with the same request follows that job, and with another request
-	// answers ALREADY_EXISTS. The same request has the same fields with the same values; a field that is
-	// left out is another content than its default spelt out. What the server makes of it does not count:
-	// a retry follows its job also where defaults, limits or the model have changed meanwhile, and where
-	// they would refuse a new request. `SubmitJob` and `Generate` with `detached` are the same request. A job
-	// that failed or was cancelled gives its id free: a retry is drawn
-	// anew. Of several callers that follow one job, the latest deadline is the job's. At most
-	// `limits.max_request_id_bytes` bytes of visible ASCII. Absent or empty: the server makes one up.
-	// It stands in the server's log at every line of this request.
+	// A name that the caller chooses for this request, so that a retry does not draw twice: while the job is
+	// kept, the same id with the same request follows that job, and with another request answers
+	// ALREADY_EXISTS. The same request has the same fields with the same values; a field that is left out is
+	// another content than its default spelt out. What the server makes of it does not count: a retry follows
+	// its job also where defaults, limits or the model have changed meanwhile, and where they would refuse a
+	// new request. `SubmitJob` and `Generate` with `detached` are the same request. A job that failed or was
+	// cancelled gives its id free: a retry is drawn anew. Of several callers that follow one job, the latest
+	// deadline is the job's. At most `limits.max_request_id_bytes` bytes of visible ASCII. Absent or empty: the
+	// server makes one up. It stands in the server's log at every line of this request.
 	RequestId string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	// Send a small picture of the unfinished image after each step. Default false.
 	Preview bool `protobuf:"varint,3,opt,name=preview,proto3" json:"preview,omitempty"`

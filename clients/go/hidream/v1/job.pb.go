@@ -464,7 +464,8 @@ func (x *Job) GetModel() string {
 	return ""
 }
 
-// How a job is drawn: what the same image can be asked for again with.
+// How a job is drawn. With the same model, spec and layout the same image can be asked for again, as
+// `ImageSpec.seed` says.
 type Execution struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The checkpoint's name.

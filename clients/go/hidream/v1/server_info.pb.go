@@ -105,7 +105,8 @@ type ServerInfo struct {
 	Defaults *RequestDefaults `protobuf:"bytes,5,opt,name=defaults,proto3" json:"defaults,omitempty"`
 	// What a request is checked against.
 	Limits *RequestLimits `protobuf:"bytes,6,opt,name=limits,proto3" json:"limits,omitempty"`
-	// Sizes that the model was trained for; others within the limits work too.
+	// Sizes that HiDream-I1 was trained for, as far as the limits allow them; where they allow none, the
+	// largest square. Others within the limits work too: see `supported_sizes`.
 	RecommendedSizes []*ImageSize `protobuf:"bytes,7,rep,name=recommended_sizes,json=recommendedSizes,proto3" json:"recommended_sizes,omitempty"`
 	// Work in hand and done.
 	Jobs *JobCounts `protobuf:"bytes,8,opt,name=jobs,proto3" json:"jobs,omitempty"`
@@ -121,9 +122,12 @@ type ServerInfo struct {
 	IdleDevices []int32 `protobuf:"varint,13,rep,packed,name=idle_devices,json=idleDevices,proto3" json:"idle_devices,omitempty"`
 	// Models that live servers of this job store draw with, this server's included, by name: what a request
 	// may name. `num_parameters` is 0 for those of other servers.
-	LiveModels    []*ModelInfo `protobuf:"bytes,14,rep,name=live_models,json=liveModels,proto3" json:"live_models,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	LiveModels []*ModelInfo `protobuf:"bytes,14,rep,name=live_models,json=liveModels,proto3" json:"live_models,omitempty"`
+	// Further sizes to offer, such as 512×512: within the limits, and drawn, but not trained for, so that
+	// images may be poorer than those of `recommended_sizes`. Every other size within the limits is drawn too.
+	SupportedSizes []*ImageSize `protobuf:"bytes,15,rep,name=supported_sizes,json=supportedSizes,proto3" json:"supported_sizes,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *ServerInfo) Reset() {
@@ -254,6 +258,13 @@ func (x *ServerInfo) GetLiveModels() []*ModelInfo {
 	return nil
 }
 
+func (x *ServerInfo) GetSupportedSizes() []*ImageSize {
+	if x != nil {
+		return x.SupportedSizes
+	}
+	return nil
+}
+
 // The loaded checkpoint.
 type ModelInfo struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -269,7 +280,13 @@ type ModelInfo struct {
 	NumParameters int64 `protobuf:"varint,5,opt,name=num_parameters,json=numParameters,proto3" json:"num_parameters,omitempty"`
 	// Fingerprint of the checkpoint's configuration and weights, a word to compare: two servers with the same
 	// name and another fingerprint draw other images. Empty while the server does not know it.
-	Fingerprint   string `protobuf:"bytes,6,opt,name=fingerprint,proto3" json:"fingerprint,omitempty"`
+	Fingerprint string `protobuf:"bytes,6,opt,name=fingerprint,proto3" json:"fingerprint,omitempty"`
+	// Up to this `guidance_scale`, itself included, a request turns guidance off, with which the model was
+	// trained (1 for Full): such a request is accepted, and its images are poor. Absent: the model needs no
+	// guidance (Dev and Fast).
+	MaxPoorGuidanceScale *float32 `protobuf:"fixed32,7,opt,name=max_poor_guidance_scale,json=maxPoorGuidanceScale,proto3,oneof" json:"max_poor_guidance_scale,omitempty"`
+	// What somebody who asks for images of this model should know, a sentence each, in English.
+	Warnings      []string `protobuf:"bytes,8,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -344,6 +361,20 @@ func (x *ModelInfo) GetFingerprint() string {
 		return x.Fingerprint
 	}
 	return ""
+}
+
+func (x *ModelInfo) GetMaxPoorGuidanceScale() float32 {
+	if x != nil && x.MaxPoorGuidanceScale != nil {
+		return *x.MaxPoorGuidanceScale
+	}
+	return 0
+}
+
+func (x *ModelInfo) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
 }
 
 // The device of one rank.
@@ -1040,7 +1071,7 @@ var File_hidream_v1_server_info_proto protoreflect.FileDescriptor
 const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\n" +
 	"\x1chidream/v1/server_info.proto\x12\n" +
-	"hidream.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa1\x05\n" +
+	"hidream.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe1\x05\n" +
 	"\n" +
 	"ServerInfo\x12-\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x17.hidream.v1.ServerStateR\x05state\x12+\n" +
@@ -1061,14 +1092,18 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\x11num_rank_restarts\x18\f \x01(\x05R\x0fnumRankRestarts\x12!\n" +
 	"\fidle_devices\x18\r \x03(\x05R\vidleDevices\x126\n" +
 	"\vlive_models\x18\x0e \x03(\v2\x15.hidream.v1.ModelInfoR\n" +
-	"liveModels\"\xb6\x01\n" +
+	"liveModels\x12>\n" +
+	"\x0fsupported_sizes\x18\x0f \x03(\v2\x15.hidream.v1.ImageSizeR\x0esupportedSizes\"\xaa\x02\n" +
 	"\tModelInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\avariant\x18\x02 \x01(\tR\avariant\x12\x1c\n" +
 	"\tscheduler\x18\x03 \x01(\tR\tscheduler\x12\x14\n" +
 	"\x05shift\x18\x04 \x01(\x02R\x05shift\x12%\n" +
 	"\x0enum_parameters\x18\x05 \x01(\x03R\rnumParameters\x12 \n" +
-	"\vfingerprint\x18\x06 \x01(\tR\vfingerprint\"\xaf\x01\n" +
+	"\vfingerprint\x18\x06 \x01(\tR\vfingerprint\x12:\n" +
+	"\x17max_poor_guidance_scale\x18\a \x01(\x02H\x00R\x14maxPoorGuidanceScale\x88\x01\x01\x12\x1a\n" +
+	"\bwarnings\x18\b \x03(\tR\bwarningsB\x1a\n" +
+	"\x18_max_poor_guidance_scale\"\xaf\x01\n" +
 	"\n" +
 	"DeviceInfo\x12\x12\n" +
 	"\x04rank\x18\x01 \x01(\x05R\x04rank\x12\x1f\n" +
@@ -1188,11 +1223,12 @@ var file_hidream_v1_server_info_proto_depIdxs = []int32{
 	8,  // 7: hidream.v1.ServerInfo.versions:type_name -> hidream.v1.Versions
 	9,  // 8: hidream.v1.ServerInfo.start_time:type_name -> google.protobuf.Timestamp
 	2,  // 9: hidream.v1.ServerInfo.live_models:type_name -> hidream.v1.ModelInfo
-	10, // [10:10] is the sub-list for method output_type
-	10, // [10:10] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	4,  // 10: hidream.v1.ServerInfo.supported_sizes:type_name -> hidream.v1.ImageSize
+	11, // [11:11] is the sub-list for method output_type
+	11, // [11:11] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_hidream_v1_server_info_proto_init() }
@@ -1200,6 +1236,7 @@ func file_hidream_v1_server_info_proto_init() {
 	if File_hidream_v1_server_info_proto != nil {
 		return
 	}
+	file_hidream_v1_server_info_proto_msgTypes[1].OneofWrappers = []any{}
 	file_hidream_v1_server_info_proto_msgTypes[5].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{

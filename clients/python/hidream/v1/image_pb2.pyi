@@ -91,14 +91,18 @@ class ImageSpec(_message.Message):
     """Denoising steps, 1 to `limits.max_num_inference_steps`. Absent: `defaults.num_inference_steps`."""
     guidance_scale: _builtins.float
     """How closely to follow the prompt (classifier-free guidance), 0 to `limits.max_guidance_scale`.
-    1 or less means no guidance, in half the time. Absent: `defaults.guidance_scale`.
+    1 or less means no guidance, in half the time: Dev and Fast are made for that, but Full is trained with
+    guidance and draws poor images without it (`ModelInfo.max_poor_guidance_scale`). Absent:
+    `defaults.guidance_scale`.
     """
     num_images: _builtins.int
     """Images to draw, 1 to `limits.max_num_images`. Absent: 1."""
     seed: _builtins.int
-    """Seed of image 0, 0 to `limits.max_seed`; image i is drawn from seed + i, and is the image that
-    seed + i draws alone. Absent: the server derives one from the `request_id`, which is random unless
-    the caller chose it, and reports it; so a retry with the same `request_id` draws the same images.
+    """Seed of image 0, 0 to `limits.max_seed`; image i is drawn from seed + i. The same request with the same
+    seed gives the same bytes where it runs alone, on the same layout and kind of device, with the same
+    versions of the server and its libraries. Beside other requests or images, and on another layout or
+    device, the image is the same within rounding. Absent: the server derives a seed from the `request_id`,
+    which is random unless the caller chose it, and reports it.
     """
     output_format: Global___OutputFormat.ValueType
     """File format of the images. Unspecified means OUTPUT_FORMAT_PNG."""
@@ -175,7 +179,7 @@ class ImageInfo(_message.Message):
     height: _builtins.int
     """Height, in pixels."""
     seed: _builtins.int
-    """The seed that draws this image alone."""
+    """The seed that this image is drawn from: that of its request, plus `index`."""
     mime_type: _builtins.str
     """Media type, such as `image/png`."""
     size_bytes: _builtins.int

@@ -283,7 +283,9 @@ Global___Job: _TypeAlias = Job  # noqa: Y015
 
 @_typing.final
 class Execution(_message.Message):
-    """How a job is drawn: what the same image can be asked for again with."""
+    """How a job is drawn. With the same model, spec and layout the same image can be asked for again, as
+    `ImageSpec.seed` says.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

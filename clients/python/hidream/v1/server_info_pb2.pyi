@@ -76,6 +76,7 @@ class ServerInfo(_message.Message):
     NUM_RANK_RESTARTS_FIELD_NUMBER: _builtins.int
     IDLE_DEVICES_FIELD_NUMBER: _builtins.int
     LIVE_MODELS_FIELD_NUMBER: _builtins.int
+    SUPPORTED_SIZES_FIELD_NUMBER: _builtins.int
     state: Global___ServerState.ValueType
     """Whether it takes requests."""
     layout: _builtins.str
@@ -104,7 +105,9 @@ class ServerInfo(_message.Message):
 
     @_builtins.property
     def recommended_sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageSize]:
-        """Sizes that the model was trained for; others within the limits work too."""
+        """Sizes that HiDream-I1 was trained for, as far as the limits allow them; where they allow none, the
+        largest square. Others within the limits work too: see `supported_sizes`.
+        """
 
     @_builtins.property
     def jobs(self) -> Global___JobCounts:
@@ -128,6 +131,12 @@ class ServerInfo(_message.Message):
         may name. `num_parameters` is 0 for those of other servers.
         """
 
+    @_builtins.property
+    def supported_sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImageSize]:
+        """Further sizes to offer, such as 512×512: within the limits, and drawn, but not trained for, so that
+        images may be poorer than those of `recommended_sizes`. Every other size within the limits is drawn too.
+        """
+
     def __init__(
         self,
         *,
@@ -145,10 +154,11 @@ class ServerInfo(_message.Message):
         num_rank_restarts: _builtins.int = ...,
         idle_devices: _abc.Iterable[_builtins.int] | None = ...,
         live_models: _abc.Iterable[Global___ModelInfo] | None = ...,
+        supported_sizes: _abc.Iterable[Global___ImageSize] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "jobs", b"jobs", "limits", b"limits", "model", b"model", "start_time", b"start_time", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "devices", b"devices", "generation", b"generation", "idle_devices", b"idle_devices", "jobs", b"jobs", "layout", b"layout", "limits", b"limits", "live_models", b"live_models", "model", b"model", "num_rank_restarts", b"num_rank_restarts", "recommended_sizes", b"recommended_sizes", "start_time", b"start_time", "state", b"state", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "devices", b"devices", "generation", b"generation", "idle_devices", b"idle_devices", "jobs", b"jobs", "layout", b"layout", "limits", b"limits", "live_models", b"live_models", "model", b"model", "num_rank_restarts", b"num_rank_restarts", "recommended_sizes", b"recommended_sizes", "start_time", b"start_time", "state", b"state", "supported_sizes", b"supported_sizes", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -166,6 +176,8 @@ class ModelInfo(_message.Message):
     SHIFT_FIELD_NUMBER: _builtins.int
     NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    MAX_POOR_GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the checkpoint's folder, or `demo`."""
     variant: _builtins.str
@@ -180,6 +192,15 @@ class ModelInfo(_message.Message):
     """Fingerprint of the checkpoint's configuration and weights, a word to compare: two servers with the same
     name and another fingerprint draw other images. Empty while the server does not know it.
     """
+    max_poor_guidance_scale: _builtins.float
+    """Up to this `guidance_scale`, itself included, a request turns guidance off, with which the model was
+    trained (1 for Full): such a request is accepted, and its images are poor. Absent: the model needs no
+    guidance (Dev and Fast).
+    """
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What somebody who asks for images of this model should know, a sentence each, in English."""
+
     def __init__(
         self,
         *,
@@ -189,12 +210,16 @@ class ModelInfo(_message.Message):
         shift: _builtins.float = ...,
         num_parameters: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
+        max_poor_guidance_scale: _builtins.float | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_poor_guidance_scale", b"_max_poor_guidance_scale", "max_poor_guidance_scale", b"max_poor_guidance_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "name", b"name", "num_parameters", b"num_parameters", "scheduler", b"scheduler", "shift", b"shift", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_poor_guidance_scale", b"_max_poor_guidance_scale", "fingerprint", b"fingerprint", "max_poor_guidance_scale", b"max_poor_guidance_scale", "name", b"name", "num_parameters", b"num_parameters", "scheduler", b"scheduler", "shift", b"shift", "variant", b"variant", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_poor_guidance_scale: _TypeAlias = _typing.Literal["max_poor_guidance_scale"]  # noqa: Y015
+    _WhichOneofArgType__max_poor_guidance_scale: _TypeAlias = _typing.Literal["_max_poor_guidance_scale", b"_max_poor_guidance_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_poor_guidance_scale) -> _WhichOneofReturnType__max_poor_guidance_scale | None: ...
 
 Global___ModelInfo: _TypeAlias = ModelInfo  # noqa: Y015
 
