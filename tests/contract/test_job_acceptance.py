@@ -11,11 +11,13 @@ import pytest
 
 from hidream_grpc.errors import (
     CallerQueueFullError,
+    FieldViolation,
+    InvalidRequestError,
     JobCancelledError,
     QueueFullError,
     RequestIdConflictError,
 )
-from hidream_grpc.jobs.job import JobState
+from hidream_grpc.jobs.job import CancelReason, JobState
 from hidream_grpc.jobs.store import sqlite
 from hidream_grpc.jobs.store.records import QueueLimits
 from hidream_grpc.jobs.store.store import SqlJobStore
@@ -84,6 +86,25 @@ async def test_a_batch_may_name_a_request_twice_but_not_two_requests_alike(store
     assert twice[0] == twice[1]
     with pytest.raises(RequestIdConflictError):
         await added(store, new_job(request_id="r2"), new_job(request_id="r2", prompt="something else"))
+
+
+async def test_a_request_that_is_refused_finds_the_job_that_it_became_and_nothing_else(
+    store: SqlJobStore,
+) -> None:
+    refusal = InvalidRequestError((FieldViolation("spec.width", "too wide"),))
+    (first,) = await added(store, new_job(request_id="r1"))
+    assert await store.add([new_job(request_id="r1")], ROOMY, refusal=refusal) == (first,)
+    for jobs in (
+        [new_job(request_id="r2")],
+        [new_job(request_id="r1", prompt="something else")],
+        [new_job(request_id="r1"), new_job(request_id="r2")],
+    ):
+        with pytest.raises(InvalidRequestError):
+            await store.add(jobs, ROOMY, refusal=refusal)
+    await store.request_cancel(OWNER, first.job_id, CancelReason.REQUESTED)
+    with pytest.raises(InvalidRequestError):
+        await store.add([new_job(request_id="r1")], ROOMY, refusal=refusal)
+    assert (await store.counts()).total() == 1
 
 
 async def test_owners_do_not_share_request_ids(store: SqlJobStore) -> None:
