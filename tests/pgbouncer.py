@@ -70,9 +70,8 @@ def running_pooler(postgres: PostgresServer, pool_mode: str, passwords: dict[str
         )
         (folder / "settings").write_text(settings, encoding="utf-8")
         # It will not run as root.
-        user = None
-        if os.geteuid() == 0:
-            user = postgres.system_user
+        user = postgres.system_user
+        if user is not None:
             for path in (folder, *folder.iterdir()):
                 shutil.chown(path, user)
         process = subprocess.Popen(
