@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -111,13 +111,13 @@ def _commands() -> None:
 
 
 def main() -> None:
-    """Entry point of the `hidream-grpc` command."""
+    """Entry point of the `hidream-grpc` command: has the process to itself."""
     protect_stderr()
-    run()
+    run_command()
 
 
-def run() -> None:
-    """Do what the arguments of the process say, then exit."""
+def run_command() -> NoReturn:
+    """Do what the command line says; raises SystemExit with the exit code."""
     try:
         exit_code = app(prog_name="hidream-grpc", standalone_mode=False)
     except typer.TyperException as error:

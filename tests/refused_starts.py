@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from hidream_grpc.cli import run
+from hidream_grpc.cli import run_command
 
 EXIT_STARTUP_ERROR = 2
 TIMEOUT_SECONDS = 60
@@ -62,7 +62,7 @@ def refused_line_here(flags: Sequence[str | Path], exit_code: int = EXIT_STARTUP
     output, errors = io.StringIO(), io.StringIO()
     try:
         with redirect_stdout(output), redirect_stderr(errors), pytest.raises(SystemExit) as ended:
-            run()
+            run_command()
     finally:
         for handler in root.handlers:
             handler.close()

@@ -288,8 +288,9 @@ def _data_directory(data_dir: Path | None) -> Path:
 
 
 def _home_of_data() -> Path:
+    # The XDG specification has an empty one mean none, and a relative one be wrong.
     if data_home := os.environ.get("XDG_DATA_HOME"):
-        return Path(data_home)
+        return _absolute(Path(data_home), "XDG_DATA_HOME")
     try:
         home = Path.home()
     except RuntimeError:
@@ -297,7 +298,14 @@ def _home_of_data() -> Path:
     if home is None or os.environ.get("HOME") == "":
         reason = "must name a folder, since neither XDG_DATA_HOME nor HOME is set"
         raise ConfigurationError(DATA_DIR_FLAG, reason)
-    return home / ".local" / "share"
+    return _absolute(home, "HOME") / ".local" / "share"
+
+
+def _absolute(folder: Path, variable: str) -> Path:
+    if not folder.is_absolute():
+        reason = f"{str(folder)!r} is no absolute path; name one, or give {DATA_DIR_FLAG}"
+        raise ConfigurationError(variable, reason)
+    return folder
 
 
 def _store_policy(settings: Settings) -> StorePolicy:

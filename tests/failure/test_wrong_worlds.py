@@ -129,6 +129,18 @@ def test_a_home_that_is_not_set_is_one_line(home: str | None, monkeypatch: pytes
     )
 
 
+@pytest.mark.parametrize("variable", ["XDG_DATA_HOME", "HOME"])
+@pytest.mark.parametrize("folder", ["data", " "], ids=["relative", "blank"])
+def test_a_home_that_is_no_absolute_path_is_one_line(
+    variable: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setenv(variable, folder)
+    assert refused_line_here(LISTEN) == (
+        f"hidream-grpc: {variable}: {folder!r} is no absolute path; name one, or give --data-dir"
+    )
+
+
 def test_a_home_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
     monkeypatch.setenv("HOME", "/proc/nowhere")
