@@ -17,8 +17,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-# Folders of versions without a lock had other names.
-_PREFIX = "hidream-ranks-"
+# Not `hidream-`, as in versions whose folders have no lock; and short, since a socket's path is.
+_PREFIX = "hidream."
 
 
 class GroupFolder:

@@ -54,10 +54,7 @@ def test_folders_of_other_users_of_other_programs_and_behind_links_stay(
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    kept = [
-        tmp_path / name
-        for name in ("hidream-test-1", "hidream-1", "hidream-ranks-link", "hidream-ranks-file")
-    ]
+    kept = [tmp_path / name for name in ("hidream-test-1", "hidream-1", "hidream.link", "hidream.file")]
     kept[0].mkdir()
     kept[1].mkdir()
     kept[2].symlink_to(elsewhere)
