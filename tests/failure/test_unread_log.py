@@ -38,7 +38,8 @@ def server_with_stderr(stderr: int | None, folder: Path) -> Iterator[tuple[subpr
         *("--log-format", "json"),
     ]
     closing = () if stderr is not None else ("sh", "-c", 'exec "$@" 2>&- >&- <&-', "sh")
-    process = subprocess.Popen([*closing, *command], stderr=stderr)
+    environment = {**os.environ, "HIDREAM_STROE": "of whoever cannot type"}
+    process = subprocess.Popen([*closing, *command], stderr=stderr, env=environment)
     try:
         wait_until(lambda: log_file.is_file() and "listening on" in log_file.read_text(), 60, "it listens")
         match = _LISTENING.search(log_file.read_text(encoding="utf-8"))
@@ -120,4 +121,6 @@ def test_a_server_without_a_stderr_answers_and_ends_in_order(tmp_path: Path) -> 
             Path(f"/proc/{process.pid}/fd/{number}").readlink() == Path(os.devnull) for number in (0, 1, 2)
         )
         assert end(process) == 0
-    assert "stopped" in messages((tmp_path / "server.log").read_text(encoding="utf-8"))
+    logged = messages((tmp_path / "server.log").read_text(encoding="utf-8"))
+    assert "stopped" in logged
+    assert logged[0] == "no settings, and ignored: HIDREAM_STROE (did you mean HIDREAM_STORE?)"
