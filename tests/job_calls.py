@@ -42,6 +42,17 @@ def submit(stub: Stub, **what: Any) -> job_pb2.Job:
     return stub.SubmitJob(submission(**what))
 
 
+def is_accepted(stub: Stub) -> bool:
+    """Whether a job of one step is accepted now; it must be UNAVAILABLE otherwise."""
+    try:
+        submit(stub, num_inference_steps=1)
+    except grpc.RpcError as error:
+        assert isinstance(error, grpc.Call)
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
+        return False
+    return True
+
+
 def submit_batch(stub: Stub, *requests: image_gen_pb2.SubmitJobRequest) -> list[job_pb2.Job]:
     return list(stub.BatchSubmitJobs(image_gen_pb2.BatchSubmitJobsRequest(requests=requests)).jobs)
 

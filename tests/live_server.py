@@ -47,6 +47,13 @@ def wait_until_serving(address: str) -> None:
                 return
 
 
+def check_health(address: str, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
+    """What grpc.health.v1 says of a service now."""
+    with grpc.insecure_channel(address) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        return health_pb2_grpc.HealthStub(channel).Check(request).status
+
+
 @dataclass
 class LiveServer:
     """A running server: its process, its address, and what it has logged."""

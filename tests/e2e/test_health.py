@@ -13,27 +13,21 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from grpc_status import rpc_status
 
 from hidream.v1 import image_gen_pb2, server_info_pb2
-from tests.live_server import LiveServer, running_server, wait_until
+from tests.live_server import LiveServer, check_health, running_server, wait_until
 from tests.streams import follow, request
 
 Status = health_pb2.HealthCheckResponse.ServingStatus
 READINESS = ("", "hidream.v1.ImageGen")
 
 
-def check(server: LiveServer, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
-    with grpc.insecure_channel(server.address) as channel:
-        request = health_pb2.HealthCheckRequest(service=service)
-        return health_pb2_grpc.HealthStub(channel).Check(request).status
-
-
 @pytest.mark.parametrize("service", READINESS, ids=["empty", "ImageGen"])
 def test_check_says_serving_under_both_names(server: LiveServer, service: str) -> None:
-    assert check(server, service) == Status.SERVING
+    assert check_health(server.address, service) == Status.SERVING
 
 
 def test_check_of_an_unknown_service_is_not_found(server: LiveServer) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        check(server, "no.such.Service")
+        check_health(server.address, "no.such.Service")
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
@@ -62,7 +56,7 @@ def test_a_loading_server_answers_but_takes_no_request() -> None:
     ):
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == Status.NOT_SERVING
-        assert check(server, "liveness") == Status.SERVING
+        assert check_health(server.address, "liveness") == Status.SERVING
         assert server.info().state == server_info_pb2.SERVER_STATE_STARTING
         with pytest.raises(grpc.RpcError) as caught:
             list(stub.Generate(request()))
@@ -82,7 +76,9 @@ def test_sigterm_lets_a_running_job_end_refuses_new_ones_and_exits_0() -> None:
             assert any(response.event.HasField("progress") for response in running)
             rest = threads.submit(follow, running)
             server.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: check(server, "") == Status.NOT_SERVING, 10, "health says NOT_SERVING")
+            wait_until(
+                lambda: check_health(server.address, "") == Status.NOT_SERVING, 10, "health says NOT_SERVING"
+            )
             with pytest.raises(grpc.RpcError) as caught:
                 list(stub.Generate(request()))
             assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
@@ -109,7 +105,9 @@ def test_a_second_sigterm_ends_at_once() -> None:
         running = stub.Generate(request(num_inference_steps=150, width=512, height=512))
         assert any(response.event.HasField("progress") for response in running)
         server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: check(server, "") == Status.NOT_SERVING, 10, "health says NOT_SERVING")
+        wait_until(
+            lambda: check_health(server.address, "") == Status.NOT_SERVING, 10, "health says NOT_SERVING"
+        )
         server.process.send_signal(signal.SIGTERM)
         with pytest.raises(grpc.RpcError):
             list(running)

@@ -87,8 +87,11 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize(("flags", "words"), BAD_FLAGS.values(), ids=list(BAD_FLAGS))
-def test_whatever_is_wrong_with_a_flag_is_one_line_that_names_it(flags: list[str], words: list[str]) -> None:
-    line = refused_line(["--listen", "127.0.0.1:0", *flags] if "--listen" not in flags else flags)
+def test_whatever_is_wrong_with_a_flag_is_one_line_that_names_it(
+    flags: list[str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    line = refused_line_here(["--listen", "127.0.0.1:0", *flags] if "--listen" not in flags else flags)
     assert all(word in line for word in words), line
 
 

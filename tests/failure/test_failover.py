@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import grpc
 import pytest
 
 from hidream.v1 import job_pb2
@@ -17,7 +16,7 @@ from hidream_grpc.jobs.store.changes import ChangeKind, Subscription
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.failure.faulty_servers import ONE_THREAD
 from tests.failure.tcp_proxy import running_proxy
-from tests.job_calls import Stub, get, submit, wait_for_state
+from tests.job_calls import get, is_accepted, submit, wait_for_state
 from tests.job_stores import StoreDatabase, added, eventually, ids, new_job
 from tests.live_server import running_server, wait_until
 from tests.postgres import PostgresServer, running_postgres
@@ -96,13 +95,3 @@ def test_a_server_goes_on_at_the_new_primary_without_a_restart(tmp_path: Path) -
             later = submit(stub).job_id
             wait_for_state(stub, later, job_pb2.JOB_STATE_SUCCEEDED)
             assert get(stub, kept).state == job_pb2.JOB_STATE_SUCCEEDED
-
-
-def is_accepted(stub: Stub) -> bool:
-    try:
-        submit(stub, num_inference_steps=1)
-    except grpc.RpcError as error:
-        assert isinstance(error, grpc.Call)
-        assert error.code() == grpc.StatusCode.UNAVAILABLE
-        return False
-    return True

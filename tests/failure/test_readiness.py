@@ -13,19 +13,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hidream.v1 import job_pb2
 from tests.failure.faulty_servers import ONE_THREAD, FaultyServer, server_on_postgres
-from tests.job_calls import LONG_STEPS, Stub, downloaded, get, submit, wait_for_state
-from tests.live_server import LiveServer, running_server
+from tests.job_calls import LONG_STEPS, downloaded, get, is_accepted, submit, wait_for_state
+from tests.live_server import LiveServer, check_health, running_server
 from tests.postgres import PostgresServer
 
 OUTAGE_SECONDS = 1.0
 WAIT_SECONDS = 30.0
 Status = health_pb2.HealthCheckResponse.ServingStatus
-
-
-def check(server: LiveServer, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
-    with grpc.insecure_channel(server.address) as channel:
-        request = health_pb2.HealthCheckRequest(service=service)
-        return health_pb2_grpc.HealthStub(channel).Check(request).status
 
 
 @contextmanager
@@ -39,16 +33,6 @@ def watched_health(
         )
         yield lambda: next(watch).status
         watch.cancel()
-
-
-def is_accepted(stub: Stub) -> bool:
-    try:
-        submit(stub, num_inference_steps=1)
-    except grpc.RpcError as error:
-        assert isinstance(error, grpc.Call)
-        assert error.code() == grpc.StatusCode.UNAVAILABLE
-        return False
-    return True
 
 
 # --- PostgreSQL ---------------------------------------------------------------------------------------
@@ -100,8 +84,8 @@ def test_health_is_not_serving_while_the_store_refuses_everything_and_serving_on
         heal = fault(on_postgres, postgres, database)
         try:
             assert next_status() == Status.NOT_SERVING
-            assert check(live, "") == Status.NOT_SERVING
-            assert check(live, "liveness") == Status.SERVING
+            assert check_health(live.address, "") == Status.NOT_SERVING
+            assert check_health(live.address, "liveness") == Status.SERVING
         finally:
             heal()
         assert next_status() == Status.SERVING

@@ -172,7 +172,7 @@ class PostgresListener:
             await driver.add_listener(CHANNEL, self._on_notification)
             yield
             while not await wait_at_most(is_lost, CHECK_SECONDS):
-                # A peer that vanished says nothing; nor does a host that others have left.
+                # A peer that vanished says nothing; nor does a host that the others have left.
                 if not await self._database.is_heard_by(driver):
                     return
 

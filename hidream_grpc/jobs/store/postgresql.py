@@ -70,7 +70,8 @@ class PostgresConnector:
     @asynccontextmanager
     async def listening(self) -> AsyncGenerator[asyncpg.Connection]:
         """A session to listen with, until the block ends; it breaks when its host must be left."""
-        driver = await self.connect()
+        # A peer that vanished says nothing; what is asked here takes no time.
+        driver = await self.connect(command_timeout=ECHO_TIMEOUT_SECONDS)
         self._listening.add(driver)
         try:
             yield driver
@@ -87,7 +88,7 @@ class PostgresConnector:
         address = {} if host is None else {"host": host.host, "port": host.port}
         try:
             return await asyncpg.connect(
-                **address, **self._arguments, command_timeout=STATEMENT_TIMEOUT_SECONDS, **arguments
+                **address, **{**self._arguments, "command_timeout": STATEMENT_TIMEOUT_SECONDS, **arguments}
             )
         except TimeoutError:
             reason = f"no answer within {self._arguments['timeout']:g} s"
