@@ -51,7 +51,7 @@ def log_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def shared_group(log_file: Path) -> AsyncIterator[RankGroup]:
     config = group_config(
         NUM_RANKS,
-        timeouts=GroupTimeouts(load_seconds=120.0, init_seconds=1.0, join_seconds=8.0),
+        timeouts=GroupTimeouts(load_seconds=120.0, init_seconds=1.0, join_seconds=30.0),
         log=LogConfig(level="INFO", format="json", file=log_file),
     )
     with no_memory_kept():
