@@ -6,7 +6,6 @@ import asyncio
 import os
 import ssl
 import uuid
-from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -36,21 +35,22 @@ class PostgresConnector:
     def __init__(self, database: PostgresDatabase) -> None:
         self._arguments = database.arguments
         # None is for libpq's environment variables. Each has its own time to answer.
-        self._hosts: deque[PostgresHost | None] = deque(database.hosts or (None,))
+        self._hosts: tuple[PostgresHost | None, ...] = database.hosts or (None,)
         self._listening: set[asyncpg.Connection] = set()
 
     async def connect(self, **arguments: Any) -> asyncpg.Connection:
         """A session without any settings of ours; the arguments are those of `asyncpg.connect`."""
         reasons: list[str] = []
-        for _ in range(len(self._hosts)):
-            host = self._hosts[0]
+        for host in self._hosts:
             try:
-                return await self._connect_to(host, arguments)
+                driver = await self._connect_to(host, arguments)
             except (OSError, asyncpg.PostgresError) as error:
                 if len(self._hosts) == 1:
                     raise
                 reasons.append(str(error) if isinstance(error, OSError) else f"{host}: {error}")
-                self._hosts.rotate(-1)
+            else:
+                self._hosts = (host, *(other for other in self._hosts if other != host))
+                return driver
         raise ConnectionError("; ".join(reasons))
 
     async def connect_with_settings(self) -> asyncpg.Connection:
@@ -81,7 +81,7 @@ class PostgresConnector:
 
     def leave_host(self) -> None:
         """Break the sessions that listen: others write elsewhere from now on."""
-        for driver in self._listening:
+        for driver in tuple(self._listening):
             driver.terminate()
 
     async def _connect_to(self, host: PostgresHost | None, arguments: dict[str, Any]) -> asyncpg.Connection:
