@@ -88,7 +88,7 @@ class Settings(BaseSettings):
         Literal["one", "all"] | None,
         Field(description="which ranks to start anew when one dies: all on npu and cuda, one on cpu"),
     ] = None
-    load_timeout_seconds: Annotated[Seconds, Field(description="time for all ranks to load and compile")] = (
+    load_timeout_seconds: Annotated[Seconds, Field(description="time for a rank to load and compile")] = (
         _TIMEOUTS.load_seconds
     )
     collective_timeout_seconds: Annotated[

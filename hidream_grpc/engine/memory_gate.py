@@ -39,13 +39,18 @@ class MemoryGate:
             InsufficientMemoryError: the ranks have no room, together or one of them.
         """
         self._devices[rank] = memory
-        self.leave(rank)
+        self._wait_no_longer_for(rank)
         await self._is_decided.wait()
         if self._refusal is not None:
             raise InsufficientMemoryError(self._refusal)
 
     def leave(self, rank: int) -> None:
-        """Wait no longer for a rank; may be called whatever became of it."""
+        """Neither wait for a rank nor count it, unless it has passed; may be called whatever became of it."""
+        if not self._is_decided.is_set():
+            self._devices.pop(rank, None)
+        self._wait_no_longer_for(rank)
+
+    def _wait_no_longer_for(self, rank: int) -> None:
         self._awaited.discard(rank)
         if self._awaited or self._is_decided.is_set():
             return

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from hidream_grpc.background import BackgroundTasks
@@ -101,7 +102,8 @@ class RankLink:
             rank: to start.
             make_load: its first command, by the path of its pulse.
             may_load: returns when it may load its weights, by the memory of its device.
-            timeout_seconds: until it has loaded.
+            timeout_seconds: until it has loaded, less what it waits in `may_load`: the ranks that it waits
+                for have limits of their own.
             listener: that it connects to.
             zygote: that starts it.
 
@@ -118,13 +120,13 @@ class RankLink:
         oom_kills = OomKills()
         try:
             child = await zygote.start_rank(rank)
-            async with asyncio.timeout(timeout_seconds):
+            async with asyncio.timeout(timeout_seconds) as limit:
                 channel = await listener.connection_of(child)
                 if channel is None:
                     end = _end_of(child, oom_kills)
                     raise RankDiedError((rank,), end.reason, end.cause)
                 link = cls(rank, child, channel, zygote, pulse)
-                await link._load(make_load(pulse.path), may_load)
+                await link._load(make_load(pulse.path), may_load, limit)
         except BaseException as error:
             if link is not None:
                 await link.end()
@@ -225,12 +227,16 @@ class RankLink:
         await asyncio.wait((self._reader,))
         self._pulse.close()
 
-    async def _load(self, load: Load, may_load: Callable[[DeviceMemory], Awaitable[None]]) -> None:
+    async def _load(
+        self, load: Load, may_load: Callable[[DeviceMemory], Awaitable[None]], limit: asyncio.Timeout
+    ) -> None:
         await self._channel.send(load)
         while self.loaded is None:
             match await self._next_event():
                 case DeviceOpened(device=device):
-                    await may_load(DeviceMemory(device.total_memory_bytes, device.free_memory_bytes))
+                    memory = DeviceMemory(device.total_memory_bytes, device.free_memory_bytes)
+                    async with _stopped(limit):
+                        await self._while_alive(may_load(memory))
                     await self._channel.send(LoadWeights())
                 case Loaded() as loaded:
                     self.loaded = loaded
@@ -243,11 +249,25 @@ class RankLink:
                 case event:
                     raise RankDiedError((self.rank,), f"answered Load with {type(event).__name__}")
 
+    async def _while_alive(self, waiting: Awaitable[None]) -> None:
+        """Wait for others than the rank; raises RankDiedError when the rank is lost meanwhile."""
+        task = asyncio.ensure_future(waiting)
+        try:
+            await asyncio.wait((task, self._reader), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise self._loss_error()
+            await task
+        finally:
+            task.cancel()
+
+    def _loss_error(self) -> RankDiedError:
+        return RankDiedError((self.rank,), self.loss or "lost", self.loss_cause)
+
     async def _next_event(self) -> Event:
         event = await self._events.get()
         if event is None:
             self._events.put_nowait(None)
-            raise RankDiedError((self.rank,), self.loss or "lost", self.loss_cause)
+            raise self._loss_error()
         return event
 
     async def _read(self) -> None:
@@ -276,6 +296,18 @@ class RankLink:
             self._events.put_nowait(None)
             if self._when_lost is not None:
                 self._when_lost()
+
+
+@asynccontextmanager
+async def _stopped(limit: asyncio.Timeout) -> AsyncIterator[None]:
+    """Stop the clock of a time limit inside; what was left of it is left afterwards."""
+    clock = asyncio.get_running_loop().time
+    end = limit.when()
+    left_seconds = None if end is None else end - clock()
+    limit.reschedule(None)
+    yield
+    if left_seconds is not None:
+        limit.reschedule(clock() + left_seconds)
 
 
 def _end_of(child: ChildProcess, oom_kills: OomKills) -> Verdict:

@@ -45,6 +45,16 @@ async def test_all_ranks_are_refused_together() -> None:
     assert all(isinstance(refusal, InsufficientMemoryError) for refusal in refusals)
 
 
+async def test_a_rank_that_died_while_it_waited_is_not_counted() -> None:
+    gate = MemoryGate(range(2), check := Check())
+    gone = asyncio.ensure_future(gate.pass_through(0, MEMORY))
+    await asyncio.sleep(0)
+    gone.cancel()
+    gate.leave(0)
+    await gate.pass_through(1, MEMORY)
+    assert check.calls == [{1: MEMORY}]
+
+
 async def test_where_no_device_was_opened_nothing_is_checked() -> None:
     gate = MemoryGate(range(1), check := Check("no room"))
     gate.leave(0)
