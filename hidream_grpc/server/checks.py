@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,12 @@ from hidream_grpc.server.submissions import JobRequest, submission_of
 from hidream_grpc.server.validation import RequestValidator
 from hidream_grpc.server.violations import request_id_violations
 
-MAX_RETRIED_REQUESTS = 10_000
-"""Of one batch: that many are looked up although the queue has no room for so many any more."""
+MAX_RETRIED_REQUESTS = 1_000
+"""A refused batch of so many, or of as many as the queue may hold now, is looked up: under an earlier
+`--max-queued-jobs` it may have been accepted. 16 times the default; a larger one is refused at once."""
+
+_REQUESTS_PER_TURN = 100
+"""Of a batch that is looked up; then other calls have their turn, so that none waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +86,16 @@ class RequestChecks:
         except (InvalidRequestError, ModelNotServedError) as refusal:
             if not self._may_be_retries(requests):
                 raise
-            sent = (submission_of(request, caller, deadline_seconds) for request in requests)
+            sent: list[Submission] = []
+            for index, request in enumerate(requests):
+                if index % _REQUESTS_PER_TURN == 0:
+                    await asyncio.sleep(0)
+                sent.append(submission_of(request, caller, deadline_seconds))
             return CheckedRequests(tuple(sent), refusal)
 
     def _may_be_retries(self, requests: Sequence[JobRequest]) -> bool:
         """Whether all of the requests have names under which their jobs may be kept."""
-        return 0 < len(requests) <= MAX_RETRIED_REQUESTS and all(
+        max_requests = max(MAX_RETRIED_REQUESTS, self._limits.max_queued_jobs)
+        return 0 < len(requests) <= max_requests and all(
             request.request_id and not request_id_violations(request, self._limits) for request in requests
         )
