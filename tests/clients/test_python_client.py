@@ -64,6 +64,14 @@ def test_an_async_client_may_be_made_where_no_event_loop_runs(server: LiveServer
     assert asyncio.run(use()) == asyncio.run(use()), "closed in one loop, it connects anew in the next"
 
 
+def test_an_async_client_whose_event_loop_has_ended_connects_anew_in_the_next(server: LiveServer) -> None:
+    client = AsyncClient(server.address)
+    image_of = partial(client.draw, PROMPT, **SMALL)
+    assert asyncio.run(image_of()) == asyncio.run(image_of()), "never closed"
+    asyncio.run(client.close())
+    assert asyncio.run(client.info()).jobs.failed >= 0
+
+
 def test_an_async_client_says_that_it_belongs_to_another_event_loop(server: LiveServer) -> None:
     client = AsyncClient(server.address)
 

@@ -59,8 +59,8 @@ class AsyncClient:
     """One connection to a server, of one event loop. Close it, or use it in an `async with`.
 
     It may be made where no event loop runs, as at the top of a module: it belongs to the loop of its first
-    call. A call in another loop raises EventLoopError, until the client was closed in the first one; then it
-    connects anew. Arguments, results and other errors are those of `hidream.client.Client`.
+    call. A call in another loop raises EventLoopError, until the first one was closed, or the client in it; then
+    it connects anew. Arguments, results and other errors are those of `hidream.client.Client`.
     """
 
     def __init__(
@@ -81,7 +81,8 @@ class AsyncClient:
 
     def _connected(self) -> _Connection:
         """The connection of the running loop, opened by its first call."""
-        if self._connection is None:
+        if self._connection is None or self._connection.loop.is_closed():
+            # Calls of a loop that was closed have ended with it; the channel is closed when it is dropped.
             self._connection = _Connection(self._address, self._tls)
         elif self._connection.loop is not asyncio.get_running_loop():
             raise EventLoopError
