@@ -125,7 +125,14 @@ class DeviceFailedError(StartupError):
 
 
 class InsufficientMemoryError(StartupError):
-    """What the ranks load does not fit the memory that there is; no device is to blame."""
+    """What the ranks load does not fit the memory that there is; no device is to blame.
+
+    fits_total says that it would if nothing else held any: a killed process may still give some back.
+    """
+
+    def __init__(self, reason: str, *, fits_total: bool = False) -> None:
+        super().__init__(reason)
+        self.fits_total = fits_total
 
 
 class StoreInUseError(StartupError):

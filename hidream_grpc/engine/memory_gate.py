@@ -9,8 +9,9 @@ from hidream_grpc.devices.base import DeviceMemory
 from hidream_grpc.errors import InsufficientMemoryError
 from hidream_grpc.model.parallel.layout import Layout
 
-MemoryCheck = Callable[[Layout, Mapping[int, DeviceMemory], DeviceMemory], None]
-"""Raises InsufficientMemoryError where ranks of a layout have no room on their devices or the host."""
+MemoryCheck = Callable[[Layout, Mapping[int, DeviceMemory], DeviceMemory], str | None]
+"""Raises InsufficientMemoryError where ranks of a layout have no room on their devices or the host; returns a
+line for the log where they have little."""
 
 
 class MemoryGate:
@@ -26,7 +27,7 @@ class MemoryGate:
         self._check = check
         self._devices: dict[int, DeviceMemory] = {}
         self._is_decided = asyncio.Event()
-        self._refusal: str | None = None
+        self._refusal: InsufficientMemoryError | None = None
 
     async def pass_through(self, rank: int, memory: DeviceMemory) -> None:
         """Wait until this rank may load.
@@ -42,7 +43,8 @@ class MemoryGate:
         self._wait_no_longer_for(rank)
         await self._is_decided.wait()
         if self._refusal is not None:
-            raise InsufficientMemoryError(self._refusal)
+            # Each rank raises one of its own: tracebacks are part of an error.
+            raise InsufficientMemoryError(str(self._refusal), fits_total=self._refusal.fits_total)
 
     def leave(self, rank: int) -> None:
         """Neither wait for a rank nor count it, unless it has passed; may be called whatever became of it."""
@@ -59,4 +61,4 @@ class MemoryGate:
             if self._devices:
                 self._check(self._devices)
         except InsufficientMemoryError as error:
-            self._refusal = str(error)
+            self._refusal = error

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from hidream_grpc.devices.base import DeviceMemory
 from hidream_grpc.devices.host_memory import host_memory
 from hidream_grpc.engine.group_config import GroupConfig
 from hidream_grpc.engine.group_placement import Placement
@@ -21,6 +22,7 @@ from hidream_grpc.engine.rank_link import RankLink
 from hidream_grpc.engine.watchdog import PlanWatch
 from hidream_grpc.engine.zygote_link import ChildProcess, ZygoteLink
 from hidream_grpc.errors import DeviceFailedError, InsufficientMemoryError, RankDiedError, StartupError
+from hidream_grpc.model.parallel.layout import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +85,7 @@ class RankProcesses:
         # From here on a loss is a new one; no await since the dead were sorted out.
         self.loss.clear()
         missing = sorted(set(range(placement.layout.world_size)) - set(self._ranks))
-        gate = MemoryGate(
-            missing, lambda devices: self._config.check_memory(placement.layout, devices, host_memory())
-        )
+        gate = MemoryGate(missing, partial(self._check_memory, placement.layout))
         starting = (self._start_rank(rank, placement, zygote, gate) for rank in missing)
         failures = list(filter(None, await _all_of(starting)))
         if of_devices := [failure for failure in failures if isinstance(failure, DeviceFailedError)]:
@@ -161,6 +161,10 @@ class RankProcesses:
         if self.store is not None and self.store.exited.done():
             return RankDiedError((), f"the store was lost: {self.store.end}")
         return None
+
+    def _check_memory(self, layout: Layout, devices: Mapping[int, DeviceMemory]) -> None:
+        if warning := self._config.check_memory(layout, devices, host_memory()):
+            logger.warning("little memory: %s", warning)
 
     async def _living_zygote(self, placement: Placement) -> ZygoteLink:
         prepare = PrepareZygote(

@@ -270,8 +270,8 @@ class RankGroup:
                 logger.warning("trying again: %s", error)
                 await asyncio.sleep(DEVICE_PAUSE_SECONDS)
             except InsufficientMemoryError as error:
-                # What a process held that was killed may not be free yet.
-                if tries_left == 0 or self.generation == 0:
+                # What a killed process held may not be free yet: of this server, or of the one before.
+                if tries_left == 0 or (self.generation == 0 and not error.fits_total):
                     raise
                 logger.warning("trying again: %s", error)
                 await asyncio.sleep(DEVICE_PAUSE_SECONDS)

@@ -15,9 +15,16 @@ from hidream_grpc.model.text_encoder_files import TextEncoderName
 
 _GB = 1e9
 
-_PROCESS_BYTES = 256 * 1024**2
-_WORK_FRACTION = 8
-"""A rank on a CPU works in 256 MiB and an eighth of its weights: steps, the autoencoder, cached prompts."""
+_MIN_DEVICE_WORK_BYTES = 1024**3
+"""The least that a device needs beside its weights: steps and decoding of one image of 512x512 at a time."""
+
+_MIN_HOST_WORK_BYTES = 256 * 1024**2
+"""The least that a rank on a CPU needs: its process, steps and decoding of one image of 256x256 at a time."""
+
+_HOST_WORK_FRACTION = 8
+"""For larger images and cached prompts a rank on a CPU has an eighth of its weights beside that."""
+
+_SCARCE = "large images, or several at once, may find no memory"
 
 _MAX_SUGGESTED_DEVICES = 16
 
@@ -36,7 +43,7 @@ class MemoryRequirements:
     divisions: ModelDivisions
     device_type: DeviceType
 
-    def check(self, layout: Layout, devices: Mapping[int, DeviceMemory], host: DeviceMemory) -> None:
+    def check(self, layout: Layout, devices: Mapping[int, DeviceMemory], host: DeviceMemory) -> str | None:
         """See that some ranks of a layout have room for what they load.
 
         Args:
@@ -44,40 +51,55 @@ class MemoryRequirements:
             devices: of the ranks that are about to load, which hold nothing yet.
             host: on which text encoders go that find no room on their device; on a CPU every rank is there.
 
+        Returns:
+            What the operator should know where the ranks can load, but have little left to work in.
+
         Raises:
-            InsufficientMemoryError: they have not. The text says what is needed, and which layouts would fit.
+            InsufficientMemoryError: they have no room even for the least work. The text says what is needed,
+                and which layouts would fit.
         """
         if self.device_type is CPU:
-            self._check_host(layout, devices, host)
-        else:
-            self._check_devices(layout, devices, host)
+            return self._check_host(layout, devices, host)
+        return self._check_devices(layout, devices, host)
 
     # --- ranks on a CPU, which share the host's memory ----------------------------------------------
 
-    def _check_host(self, layout: Layout, ranks: Mapping[int, DeviceMemory], host: DeviceMemory) -> None:
-        weights_bytes, work_bytes = self._host_bytes(layout, tuple(ranks))
-        if weights_bytes + work_bytes <= host.free_bytes:
-            return
-        num_ranks = "1 rank" if len(ranks) == 1 else f"{len(ranks)} ranks"
-        raise InsufficientMemoryError(
-            f"{LAYOUT_FLAG}: {layout} needs {_gb(weights_bytes + work_bytes)} of the host's memory "
-            f"for {num_ranks} ({_gb(weights_bytes)} of weights, {_gb(work_bytes)} to work in), "
-            f"which has {_gb(host.free_bytes)} free"
-            + self._would_fit(layout, ranks, list(self._fitting_on_host(layout, host)))
+    def _check_host(
+        self, layout: Layout, ranks: Mapping[int, DeviceMemory], host: DeviceMemory
+    ) -> str | None:
+        weights_bytes = self._host_weights_bytes(layout, tuple(ranks))
+        min_work_bytes = len(ranks) * _MIN_HOST_WORK_BYTES
+        needed_bytes = weights_bytes + min_work_bytes
+        if needed_bytes > host.free_bytes:
+            num_ranks = "1 rank" if len(ranks) == 1 else f"{len(ranks)} ranks"
+            raise InsufficientMemoryError(
+                f"{LAYOUT_FLAG}: {layout} needs {_gb(needed_bytes)} of the host's memory "
+                f"for {num_ranks} ({_gb(weights_bytes)} of weights, {_gb(min_work_bytes)} to work in), "
+                f"which has {_gb(host.free_bytes)} free"
+                + self._would_fit(layout, ranks, list(self._fitting_on_host(layout, host))),
+                fits_total=needed_bytes <= host.total_bytes,
+            )
+        left_bytes = host.free_bytes - weights_bytes
+        wanted_bytes = min_work_bytes + weights_bytes // _HOST_WORK_FRACTION
+        if left_bytes >= wanted_bytes:
+            return None
+        return (
+            f"{layout} leaves {_gb(left_bytes)} of the host's memory to work in, less than "
+            f"{_gb(wanted_bytes)}: {_SCARCE}"
         )
 
-    def _host_bytes(self, layout: Layout, ranks: Sequence[int]) -> tuple[int, int]:
-        """Of weights, and to work in, of these ranks together."""
+    def _host_weights_bytes(self, layout: Layout, ranks: Sequence[int]) -> int:
+        """Of these ranks together."""
         encoders = self.weights.text_encoders_of(layout)
         num_weights = len(ranks) * self.weights.without_text_encoders(layout)
         num_weights += sum(sum(encoders[rank].values()) for rank in ranks)
-        weights_bytes = num_weights * CPU.bytes_per_weight
-        return weights_bytes, len(ranks) * _PROCESS_BYTES + weights_bytes // _WORK_FRACTION
+        return num_weights * CPU.bytes_per_weight
 
     def _fitting_on_host(self, asked: Layout, host: DeviceMemory) -> Iterator[str]:
         """The layout of most ranks, and the one that needs least."""
         totals = {
-            layout: sum(self._host_bytes(layout, range(layout.world_size)))
+            layout: self._host_weights_bytes(layout, range(layout.world_size))
+            + layout.world_size * _MIN_HOST_WORK_BYTES
             for layout in allowed_layouts(
                 asked.world_size, self.divisions, asked.cfg_parallel, asked.data_parallel
             )
@@ -88,18 +110,20 @@ class MemoryRequirements:
 
     # --- ranks with a device each ---------------------------------------------------------------------
 
-    def _check_devices(self, layout: Layout, devices: Mapping[int, DeviceMemory], host: DeviceMemory) -> None:
+    def _check_devices(
+        self, layout: Layout, devices: Mapping[int, DeviceMemory], host: DeviceMemory
+    ) -> str | None:
         weights_bytes = self._device_bytes(layout)
-        scarce = min(
-            devices, key=lambda rank: devices[rank].free_bytes - activation_reserve_bytes(devices[rank])
-        )
-        if not fits(weights_bytes, memory := devices[scarce]):
-            reserve_bytes = activation_reserve_bytes(memory)
+        needed_bytes = weights_bytes + _MIN_DEVICE_WORK_BYTES
+        scarce = min(devices, key=lambda rank: devices[rank].free_bytes)
+        memory = devices[scarce]
+        if needed_bytes > memory.free_bytes:
             raise InsufficientMemoryError(
-                f"{LAYOUT_FLAG}: {layout} needs {_gb(weights_bytes + reserve_bytes)} of each device "
-                f"({_gb(weights_bytes)} of weights, {_gb(reserve_bytes)} to work in), "
+                f"{LAYOUT_FLAG}: {layout} needs {_gb(needed_bytes)} of each device "
+                f"({_gb(weights_bytes)} of weights, {_gb(_MIN_DEVICE_WORK_BYTES)} to work in), "
                 f"and that of rank {scarce} has {_gb(memory.free_bytes)} of {_gb(memory.total_bytes)} free"
-                + self._would_fit(layout, devices, list(self._fitting_on_devices(memory, host)))
+                + self._would_fit(layout, devices, list(self._fitting_on_devices(memory, host))),
+                fits_total=all(needed_bytes <= device.total_bytes for device in devices.values()),
             )
         on_host = self._encoders_on_host(layout, devices)
         host_bytes = self._encoder_bytes(on_host)
@@ -107,8 +131,15 @@ class MemoryRequirements:
             raise InsufficientMemoryError(
                 f"{LAYOUT_FLAG}: {layout} leaves no room on the devices for {_all_of(on_host)}: "
                 f"on the host that needs {_gb(host_bytes)}, and there are {_gb(host.free_bytes)} free"
-                + self._would_fit(layout, devices, list(self._fitting_on_devices(devices[scarce], host)))
+                + self._would_fit(layout, devices, list(self._fitting_on_devices(memory, host))),
+                fits_total=host_bytes <= host.total_bytes,
             )
+        if fits(weights_bytes, memory):
+            return None
+        return (
+            f"{layout} leaves {_gb(memory.free_bytes - weights_bytes)} to work in on the device of rank "
+            f"{scarce}, less than {_gb(activation_reserve_bytes(memory))}: {_SCARCE}"
+        )
 
     def _device_bytes(self, layout: Layout) -> int:
         """Of what must be on a rank's device."""
@@ -139,7 +170,9 @@ class MemoryRequirements:
         has_one = False
         for num_devices in range(1, _MAX_SUGGESTED_DEVICES + 1):
             layout = plan_layout(num_devices, self.divisions)
-            if layout.world_size < num_devices or not fits(self._device_bytes(layout), memory):
+            if layout.world_size < num_devices:
+                continue
+            if self._device_bytes(layout) + _MIN_DEVICE_WORK_BYTES > memory.free_bytes:
                 continue
             on_host = self._encoders_on_host(layout, dict.fromkeys(range(num_devices), memory))
             if not on_host:

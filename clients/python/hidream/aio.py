@@ -59,8 +59,8 @@ class AsyncClient:
     """One connection to a server, of one event loop. Close it, or use it in an `async with`.
 
     It may be made where no event loop runs, as at the top of a module: it belongs to the loop of its first
-    call. A call in another loop raises EventLoopError, until the first one was closed, or the client in it; then
-    it connects anew. Arguments, results and other errors are those of `hidream.client.Client`.
+    call. A call in another loop raises EventLoopError, until the first loop, or the client in it, was closed;
+    then it connects anew. Arguments, results and other errors are those of `hidream.client.Client`.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ class Check:
     def __call__(self, devices: Mapping[int, DeviceMemory]) -> None:
         self.calls.append(dict(devices))
         if self._refusal:
-            raise InsufficientMemoryError(self._refusal)
+            raise InsufficientMemoryError(self._refusal, fits_total=True)
 
 
 async def test_no_rank_loads_before_the_last_one_has_opened_its_device_or_failed() -> None:
@@ -42,7 +42,7 @@ async def test_all_ranks_are_refused_together() -> None:
         *(gate.pass_through(rank, MEMORY) for rank in range(2)), return_exceptions=True
     )
     assert [str(refusal) for refusal in refusals] == ["no room", "no room"]
-    assert all(isinstance(refusal, InsufficientMemoryError) for refusal in refusals)
+    assert all(isinstance(refusal, InsufficientMemoryError) and refusal.fits_total for refusal in refusals)
 
 
 async def test_a_rank_that_died_while_it_waited_is_not_counted() -> None:

@@ -35,21 +35,32 @@ def refusal(
     ranks: tuple[int, ...] | None = None,
 ) -> str:
     """What the operator reads; empty where there is room."""
-    parsed = parse_layout(layout)
-    requirements = MemoryRequirements(WEIGHTS, ModelDivisions(20, 4), device_type)
-    devices = dict.fromkeys(range(parsed.world_size) if ranks is None else ranks, memory)
     try:
-        requirements.check(parsed, devices, host)
+        warning(device_type, layout, memory, host, ranks)
     except InsufficientMemoryError as error:
         return str(error)
     return ""
 
 
+def warning(
+    device_type: DeviceType,
+    layout: str,
+    memory: DeviceMemory,
+    host: DeviceMemory,
+    ranks: tuple[int, ...] | None = None,
+) -> str | None:
+    """What the operator reads where there is room, but little."""
+    parsed = parse_layout(layout)
+    requirements = MemoryRequirements(WEIGHTS, ModelDivisions(20, 4), device_type)
+    devices = dict.fromkeys(range(parsed.world_size) if ranks is None else ranks, memory)
+    return requirements.check(parsed, devices, host)
+
+
 def test_ranks_on_a_cpu_share_the_hosts_memory_and_the_line_says_what_would_fit() -> None:
     host = gigabytes(200, 180)
     assert refusal(CPU, "cfg=2", host, host) == (
-        "--layout: cfg=2 needs 213.8 GB of the host's memory for 2 ranks "
-        "(189.5 GB of weights, 24.2 GB to work in), which has 180.0 GB free; tp=2 or tp=1 would fit"
+        "--layout: cfg=2 needs 190.1 GB of the host's memory for 2 ranks "
+        "(189.5 GB of weights, 0.5 GB to work in), which has 180.0 GB free; tp=2 or tp=1 would fit"
     )
     assert refusal(CPU, "tp=2", host, host) == refusal(CPU, "tp=1", host, host) == ""
     host = gigabytes(24)
@@ -61,10 +72,10 @@ def test_a_device_that_is_too_small_is_told_with_layouts_and_places_of_text_enco
     device_type: DeviceType,
 ) -> None:
     assert refusal(device_type, "tp=1", gigabytes(24, 23), gigabytes(128, 120)) == (
-        "--layout: tp=1 needs 38.6 GB of each device (34.3 GB of weights, 4.3 GB to work in), and that of "
+        "--layout: tp=1 needs 35.4 GB of each device (34.3 GB of weights, 1.1 GB to work in), and that of "
         "rank 0 has 23.0 GB of 24.0 GB free; tp=2 with Llama, T5 and CLIP-L on the host would fit"
     )
-    assert refusal(device_type, "tp=1", gigabytes(38), gigabytes(128)).endswith("free; tp=2 would fit")
+    assert refusal(device_type, "tp=1", gigabytes(35), gigabytes(20)).endswith("free; tp=4 would fit")
     assert refusal(device_type, "tp=1", gigabytes(32), gigabytes(128)).endswith(
         "free; tp=2 with Llama and CLIP-G on the host or tp=4 would fit"
     )
@@ -95,3 +106,37 @@ def test_a_layout_that_divides_more_needs_less_and_whole_models_do_not() -> None
 
     assert needed("tp=1") == needed("cfg=2") == needed("dp=4")
     assert needed("tp=1") > needed("ep=2") > needed("tp=2") > needed("tp=2,ep=2") > needed("tp=4,ep=2")
+
+
+def test_little_room_to_work_in_is_no_refusal_but_told() -> None:
+    # Of an H200 that others use, too.
+    assert warning(CUDA, "tp=1", gigabytes(150, 45), gigabytes(128)) == (
+        "tp=1 leaves 10.7 GB to work in on the device of rank 0, less than 18.8 GB: "
+        "large images, or several at once, may find no memory"
+    )
+    assert warning(CUDA, "tp=1", gigabytes(150, 60), gigabytes(128)) is None
+    host = gigabytes(256, 192)
+    assert warning(CPU, "cfg=2", host, host) == (
+        "cfg=2 leaves 2.5 GB of the host's memory to work in, less than 24.2 GB: "
+        "large images, or several at once, may find no memory"
+    )
+    assert warning(CPU, "tp=1", host, host) is None
+
+
+@pytest.mark.parametrize(
+    ("device_type", "memory", "host", "fits_total"),
+    [
+        (CUDA, gigabytes(80, 20), gigabytes(128), True),
+        (CUDA, gigabytes(24, 20), gigabytes(128), False),
+        (CUDA, gigabytes(64), gigabytes(128, 16), True),
+        (CUDA, gigabytes(64), gigabytes(16), False),
+        (CPU, gigabytes(128, 20), gigabytes(128, 20), True),
+        (CPU, gigabytes(24, 20), gigabytes(24, 20), False),
+    ],
+)
+def test_a_refusal_says_whether_memory_that_is_given_back_would_help(
+    device_type: DeviceType, memory: DeviceMemory, host: DeviceMemory, fits_total: bool
+) -> None:
+    with pytest.raises(InsufficientMemoryError) as refused:
+        warning(device_type, "tp=1", memory, host)
+    assert refused.value.fits_total is fits_total
