@@ -27,19 +27,20 @@ def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Room:
-    """A check that refuses ranks on demand, and notes which ones it is asked about."""
+    """A check that refuses ranks on demand, notes which ones it is asked about, and finds the room little."""
 
     def __init__(self) -> None:
         self.refused = 0
         self.refused_layouts: set[Layout] = set()
         self.asked: list[tuple[str, tuple[int, ...]]] = []
 
-    def __call__(self, layout: Layout, devices: Mapping[int, DeviceMemory], host: DeviceMemory) -> None:
+    def __call__(self, layout: Layout, devices: Mapping[int, DeviceMemory], host: DeviceMemory) -> str:
         assert all(0 < memory.free_bytes <= memory.total_bytes for memory in (host, *devices.values()))
         self.asked.append((str(layout), tuple(sorted(devices))))
         if layout in self.refused_layouts or self.refused:
             self.refused = max(0, self.refused - 1)
             raise InsufficientMemoryError(f"{layout} needs too much")
+        return f"{layout} leaves little"
 
 
 def two_ranks(room: Room) -> RankGroup:
@@ -124,13 +125,16 @@ async def test_a_smaller_layout_without_room_is_not_loaded_when_a_device_is_lost
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_a_rank_waits_for_the_memory_of_the_one_that_it_replaces_and_the_others_stay(rig: Rig) -> None:
+async def test_a_rank_waits_for_the_memory_of_the_one_that_it_replaces_and_the_others_stay(
+    rig: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
     survivor = rig.group.rank_pids[0]
     rig.room.refused = 2
     await rig.lose(1)
     await rig.group.recover()
     assert rig.room.asked == [("dp=2", (1,))] * 3
     assert rig.group.rank_pids[0] == survivor
+    assert caplog.messages.count("little memory: dp=2 leaves little") == 1
 
 
 @pytest.mark.asyncio(loop_scope="module")
