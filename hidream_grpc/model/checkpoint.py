@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from hidream_grpc.model.hub import is_snapshot, repository_name
 from hidream_grpc.model.sizes import ImageSize, SizeLimits
 from hidream_grpc.model.tokenizer_files import check_tokenizers
 from hidream_grpc.model.variants import Variant, default_schedule, identify_variant
+
+logger = logging.getLogger(__name__)
 
 _PIPELINE_CLASS = "HiDreamImagePipeline"
 _DEFAULT_SIDE_PIXELS = 1024
@@ -97,13 +100,13 @@ def describe_checkpoint(model_path: Path, extra_model_path: Path | None) -> Chec
     configs = read_configs(model_path, extra_model_path)
     check_tokenizers(model_path, extra_model_path)
     check_no_editing_model(model_path / "transformer", configs.transformer)
-    check_weights(model_path, extra_model_path, configs)
+    warnings = check_weights(model_path, extra_model_path, configs)
 
     scheduler, transformer, vae = configs.scheduler, configs.transformer, configs.vae
     token_side_pixels = 2 ** (len(vae.block_out_channels) - 1) * transformer.patch_size
     max_tokens = math.prod(transformer.max_resolution) // transformer.patch_size**2
     size_limits = SizeLimits(size_multiple=token_side_pixels, max_pixels=max_tokens * token_side_pixels**2)
-    return CheckpointDescription(
+    description = CheckpointDescription(
         name=_name(model_path),
         variant=identify_variant(scheduler.name, scheduler.timestep_shift),
         scheduler_name=scheduler.name,
@@ -120,6 +123,10 @@ def describe_checkpoint(model_path: Path, extra_model_path: Path | None) -> Chec
         needs_extra_model=not has_llama(model_path),
         fingerprint=fingerprint_of(model_path, extra_model_path),
     )
+    # Last: a refusal is one line.
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return description
 
 
 def _name(model_path: Path) -> str:

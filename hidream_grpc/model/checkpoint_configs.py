@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from hidream_grpc.errors import ModelNotFoundError
 from hidream_grpc.model.checkpoint_files import (
@@ -46,7 +47,14 @@ def read_configs(model_path: Path, extra_model_path: Path | None) -> CheckpointC
     """
     scheduler = _read_scheduler(model_path)
     transformer = _read_transformer(model_path)
-    vae = read_json(model_path / "vae" / "config.json", VaeConfig, MODEL_PATH_FLAG)
+    vae = _read_vae(model_path)
+    for name, channels in (
+        ("in_channels", transformer.in_channels),
+        ("out_channels", transformer.out_channels or transformer.in_channels),
+    ):
+        if channels != vae.latent_channels:
+            reason = f"{name} is {channels}, latent_channels of the autoencoder {vae.latent_channels}"
+            _refuse(model_path / "transformer", reason)
     clip_l, clip_g = (_read_clip(model_path / name) for name in ("text_encoder", "text_encoder_2"))
     pooled_width = clip_l.projection_dim + clip_g.projection_dim
     if pooled_width != transformer.text_emb_dim:
@@ -76,10 +84,34 @@ def _read_transformer(model_path: Path) -> TransformerConfig:
     transformer = read_json(path, TransformerConfig, MODEL_PATH_FLAG)
     num_blocks = transformer.num_layers + transformer.num_single_layers
     if len(transformer.llama_layers) != num_blocks:
-        raise ModelNotFoundError(
-            MODEL_PATH_FLAG, path, f"{len(transformer.llama_layers)} llama_layers for {num_blocks} blocks"
-        )
+        _refuse(path.parent, f"{len(transformer.llama_layers)} llama_layers for {num_blocks} blocks")
+    active, routed = transformer.num_activated_experts, transformer.num_routed_experts
+    if active > routed:
+        _refuse(path.parent, f"num_activated_experts is {active}, num_routed_experts {routed}")
+    axes, head_dim = transformer.axes_dims_rope, transformer.attention_head_dim
+    # The library turns all channels of a head, or the first half of them.
+    if any(axis % 2 for axis in axes) or sum(axes) not in {head_dim, head_dim / 2}:
+        reason = f"not three even numbers with the sum attention_head_dim, {head_dim}, or half of it"
+        _refuse(path.parent, f"axes_dims_rope is {axes}, {reason}")
     return transformer
+
+
+def _read_vae(model_path: Path) -> VaeConfig:
+    folder = model_path / "vae"
+    vae = read_json(folder / "config.json", VaeConfig, MODEL_PATH_FLAG)
+    channels = vae.block_out_channels
+    for name in ("down_block_types", "up_block_types"):
+        if (num_blocks := len(getattr(vae, name))) != len(channels):
+            _refuse(folder, f"{name} has {num_blocks}, block_out_channels {len(channels)}")
+    if any(width % vae.norm_num_groups for width in channels):
+        reason = f"are not all multiples of norm_num_groups, {vae.norm_num_groups}"
+        _refuse(folder, f"block_out_channels {channels} {reason}")
+    if vae.scaling_factor == 0:
+        _refuse(folder, "scaling_factor is 0")
+    if (vae.in_channels, vae.out_channels) != (3, 3):
+        reason = f"in_channels and out_channels are {vae.in_channels} and {vae.out_channels}, a picture has 3"
+        _refuse(folder, reason)
+    return vae
 
 
 def _read_clip(folder: Path) -> ClipConfig:
@@ -87,6 +119,7 @@ def _read_clip(folder: Path) -> ClipConfig:
     if clip.max_position_embeddings < MAX_SEQUENCE_LENGTH:
         reason = f"has room for {clip.max_position_embeddings} tokens, {MAX_SEQUENCE_LENGTH} are needed"
         raise ModelNotFoundError(MODEL_PATH_FLAG, folder, reason)
+    _check_multiple(folder, MODEL_PATH_FLAG, clip, "hidden_size", "num_attention_heads")
     return clip
 
 
@@ -104,6 +137,10 @@ def _read_llama(
     llama = read_json(folder / "config.json", LlamaConfig, flag)
     if llama.model_type != "llama":
         raise ModelNotFoundError(flag, folder, f"is a {llama.model_type} model, not llama")
+    if llama.head_dim is None:
+        _check_multiple(folder, flag, llama, "hidden_size", "num_attention_heads")
+    if llama.num_key_value_heads is not None:
+        _check_multiple(folder, flag, llama, "num_attention_heads", "num_key_value_heads")
     llama_width, last_layer = transformer.caption_channels[1], max(transformer.llama_layers)
     if llama.hidden_size != llama_width:
         reason = f"Llama gives {llama.hidden_size} numbers a token, the transformer takes {llama_width}"
@@ -112,3 +149,15 @@ def _read_llama(
         reason = f"Llama has {llama.num_hidden_layers} layers, the transformer reads layer {last_layer}"
         raise ModelNotFoundError(flag, folder, reason)
     return llama
+
+
+def _check_multiple(
+    folder: Path, flag: str, config: ClipConfig | LlamaConfig, name: str, divisor_name: str
+) -> None:
+    number, divisor = getattr(config, name), getattr(config, divisor_name)
+    if number % divisor:
+        _refuse(folder, f"{name} is {number}, no multiple of {divisor_name}, {divisor}", flag)
+
+
+def _refuse(folder: Path, reason: str, flag: str = MODEL_PATH_FLAG) -> NoReturn:
+    raise ModelNotFoundError(flag, folder / "config.json", reason)

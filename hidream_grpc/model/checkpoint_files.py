@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
 from hidream_grpc.errors import ModelNotFoundError
-from hidream_grpc.model.hub import has_unfinished_download
+from hidream_grpc.model.hub import has_unfinished_download, snapshots_hint
 
 MODEL_PATH_FLAG = "-m/--model-path"
 EXTRA_MODEL_PATH_FLAG = "-e/--extra-model-path"
@@ -21,6 +23,9 @@ LLAMA_TOKENIZER = "tokenizer_4"
 MAX_SEQUENCE_LENGTH = 128
 
 _Positive = Annotated[int, msgspec.Meta(gt=0)]
+# Names of tensors are made for each layer and expert: a number out of this world would take for ever.
+_NumLayers = Annotated[int, msgspec.Meta(ge=0, le=512)]
+_NumExperts = Annotated[int, msgspec.Meta(gt=0, le=128)]
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True):
@@ -29,6 +34,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True):
     name: str = msgspec.field(name="_class_name")
     shift: float = 1.0
     flow_shift: float | None = None
+    num_train_timesteps: _Positive = 1000
+    solver_order: _Positive = 2
 
     @property
     def timestep_shift(self) -> float:
@@ -41,18 +48,18 @@ class TransformerConfig(msgspec.Struct, frozen=True):
 
     patch_size: _Positive
     in_channels: _Positive
-    num_layers: int
-    num_single_layers: int
+    num_layers: _NumLayers
+    num_single_layers: _NumLayers
     num_attention_heads: _Positive
     attention_head_dim: _Positive
-    num_routed_experts: _Positive
-    num_activated_experts: _Positive
-    text_emb_dim: int
-    caption_channels: tuple[int, int]
-    axes_dims_rope: tuple[int, ...]
+    num_routed_experts: _NumExperts
+    num_activated_experts: _NumExperts
+    text_emb_dim: _Positive
+    caption_channels: tuple[_Positive, _Positive]
+    axes_dims_rope: tuple[_Positive, _Positive, _Positive]
     max_resolution: tuple[_Positive, _Positive]
-    llama_layers: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
-    out_channels: int | None = None
+    llama_layers: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0)], ...], msgspec.Meta(min_length=1)]
+    out_channels: _Positive | None = None
     name_or_path: str | None = msgspec.field(name="_name_or_path", default=None)
 
     @property
@@ -74,13 +81,17 @@ class TransformerConfig(msgspec.Struct, frozen=True):
 class VaeConfig(msgspec.Struct, frozen=True):
     """vae/config.json: each block but the last halves the picture. Defaults are those of diffusers."""
 
-    block_out_channels: Annotated[tuple[int, ...], msgspec.Meta(min_length=1)]
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 4
-    layers_per_block: int = 1
-    down_block_types: tuple[Literal["DownEncoderBlock2D"], ...] = ()
-    up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ()
+    block_out_channels: Annotated[tuple[_Positive, ...], msgspec.Meta(min_length=1, max_length=16)]
+    in_channels: _Positive = 3
+    out_channels: _Positive = 3
+    latent_channels: _Positive = 4
+    layers_per_block: _NumLayers = 1
+    down_block_types: tuple[Literal["DownEncoderBlock2D"], ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[Literal["UpDecoderBlock2D"], ...] = ("UpDecoderBlock2D",)
+    norm_num_groups: _Positive = 32
+    act_fn: Literal["silu", "swish", "mish", "gelu", "relu"] = "silu"
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
@@ -89,24 +100,25 @@ class VaeConfig(msgspec.Struct, frozen=True):
 class ClipConfig(msgspec.Struct, frozen=True):
     """text_encoder/config.json and text_encoder_2/config.json. Defaults are those of transformers."""
 
-    projection_dim: int
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    num_hidden_layers: int = 12
-    max_position_embeddings: int = 77
+    projection_dim: _Positive
+    vocab_size: _Positive = 49408
+    hidden_size: _Positive = 512
+    intermediate_size: _Positive = 2048
+    num_hidden_layers: _NumLayers = 12
+    num_attention_heads: _Positive = 8
+    max_position_embeddings: _Positive = 77
 
 
 class T5Config(msgspec.Struct, frozen=True):
     """text_encoder_3/config.json. Defaults are those of transformers."""
 
-    d_model: int
-    vocab_size: int = 32128
-    d_kv: int = 64
-    d_ff: int = 2048
-    num_layers: int = 6
-    num_heads: int = 8
-    relative_attention_num_buckets: int = 32
+    d_model: _Positive
+    vocab_size: _Positive = 32128
+    d_kv: _Positive = 64
+    d_ff: _Positive = 2048
+    num_layers: _NumLayers = 6
+    num_heads: _Positive = 8
+    relative_attention_num_buckets: _Positive = 32
     feed_forward_proj: str = "relu"
 
 
@@ -114,13 +126,13 @@ class LlamaConfig(msgspec.Struct, frozen=True):
     """config.json of the Llama folder. Defaults are those of transformers."""
 
     model_type: str
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
+    vocab_size: _Positive = 32000
+    hidden_size: _Positive = 4096
+    intermediate_size: _Positive = 11008
+    num_hidden_layers: _NumLayers = 32
     num_attention_heads: _Positive = 32
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: _Positive | None = None
+    head_dim: _Positive | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
 
@@ -134,12 +146,20 @@ class GenerationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     guidance_scale: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
 
 
+# Library and class; diffusers writes [null, null] for a component that was left out.
+_IndexEntry = tuple[str | None, str | None] | None
+
+
 class _PipelineIndex(msgspec.Struct, frozen=True):
+    """model_index.json. What the pipeline is made of is known, but for Llama, which it need not hold."""
+
     name: str = msgspec.field(name="_class_name")
+    text_encoder_4: _IndexEntry = None
+    tokenizer_4: _IndexEntry = None
 
 
 class _TokenizerConfig(msgspec.Struct, frozen=True):
-    model_max_length: float | None = None
+    model_max_length: Annotated[float, msgspec.Meta(ge=1)] | None = None
 
 
 _Config = TypeVar("_Config")
@@ -152,14 +172,10 @@ def check_file(path: Path, flag: str) -> None:
     """Check that a file is there, itself and not what stands for it.
 
     Raises:
-        ModelNotFoundError: it is missing, a link to nothing, or a pointer of Git LFS.
+        ModelNotFoundError: it is missing, a link to nothing, no file, or a pointer of Git LFS.
     """
     if not path.is_file():
-        is_broken = path.is_symlink()
-        reason = f"a link to {path.readlink()}, which is not there" if is_broken else "no such file"
-        if has_unfinished_download(path.parent):
-            reason += UNFINISHED_DOWNLOAD
-        raise ModelNotFoundError(flag, path, reason)
+        raise ModelNotFoundError(flag, path, _why_no_file(path))
     try:
         with path.open("rb") as file:
             is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
@@ -167,6 +183,19 @@ def check_file(path: Path, flag: str) -> None:
         raise ModelNotFoundError(flag, path, str(error)) from None
     if is_pointer:
         raise ModelNotFoundError(flag, path, "a pointer of Git LFS, not the file itself: run `git lfs pull`")
+
+
+def _why_no_file(path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        reason = f"a link to {path.readlink()}, which is not there" if path.is_symlink() else "no such file"
+        if has_unfinished_download(path.parent):
+            reason += UNFINISHED_DOWNLOAD
+        return reason + snapshots_hint(path.parent)
+    except OSError as error:
+        return "a link that leads to itself" if error.errno == errno.ELOOP else error.strerror or str(error)
+    return "a folder, not a file" if stat.S_ISDIR(mode) else "not a regular file"
 
 
 def read_json(path: Path, config_type: type[_Config], flag: str) -> _Config:
@@ -188,17 +217,17 @@ def read_pipeline_class(model_path: Path) -> str:
         raise ModelNotFoundError(MODEL_PATH_FLAG, model_path)
     index = model_path / "model_index.json"
     if not os.path.lexists(index):
-        raise ModelNotFoundError(MODEL_PATH_FLAG, model_path, "no model_index.json: not in diffusers format")
+        reason = f"no model_index.json: not in diffusers format{snapshots_hint(model_path)}"
+        raise ModelNotFoundError(MODEL_PATH_FLAG, model_path, reason)
     return read_json(index, _PipelineIndex, MODEL_PATH_FLAG).name
 
 
 def has_llama(model_path: Path) -> bool:
     """Whether the checkpoint itself holds the Llama text encoder."""
-    index: dict[str, Any] = read_json(model_path / "model_index.json", dict[str, Any], MODEL_PATH_FLAG)
+    index = read_json(model_path / "model_index.json", _PipelineIndex, MODEL_PATH_FLAG)
     return all(
-        # diffusers writes [null, null] for a component that was left out.
-        any(index.get(component) or ()) and (model_path / component).is_dir()
-        for component in (LLAMA, LLAMA_TOKENIZER)
+        any(entry or ()) and (model_path / name).is_dir()
+        for name, entry in ((LLAMA, index.text_encoder_4), (LLAMA_TOKENIZER, index.tokenizer_4))
     )
 
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hidream_grpc.errors import ModelNotFoundError
 from hidream_grpc.model.checkpoint_configs import CheckpointConfigs
-from hidream_grpc.model.checkpoint_files import MODEL_PATH_FLAG, llama_flag, llama_folder, read_json
+from hidream_grpc.model.checkpoint_files import LLAMA, MODEL_PATH_FLAG, read_json
+from hidream_grpc.model.components import Component, components
 from hidream_grpc.model.text_encoder_tensors import clip_tensors, llama_tensors, t5_tensors
 from hidream_grpc.model.transformer_tensors import Shapes, transformer_tensors
 from hidream_grpc.model.vae_tensors import vae_tensors
-from hidream_grpc.model.weight_files import Library, StoredTensor, read_tensors
-
-logger = logging.getLogger(__name__)
+from hidream_grpc.model.weight_files import StoredTensor, have_equal_data, read_tensors
 
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _DTYPES = ("F64", "F32", "F16", "BF16", *_FLOAT8)
@@ -36,81 +34,80 @@ _UNREAD_KINDS = (
 )
 
 
-# Tensors of published weights that are not read: buffers, and parts of a larger model that are not run.
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What a configuration says of a component's weights.
+
+    Attributes:
+        shapes: of the tensors that are read, once for each way to name them.
+        unread: names of other tensors that may be there: buffers, and parts of a larger model.
+        twins: two names of one tensor, of which the library reads either.
+    """
+
+    shapes: tuple[Shapes, ...]
+    unread: re.Pattern[str] | None = None
+    twins: tuple[str, str] | None = None
+
+
 _UNREAD_OF_CLIP = re.compile(
     r"text_model\.embeddings\.position_ids|vision_model\..+|visual_projection\.weight|logit_scale"
 )
-_UNREAD_OF_T5 = re.compile(r"(shared|encoder\.embed_tokens|lm_head)\.weight|decoder\..+")
+_UNREAD_OF_T5 = re.compile(r"lm_head\.weight|decoder\..+")
 _UNREAD_OF_LLAMA = re.compile(r"lm_head\.weight|(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 
 
-@dataclass(frozen=True, slots=True)
-class _Component:
-    """A component of a checkpoint, and what its configuration says of its weights.
-
-    Attributes:
-        folder: of its configuration and weights.
-        flag: that named the folder.
-        library: that it is of.
-        shapes: of the tensors that are read, once for each way to name them.
-        unread: names of other tensors that may be there.
-    """
-
-    folder: Path
-    flag: str
-    library: Library
-    shapes: tuple[Shapes, ...]
-    unread: re.Pattern[str] | None = None
-
-
-def check_weights(model_path: Path, extra_model_path: Path | None, configs: CheckpointConfigs) -> None:
+def check_weights(model_path: Path, extra_model_path: Path | None, configs: CheckpointConfigs) -> list[str]:
     """Check that every tensor that is read is there, is a number to compute with, and that no other is.
+
+    Returns:
+        What an operator should know of weights that are loaded: a line for each component.
 
     Raises:
         ModelNotFoundError: a file is missing, is not whole, or holds something else.
     """
-    components = list(_components(model_path, extra_model_path, configs))
-    tensors_of = [_check_component(component) for component in components]
-    for component, tensors in zip(components, tensors_of, strict=True):
+    _check_no_adapter(model_path, MODEL_PATH_FLAG)
+    contents = _contents(configs)
+    warnings = []
+    for component in components(model_path, extra_model_path):
+        tensors = _check_component(component, contents[component.name])
         if float8 := {tensor.dtype for tensor in tensors.values()}.intersection(_FLOAT8):
             kinds = " and ".join(sorted(float8))
-            logger.warning(
-                "the weights in %s are %s, without scales: taken as they are", component.folder, kinds
+            warnings.append(
+                f"the weights in {component.folder} are {kinds}, without scales: taken as they are"
+            )
+    return warnings
+
+
+def _contents(configs: CheckpointConfigs) -> dict[str, _Contents]:
+    """By component."""
+    t5, llama = t5_tensors(configs.t5), llama_tensors(configs.llama)
+    own_name, other_name = _T5_EMBEDDINGS
+    t5_by_other_name = {name.replace(own_name, other_name): shape for name, shape in t5.items()}
+    return {
+        "transformer": _Contents((transformer_tensors(configs.transformer),)),
+        "vae": _Contents((vae_tensors(configs.vae),)),
+        "text_encoder": _Contents((clip_tensors(configs.clip_l),), _UNREAD_OF_CLIP),
+        "text_encoder_2": _Contents((clip_tensors(configs.clip_g),), _UNREAD_OF_CLIP),
+        "text_encoder_3": _Contents(
+            (t5, t5_by_other_name, t5 | t5_by_other_name), _UNREAD_OF_T5, _T5_EMBEDDINGS
+        ),
+        # LlamaForCausalLM writes the first, LlamaModel the second.
+        LLAMA: _Contents(
+            (llama, {name.removeprefix("model."): shape for name, shape in llama.items()}), _UNREAD_OF_LLAMA
+        ),
+    }
+
+
+def _check_no_adapter(folder: Path, flag: str) -> None:
+    for name in _ADAPTER_FILES:
+        if os.path.lexists(folder / name):
+            raise ModelNotFoundError(
+                flag, folder / name, "a LoRA that is not loaded; merge it into the weights"
             )
 
 
-def _components(
-    model_path: Path, extra_model_path: Path | None, configs: CheckpointConfigs
-) -> Iterator[_Component]:
-    def component(
-        name: str, library: Library, *shapes: Shapes, unread: re.Pattern[str] | None = None
-    ) -> _Component:
-        return _Component(model_path / name, MODEL_PATH_FLAG, library, shapes, unread)
-
-    yield component("transformer", Library.DIFFUSERS, transformer_tensors(configs.transformer))
-    yield component("vae", Library.DIFFUSERS, vae_tensors(configs.vae))
-    for name, clip in (("text_encoder", configs.clip_l), ("text_encoder_2", configs.clip_g)):
-        yield component(name, Library.TRANSFORMERS, clip_tensors(clip), unread=_UNREAD_OF_CLIP)
-    t5, llama = t5_tensors(configs.t5), llama_tensors(configs.llama)
-    yield component(
-        "text_encoder_3",
-        Library.TRANSFORMERS,
-        t5,
-        # Both names are one matrix.
-        {name.replace("shared.", "encoder.embed_tokens."): shape for name, shape in t5.items()},
-        unread=_UNREAD_OF_T5,
-    )
-    yield _Component(
-        llama_folder(model_path, extra_model_path),
-        llama_flag(model_path),
-        Library.TRANSFORMERS,
-        # LlamaForCausalLM writes the first, LlamaModel the second.
-        (llama, {name.removeprefix("model."): shape for name, shape in llama.items()}),
-        _UNREAD_OF_LLAMA,
-    )
-
-
-def _check_component(component: _Component) -> dict[str, StoredTensor]:
+def _check_component(component: Component, contents: _Contents) -> dict[str, StoredTensor]:
     folder, flag = component.folder, component.flag
     config = folder / "config.json"
     settings: dict[str, Any] = read_json(config, dict[str, Any], flag)
@@ -121,18 +118,14 @@ def _check_component(component: _Component) -> dict[str, StoredTensor]:
     if "transformers_weights" in settings:
         # The library would load that file instead of the one that is checked here.
         raise ModelNotFoundError(flag, config, "names a weight file of its own (transformers_weights)")
-    for name in _ADAPTER_FILES:
-        if os.path.lexists(folder / name):
-            raise ModelNotFoundError(
-                flag, folder / name, "a LoRA that is not loaded; merge it into the weights"
-            )
+    _check_no_adapter(folder, flag)
 
     tensors = read_tensors(folder, component.library, flag)
-    shapes = max(component.shapes, key=lambda shapes: len(shapes.keys() & tensors.keys()))
+    shapes = max(contents.shapes, key=lambda shapes: len(shapes.keys() & tensors.keys()))
     unread = [
         name
         for name in tensors.keys() - shapes.keys()
-        if component.unread is None or not component.unread.fullmatch(name)
+        if contents.unread is None or not contents.unread.fullmatch(name)
     ]
     if unread:
         name, kind = _worst(unread)
@@ -146,7 +139,13 @@ def _check_component(component: _Component) -> dict[str, StoredTensor]:
         if tensor.shape != shape:
             reason = f"{name} is {_by(tensor.shape)}, config.json says {_by(shape)}"
             raise ModelNotFoundError(flag, tensor.file, reason)
-    return tensors
+    if contents.twins and shapes.keys() >= set(contents.twins):
+        name, twin = contents.twins
+        if not have_equal_data(name, twin, tensors):
+            raise ModelNotFoundError(
+                flag, tensors[twin].file, f"{twin} is not the same as {name}; remove one"
+            )
+    return {name: tensors[name] for name in shapes}
 
 
 def _worst(names: Iterable[str]) -> tuple[str, str]:

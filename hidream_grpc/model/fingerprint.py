@@ -10,15 +10,14 @@ from typing import BinaryIO
 
 from hidream_grpc.errors import CheckpointChangedError, ModelNotFoundError
 from hidream_grpc.model.checkpoint_files import (
-    LLAMA,
     LLAMA_TOKENIZER,
     MODEL_PATH_FLAG,
     llama_flag,
-    llama_folder,
     llama_tokenizer_folder,
 )
+from hidream_grpc.model.components import components
 from hidream_grpc.model.tokenizer_files import TOKENIZER_FILES
-from hidream_grpc.model.weight_files import Library, weight_files
+from hidream_grpc.model.weight_files import weight_files
 
 _DIGITS = 16
 _SAMPLE_BYTES = 4096
@@ -26,13 +25,6 @@ _MAX_SAMPLES = 16
 """Of one weight file: a checkpoint of 60 GB costs a few megabytes of reading."""
 
 _PIPELINE_FILES = ("model_index.json", "generation_config.json", "scheduler/scheduler_config.json")
-_COMPONENTS = {
-    "transformer": Library.DIFFUSERS,
-    "vae": Library.DIFFUSERS,
-    "text_encoder": Library.TRANSFORMERS,
-    "text_encoder_2": Library.TRANSFORMERS,
-    "text_encoder_3": Library.TRANSFORMERS,
-}
 _TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
@@ -97,14 +89,12 @@ def _require(model_path: Path, extra_model_path: Path | None, fingerprint: str) 
 
 def _files(model_path: Path, extra_model_path: Path | None) -> Iterator[tuple[str, Path, str]]:
     """Name within the checkpoint, path, and flag that named the folder, of each file that is loaded."""
-    flag = MODEL_PATH_FLAG
-    llama = llama_folder(model_path, extra_model_path)
     for name in _PIPELINE_FILES:
         if (model_path / name).is_file():
-            yield name, model_path / name, flag
-    for component, library in _COMPONENTS.items():
-        yield from _component_files(component, model_path / component, library, flag)
-    yield from _component_files(LLAMA, llama, Library.TRANSFORMERS, llama_flag(model_path))
+            yield name, model_path / name, MODEL_PATH_FLAG
+    for part in components(model_path, extra_model_path):
+        for path in (part.folder / "config.json", *weight_files(part.folder, part.library, part.flag)):
+            yield f"{part.name}/{path.name}", path, part.flag
     yield from _all_tokenizer_files(model_path, extra_model_path)
 
 
@@ -113,11 +103,6 @@ def _all_tokenizer_files(model_path: Path, extra_model_path: Path | None) -> Ite
         yield from _tokenizer_files(tokenizer, model_path / tokenizer, MODEL_PATH_FLAG)
     llama = llama_tokenizer_folder(model_path, extra_model_path)
     yield from _tokenizer_files(LLAMA_TOKENIZER, llama, llama_flag(model_path))
-
-
-def _component_files(name: str, folder: Path, library: Library, flag: str) -> Iterator[tuple[str, Path, str]]:
-    for path in (folder / "config.json", *weight_files(folder, library, flag)):
-        yield f"{name}/{path.name}", path, flag
 
 
 def _tokenizer_files(name: str, folder: Path, flag: str) -> Iterator[tuple[str, Path, str]]:

@@ -23,6 +23,14 @@ def is_snapshot(folder: Path) -> bool:
     return snapshots.name == "snapshots" and snapshots.parent == _repository(snapshots)
 
 
+def snapshots_hint(folder: Path) -> str:
+    """The end of a line on a folder that lacks a file: where to look, if it is a repository in the cache."""
+    if not folder.resolve().name.startswith("models--"):
+        return ""
+    names = [path.name for path in folder.glob("snapshots/*")]
+    return f"; name the folder of a revision: snapshots/{names[0] if len(names) == 1 else '<revision>'}"
+
+
 def has_unfinished_download(folder: Path) -> bool:
     """Whether the client has begun to download a file into this folder of a checkpoint, and not finished."""
     places = [folder, folder / _DOWNLOADS, folder.parent / _DOWNLOADS / folder.name]

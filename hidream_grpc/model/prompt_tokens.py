@@ -15,7 +15,11 @@ from hidream_grpc.errors import ModelNotFoundError
 from hidream_grpc.model.checkpoint_files import (
     MAX_SEQUENCE_LENGTH,
     MODEL_PATH_FLAG,
+    ClipConfig,
+    LlamaConfig,
+    T5Config,
     llama_flag,
+    llama_folder,
     llama_tokenizer_folder,
     read_json,
     token_limit,
@@ -45,17 +49,34 @@ class PromptTokenCounter:
 
     @classmethod
     def from_checkpoint(cls, model_path: Path, extra_model_path: Path | None) -> PromptTokenCounter:
-        """Load the four tokenizers of a checkpoint that `describe_checkpoint` has accepted."""
-        t5, llama = model_path / "tokenizer_3", llama_tokenizer_folder(model_path, extra_model_path)
-        flag = llama_flag(model_path)
-        return cls(
-            {
-                "CLIP-L": (_clip_tokenizer(model_path / "tokenizer"), MAX_SEQUENCE_LENGTH),
-                "CLIP-G": (_clip_tokenizer(model_path / "tokenizer_2"), MAX_SEQUENCE_LENGTH),
-                "T5": (_t5_tokenizer(t5), token_limit(t5)),
-                "Llama": (_tokenizer(llama, flag), token_limit(llama, flag)),
-            }
+        """Load the four tokenizers of a checkpoint that `describe_checkpoint` has accepted.
+
+        Raises:
+            ModelNotFoundError: one cannot be read, or gives tokens that its text encoder does not have.
+        """
+        clip_l, clip_g, t5 = (model_path / name for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
+        llama, flag = llama_tokenizer_folder(model_path, extra_model_path), llama_flag(model_path)
+        tokenizers = (
+            _clip_tokenizer(clip_l),
+            _clip_tokenizer(clip_g),
+            _t5_tokenizer(t5),
+            _tokenizer(llama, flag),
         )
+        flags = (MODEL_PATH_FLAG, MODEL_PATH_FLAG, MODEL_PATH_FLAG, flag)
+        for tokenizer, folder, folder_flag, num_tokens in zip(
+            tokenizers,
+            (clip_l, clip_g, t5, llama),
+            flags,
+            _vocabulary_sizes(model_path, extra_model_path),
+            strict=True,
+        ):
+            largest_id = max(tokenizer.get_vocab().values(), default=0)
+            if largest_id >= num_tokens:
+                reason = f"gives token ids up to {largest_id}, its text encoder has {num_tokens} tokens"
+                raise ModelNotFoundError(folder_flag, folder, reason)
+        limits = (MAX_SEQUENCE_LENGTH, MAX_SEQUENCE_LENGTH, token_limit(t5), token_limit(llama, flag))
+        names = ("CLIP-L", "CLIP-G", "T5", "Llama")
+        return cls(dict(zip(names, zip(tokenizers, limits, strict=True), strict=True)))
 
     def count(self, prompt: str) -> tuple[TokenCount, ...]:
         """Count a prompt's tokens for every text encoder, as the encoder would get them."""
@@ -63,6 +84,18 @@ class PromptTokenCounter:
             TokenCount(encoder, len(tokenizer.encode(prompt).ids), max_tokens)
             for encoder, (tokenizer, max_tokens) in self._tokenizers.items()
         )
+
+
+def _vocabulary_sizes(model_path: Path, extra_model_path: Path | None) -> tuple[int, ...]:
+    """Tokens that each text encoder has an embedding of."""
+    clip_l, clip_g = (
+        read_json(model_path / name / "config.json", ClipConfig, MODEL_PATH_FLAG)
+        for name in ("text_encoder", "text_encoder_2")
+    )
+    t5 = read_json(model_path / "text_encoder_3" / "config.json", T5Config, MODEL_PATH_FLAG)
+    llama_config = llama_folder(model_path, extra_model_path) / "config.json"
+    llama = read_json(llama_config, LlamaConfig, llama_flag(model_path))
+    return tuple(config.vocab_size for config in (clip_l, clip_g, t5, llama))
 
 
 def _tokenizer(folder: Path, flag: str = MODEL_PATH_FLAG) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -22,7 +23,7 @@ class _AddedToken(msgspec.Struct, frozen=True):
 
 
 class _T5TokenizerConfig(msgspec.Struct, frozen=True):
-    extra_ids: int = 100
+    extra_ids: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 100
     added_tokens_decoder: dict[int, _AddedToken] = {}
 
 
@@ -43,9 +44,11 @@ def t5_tokenizer(folder: Path, flag: str) -> Tokenizer:
     try:
         model.ParseFromString(path.read_bytes())
         pieces = [(piece.piece, piece.score) for piece in model.pieces]
-        end = pieces[_END][0]
     except Exception as error:  # protobuf's own, without a common type
         raise ModelNotFoundError(flag, path, f"is no SentencePiece model: {error}") from None
+    if len(pieces) <= _UNKNOWN:
+        raise ModelNotFoundError(flag, path, "is no SentencePiece model: it holds no pieces of words")
+    end = pieces[_END][0]
     settings = folder / "tokenizer_config.json"
     config = read_json(settings, _T5TokenizerConfig, flag) if settings.is_file() else _T5TokenizerConfig()
     sentinels = [f"<extra_id_{number}>" for number in reversed(range(config.extra_ids))]

@@ -1,7 +1,8 @@
-"""What the configuration and weight files of a checkpoint say of its four text encoders. Torch-free."""
+"""What the configurations of a checkpoint say of its four text encoders. Torch-free."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +18,8 @@ from hidream_grpc.model.checkpoint_files import (
     read_json,
     token_limit,
 )
-from hidream_grpc.model.weight_files import Library, num_weights, read_tensors
+from hidream_grpc.model.text_encoder_tensors import clip_tensors, llama_tensors, t5_tensors
+from hidream_grpc.model.transformer_tensors import Shapes
 
 
 class TextEncoderName(StrEnum):
@@ -36,7 +38,7 @@ class TextEncoderFiles:
     Attributes:
         folder: of its weights and configuration.
         tokenizer_folder: of its tokenizer.
-        num_parameters: that it is run with; Llama's without the head that turns states into words.
+        num_parameters: of the tensors that are read, whatever others lie in its files.
         output_shape: of what it gives for one prompt: (P,) of a CLIP, (T, D) of T5, (L, T, D) of Llama,
             where T is the padded length in tokens and L the layers that are read.
     """
@@ -60,28 +62,34 @@ def text_encoder_files(
     t5_folder, t5_tokenizer = model_path / "text_encoder_3", model_path / "tokenizer_3"
     llama = llama_folder(model_path, extra_model_path)
     llama_tokenizer = llama_tokenizer_folder(model_path, extra_model_path)
-    t5_width = read_json(t5_folder / "config.json", T5Config, MODEL_PATH_FLAG).d_model
-    llama_width = read_json(llama / "config.json", LlamaConfig, MODEL_PATH_FLAG).hidden_size
+    t5_config = read_json(t5_folder / "config.json", T5Config, MODEL_PATH_FLAG)
+    llama_config = read_json(llama / "config.json", LlamaConfig, MODEL_PATH_FLAG)
     return {
         TextEncoderName.CLIP_L: _clip_files(model_path, ""),
         TextEncoderName.CLIP_G: _clip_files(model_path, "_2"),
         TextEncoderName.T5: TextEncoderFiles(
-            t5_folder, t5_tokenizer, _num_parameters(t5_folder), (_num_tokens(t5_tokenizer), t5_width)
+            t5_folder,
+            t5_tokenizer,
+            _num_elements(t5_tensors(t5_config)),
+            (_num_tokens(t5_tokenizer), t5_config.d_model),
         ),
         TextEncoderName.LLAMA: TextEncoderFiles(
             llama,
             llama_tokenizer,
-            _num_parameters(llama, left_out="lm_head."),
-            (num_llama_layers, _num_tokens(llama_tokenizer), llama_width),
+            _num_elements(llama_tensors(llama_config)),
+            (num_llama_layers, _num_tokens(llama_tokenizer), llama_config.hidden_size),
         ),
     }
 
 
 def _clip_files(model_path: Path, number: str) -> TextEncoderFiles:
     folder = model_path / f"text_encoder{number}"
-    projection_dim = read_json(folder / "config.json", ClipConfig, MODEL_PATH_FLAG).projection_dim
+    config = read_json(folder / "config.json", ClipConfig, MODEL_PATH_FLAG)
     return TextEncoderFiles(
-        folder, model_path / f"tokenizer{number}", _num_parameters(folder), (projection_dim,)
+        folder,
+        model_path / f"tokenizer{number}",
+        _num_elements(clip_tensors(config)),
+        (config.projection_dim,),
     )
 
 
@@ -89,5 +97,5 @@ def _num_tokens(tokenizer_folder: Path) -> int:
     return min(MAX_SEQUENCE_LENGTH, token_limit(tokenizer_folder))
 
 
-def _num_parameters(folder: Path, left_out: str | None = None) -> int:
-    return num_weights(read_tensors(folder, Library.TRANSFORMERS), left_out)
+def _num_elements(shapes: Shapes) -> int:
+    return sum(map(math.prod, shapes.values()))

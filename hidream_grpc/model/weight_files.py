@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -39,11 +41,6 @@ class StoredTensor:
     shape: tuple[int, ...]
 
     @property
-    def is_weight(self) -> bool:
-        """Whether it is learnt: integers are constants, such as the position ids of older CLIPs."""
-        return "F" in self.dtype
-
-    @property
     def num_elements(self) -> int:
         """How many numbers it is made of."""
         return math.prod(self.shape)
@@ -57,6 +54,15 @@ class StoredTensor:
 
 class _WeightIndex(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
+
+
+class _Place(msgspec.Struct, frozen=True):
+    """Where the data of a tensor lie, as the header of its file says; its metadata lie nowhere."""
+
+    data_offsets: tuple[int, int] = (0, 0)
+
+
+_CHUNK_BYTES = 2**20
 
 
 def weight_files(folder: Path, library: Library, flag: str = MODEL_PATH_FLAG) -> tuple[Path, ...]:
@@ -80,10 +86,14 @@ def weight_files(folder: Path, library: Library, flag: str = MODEL_PATH_FLAG) ->
         for path in missing:
             check_file(path, flag)
         return (index, *(folder / name for name in names))
-    if single.is_symlink() or index.is_symlink():
-        check_file(single if single.is_symlink() else index, flag)
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    but = f", but {others[0]}, which is not loaded" if others else ""
+    for path in (single, index):
+        if os.path.lexists(path):
+            check_file(path, flag)
+    but = ""
+    if others := sorted(path.name for path in folder.glob("*.safetensors")):
+        but = f", but {others[0]}, which is not loaded"
+    elif others := sorted(path.name for path in folder.glob("*.bin")):
+        but = f", but {others[0]}, which is not read: convert it to safetensors"
     unfinished = UNFINISHED_DOWNLOAD if has_unfinished_download(folder) else ""
     raise ModelNotFoundError(flag, folder, f"no weights: no {single.name}{but}{unfinished}")
 
@@ -95,27 +105,45 @@ def read_tensors(folder: Path, library: Library, flag: str = MODEL_PATH_FLAG) ->
         All tensors of the component by name.
 
     Raises:
-        ModelNotFoundError: a file is missing, or is not a whole safetensors file.
+        ModelNotFoundError: a file is missing, is not a whole safetensors file, or holds a tensor that
+            another one holds too.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder, library, flag):
-        if path.suffix == ".safetensors":
-            tensors |= _read_header(path, flag)
+        if path.suffix != ".safetensors":
+            continue
+        header = _read_header(path, flag)
+        if twice := header.keys() & tensors.keys():
+            name = min(twice)
+            raise ModelNotFoundError(flag, path, f"holds {name}, which {tensors[name].file.name} holds too")
+        tensors |= header
     return tensors
 
 
-def num_weights(tensors: Mapping[str, StoredTensor], left_out: str | None = None) -> int:
-    """How many numbers the weights of a component are.
+def num_weights(tensors: Mapping[str, StoredTensor]) -> int:
+    """How many numbers the weights of a component are, all of whose tensors are read."""
+    return sum(tensor.num_elements for tensor in tensors.values())
 
-    Args:
-        tensors: of the component.
-        left_out: beginning of the names of tensors that are not counted.
-    """
-    return sum(
-        tensor.num_elements
-        for name, tensor in tensors.items()
-        if tensor.is_weight and not (left_out and name.startswith(left_out))
-    )
+
+def have_equal_data(name: str, other_name: str, tensors: Mapping[str, StoredTensor]) -> bool:
+    """Whether two tensors of a component, which `read_tensors` has read, are the same bytes."""
+    with ExitStack() as stack:
+        streams = []
+        for tensor_name in (name, other_name):
+            file = stack.enter_context(tensors[tensor_name].file.open("rb"))
+            header_bytes = int.from_bytes(file.read(8), "little")
+            start, stop = msgspec.json.decode(file.read(header_bytes), type=dict[str, _Place])[
+                tensor_name
+            ].data_offsets
+            file.seek(8 + header_bytes + start)
+            streams.append((file, stop - start))
+        (file, size_bytes), (other_file, other_size_bytes) = streams
+        if size_bytes != other_size_bytes:
+            return False
+        return all(
+            file.read(min(_CHUNK_BYTES, left)) == other_file.read(min(_CHUNK_BYTES, left))
+            for left in range(size_bytes, 0, -_CHUNK_BYTES)
+        )
 
 
 def _read_header(path: Path, flag: str) -> dict[str, StoredTensor]:

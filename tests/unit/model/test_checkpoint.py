@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hidream_grpc.errors import ModelNotFoundError
 from hidream_grpc.model.checkpoint import GenerationDefaults, describe_checkpoint
 from hidream_grpc.model.demo import demo_checkpoint_path
+from hidream_grpc.model.prompt_tokens import PromptTokenCounter
 from hidream_grpc.model.sizes import ImageSize
 from hidream_grpc.model.variants import Variant
 from tests.checkpoints import MAX_TOKENS_OF_T5, write_variant
@@ -223,6 +225,80 @@ def test_parts_that_cannot_work_are_one_line_saying_why(
         describe_checkpoint(own_checkpoint, None)
     assert raised.value.flag == MODEL_FLAG
     assert "\n" not in str(raised.value)
+
+
+TRANSFORMER = "transformer/config.json"
+VAE = "vae/config.json"
+CLIP = "text_encoder_2/config.json"
+T5 = "text_encoder_3/config.json"
+LLAMA = "text_encoder_4/config.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "reason"),
+    [
+        (TRANSFORMER, {"num_activated_experts": 9}, "num_activated_experts is 9, num_routed_experts 4"),
+        (TRANSFORMER, {"axes_dims_rope": [4, 4]}, "of length 3"),
+        (TRANSFORMER, {"axes_dims_rope": [2, 2, 2]}, "axes_dims_rope is (2, 2, 2), not three even numbers"),
+        (TRANSFORMER, {"axes_dims_rope": [1, 3, 4]}, "axes_dims_rope is (1, 3, 4), not three even numbers"),
+        (TRANSFORMER, {"llama_layers": [-1, 2]}, ">= 0"),
+        (TRANSFORMER, {"num_layers": 10**9}, "<= 512"),
+        (TRANSFORMER, {"num_routed_experts": 10**9}, "<= 128"),
+        (TRANSFORMER, {"in_channels": 8}, "in_channels is 8, latent_channels of the autoencoder 16"),
+        (TRANSFORMER, {"out_channels": 8}, "out_channels is 8, latent_channels of the autoencoder 16"),
+        (VAE, {"down_block_types": ["DownEncoderBlock2D"]}, "down_block_types has 1, block_out_channels 4"),
+        (VAE, {"up_block_types": ["UpDecoderBlock2D"] * 5}, "up_block_types has 5, block_out_channels 4"),
+        (VAE, {"norm_num_groups": 7}, "block_out_channels (8, 8, 8, 8) are not all multiples of"),
+        (VAE, {"act_fn": "nonsense"}, "'nonsense' - at `$.act_fn`"),
+        (VAE, {"scaling_factor": 0}, "scaling_factor is 0"),
+        (VAE, {"out_channels": 4}, "in_channels and out_channels are 3 and 4, a picture has 3"),
+        (VAE, {"layers_per_block": 10**9}, "<= 512"),
+        (CLIP, {"num_attention_heads": 7}, "hidden_size is 32, no multiple of num_attention_heads, 7"),
+        (CLIP, {"num_hidden_layers": 10**9}, "<= 512"),
+        (T5, {"num_layers": 10**6}, "<= 512"),
+        (LLAMA, {"num_hidden_layers": 10**6}, "<= 512"),
+        (
+            LLAMA,
+            {"num_key_value_heads": 3},
+            "num_attention_heads is 4, no multiple of num_key_value_heads, 3",
+        ),
+        (LLAMA, {"num_attention_heads": 5, "head_dim": None}, "hidden_size is 32, no multiple of"),
+        (SCHEDULER, {"solver_order": "x"}, "Expected `int`, got `str` - at `$.solver_order`"),
+        ("model_index.json", {"text_encoder_4": 5}, "got `int` - at `$.text_encoder_4`"),
+        ("tokenizer_3/tokenizer_config.json", {"model_max_length": 0}, ">= 1"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_one_line_naming_its_file(
+    file: str, changes: dict[str, Any], reason: str, own_checkpoint: Path
+) -> None:
+    edit(own_checkpoint / file, **changes)
+    with pytest.raises(ModelNotFoundError, match=re.escape(reason)) as raised:
+        describe_checkpoint(own_checkpoint, None)
+    assert str(raised.value).startswith(f"{MODEL_FLAG}: {own_checkpoint / file}: ")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("encoder", ["text_encoder", "text_encoder_4"])
+def test_a_tokenizer_with_more_tokens_than_its_encoder_is_refused(encoder: str, own_checkpoint: Path) -> None:
+    config = own_checkpoint / encoder / "config.json"
+    num_tokens = json.loads(config.read_text())["vocab_size"]
+    edit(config, vocab_size=num_tokens - 1)
+    folder = own_checkpoint / encoder.replace("text_encoder", "tokenizer")
+    with pytest.raises(ModelNotFoundError, match=f"gives token ids up to {num_tokens - 1}, ") as raised:
+        PromptTokenCounter.from_checkpoint(own_checkpoint, None)
+    assert str(raised.value).startswith(f"{MODEL_FLAG}: {folder}")
+
+
+def test_a_repository_in_the_hubs_cache_says_where_its_snapshot_is(tmp_path: Path) -> None:
+    repository = tmp_path / "models--HiDream-ai--HiDream-I1-Full"
+    (repository / "snapshots" / "0123abcd").mkdir(parents=True)
+    with pytest.raises(ModelNotFoundError) as raised:
+        describe_checkpoint(repository, None)
+    assert str(raised.value) == (
+        f"{MODEL_FLAG}: {repository}: no model_index.json: not in diffusers format; "
+        "name the folder of a revision: snapshots/0123abcd"
+    )
 
 
 def test_a_missing_folder_is_named_with_its_flag(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from hidream_grpc.errors import ModelNotFoundError
 from hidream_grpc.model.checkpoint import describe_checkpoint
 from hidream_grpc.model.loading import load_module
 from hidream_grpc.model.pipeline import HiDreamModel
+from hidream_grpc.model.text_encoder_files import text_encoder_files
 from tests.unfinished_downloads import leave_pointer, unlink_target
 
 MODEL_FLAG = "-m/--model-path"
@@ -133,9 +134,12 @@ def test_what_is_wrong_with_the_llama_folder_names_its_flag(own_split_checkpoint
     assert refused(checkpoint, llama).startswith(f"{EXTRA_FLAG}: {llama / 'model.safetensors'}: ")
 
 
+@pytest.mark.parametrize("folder", ["text_encoder_4", "."])
 @pytest.mark.parametrize("name", ["adapter_config.json", "pytorch_lora_weights.safetensors"])
-def test_a_lora_in_a_folder_of_weights_is_not_passed_over(name: str, own_checkpoint: Path) -> None:
-    (own_checkpoint / "text_encoder_4" / name).write_text("{}")
+def test_a_lora_in_a_folder_of_weights_is_not_passed_over(
+    name: str, folder: str, own_checkpoint: Path
+) -> None:
+    (own_checkpoint / folder / name).write_text("{}")
     assert refused(own_checkpoint).endswith(f"{name}: a LoRA that is not loaded; merge it into the weights")
 
 
@@ -159,6 +163,10 @@ PUBLISHED: dict[str, tuple[str, Callable[[Tensors], Tensors]]] = {
     "T5 with its embeddings by the other name": (
         "text_encoder_3",
         lambda t: {name.replace("shared", "encoder.embed_tokens"): tensor for name, tensor in t.items()},
+    ),
+    "Llama with a head, which its configuration ties to its embeddings": (
+        "text_encoder_4",
+        lambda t: t | {"lm_head.weight": torch.zeros(3, 3, dtype=torch.int8)},
     ),
     "Llama without its head": (
         "text_encoder_4",
@@ -188,16 +196,47 @@ def loaded_weights(encoder: str, checkpoint: Path) -> Tensors:
     return module.state_dict()
 
 
+def num_parameters(checkpoint: Path) -> dict[str, int]:
+    files = text_encoder_files(checkpoint, None, 2)
+    return {name: described.num_parameters for name, described in files.items()}
+
+
 @pytest.mark.parametrize(("encoder", "change"), PUBLISHED.values(), ids=list(PUBLISHED))
 def test_what_comes_with_published_text_encoders_is_accepted_and_changes_nothing(
     encoder: str, change: Callable[[Tensors], Tensors], own_checkpoint: Path
 ) -> None:
-    before = loaded_weights(encoder, own_checkpoint)
+    edit(own_checkpoint / "text_encoder_4" / "config.json", tie_word_embeddings=True)
+    before, num_before = loaded_weights(encoder, own_checkpoint), num_parameters(own_checkpoint)
     rewrite(own_checkpoint / encoder / "model.safetensors", change)
     describe_checkpoint(own_checkpoint, None)
     after = loaded_weights(encoder, own_checkpoint)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    # The gate of memory, the placement of text encoders and GetServerInfo go by these numbers.
+    assert num_parameters(own_checkpoint) == num_before
+
+
+TWINS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "another dtype": (lambda t: t.to(torch.int8), "encoder.embed_tokens.weight is I8, not floating point"),
+    "another shape": (lambda t: t[:3, :3].clone(), "encoder.embed_tokens.weight is 3×3, config.json says "),
+    "other numbers": (
+        lambda t: t.index_fill(0, torch.tensor(len(t) - 1), 0.5),
+        "encoder.embed_tokens.weight is not the same as shared.weight; remove one",
+    ),
+    "another precision": (
+        lambda t: t.half(),
+        "encoder.embed_tokens.weight is not the same as shared.weight; remove one",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), TWINS.values(), ids=list(TWINS))
+def test_embeddings_of_t5_by_two_names_are_one_matrix_or_are_refused(
+    change: Callable[[Tensor], Tensor], reason: str, own_checkpoint: Path
+) -> None:
+    weights = own_checkpoint / "text_encoder_3" / "model.safetensors"
+    rewrite(weights, lambda t: t | {"encoder.embed_tokens.weight": change(t["shared.weight"])})
+    assert refused(own_checkpoint).startswith(f"{MODEL_FLAG}: {weights}: {reason}")
 
 
 def test_float8_without_scales_is_loaded_as_it_is_and_one_line_says_so(
@@ -216,6 +255,15 @@ def test_float8_without_scales_is_loaded_as_it_is_and_one_line_says_so(
         for name in stored.keys() - {"lm_head.weight"}:
             weight = loaded[name.removeprefix("model.")]
             assert torch.equal(weight, stored[name].to(weight.dtype)), name
+
+
+def test_a_refusal_after_weights_in_float8_is_one_line(
+    own_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rewrite(own_checkpoint / VAE, as_float8)
+    (own_checkpoint / "generation_config.json").write_text('{"width": 100}')
+    assert refused(own_checkpoint).endswith("100×128 cannot be drawn")
+    assert caplog.messages == []
 
 
 def test_left_over_indexes_change_neither_what_is_loaded_nor_what_it_is_called(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import T5Tokenizer
 
 from hidream_grpc.errors import ModelNotFoundError
@@ -68,21 +71,35 @@ def test_the_converted_tokenizer_gives_the_tokens_of_the_ranks(
         assert converted.encode(prompt).ids == of_the_ranks(prompt).input_ids, prompt
 
 
+def with_larger_vocabulary(encoder: Path, vocab_size: int) -> None:
+    config, weights = encoder / "config.json", encoder / "model.safetensors"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": vocab_size}))
+    tensors = load_file(weights)
+    tensors["shared.weight"] = torch.ones(vocab_size, tensors["shared.weight"].shape[1])
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
 def test_a_checkpoint_with_spiece_model_alone_is_accepted(spiece_model: bytes, own_checkpoint: Path) -> None:
     folder = own_checkpoint / "tokenizer_3"
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
     (folder / "spiece.model").write_bytes(spiece_model)
+    with pytest.raises(ModelNotFoundError, match="gives token ids up to "):
+        PromptTokenCounter.from_checkpoint(own_checkpoint, None)
+    with_larger_vocabulary(own_checkpoint / "text_encoder_3", vocab_size=250)
     describe_checkpoint(own_checkpoint, None)
     counts = PromptTokenCounter.from_checkpoint(own_checkpoint, None).count(PROMPTS[0])
     (t5,) = (count for count in counts if count.encoder == "T5")
     assert t5.num_tokens == len(load_tokenizer(T5Tokenizer, folder)(PROMPTS[0]).input_ids)
 
 
-@pytest.mark.parametrize("content", [b"no model at all", b""], ids=["text", "empty"])
+@pytest.mark.parametrize(
+    "content", [b"no model at all", b"", b"\n\x03\n\x01a"], ids=["text", "empty", "a piece"]
+)
 def test_a_spiece_model_that_is_none_is_one_line_that_names_it(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "spiece.model").write_bytes(content)
     with pytest.raises(ModelNotFoundError, match="is no SentencePiece model") as raised:
         t5_tokenizer(tmp_path, FLAG)
     assert str(raised.value).startswith(f"{FLAG}: {tmp_path / 'spiece.model'}: ")
+    assert "index" not in str(raised.value)
     assert "\n" not in str(raised.value)
