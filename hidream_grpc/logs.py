@@ -47,6 +47,8 @@ class LogConfig:
 
 
 _NOT_ON_TERMINAL = "is_not_on_terminal"
+NOT_ON_TERMINAL = {_NOT_ON_TERMINAL: True}
+"""As `extra` of a record that is for the file, and on the terminal at DEBUG only."""
 _SPELT_OUT = {number: repr(chr(number))[1:-1] for number in (*range(0x20), *range(0x7F, 0xA0))}
 
 
@@ -127,7 +129,7 @@ def log_unforeseen(error: Exception) -> str:
         The id of the error in the log.
     """
     error_id = uuid.uuid4().hex
-    facts = {"error_id": error_id, _NOT_ON_TERMINAL: True}
+    facts = {"error_id": error_id, **NOT_ON_TERMINAL}
     # Python writes to the terminal itself what is logged before `configure_logging`.
     if logging.getLogger().handlers:
         logger.error("the process ends by an internal error", exc_info=error, extra=facts)

@@ -21,6 +21,7 @@ import torch
 from setproctitle import setproctitle
 
 from hidream_grpc.devices.base import Device, open_device
+from hidream_grpc.devices.faults import is_device_fault, is_out_of_memory
 from hidream_grpc.engine.channel import BlockingChannel
 from hidream_grpc.engine.messages import (
     Command,
@@ -45,7 +46,9 @@ from hidream_grpc.engine.processes import die_with_parent, leave_signals_to_the_
 from hidream_grpc.engine.pulse import PulseWriter
 from hidream_grpc.engine.runner import Runner
 from hidream_grpc.errors import HiDreamError, JobInternalError, LossCause
-from hidream_grpc.logs import configure_logging
+from hidream_grpc.logs import NOT_ON_TERMINAL, configure_logging
+from hidream_grpc.model.checkpoint_files import MODEL_PATH_FLAG
+from hidream_grpc.model.loading import summary_of
 from hidream_grpc.model.parallel.groups import CollectiveError, ParallelGroups
 from hidream_grpc.model.pipeline import HiDreamModel
 from hidream_grpc.model.prompt_encoding import EMPTY_PROMPT
@@ -184,6 +187,7 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
     # No gradients anywhere in a rank: what is computed here is never differentiated.
     with torch.inference_mode():
         device: Device | None = None
+        work = f"{MODEL_PATH_FLAG}: {load.model_path}: cannot be loaded"
         try:
             device = open_device(load.device_type, load.local_index)
             channel.send(DeviceOpened(device=_facts_of(device)))
@@ -195,6 +199,7 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
                 load.model_path, load.extra_model_path, device, groups, load.checkpoint_fingerprint
             )
             if load.compile_shapes:
+                work = "--compile-shapes: the transformer cannot be compiled"
                 model.compile(load.compile_shapes)
         except ConnectionError:
             raise
@@ -202,13 +207,8 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
             channel.send(LoadFailed(reason=str(error)))
             sys.exit(1)
         except Exception as error:
-            logger.exception("cannot load the model from %s", load.model_path)
-            summary = (str(error).splitlines() or [""])[0]
-            reason = f"rank {rank} cannot load: {type(error).__name__}: {summary}"
-            # The class that torch and the runtimes use; a bad file is an OSError or one of its library's.
-            is_device = isinstance(error, RuntimeError | MemoryError)
-            is_out_of_memory = _is_out_of_memory(error, device)
-            channel.send(LoadFailed(reason=reason, is_device=is_device, is_out_of_memory=is_out_of_memory))
+            logger.exception("cannot load the model from %s", load.model_path, extra=NOT_ON_TERMINAL)
+            channel.send(_load_failed(error, device, rank, work))
             sys.exit(1)
         load_seconds = time.monotonic() - started
         logger.info("loaded in %.3f s", load_seconds)
@@ -216,12 +216,31 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
         Worker(channel, rank, device, model, groups, context).serve()
 
 
-def _is_out_of_memory(error: Exception, device: Device | None) -> bool:
-    """Whether the device, opened or not, or the host had no room."""
-    if isinstance(error, MemoryError):
-        return True
-    # A runtime that found no room to open its device says so in words.
-    return "out of memory" in str(error) if device is None else device.is_out_of_memory(error)
+def _load_failed(error: Exception, device: Device | None, rank: int, work: str) -> LoadFailed:
+    """What a rank says of an error that nobody foresaw.
+
+    Args:
+        error: that ends the rank.
+        device: of the rank; None where the error came from opening it.
+        rank: that ends.
+        work: what failed if no device did, in words.
+    """
+    summary = summary_of(error)
+    if device is None:
+        return LoadFailed(
+            reason=f"rank {rank} cannot load: {summary}",
+            # The classes that the runtimes use; one that is not installed is an ImportError.
+            is_device=isinstance(error, RuntimeError | MemoryError),
+            # A runtime that found no room to open its device says so in words.
+            is_out_of_memory=isinstance(error, MemoryError) or "out of memory" in str(error),
+        )
+    if is_device_fault(error, device):
+        return LoadFailed(
+            reason=f"rank {rank} cannot load: {summary}",
+            is_device=True,
+            is_out_of_memory=is_out_of_memory(error, device),
+        )
+    return LoadFailed(reason=f"{work}: {summary}")
 
 
 def _loaded(device: Device, model: HiDreamModel, load_seconds: float) -> Loaded:

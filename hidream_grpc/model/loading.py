@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,8 +15,16 @@ from diffusers import AutoencoderKL, SchedulerMixin
 from torch import nn
 
 from hidream_grpc.devices.base import Device
+from hidream_grpc.devices.faults import is_device_fault
+from hidream_grpc.errors import HiDreamError, ModelNotFoundError
+from hidream_grpc.logs import NOT_ON_TERMINAL
 from hidream_grpc.model.schedulers import SCHEDULER_CLASSES
 from hidream_grpc.model.weights import load_share
+
+logger = logging.getLogger(__name__)
+
+_MAX_SUMMARY_LETTERS = 1000
+"""A library may list every tensor that it misses."""
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _Tokenizer = TypeVar("_Tokenizer", bound=transformers.PreTrainedTokenizerBase)
@@ -24,6 +35,38 @@ def quieten_libraries() -> None:
     for library_logging in (diffusers.utils.logging, transformers.utils.logging):
         library_logging.set_verbosity_error()
         library_logging.disable_progress_bar()
+
+
+@contextmanager
+def loading(folder: Path, flag: str, device: Device) -> Iterator[None]:
+    """Load a part of a checkpoint inside: what fails there is the part's fault, unless it is the device's.
+
+    Args:
+        folder: of the part.
+        flag: that named the checkpoint.
+        device: of this rank.
+
+    Raises:
+        ModelNotFoundError: the part cannot be loaded; its traceback is logged, not shown.
+        Exception: of the device, as its runtime raised it.
+    """
+    try:
+        yield
+    except HiDreamError:
+        raise
+    except Exception as error:
+        if is_device_fault(error, device):
+            raise
+        logger.exception("cannot load %s", folder, extra=NOT_ON_TERMINAL)
+        raise ModelNotFoundError(flag, folder, f"cannot be loaded: {summary_of(error)}") from None
+
+
+def summary_of(error: Exception) -> str:
+    """Kind and text of an error in one line."""
+    text = " ".join(str(error).split())
+    if len(text) > _MAX_SUMMARY_LETTERS:
+        text = f"{text[:_MAX_SUMMARY_LETTERS]}…"
+    return f"{type(error).__name__}: {text}"
 
 
 def load_module(module_class: type[_Module], folder: Path, device: Device) -> _Module:

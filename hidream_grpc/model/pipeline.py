@@ -26,7 +26,7 @@ from hidream_grpc.model.conditioning import Conditioning
 from hidream_grpc.model.denoising import DenoisingState, StepBatch
 from hidream_grpc.model.fingerprint import fingerprint_of, unchanged_checkpoint
 from hidream_grpc.model.images import encode_image
-from hidream_grpc.model.loading import load_scheduler, load_vae, quieten_libraries
+from hidream_grpc.model.loading import load_scheduler, load_vae, loading, quieten_libraries
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.rows import divide_rows, gather_rows
@@ -101,7 +101,8 @@ class HiDreamModel:
 
         Raises:
             CheckpointChangedError: it is another checkpoint, or became one while it was read.
-            ModelNotFoundError: its autoencoder gives no numbers.
+            ModelNotFoundError: a part cannot be loaded, or its autoencoder gives no numbers.
+            Exception: of the device, as its runtime raised it.
         """
         quieten_libraries()
         groups = groups or ParallelGroups(Layout())
@@ -120,14 +121,20 @@ class HiDreamModel:
         fingerprint: str,
     ) -> HiDreamModel:
         config = read_json(model_path / "transformer" / "config.json", TransformerConfig, MODEL_PATH_FLAG)
-        with torch.device("meta"):
-            transformer = HiDreamTransformer(config, groups, device)
-        load_share(transformer, model_path / "transformer", device)
-        vae = load_vae(model_path / "vae", device)
-        try:
-            preview = LatentPreview.fit(vae)
-        except NonFiniteError as error:
-            raise ModelNotFoundError(MODEL_PATH_FLAG, model_path / "vae", str(error)) from None
+        with loading(model_path / "transformer", MODEL_PATH_FLAG, device):
+            with torch.device("meta"):
+                transformer = HiDreamTransformer(config, groups, device)
+            load_share(transformer, model_path / "transformer", device)
+        with loading(model_path / "vae", MODEL_PATH_FLAG, device):
+            vae = load_vae(model_path / "vae", device)
+            try:
+                preview = LatentPreview.fit(vae)
+            except NonFiniteError as error:
+                raise ModelNotFoundError(MODEL_PATH_FLAG, model_path / "vae", str(error)) from None
+        with loading(model_path / "scheduler", MODEL_PATH_FLAG, device):
+            scheduler = load_scheduler(model_path / "scheduler")
+            # What its settings do not allow together shows when it is used.
+            new_scheduler(scheduler, 2, config.max_tokens)
         # Last: they go where the others leave room.
         text_encoders = TextEncoders.from_pretrained(
             model_path, extra_model_path, tuple(sorted(set(config.llama_layers))), device, groups.world
@@ -137,7 +144,7 @@ class HiDreamModel:
             transformer=transformer,
             vae=vae,
             preview=preview,
-            scheduler=load_scheduler(model_path / "scheduler"),
+            scheduler=scheduler,
             device=device,
             groups=groups,
             num_parameters=text_encoders.num_parameters

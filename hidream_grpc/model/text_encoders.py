@@ -25,8 +25,8 @@ from transformers import (
 
 from hidream_grpc.devices.base import CPU, Device, open_device
 from hidream_grpc.errors import NonFiniteError
-from hidream_grpc.model.checkpoint_files import MAX_SEQUENCE_LENGTH
-from hidream_grpc.model.loading import load_module, load_tokenizer
+from hidream_grpc.model.checkpoint_files import MAX_SEQUENCE_LENGTH, MODEL_PATH_FLAG, llama_flag
+from hidream_grpc.model.loading import load_module, load_tokenizer, loading
 from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.placement import activation_reserve_bytes, fits, place
 from hidream_grpc.model.text_encoder_files import TextEncoderFiles, TextEncoderName, text_encoder_files
@@ -125,7 +125,9 @@ class TextEncoders:
         where: list[str] = []
         for name in names:
             encoder_device, reason = _choose_device(sizes_bytes[name], device)
-            own[name] = _load(name, files[name], llama_layers, encoder_device)
+            flag = llama_flag(model_path) if name is TextEncoderName.LLAMA else MODEL_PATH_FLAG
+            with loading(files[name].folder, flag, device):
+                own[name] = _load(name, files[name], llama_layers, encoder_device)
             where.append(f"{name} {reason}")
         logger.info("text encoders of this rank: %s", "; ".join(where) or "none")
         return cls(own, files, owners, device)
