@@ -139,6 +139,8 @@ def _read_llama(
         raise ModelNotFoundError(flag, folder, f"is a {llama.model_type} model, not llama")
     if llama.head_dim is None:
         _check_multiple(folder, flag, llama, "hidden_size", "num_attention_heads")
+    if (head_dim := llama.head_dim or llama.hidden_size // llama.num_attention_heads) % 2:
+        _refuse(folder, f"the heads have {head_dim} channels, not an even number", flag)
     if llama.num_key_value_heads is not None:
         _check_multiple(folder, flag, llama, "num_attention_heads", "num_key_value_heads")
     llama_width, last_layer = transformer.caption_channels[1], max(transformer.llama_layers)

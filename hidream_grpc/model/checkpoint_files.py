@@ -32,8 +32,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True):
     """scheduler/scheduler_config.json; UniPC calls its shift flow_shift."""
 
     name: str = msgspec.field(name="_class_name")
-    shift: float = 1.0
-    flow_shift: float | None = None
+    shift: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    flow_shift: Annotated[float, msgspec.Meta(gt=0)] | None = None
     num_train_timesteps: _Positive = 1000
     solver_order: _Positive = 2
 

@@ -264,6 +264,8 @@ SCHEDULER = "scheduler/scheduler_config.json"
             "num_attention_heads is 4, no multiple of num_key_value_heads, 3",
         ),
         (LLAMA, {"num_attention_heads": 5, "head_dim": None}, "hidden_size is 32, no multiple of"),
+        (LLAMA, {"num_attention_heads": 32, "num_key_value_heads": None, "head_dim": 1}, "have 1 channels"),
+        (SCHEDULER, {"flow_shift": 0}, "> 0"),
         (SCHEDULER, {"solver_order": "x"}, "Expected `int`, got `str` - at `$.solver_order`"),
         ("model_index.json", {"text_encoder_4": 5}, "got `int` - at `$.text_encoder_4`"),
         ("tokenizer_3/tokenizer_config.json", {"model_max_length": 0}, ">= 1"),
