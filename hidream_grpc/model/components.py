@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +34,13 @@ class Component:
     flag: str
 
 
-def components(model_path: Path, extra_model_path: Path | None) -> Iterator[Component]:
+def components(model_path: Path, extra_model_path: Path | None) -> tuple[Component, ...]:
     """List the components of a checkpoint, Llama last, in whichever folder it lies."""
-    for name, library in _LIBRARIES.items():
-        yield Component(name, model_path / name, library, MODEL_PATH_FLAG)
-    yield Component(
-        LLAMA, llama_folder(model_path, extra_model_path), Library.TRANSFORMERS, llama_flag(model_path)
+    llama = llama_folder(model_path, extra_model_path)
+    return (
+        *(
+            Component(name, model_path / name, library, MODEL_PATH_FLAG)
+            for name, library in _LIBRARIES.items()
+        ),
+        Component(LLAMA, llama, Library.TRANSFORMERS, llama_flag(model_path)),
     )
