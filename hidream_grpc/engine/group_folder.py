@@ -1,7 +1,8 @@
 """The folder of a rank group for its socket and its pages of shared memory. Torch-free.
 
 A server that is killed leaves its folder. Who lives holds a lock on the folder itself, which the kernel gives
-free at any end, so the next server knows whose folder may go.
+free at any end, so the next server knows whose folder may go. It looks at none without the marker of a
+server, and removes no files but those that a server makes.
 """
 
 from __future__ import annotations
@@ -10,15 +11,31 @@ import errno
 import fcntl
 import logging
 import os
-import shutil
+import re
+import stat
 import tempfile
-from enum import Enum, auto
+from contextlib import suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-# Not `hidream-`, as in versions whose folders have no lock; and short, since a socket's path is.
+SOCKET_NAME = "ranks"
+PAGE_PREFIX = "pulse-"
+
+# Short, since a socket's path is.
 _PREFIX = "hidream."
+_MARKER = ".of-hidream-grpc"
+# What tempfile puts behind a prefix.
+_RANDOM = "[a-z0-9_]{8}"
+_FOLDER_NAME = re.compile(re.escape(_PREFIX) + _RANDOM)
+_OWN_FILE_NAME = re.compile(f"{SOCKET_NAME}|{re.escape(PAGE_PREFIX)}{_RANDOM}|{re.escape(_MARKER)}")
+_LONGEST_PATH_IN_IT = f"/{_PREFIX}{'x' * 8}/{SOCKET_NAME}"
+_MAX_SOCKET_PATH_BYTES = 107  # sun_path of unix(7), less its final zero
+
+
+def has_room_for_socket_path(temporary_folder: Path) -> bool:
+    """Whether the path of a socket in a `GroupFolder` there is as short as the kernel wants it."""
+    return len(bytes(temporary_folder)) + len(_LONGEST_PATH_IN_IT) <= _MAX_SOCKET_PATH_BYTES
 
 
 class GroupFolder:
@@ -35,39 +52,39 @@ class GroupFolder:
             OSError: there is no folder for temporary files, or it cannot be written to.
         """
         _sweep(Path(tempfile.gettempdir()))
-        while True:
-            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-            try:
-                self._descriptor = _open_own(self.path)
-            except FileNotFoundError:
-                continue
-            # A file system without locks is not swept either.
-            is_locked = _lock(self._descriptor) is not _Lock.HELD
-            if is_locked and self.path.is_dir():
-                return
-            # The sweep of another server came before the lock.
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._descriptor = _open_own(self.path)
+        try:
+            # The marker comes after the lock, so that a sweep which sees it finds the folder locked. Without
+            # a lock, as on some file systems, there is no marker, and the folder is never swept.
+            if _lock(self._descriptor):
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                os.close(os.open(_MARKER, flags, 0o600, dir_fd=self._descriptor))
+        except OSError:
             os.close(self._descriptor)
+            with suppress(OSError):
+                self.path.rmdir()
+            raise
 
     def remove(self) -> None:
-        """Remove it with all that is in it."""
-        shutil.rmtree(self.path)
-        os.close(self._descriptor)
+        """Remove it and what servers make in it; the log says why when it stays. May be gone already."""
+        try:
+            _remove(self.path, self._descriptor)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            logger.warning("cannot remove %s: %s", self.path, error.strerror)
+        finally:
+            os.close(self._descriptor)
 
 
-class _Lock(Enum):
-    TAKEN = auto()
-    HELD = auto()
-    UNSUPPORTED = auto()
-
-
-def _lock(descriptor: int) -> _Lock:
+def _lock(descriptor: int) -> bool:
+    """Take the lock; False when another process has it, or the file system has none."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _Lock.HELD
     except OSError:
-        return _Lock.UNSUPPORTED
-    return _Lock.TAKEN
+        return False
+    return True
 
 
 def _open_own(folder: Path) -> int:
@@ -81,15 +98,41 @@ def _open_own(folder: Path) -> int:
 
 def _sweep(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
+        if not _FOLDER_NAME.fullmatch(folder.name):
+            continue
         try:
             descriptor = _open_own(folder)
         except OSError:
             continue
         try:
-            if _lock(descriptor) is _Lock.TAKEN:
-                shutil.rmtree(folder)
+            if _has_marker(descriptor) and _lock(descriptor):
+                _remove(folder, descriptor)
                 logger.info("removed %s of a server that was killed", folder)
+        except FileNotFoundError:
+            # The sweep of another server came before.
+            pass
         except OSError as error:
             logger.warning("cannot remove %s of a server that was killed: %s", folder, error.strerror)
         finally:
             os.close(descriptor)
+
+
+def _has_marker(descriptor: int) -> bool:
+    try:
+        marker = os.stat(_MARKER, dir_fd=descriptor, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISREG(marker.st_mode) and marker.st_uid == os.geteuid()
+
+
+def _remove(folder: Path, descriptor: int) -> None:
+    """Remove a folder of files that servers make; raises OSError, and removes nothing, if it holds others."""
+    names = os.listdir(descriptor)
+    for name in names:
+        is_folder = stat.S_ISDIR(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode)
+        if is_folder or not _OWN_FILE_NAME.fullmatch(name):
+            raise OSError(errno.ENOTEMPTY, "it holds what no server has made")
+    # The marker last: what is removed in part is removed in full at the next start.
+    for name in sorted(names, key=lambda name: name == _MARKER):
+        os.unlink(name, dir_fd=descriptor)
+    folder.rmdir()

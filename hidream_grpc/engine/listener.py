@@ -6,11 +6,12 @@ import asyncio
 import logging
 import socket
 import struct
+import tempfile
 from pathlib import Path
 
 from hidream_grpc.background import BackgroundTasks
 from hidream_grpc.engine.channel import STREAM_BUFFER_BYTES, AsyncChannel, FrameError
-from hidream_grpc.engine.group_folder import GroupFolder
+from hidream_grpc.engine.group_folder import SOCKET_NAME, GroupFolder, has_room_for_socket_path
 from hidream_grpc.engine.messages import PROTOCOL_VERSION, Event, Hello
 from hidream_grpc.engine.zygote_link import ChildProcess
 from hidream_grpc.errors import ConfigurationError
@@ -18,7 +19,20 @@ from hidream_grpc.errors import ConfigurationError
 logger = logging.getLogger(__name__)
 
 _PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred of socket(7)
-_MAX_SOCKET_PATH_BYTES = 107  # sun_path of unix(7), less its final zero
+
+
+def check_temporary_folder() -> None:
+    """Find out whether ranks can knock in the folder for temporary files.
+
+    Raises:
+        ConfigurationError: it has too long a name for a socket, or there is none.
+    """
+    try:
+        folder = Path(tempfile.gettempdir())
+    except OSError as error:
+        raise _no_folder(error) from None
+    if not has_room_for_socket_path(folder):
+        raise ConfigurationError("TMPDIR", f"{folder} is too long a path for a Unix socket in it")
 
 
 class RankListener:
@@ -40,7 +54,7 @@ class RankListener:
     @property
     def socket_path(self) -> Path:
         """Where to connect; valid between `start` and `stop`."""
-        return self.folder / "ranks"
+        return self.folder / SOCKET_NAME
 
     async def start(self) -> None:
         """Make the folder (mode 0700) and listen in it.
@@ -49,14 +63,11 @@ class RankListener:
             ConfigurationError: the folder for temporary files has too long a name for a socket, or there is
                 none.
         """
+        check_temporary_folder()
         try:
             self._folder = GroupFolder()
         except OSError as error:
-            raise ConfigurationError(
-                "TMPDIR", f"cannot make a folder for the ranks: {error.strerror}"
-            ) from None
-        if len(bytes(self.socket_path)) > _MAX_SOCKET_PATH_BYTES:
-            raise ConfigurationError("TMPDIR", f"{self.folder} is too long a path for a Unix socket")
+            raise _no_folder(error) from None
         self._server = await asyncio.start_unix_server(
             self._connected, self.socket_path, limit=STREAM_BUFFER_BYTES
         )
@@ -105,6 +116,10 @@ class RankListener:
     def _arrival(self, pid: int) -> asyncio.Future[AsyncChannel[Event]]:
         # A rank may knock before the zygote's word that it was started is read: either side comes first.
         return self._arrivals.setdefault(pid, asyncio.get_running_loop().create_future())
+
+
+def _no_folder(error: OSError) -> ConfigurationError:
+    return ConfigurationError("TMPDIR", f"cannot make a folder for the ranks: {error.strerror}")
 
 
 def _peer_pid(connection: socket.socket) -> int:

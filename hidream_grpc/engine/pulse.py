@@ -13,6 +13,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from hidream_grpc.engine.group_folder import PAGE_PREFIX
+
 _COUNTERS = struct.Struct("=QQ")  # collectives entered, collectives left
 
 
@@ -37,7 +39,7 @@ class PulseReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        descriptor, path = tempfile.mkstemp(prefix="pulse-", dir=folder)
+        descriptor, path = tempfile.mkstemp(prefix=PAGE_PREFIX, dir=folder)
         self.path = Path(path)
         try:
             os.ftruncate(descriptor, _COUNTERS.size)

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from hidream.v1 import image_gen_pb2_grpc
 from hidream_grpc.background import BackgroundTasks, reason_of
 from hidream_grpc.engine.controller import Controller
+from hidream_grpc.engine.listener import check_temporary_folder
 from hidream_grpc.engine.reports import StepReport
 from hidream_grpc.engine.requests import EngineState
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
@@ -95,6 +96,7 @@ async def serve(settings: Settings) -> None:
     if settings.extra_model_path is not None and not settings.extra_model_path.is_dir():
         # Also where the checkpoint holds its own: a wrong path is not passed over in silence.
         raise ModelNotFoundError(EXTRA_MODEL_PATH_FLAG, settings.extra_model_path)
+    check_temporary_folder()
     checkpoint = describe_checkpoint(model_path, settings.extra_model_path)
     group = RankGroup(group_config(settings, model_path, checkpoint))
     scheduler = StepScheduler(BatchLimits(settings.max_running_jobs, settings.max_step_pixels))

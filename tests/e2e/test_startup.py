@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import grpc
@@ -136,6 +137,16 @@ def test_a_bad_config_file_is_one_line_that_names_it(tmp_path: Path, content: st
     config_file.write_text(content, encoding="utf-8")
     line = refused_line(["--config", config_file])
     assert str(config_file) in line
+
+
+def test_too_long_a_folder_for_temporary_files_is_told_before_the_server_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    line = refused_line_here(["--listen", "127.0.0.1:0", "--data-dir", tmp_path / "data"])
+    assert line == f"hidream-grpc: TMPDIR: {deep} is too long a path for a Unix socket in it"
 
 
 def test_importing_the_server_imports_no_torch() -> None:
