@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -85,7 +86,7 @@ def configure_logging(config: LogConfig, may_start_threads: bool = False) -> Non
         may_start_threads: without them a file system that hangs holds this process up.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or is neither a regular one nor a character device.
     """
     formatter: logging.Formatter
     if config.format == "json":
@@ -110,9 +111,12 @@ def configure_logging(config: LogConfig, may_start_threads: bool = False) -> Non
 
 
 def _file_handler(file: Path, may_start_threads: bool) -> logging.Handler:
+    # A pipe would hold ranks up, and an open of it waits for a reader.
+    if file.exists() and not (file.is_file() or file.is_char_device()):
+        raise OSError(errno.EINVAL, "it is no regular file")
     if not may_start_threads:
         return logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
-    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
     return logging.StreamHandler(dropping_stream(descriptor, str(file)))
 
 

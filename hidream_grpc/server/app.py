@@ -65,7 +65,7 @@ from hidream_grpc.server.metrics import Metrics
 from hidream_grpc.server.model_folders import utf8_path
 from hidream_grpc.server.models import ModelChoice
 from hidream_grpc.server.ranks import group_config
-from hidream_grpc.server.signals import Signals, end_within
+from hidream_grpc.server.signals import Signals, StoppedAtStartError, end_within
 from hidream_grpc.server.tokens import TokensFile
 from hidream_grpc.settings import Settings
 
@@ -79,7 +79,7 @@ END_SECONDS = 4.0
 
 
 async def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once.
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once, as does one during the start.
 
     Everything that can be wrong with the settings is found out, and the ports are bound, before a
     model is loaded.
@@ -87,8 +87,17 @@ async def serve(settings: Settings) -> None:
     Raises:
         StartupError: in one line, why the service cannot start.
     """
-    return_freed_buffers()
     signals = Signals()
+    try:
+        await _serve(settings, signals)
+    except StoppedAtStartError:
+        logger.info("stopped before the start was done")
+    else:
+        logger.info("stopped")
+
+
+async def _serve(settings: Settings, signals: Signals) -> None:
+    return_freed_buffers()
     background = BackgroundTasks()
     background.start(reap_adopted_children(), "reaping adopted children")
     settings = settings.model_copy(update=_utf8_folders(settings))
@@ -130,7 +139,7 @@ async def serve(settings: Settings) -> None:
     outlook = Outlook(capacity)
     data_directory = _data_directory(settings.data_dir)
     artifacts = ArtifactStore(settings.artifacts or data_directory / "artifacts")
-    async with _open_store(settings.store, data_directory) as store:
+    async with _open_store(settings.store, data_directory, signals) as store:
         tools = JobTools(
             store,
             artifacts,
@@ -185,7 +194,7 @@ async def serve(settings: Settings) -> None:
             logger.info("metrics on port %d", metrics.serve(host, settings.metrics_port))
 
         with _told_as_start_errors(settings.store):
-            await jobs.join()
+            await signals.unless_ended(jobs.join())
         work = asyncio.create_task(jobs.run())
         engine = asyncio.create_task(controller.run(jobs.executor))
         async with contextlib.AsyncExitStack() as ending:
@@ -203,7 +212,6 @@ async def serve(settings: Settings) -> None:
                 logger.warning("layout %s leaves devices idle: %s", layout, ", ".join(map(str, idle_devices)))
             await _until_stopped(signals, engine, work)
             await _drain(settings, signals, health, jobs, engine, work)
-    logger.info("stopped")
 
 
 async def _until_stopped(signals: Signals, *tasks: asyncio.Task[None]) -> None:
@@ -326,11 +334,11 @@ def _store_policy(settings: Settings) -> StorePolicy:
 
 
 @contextlib.asynccontextmanager
-async def _open_store(url: str | None, data_directory: Path) -> AsyncIterator[SqlJobStore]:
+async def _open_store(url: str | None, data_directory: Path, signals: Signals) -> AsyncIterator[SqlJobStore]:
     """The job store, for as long as the block lasts."""
     store = SqlJobStore(url or data_directory / "jobs.sqlite")
     with _told_as_start_errors(url):
-        await store.open()
+        await signals.unless_ended(store.open())
     try:
         yield store
     finally:

@@ -7,11 +7,19 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from hidream_grpc.logs import end_logging
 
 logger = logging.getLogger(__name__)
+
+END_OF_START_SECONDS = 1.0
+"""What a start that is ended has for closing its connections."""
+
+
+class StoppedAtStartError(Exception):
+    """The server was told to end before it had started."""
 
 
 class Signals:
@@ -32,6 +40,23 @@ class Signals:
     def on_hangup(self, act: Callable[[], None]) -> None:
         """Do this at every SIGHUP."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, act)
+
+    async def unless_ended(self, start: Coroutine[Any, Any, None]) -> None:
+        """Do a part of the start, whose databases may say nothing.
+
+        Raises:
+            StoppedAtStartError: a signal to end came before it was done; the process ends soon, in any case.
+        """
+        starting = asyncio.create_task(start)
+        first_signal = asyncio.create_task(self.first.wait())
+        await asyncio.wait((starting, first_signal), return_when=asyncio.FIRST_COMPLETED)
+        first_signal.cancel()
+        if starting.done():
+            return starting.result()
+        end_within(END_OF_START_SECONDS)
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        raise StoppedAtStartError
 
     def _on_end(self) -> None:
         (self.second if self.first.is_set() else self.first).set()

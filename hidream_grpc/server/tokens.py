@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import os
 import re
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -137,11 +139,19 @@ class TokensFile:
 
     def _text(self) -> str:
         try:
-            return self._path.read_text(encoding="utf-8")
+            # A pipe would keep the thread waiting for who writes to it.
+            with open(self._path, encoding="utf-8", opener=_open_without_waiting) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise ConfigurationError(TOKENS_FILE_FLAG, f"{self._path}: is no regular file")
+                return file.read()
         except OSError as error:
             raise ConfigurationError(TOKENS_FILE_FLAG, f"{self._path}: {error.strerror}") from None
         except UnicodeDecodeError:
             raise ConfigurationError(TOKENS_FILE_FLAG, f"{self._path}: is not UTF-8") from None
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _digest(token: str, path: Path, number: int) -> bytes:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -137,6 +140,43 @@ def test_a_bad_config_file_is_one_line_that_names_it(tmp_path: Path, content: st
     config_file.write_text(content, encoding="utf-8")
     line = refused_line(["--config", config_file])
     assert str(config_file) in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("--tokens-file", "--tokens-file: {}: is no regular file"),
+        ("--log-file", "--log-file: cannot append to {}: it is no regular file"),
+    ],
+)
+def test_a_pipe_where_a_file_should_be_is_told_and_not_waited_for(
+    flag: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    line = refused_line_here(["--listen", "127.0.0.1:0", flag, pipe])
+    assert line == f"hidream-grpc: {reason.format(pipe)}"
+
+
+def test_sigterm_ends_a_start_that_waits_for_a_silent_database(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        # Much longer than the test waits.
+        url = f"postgresql://u:p@127.0.0.1:{silent.getsockname()[1]}/jobs?connect_timeout=600"
+        command = [sys.executable, "-m", "hidream_grpc", "serve", "--listen", "127.0.0.1:0", "--store", url]
+        with subprocess.Popen(
+            [*command, "--data-dir", tmp_path], stderr=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                silent.settimeout(60)
+                connection, _ = silent.accept()
+                with connection:
+                    process.send_signal(signal.SIGTERM)
+                    _, log = process.communicate(timeout=60)
+            finally:
+                process.kill()
+    (line,) = log.splitlines()
+    assert (process.returncode, line.partition(": ")[2]) == (0, "stopped before the start was done")
 
 
 def test_too_long_a_folder_for_temporary_files_is_told_before_the_server_listens(

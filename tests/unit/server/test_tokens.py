@@ -182,7 +182,7 @@ def test_a_file_that_cannot_be_read_for_a_while_is_read_when_it_can_be(
     tokens = TokensFile(path, clock)
     write(path, f"bob {BOB}\n")
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", out_of_file_descriptors)
+        patch.setattr(os, "open", out_of_file_descriptors)
         for _ in range(3):
             clock.seconds += RELOAD_CHECK_SECONDS
             assert tokens.caller_of(ALICE) == "alice"
@@ -216,3 +216,17 @@ def test_a_broken_new_version_changes_nothing_and_is_told_once(
     write(path, f"bob {BOB}\n")
     clock.seconds += RELOAD_CHECK_SECONDS
     assert (tokens.caller_of(ALICE), tokens.caller_of(BOB)) == (None, "bob")
+
+
+def test_a_file_that_a_pipe_has_replaced_is_told_once_and_not_waited_for(
+    path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = TokensFile(path, clock)
+    path.unlink()
+    os.mkfifo(path)
+    for _ in range(2):
+        clock.seconds += RELOAD_CHECK_SECONDS
+        assert tokens.caller_of(ALICE) == "alice"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"--tokens-file: {path}: is no regular file; the callers stay as they were"
+    ]
