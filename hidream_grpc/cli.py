@@ -12,7 +12,6 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from hidream_grpc.errors import ConfigurationError, HiDreamError, StartupError
-from hidream_grpc.log_streams import protect_stderr
 from hidream_grpc.logs import LogConfig, configure_logging, log_unforeseen, one_line, place_of
 from hidream_grpc.server.app import serve
 from hidream_grpc.settings import Settings, describe_unknown_variables, flag_name, load_settings
@@ -108,12 +107,6 @@ app.command("serve")(_serve_command)
 @app.callback()
 def _commands() -> None:
     """Makes `serve` a command of its own, with room for others beside it."""
-
-
-def main() -> None:
-    """Entry point of the `hidream-grpc` command: has the process to itself."""
-    protect_stderr()
-    run_command()
 
 
 def run_command() -> NoReturn:

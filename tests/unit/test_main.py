@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+# Sends itself a signal when the first of the server's modules is looked for.
+SCRIPT = """
+import os, signal, sys
+from hidream_grpc.__main__ import main
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "hidream_grpc.cli":
+            os.kill(os.getpid(), {number:d})
+            os._exit(7)
+
+if {is_ignored}:
+    signal.signal({number:d}, signal.SIG_IGN)
+sys.meta_path.insert(0, Finder())
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("is_ignored", [False, True], ids=["default", "ignored"])
+def test_a_signal_during_the_imports_ends_the_process_without_a_traceback(
+    number: signal.Signals, is_ignored: bool
+) -> None:
+    script = SCRIPT.format(number=number, is_ignored=is_ignored)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (7 if is_ignored else -number, "")
