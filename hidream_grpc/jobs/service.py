@@ -105,7 +105,12 @@ class JobService:
             policy.retention, self._store, self._artifacts, self._feeds.has_readers, observe_retention
         )
         self._housekeeping = Housekeeping(self._store, retention, self._orphans, policy.orphan_sweep_seconds)
-        self._probe = StoreProbe(self._store, policy.max_outage_seconds, self._tell_readiness)
+        self._probe = StoreProbe(
+            self._store,
+            lambda: self._membership.replica_id,
+            policy.max_outage_seconds,
+            self._tell_readiness,
+        )
         self._observe_readiness = observe_readiness
         self._counts = JobCounts(self._store)
         self._intake = JobIntake(self._store, limits, self._wait_for_end)

@@ -1,4 +1,4 @@
-"""Whether the job store would accept a job now, found out by asking it for that."""
+"""Whether the job store would accept a job now: what becomes of real calls, and of one a second that tries."""
 
 from __future__ import annotations
 
@@ -8,48 +8,91 @@ import logging
 from collections.abc import Callable
 
 from hidream_grpc.background import keep_doing
-from hidream_grpc.errors import StoreFullError
+from hidream_grpc.errors import StoreFullError, StoreUnavailableError
+from hidream_grpc.jobs.store.failures import has_no_free_connection
 from hidream_grpc.jobs.store.store import SqlJobStore
 
 logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 1.0
 
+_PROBE = SqlJobStore.probe.__name__
+_WATCHED = frozenset({SqlJobStore.add.__name__, SqlJobStore.claim.__name__, _PROBE})
+
 
 class StoreProbe:
-    """Asks the store every second, and notes when it has refused everything for too long.
+    """Notes when the store has refused for too long what a job needs: to be accepted, and to be claimed.
+
+    What was refused is in doubt until the same succeeds, or until a probe succeeds that began after a whole
+    round without such a refusal. While nothing is in doubt, any success shows that the store is in use.
 
     Attributes:
-        is_usable: False from the end of such an outage on, until the store has answered once.
+        is_usable: False from the end of such an outage on, until nothing is in doubt.
 
     Args:
+        replica_id: of this replica, now.
         max_outage_seconds: what callers are better told to wait for than sent elsewhere.
         on_change: called when `is_usable` has changed.
     """
 
-    def __init__(self, store: SqlJobStore, max_outage_seconds: float, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        store: SqlJobStore,
+        replica_id: Callable[[], str],
+        max_outage_seconds: float,
+        on_change: Callable[[], None],
+    ) -> None:
         self.is_usable = True
         self._store = store
+        self._replica_id = replica_id
         self._max_outage_seconds = max_outage_seconds
         self._on_change = on_change
-        # Runs from the first question without an answer on: a database that hangs says nothing.
+        # Runs while something is in doubt or a probe has no answer: a database that hangs says nothing.
         self._outage_timer: asyncio.TimerHandle | None = None
+        self._is_asking = False
+        self._round = 0
+        # The round in which each was refused last.
+        self._refused: dict[str, int] = {}
 
     async def run(self) -> None:
         """Ask until cancelled."""
+        self._store.observe_call = self.note_call
         try:
             await keep_doing("use the job store", self._probe, lambda: asyncio.sleep(PROBE_SECONDS))
         finally:
             self._stop_timer()
 
+    def note_call(self, name: str, error: StoreUnavailableError | StoreFullError | None) -> None:
+        """Note what became of a call to the store, by the name of its method.
+
+        A store without room answers for all that it has, and removes what is old. That all connections are
+        in use says nothing.
+        """
+        if name not in _WATCHED or (error is not None and has_no_free_connection(error)):
+            return
+        if name == _PROBE:
+            self._is_asking = False
+        if isinstance(error, StoreUnavailableError):
+            self._refused[name] = self._round
+            self._start_timer()
+            return
+        self._refused.pop(name, None)
+        if name == _PROBE:
+            self._refused = {name: last for name, last in self._refused.items() if last >= self._round - 1}
+        if not self._refused:
+            self._note_success()
+
     async def _probe(self) -> None:
-        if self._outage_timer is None:
-            loop = asyncio.get_running_loop()
-            self._outage_timer = loop.call_later(self._max_outage_seconds, self._note_outage)
-        # A store without room answers for all that it has, and removes what is old.
+        self._round += 1
+        self._is_asking = True
+        self._start_timer()
         with contextlib.suppress(StoreFullError):
-            await self._store.probe()
+            await self._store.probe(self._replica_id(), is_in_doubt=bool(self._refused))
+
+    def _note_success(self) -> None:
         self._stop_timer()
+        if self._is_asking:
+            self._start_timer()
         if not self.is_usable:
             self.is_usable = True
             logger.info("the job store answers again: health says SERVING where the engine works")
@@ -59,10 +102,15 @@ class StoreProbe:
         if self.is_usable:
             self.is_usable = False
             logger.warning(
-                "the job store has refused everything for %g s: health says NOT_SERVING",
+                "the job store has refused what a job needs for %g s: health says NOT_SERVING",
                 self._max_outage_seconds,
             )
             self._on_change()
+
+    def _start_timer(self) -> None:
+        if self._outage_timer is None:
+            loop = asyncio.get_running_loop()
+            self._outage_timer = loop.call_later(self._max_outage_seconds, self._note_outage)
 
     def _stop_timer(self) -> None:
         if self._outage_timer is not None:

@@ -89,7 +89,7 @@ def test_health_is_not_serving_while_the_store_refuses_everything_and_serving_on
         finally:
             heal()
         assert next_status() == Status.SERVING
-    line = f"the job store has refused everything for {OUTAGE_SECONDS:g} s: health says NOT_SERVING"
+    line = f"the job store has refused what a job needs for {OUTAGE_SECONDS:g} s: health says NOT_SERVING"
     assert live.log.count(line) == num_before + 1
     with live.stub() as stub:
         assert is_accepted(stub)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from uuid import uuid4
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -14,12 +16,12 @@ from hidream_grpc.errors import (
     RequestError,
     RequestIdConflictError,
 )
-from hidream_grpc.jobs.job import Job, JobState, asks_for_the_same
+from hidream_grpc.jobs.job import Job, JobState, Submission, asks_for_the_same
 from hidream_grpc.jobs.store import queries
 from hidream_grpc.jobs.store.database import Database, Lock
 from hidream_grpc.jobs.store.failures import TransactionConflict
 from hidream_grpc.jobs.store.records import AttachedCall, QueueLimits
-from hidream_grpc.jobs.store.rows import job_of, new_row
+from hidream_grpc.jobs.store.rows import NOTHING_KNOWN, job_of, new_row
 
 
 async def accept(
@@ -61,6 +63,18 @@ async def accept(
         return accepted
     (job,) = accepted
     return (await _attach(connection, job, attached_call),)
+
+
+async def try_out(database: Database, connection: AsyncConnection, replica_id: str) -> None:
+    """Accept a job and claim it, in a transaction that is to be rolled back: nobody ever sees it."""
+    unused_id = uuid4().hex
+    submission = Submission(NOTHING_KNOWN, unused_id, unused_id, labels={"": ""})
+    job = Job(unused_id, submission, create_time=0.0, owner=unused_id)
+    limits = QueueLimits(sys.maxsize)
+    await accept(database, connection, [job], limits, AttachedCall(unused_id, replica_id), None)
+    row = (await connection.execute(queries.by_job_id(None, job.job_id))).one()
+    await connection.execute(queries.claim(row.number, replica_id))
+    await connection.execute(queries.take_turn(unused_id, database.is_sqlite))
 
 
 async def _attach(connection: AsyncConnection, job: Job, call: AttachedCall) -> Job:

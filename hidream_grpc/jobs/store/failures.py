@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import asyncpg
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as NoFreeConnectionError
 
 from hidream_grpc.errors import StoreFullError, StoreUnavailableError
 
@@ -51,6 +52,11 @@ def translated() -> Iterator[None]:
     ) as error:
         # A connection that cannot be opened is not wrapped by SQLAlchemy; nor is a wait for one.
         raise StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS) from error
+
+
+def has_no_free_connection(error: Exception) -> bool:
+    """Whether the database was not even asked: other calls had all connections for too long."""
+    return isinstance(error.__cause__, NoFreeConnectionError)
 
 
 def _meaning(error: DBAPIError) -> Exception:

@@ -78,13 +78,6 @@ def add_jobs() -> ReturningInsert[int]:
     return sa.insert(jobs).returning(jobs.c.number, sort_by_parameter_order=True)
 
 
-def add_nothing() -> sa.Insert:
-    """What accepting a job needs of the database: its table, its columns, the right to read and to write."""
-    columns = [column for column in jobs.c if column is not jobs.c.number]
-    nothing = sa.select(*columns).where(sa.false())
-    return sa.insert(jobs).from_select([column.name for column in columns], nothing)
-
-
 def add_labels() -> sa.Insert:
     """Insert rows of `label_rows`."""
     return sa.insert(job_labels)

@@ -19,12 +19,13 @@ from hidream_grpc.errors import (
     JobNotEndedError,
     JobNotFoundError,
     RequestError,
+    StoreFullError,
     StoreUnavailableError,
 )
 from hidream_grpc.jobs.calls import RunningCalls
 from hidream_grpc.jobs.job import CancelReason, Job, JobState
 from hidream_grpc.jobs.store import claims, queries
-from hidream_grpc.jobs.store.acceptance import accept
+from hidream_grpc.jobs.store.acceptance import accept, try_out
 from hidream_grpc.jobs.store.changes import (
     CHANNEL,
     MAX_PAYLOAD_BYTES,
@@ -73,6 +74,17 @@ def _uninterrupted(
     """
 
     async def run(self: SqlJobStore, /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        try:
+            result = await begin_anew(self, *args, **kwargs)
+        except (StoreUnavailableError, StoreFullError) as error:
+            self.observe_call(method.__name__, error)
+            raise
+        # A claim of nothing has written nothing.
+        if result != ():
+            self.observe_call(method.__name__, None)
+        return result
+
+    async def begin_anew(self: SqlJobStore, /, *args: P.args, **kwargs: P.kwargs) -> Result:
         for _ in range(MAX_CONFLICTS):
             try:
                 return await method(self, *args, **kwargs)
@@ -94,6 +106,9 @@ class SqlJobStore:
     Every method may raise StoreUnavailableError (after a write: whether it was made is not known) or
     StoreFullError (nothing was changed); the store heals without being opened again. A call whose caller
     is cancelled goes on to its end: the caller does not know what became of it.
+
+    Attributes:
+        observe_call: is told the name of each method that was called, and what the database refused it with.
     """
 
     def __init__(self, location: Path | str) -> None:
@@ -112,6 +127,9 @@ class SqlJobStore:
         self._listener = None if is_sqlite else PostgresListener(self._database, self._hub)
         self._num_ended: Counter[JobState] = Counter()
         self.clock = StoreClock()
+        self.observe_call: Callable[[str, StoreUnavailableError | StoreFullError | None], None] = (
+            lambda name, error: None
+        )
 
     @property
     def is_shared(self) -> bool:
@@ -195,10 +213,19 @@ class SqlJobStore:
         return accepted
 
     @_uninterrupted
-    async def probe(self) -> None:
-        """Do all that accepting a job takes, and accept none."""
+    async def probe(self, replica_id: str, is_in_doubt: bool) -> None:
+        """Do all that accepting and claiming a job take, and undo it.
+
+        Args:
+            replica_id: of this replica.
+            is_in_doubt: write a little that lasts, too: what is undone needs no room in a file.
+        """
         async with self._database.write() as connection:
-            await connection.execute(queries.add_nothing())
+            await try_out(self._database, connection, replica_id)
+            await connection.rollback()
+        if is_in_doubt:
+            async with self._database.write() as connection:
+                await connection.execute(queries.beat(replica_id))
 
     @_uninterrupted
     async def get(self, owner: str | None, job_id: str) -> Job:
