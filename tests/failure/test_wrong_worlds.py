@@ -60,6 +60,14 @@ DAMAGED_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: (folder / "jobs.sqlite.lock").mkdir(),
         "jobs.sqlite.lock: Is a directory",
     ),
+    "a link to nowhere": (
+        lambda folder: (folder / "jobs.sqlite").symlink_to(folder / "away" / "jobs.sqlite"),
+        "jobs.sqlite: No such file or directory",
+    ),
+    "a link to itself": (
+        lambda folder: (folder / "jobs.sqlite").symlink_to(folder / "jobs.sqlite"),
+        "jobs.sqlite: Too many levels of symbolic links",
+    ),
     "a table of another hand": (another_hands, "jobs.sqlite: table jobs already exists"),
     "a newer version": (
         of_a_newer_version,
@@ -78,6 +86,13 @@ def test_a_file_that_cannot_hold_jobs_is_one_line(kind: str, tmp_path: Path) -> 
     store = f"sqlite:///{tmp_path}/jobs.sqlite"
     assert refused_line_here([*LISTEN, "--data-dir", tmp_path / "data", "--store", store]) == (
         f"hidream-grpc: --store: {tmp_path}/{reason}"
+    )
+
+
+def test_a_path_that_is_too_long_for_sqlite_is_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "/".join(["x" * 200] * 3)
+    assert refused_line_here([*LISTEN, "--data-dir", folder]) == (
+        f"hidream-grpc: --data-dir: {folder}/jobs.sqlite: longer than the 504 bytes of SQLite"
     )
 
 

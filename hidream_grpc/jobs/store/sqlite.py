@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import fcntl
 import os
+import sqlite3
 from pathlib import Path
-from typing import Any
 
+import aiosqlite
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
@@ -18,6 +21,10 @@ BUSY_TIMEOUT_SECONDS = 5.0
 IS_WRITE = "hidream_is_write"
 """The execution option of a connection whose next transaction writes."""
 
+# SQLite's own limit of 512, less what it appends to the name.
+_MAX_PATH_BYTES = 504
+_ITERATION_ROWS = 64
+
 
 class StoreFiles:
     """The files of a job store: `jobs.sqlite`, its log `-wal`, and the lock that keeps other servers out.
@@ -26,11 +33,14 @@ class StoreFiles:
     """
 
     def __init__(self, path: Path) -> None:
+        self._name_files(path)
+        self._lock_descriptor: int | None = None
+        self._opened: dict[Path, tuple[int, int]] = {}
+
+    def _name_files(self, path: Path) -> None:
         self._path = path
         self._wal_path = path.with_name(path.name + "-wal")
         self._lock_path = path.with_name(path.name + ".lock")
-        self._lock_descriptor: int | None = None
-        self._opened: dict[Path, tuple[int, int]] = {}
 
     def take(self) -> None:
         """Keep other servers out, before the first connection.
@@ -40,13 +50,22 @@ class StoreFiles:
             StoreUnusableError: the file, or its folder, cannot be read and written.
         """
         try:
+            if self._path.is_symlink():
+                # What it leads to must be there: its disk may be away. The log and the lock are beside that.
+                self._path.stat()
+                self._name_files(self._path.resolve())
             make_writable(self._path.parent)
             self._lock_descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for path in (self._path, self._wal_path, self._path.with_name(self._path.name + "-shm")):
-                # SQLite says neither which of them it is, nor why. Not later: closing ends SQLite's locks.
+            # SQLite says neither which of them it is, nor why. Not later: closing ends SQLite's locks.
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+            for path in (self._wal_path, self._path.with_name(self._path.name + "-shm")):
                 if path.exists():
                     os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+            if len(os.fsencode(self._path.resolve())) > _MAX_PATH_BYTES:
+                raise OSError(
+                    errno.ENAMETOOLONG, f"longer than the {_MAX_PATH_BYTES} bytes of SQLite", str(self._path)
+                )
         except BlockingIOError as error:
             self.give_free()
             raise StoreInUseError(self._path) from error
@@ -86,17 +105,16 @@ def _identity(path: Path) -> tuple[int, int]:
 
 def sqlite_engine(path: Path) -> AsyncEngine:
     """An engine whose commits survive a loss of power."""
-    url = sa.URL.create("sqlite+aiosqlite", database=str(path))
-    engine = create_async_engine(url, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
 
-    @sa.event.listens_for(engine.sync_engine, "connect")
-    def _prepare(connection: Any, record: Any) -> None:
-        # Transactions are begun below, where the driver would begin them too late.
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
+    async def connect() -> aiosqlite.Connection:
+        # What may fail is done before there is a thread of the driver, which outlives its failures.
+        opened = await asyncio.to_thread(_opened, path)
+        connection = aiosqlite.Connection(lambda: opened, _ITERATION_ROWS)
+        # As SQLAlchemy does: a disk that hangs must not keep the process.
+        connection._thread.daemon = True
+        return await connection
+
+    engine = create_async_engine("sqlite+aiosqlite:///file", async_creator=connect)
 
     @sa.event.listens_for(engine.sync_engine, "begin")
     def _begin(connection: sa.Connection) -> None:
@@ -104,3 +122,17 @@ def sqlite_engine(path: Path) -> AsyncEngine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
 
     return engine
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    # Transactions are begun above, where the driver would begin them too late.
+    connection = sqlite3.connect(
+        path, timeout=BUSY_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
+    )
+    try:
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            connection.execute(f"PRAGMA {pragma}").close()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
