@@ -1,4 +1,4 @@
-"""Whether the job store would accept a job now: what becomes of real calls, and of one a second that tries."""
+"""Whether the job store would accept a job now: told by real calls and by one a second that tries."""
 
 from __future__ import annotations
 
