@@ -48,6 +48,7 @@ class DroppingWriter(io.RawIOBase):
         self._held_bytes = 0
         self._num_dropped_lines = 0
         self._is_failing = False
+        self._is_telling = False
         self._changed = threading.Condition()
         threading.Thread(target=self._write_for_ever, name=f"writing {name}", daemon=True).start()
         _writers.append(self)
@@ -68,9 +69,11 @@ class DroppingWriter(io.RawIOBase):
         return len(data)
 
     def drain(self, deadline: float) -> None:
-        """Wait until nothing is held, or until the time (of the monotonic clock) has come."""
+        """Wait until nothing is held nor to be told, or until the time (of the monotonic clock) has come."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._held_bytes, max(0.0, deadline - time.monotonic()))
+            self._changed.wait_for(
+                lambda: not self._held_bytes and not self._is_telling, max(0.0, deadline - time.monotonic())
+            )
 
     def _write_for_ever(self) -> None:
         while True:
@@ -84,11 +87,15 @@ class DroppingWriter(io.RawIOBase):
                 # Told when there is room for it.
                 num_to_tell = 0 if self._held or num_lost_lines else self._num_dropped_lines
                 self._num_dropped_lines -= num_to_tell
+                self._is_telling = num_to_tell > 0
                 self._changed.notify_all()
             if num_to_tell:
                 logger.warning(
                     "%d lines for %s were dropped: it took none for a while", num_to_tell, self._name
                 )
+                with self._changed:
+                    self._is_telling = False
+                    self._changed.notify_all()
 
     def _write_now(self, lines: bytes) -> int:
         """Write all of it, however long that takes; the number of lines that could not be written."""
@@ -123,19 +130,25 @@ def dropping_stream(descriptor: int, name: str) -> TextIO:
 def drain_streams() -> None:
     """Wait until all streams of this process have written what they hold, but not for one that is stuck."""
     deadline = time.monotonic() + DRAIN_SECONDS
-    for writer in _writers:
+    # Twice, since what the last one has to tell is a line for those before it.
+    for writer in _writers * 2:
         writer.drain(deadline)
 
 
 def protect_stderr() -> None:
-    """Have nothing in this process wait for what reads its stderr, no library's own code either."""
+    """Have nothing in this process wait for what reads its stderr.
+
+    A library's own code does not either where stderr is a pipe or a terminal; where it is a socket or a file,
+    what such code writes goes there directly.
+    """
     _open_missing_descriptors()
     sys.stderr = dropping_stream(os.dup(2), "stderr")
-    if stat.S_ISFIFO(os.fstat(2).st_mode):
-        # A library's own code writes to descriptor 2. Opened anew the pipe has flags that no other process
-        # shares: what finds it full is refused there, and does not wait.
+    if stat.S_ISFIFO(os.fstat(2).st_mode) or os.isatty(2):
+        # A library's own code writes to descriptor 2. Opened anew the pipe or terminal has flags that no
+        # other process shares: what finds it full is refused there, and does not wait. A socket cannot be
+        # opened anew.
         try:
-            own_end = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK)
+            own_end = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         except OSError:
             return
         os.dup2(own_end, 2)

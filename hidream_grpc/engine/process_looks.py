@@ -12,7 +12,7 @@ LOOK_SECONDS = 1.0
 
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 # Of /proc/<pid>/stat, counted from the field after the name: proc_pid_stat(5).
-_STATE, _PARENT, _USER_TICKS, _SYSTEM_TICKS = 0, 1, 11, 12
+_STATE, _USER_TICKS, _SYSTEM_TICKS = 0, 11, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +53,30 @@ def look_at(pid: int) -> ProcessLook | None:
     )
 
 
-def zombies_of(parent_pid: int) -> frozenset[int]:
-    """The children of a process that have ended and were not waited for."""
-    pids = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            fields = _stat_fields(process)
-            if fields[_STATE] == "Z" and int(fields[_PARENT]) == parent_pid:
-                pids.add(int(process.name))
+def zombie_children() -> frozenset[int]:
+    """The children of this process that have ended and were not waited for.
+
+    Raises:
+        OSError: the kernel does not tell the children of a process, or there is no file descriptor just now.
+    """
+    pids: set[int] = set()
+    for thread in Path("/proc/self/task").iterdir():
+        try:
+            children = (thread / "children").read_text(encoding="ascii").split()
+        except (FileNotFoundError, ProcessLookupError):
+            if thread.name == str(os.getpid()):
+                raise
+            # This thread has ended.
+            continue
+        pids.update(pid for pid in map(int, children) if _is_zombie_child(pid))
     return frozenset(pids)
+
+
+def _is_zombie_child(pid: int) -> bool:
+    # Not from /proc, which hides the processes of other users where it is mounted so.
+    with suppress(ChildProcessError):
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return False
 
 
 def _stat_fields(folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ import ctypes
 import os
 
 from hidream_grpc.background import keep_doing
-from hidream_grpc.engine.process_looks import LOOK_SECONDS, zombies_of
+from hidream_grpc.engine.process_looks import LOOK_SECONDS, zombie_children
 
 _PR_GET_CHILD_SUBREAPER = 37  # linux/prctl.h
 
@@ -38,7 +38,7 @@ async def reap_adopted_children() -> None:
 
     async def look() -> None:
         nonlocal seen
-        zombies = zombies_of(os.getpid())
+        zombies = zombie_children()
         for pid in zombies & seen:
             _reap(pid)
         seen = zombies

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import errno
 import os
+import pty
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from hidream_grpc import log_streams
 from hidream_grpc.log_streams import MAX_HELD_BYTES, DroppingWriter, dropping_stream
 from tests.live_server import wait_until
 
@@ -62,6 +65,32 @@ def test_what_is_more_than_is_held_is_counted_and_told_when_it_flows_again(
     assert received.lstrip(b"-") == LINE * NUM_HELD
 
 
+def test_that_lines_were_dropped_is_told_before_the_end(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_end, write_end = pipe
+    writer = DroppingWriter(write_end, "a pipe")
+    told: list[str] = []
+
+    def tell_slowly(message: str, *arguments: object) -> None:
+        # Time for a drain that does not wait for this to return.
+        time.sleep(0.1)
+        told.append(message % arguments)
+
+    monkeypatch.setattr(log_streams.logger, "warning", tell_slowly)
+    os.set_blocking(write_end, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(write_end, b"-" * 512)
+    for _ in range(NUM_HELD + 2):
+        writer.write(LINE)
+    received = 0
+    while received < NUM_HELD:
+        received += os.read(read_end, MAX_HELD_BYTES).count(b"\n")
+    writer.drain(time.monotonic() + 20)
+    assert told == ["2 lines for a pipe were dropped: it took none for a while"]
+
+
 def test_a_descriptor_that_takes_nothing_is_told_once_until_it_does(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -92,6 +121,7 @@ def test_a_descriptor_that_takes_nothing_is_told_once_until_it_does(
 
 END = """
 import os, sys
+from hidream_grpc import log_streams
 from hidream_grpc.log_streams import drain_streams, protect_stderr
 protect_stderr()
 for number in range(1000):
@@ -110,18 +140,29 @@ def test_every_line_is_out_when_the_process_ends(end: str) -> None:
 
 
 @pytest.mark.parametrize("writing", ["os.write(2, b'n' * 100)", "print('p' * 100, file=sys.stderr)"])
-def test_neither_python_nor_native_code_waits_for_a_full_pipe(writing: str) -> None:
-    read_end, write_end = os.pipe()
+@pytest.mark.parametrize("ends", [os.pipe, pty.openpty], ids=["pipe", "terminal"])
+def test_neither_python_nor_native_code_waits_for_a_full_pipe_or_terminal(
+    ends: Callable[[], tuple[int, int]], writing: str
+) -> None:
+    read_end, write_end = ends()
     script = END.format(
         end=f"for _ in range(20_000):\n try: {writing}\n except BlockingIOError: pass\nsys.exit(3)"
     )
     try:
         assert subprocess.run([sys.executable, "-c", script], stderr=write_end, timeout=60).returncode == 3
-        # The flags of the pipe that others share are as they were.
+        # The flags that others share are as they were.
         assert os.get_blocking(write_end)
     finally:
         os.close(read_end)
         os.close(write_end)
+
+
+def test_python_waits_for_no_full_socket() -> None:
+    read_end, write_end = socket.socketpair()
+    script = END.format(end="for _ in range(20_000): print('p' * 100, file=sys.stderr)\nsys.exit(3)")
+    with read_end, write_end:
+        ended = subprocess.run([sys.executable, "-c", script], stderr=write_end.fileno(), timeout=60)
+    assert ended.returncode == 3
 
 
 def test_a_broken_pipe_ends_nothing() -> None:

@@ -3,10 +3,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from hidream_grpc.engine.process_looks import ProcessLook, look_at
+from hidream_grpc.engine.process_looks import ProcessLook, look_at, zombie_children
 from tests.live_server import wait_until
 
 
@@ -57,3 +58,25 @@ def test_a_process_that_is_gone_has_no_look() -> None:
     with process("") as child:
         child.wait()
         assert look_at(child.pid) is None
+
+
+def test_zombies_are_the_children_that_have_ended_of_any_thread() -> None:
+    with process("") as ended, process("input()") as living:
+        may_end = threading.Event()
+        of_thread: list[subprocess.Popen[bytes]] = []
+
+        def start_and_stay() -> None:
+            of_thread.append(subprocess.Popen([sys.executable, "-c", ""]))
+            may_end.wait()
+
+        thread = threading.Thread(target=start_and_stay)
+        thread.start()
+        wait_until(lambda: len(of_thread) == 1, 20, "the thread has started its child")
+        pids = {ended.pid, of_thread[0].pid}
+        wait_until(lambda: zombie_children() >= pids, 20, "both have ended")
+        assert living.pid not in zombie_children()
+        ended.wait()
+        of_thread[0].wait()
+        assert not zombie_children() & pids
+        may_end.set()
+        thread.join()

@@ -10,7 +10,7 @@ import pytest
 # Starts children of its own that end with 7, and orphans; all zombies must go, and no status be stolen.
 SCRIPT = """
 import asyncio, contextlib, ctypes, os, sys
-from hidream_grpc.engine.process_looks import zombies_of
+from hidream_grpc.engine.process_looks import zombie_children
 from hidream_grpc.server import adopted_children
 
 if sys.argv[1] == "subreaper":
@@ -34,7 +34,7 @@ async def main():
     async with asyncio.timeout(30):
         while any(os.path.exists(f"/proc/{pid}") for pid in orphans):
             await asyncio.sleep(0.01)
-    assert zombies_of(os.getpid()) == frozenset()
+    assert zombie_children() == frozenset()
     assert reaping.done() == (sys.argv[1] == "neither")
     reaping.cancel()
     print(statuses)
