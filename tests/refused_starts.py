@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from hidream_grpc.cli import run_command
+from hidream_grpc.log_streams import drain_streams
 
 EXIT_STARTUP_ERROR = 2
 TIMEOUT_SECONDS = 60
@@ -64,6 +65,8 @@ def refused_line_here(flags: Sequence[str | Path], exit_code: int = EXIT_STARTUP
         with redirect_stdout(output), redirect_stderr(errors), pytest.raises(SystemExit) as ended:
             run_command()
     finally:
+        # As at the end of a process: a thread writes the log file.
+        drain_streams()
         for handler in root.handlers:
             handler.close()
         root.handlers[:], sys.argv = handlers, argv
