@@ -23,7 +23,8 @@ from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, server_info_pb2
 _LISTENING = re.compile(r"listening on (\S+:\d+)")
 _METRICS = re.compile(r"metrics on port (\d+)")
 START_TIMEOUT_SECONDS = 120.0
-STOP_TIMEOUT_SECONDS = 60.0
+# Longer than the default grace, which jobs use up where the cores are busy.
+STOP_TIMEOUT_SECONDS = 120.0
 
 
 def wait_until(condition: Callable[[], bool], timeout_seconds: float, what: str) -> None:

@@ -42,12 +42,16 @@ class PostgresServer:
         self.start()
 
     def start(self) -> None:
-        """Start it; on a busy machine that takes longer than the wheel waits."""
+        """Start it.
+
+        On a busy machine that takes longer than the wheel waits; and a process that is forked, as the wheel
+        does, from one with many threads may crash before it becomes another program.
+        """
         for attempts_left in reversed(range(START_ATTEMPTS)):
             try:
                 self._server.start()
                 return
-            except subprocess.TimeoutExpired:
+            except subprocess.SubprocessError:
                 if not attempts_left:
                     raise
 
