@@ -29,8 +29,8 @@ MIN_PLAN_SECONDS = 2.0
 TIMEOUTS = GroupTimeouts(load_seconds=240.0, init_seconds=1.0, min_plan_seconds=MIN_PLAN_SECONDS)
 MARGIN_SECONDS = 3.0
 NUM_BURNERS = 60
-NOTICE_SECONDS = 60.0
-"""Far below the timeouts of load, join and collectives: what is noticed sooner, the watchdog noticed."""
+NOTICE_SECONDS = 100.0
+"""Below the timeouts of load, join and collectives: what is noticed sooner, the watchdog noticed."""
 
 
 @contextmanager
