@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import random
 import signal
 import sqlite3
@@ -12,6 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import sqlalchemy as sa
@@ -452,6 +455,33 @@ async def test_after_the_log_was_deleted_nothing_is_accepted_and_closing_keeps_w
     async with sqlite_database.opened() as store:
         assert {*ids(await store.get_all(ids(kept)))} == {*ids(kept)}
         assert (await store.counts()).total() == len(kept)
+
+
+@pytest.mark.parametrize("end", ["", "-wal", "-shm", ".lock"])
+async def test_nothing_is_written_beside_a_file_that_is_not_the_one_that_was_opened(
+    end: str, sqlite_database: StoreDatabase, tmp_path: Path
+) -> None:
+    path = tmp_path / f"jobs.sqlite{end}"
+    async with sqlite_database.opened() as store:
+        away = path.rename(tmp_path / "away")
+        assert isinstance(await told(store), StoreUnavailableError)
+        away.rename(path)
+        assert await told(store) is None
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+async def test_why_a_file_cannot_be_looked_at_is_told(
+    code: int, sqlite_database: StoreDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> NoReturn:
+        raise OSError(code, os.strerror(code), str(path))
+
+    async with sqlite_database.opened() as store:
+        monkeypatch.setattr(sqlite, "_identity", fail)
+        error = await told(store)
+        assert error is not None
+        path = tmp_path / "jobs.sqlite"
+        assert reason_of(error) == f"the job store does not answer ({path}: {os.strerror(code)})"
 
 
 async def test_a_job_that_was_committed_into_a_file_that_just_went_is_not_acknowledged(

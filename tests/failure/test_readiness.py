@@ -138,6 +138,7 @@ WAYS = {
     "the file is moved": (moved, "jobs.sqlite"),
     "the file is replaced": (replaced, "jobs.sqlite"),
     "its log is replaced": (replaced, "jobs.sqlite-wal"),
+    "its shared memory is moved": (moved, "jobs.sqlite-shm"),
     "its lock is moved": (moved, "jobs.sqlite.lock"),
     "its folder is moved": (moved, ""),
 }

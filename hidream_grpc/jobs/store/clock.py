@@ -39,7 +39,8 @@ class StoreClock:
     def cautious_now(self) -> float:
         """Now, but for what the database's clock was set ahead by, which is made up for slowly.
 
-        What is too old or too late is judged by it: a clock that steps ahead by hours ends nothing early.
+        What is too old or too late is judged by it: a clock that steps ahead by hours ends nothing early. A
+        deadline that no caller is there to keep may be late by the step: better than to end before its time.
         """
         start = self._start if self._cautious_start is None else self._cautious_start
         return start + self._elapsed_seconds()

@@ -27,9 +27,10 @@ _ITERATION_ROWS = 64
 
 
 class StoreFiles:
-    """The files of a job store: `jobs.sqlite`, its log `-wal`, and the lock that keeps other servers out.
+    """The files of a job store: `jobs.sqlite`, `-wal`, `-shm`, and the lock that keeps other servers out.
 
-    What is written into a file that was removed or replaced is lost when the process ends.
+    What is written into a file that was removed or replaced is lost when the process ends. SQLite locks
+    `-shm`: another program that finds a new one there writes at the same time, and damages the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +40,7 @@ class StoreFiles:
 
     def _name_files(self, path: Path) -> None:
         self._path = path
-        self._wal_path = path.with_name(path.name + "-wal")
+        self._sqlite_paths = (path, *(path.with_name(path.name + end) for end in ("-wal", "-shm")))
         self._lock_path = path.with_name(path.name + ".lock")
 
     def take(self) -> None:
@@ -59,7 +60,7 @@ class StoreFiles:
             fcntl.flock(self._lock_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # SQLite says neither which of them it is, nor why. Not later: closing ends SQLite's locks.
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
-            for path in (self._wal_path, self._path.with_name(self._path.name + "-shm")):
+            for path in self._sqlite_paths:
                 if path.exists():
                     os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
             if len(os.fsencode(self._path.resolve())) > _MAX_PATH_BYTES:
@@ -75,20 +76,23 @@ class StoreFiles:
 
     def note_opened(self) -> None:
         """Note which files these are; a connection must be open, and stay so."""
-        self._opened = {path: _identity(path) for path in (self._path, self._wal_path, self._lock_path)}
+        self._opened = {path: _identity(path) for path in (*self._sqlite_paths, self._lock_path)}
 
     def check(self) -> None:
-        """Raise StoreUnavailableError while one of the files is not there, or is another one."""
+        """Raise StoreUnavailableError while one of the files is not there, or is another one, or unknown."""
         for path, identity in self._opened.items():
+            cause: OSError | None = None
             try:
                 is_same = _identity(path) == identity
-            except OSError:
+            except (FileNotFoundError, NotADirectoryError):
                 is_same = False
+            except OSError as error:
+                is_same = False
+                cause = OSError(f"{path}: {error.strerror}")
             if not is_same:
-                cause = FileNotFoundError(
+                raise StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS) from cause or FileNotFoundError(
                     f"{path} was removed or replaced while it is in use: put it back, or restart the server"
                 )
-                raise StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS) from cause
 
     def give_free(self) -> None:
         """Let other servers have the file. May be called twice."""
