@@ -42,11 +42,16 @@ def another_hands(folder: Path) -> None:
     connection.close()
 
 
-def of_a_newer_version(folder: Path) -> None:
-    with sqlite3.connect(folder / "jobs.sqlite") as connection:
-        connection.execute("CREATE TABLE alembic_version (version_num)")
-        connection.execute("INSERT INTO alembic_version VALUES ('9999')")
-    connection.close()
+def of_versions(*versions: str) -> Callable[[Path], None]:
+    def prepare(folder: Path) -> None:
+        with sqlite3.connect(folder / "jobs.sqlite") as connection:
+            connection.execute("CREATE TABLE alembic_version (version_num)")
+            connection.executemany(
+                "INSERT INTO alembic_version VALUES (?)", [(version,) for version in versions]
+            )
+        connection.close()
+
+    return prepare
 
 
 DAMAGED_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -70,8 +75,16 @@ DAMAGED_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a table of another hand": (another_hands, "jobs.sqlite: table jobs already exists"),
     "a newer version": (
-        of_a_newer_version,
+        of_versions("9999"),
         "jobs.sqlite was written by a newer version of this service",
+    ),
+    "a version of another program": (
+        of_versions("ae1027a6acf"),
+        "jobs.sqlite: its table alembic_version is another program's: 'ae1027a6acf'",
+    ),
+    "two versions": (
+        of_versions("0001", "0002"),
+        "jobs.sqlite: its table alembic_version holds 2 versions",
     ),
 }
 
@@ -174,7 +187,37 @@ BAD_URLS = {
     "another driver": ("postgresql+psycopg://u:secret@h/db", FORMS),
     "words of libpq": ("host=h password=secret", FORMS),
     "jobs in memory": ("sqlite://", f"{FORMS}: jobs are kept in a file"),
-    "a parameter of a file": ("sqlite:////f/jobs.sqlite?mode=ro", "mode: a SQLite file has no parameters"),
+    "a parameter of a file": ("sqlite:////f/jobs.sqlite?mode=ro", "?mode: a SQLite file has no parameters"),
+    "a question mark in a file's name": (
+        "sqlite:////f/a?b/jobs.sqlite",
+        "?b/jobs.sqlite: a SQLite file has no parameters; a ? of its name is written %3F",
+    ),
+    "a home of no shell": (
+        "sqlite:///~/jobs.sqlite",
+        "'~/jobs.sqlite': only a shell expands ~; write the whole path, or ./~ for such a name",
+    ),
+    "a file at a host": ("sqlite://u:secret@h:no/x", f"{FORMS}: jobs are kept in a file"),
+    "a zero byte in a file's name": ("sqlite:////f/%00x", f"holds a zero byte: {FORMS}"),
+    "a zero byte in a database's name": ("postgres://u:secret@h/%00x", f"holds a zero byte: {FORMS}"),
+    "a file that is not UTF-8": (
+        "postgres://h/db?sslmode=verify-ca&sslrootcert=" + os.fsdecode(b"\xff"),
+        f"cannot be read: {FORMS}",
+    ),
+    "a password that is not UTF-8": ("postgres://u:secret%ff@h/db", f"cannot be read: {FORMS}"),
+    "an empty parameter": (
+        "postgres://u:secret@h/db?sslmode=",
+        "parameter 'sslmode' is empty; leave it out to have its default",
+    ),
+    "a parameter twice": ("postgres:///db?host=a&host=b", "parameter 'host' is there twice"),
+    "two names of one parameter": (
+        "postgres://h/db?sslmode=require&ssl=disable",
+        "parameter 'sslmode' is there twice",
+    ),
+    "another name of a mode of TLS": (
+        "postgres://h/db?ssl=true",
+        "ssl=true: must be one of disable, allow, prefer, require, verify-ca, verify-full",
+    ),
+    "an empty host": ("postgres://u:secret@,h/db", "one of the hosts is empty"),
     "a slash in the password": ("postgresql://u:sec/ret@h/db", ENCODED),
     "a hash in the password": ("postgresql://u:sec#ret@h/db", ENCODED),
     "a question mark in the password": ("postgresql://u:1?secret=1@h/db", ENCODED),

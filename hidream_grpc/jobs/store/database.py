@@ -93,7 +93,7 @@ class Database:
             with translated():
                 await refuse_transaction_pooling(self._connector)
         async with self.read() as connection:
-            is_current = await connection.run_sync(is_migrated)
+            is_current = await connection.run_sync(is_migrated, self._name)
         if not is_current:
             async with self.write() as connection:
                 await self.lock(connection, Lock.MIGRATE)

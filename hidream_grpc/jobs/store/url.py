@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
-import sqlalchemy as sa
-
 from hidream_grpc.errors import ConfigurationError
 
 STORE_FLAG = "--store"
@@ -58,7 +56,8 @@ class PostgresHost:
     port: int
 
     def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        is_ipv6 = ":" in self.host and not self.host.startswith("/")
+        return f"[{self.host}]:{self.port}" if is_ipv6 else f"{self.host}:{self.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,43 +80,72 @@ def parse_store_url(url: str) -> SqliteFile | PostgresDatabase:
         ConfigurationError: in one line, which part is wrong; it never shows the password.
     """
     scheme, separator, _ = url.partition("://")
+    if "\0" in unquote(url):
+        raise _refusal(f"holds a zero byte: {_FORMS}")
     if separator and scheme in _SQLITE_SCHEMES:
-        return _sqlite_file(sa.make_url(url))
+        return _sqlite_file(url)
     if separator and scheme in _POSTGRESQL_SCHEMES:
         return _postgres_database(url)
     raise _refusal(_FORMS)
 
 
-def _sqlite_file(url: sa.URL) -> SqliteFile:
-    if url.query:
-        raise _refusal(f"{next(iter(url.query))}: a SQLite file has no parameters")
-    if url.host or not url.database or url.database == ":memory:":
+def _sqlite_file(text: str) -> SqliteFile:
+    before, mark, query = text.partition("?")
+    if mark:
+        name = query.partition("=")[0]
+        raise _refusal(f"?{name}: a SQLite file has no parameters; a ? of its name is written %3F")
+    host, _, path = before.partition("://")[2].partition("/")
+    path = unquote(path)
+    if host or not path or path == ":memory:":
         raise _refusal(f"{_FORMS}: jobs are kept in a file")
-    return SqliteFile(Path(url.database).absolute())
+    if path.startswith("~"):
+        raise _refusal(f"{path!r}: only a shell expands ~; write the whole path, or ./~ for such a name")
+    return SqliteFile(Path(path).absolute())
 
 
 def _postgres_database(text: str) -> PostgresDatabase:
     try:
         parts = urlsplit(text)
-        query = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+        query = parse_qsl(
+            parts.query, keep_blank_values=True, strict_parsing=bool(parts.query), errors="strict"
+        )
+        credentials, _, hosts_text = parts.netloc.rpartition("@")
+        user, _, password = (unquote(word, errors="strict") for word in credentials.partition(":"))
+        database = unquote(parts.path[1:], errors="strict")
+        text.encode()
     except ValueError:
         # Its text may hold a piece of the password.
         raise _refusal(f"cannot be read: {_FORMS}") from None
-    credentials, _, hosts_text = parts.netloc.rpartition("@")
     if parts.fragment or (not credentials and "@" in parts.path + parts.query):
         raise _refusal(
             "a special character in the user or password must be percent-encoded, such as %2F for /"
         )
-    parameters = {name: value for name, value in query if value}
-    user, _, password = credentials.partition(":")
-    known: dict[str, str] = {
-        "user": unquote(user) or parameters.pop("user", ""),
-        "password": unquote(password) or parameters.pop("password", ""),
-        "database": unquote(parts.path[1:]) or parameters.pop("dbname", parameters.pop("database", "")),
-    }
+    parameters = _parameters(query)
+    # As with libpq a parameter goes before what the URL says elsewhere.
     hosts = _hosts(hosts_text, parameters.pop("host", ""), parameters.pop("port", ""))
+    known: dict[str, str] = {
+        "user": parameters.pop("user", user),
+        "password": parameters.pop("password", password),
+        "database": parameters.pop("dbname", database),
+    }
     arguments: dict[str, Any] = {name: value for name, value in known.items() if value}
     return PostgresDatabase(hosts, {**arguments, **_connect_arguments(parameters)})
+
+
+def _parameters(query: list[tuple[str, str]]) -> dict[str, str]:
+    """By name; which of two is meant, or what an empty one is to mean, is not guessed."""
+    parameters: dict[str, str] = {}
+    for given, value in query:
+        # SQLAlchemy's names.
+        name = {"ssl": "sslmode", "database": "dbname"}.get(given, given)
+        if not value:
+            raise _refusal(f"parameter {given!r} is empty; leave it out to have its default")
+        if name in parameters:
+            raise _refusal(f"parameter {name!r} is there twice")
+        if name == "sslmode" and value not in _SSL_MODES:
+            raise _refusal(f"{given}={value}: must be one of {', '.join(_SSL_MODES)}")
+        parameters[name] = value
+    return parameters
 
 
 def _connect_arguments(parameters: dict[str, str]) -> dict[str, Any]:
@@ -125,9 +153,6 @@ def _connect_arguments(parameters: dict[str, str]) -> dict[str, Any]:
     settings = {"application_name": APPLICATION_NAME}
     arguments: dict[str, Any] = {"timeout": CONNECT_TIMEOUT_SECONDS, "target_session_attrs": "read-write"}
     dsn: dict[str, str] = {}
-    # SQLAlchemy's name of it.
-    if "ssl" in parameters:
-        parameters.setdefault("sslmode", parameters.pop("ssl"))
     for name, value in parameters.items():
         if name in _SERVER_SETTINGS:
             settings[name] = value
@@ -158,8 +183,6 @@ def _connect_arguments(parameters: dict[str, str]) -> dict[str, Any]:
 
 def _encryption(dsn: dict[str, str]) -> dict[str, Any]:
     mode = dsn.get("sslmode")
-    if mode is not None and mode not in _SSL_MODES:
-        raise _refusal(f"sslmode={mode}: must be one of {', '.join(_SSL_MODES)}")
     if dsn.get("sslrootcert") == "system":
         if mode not in (None, "verify-full"):
             raise _refusal(f"sslmode={mode} with sslrootcert=system: must be verify-full")
@@ -195,17 +218,28 @@ def _timeout_seconds(text: str) -> float:
 
 def _hosts(authority: str, host_parameter: str, port_parameter: str) -> tuple[PostgresHost, ...]:
     """The hosts of a URL: `host:port,[::1]:port` before the path, or as the parameters host and port."""
-    entries = [_split_port(entry) for entry in (authority or host_parameter).split(",") if entry]
-    ports = [_port(port) for port in port_parameter.split(",") if port]
-    if len(ports) > 1 and len(ports) != len(entries):
+    entries = _split_hosts(authority)
+    ports = [port for _, port in entries]
+    if host_parameter:
+        entries = _split_hosts(host_parameter)
+        own_ports = [port for _, port in entries]
+        ports = own_ports if any(own_ports) or not any(ports) else ports
+    if port_parameter:
+        ports = [_port(port) for port in port_parameter.split(",")]
+        entries = entries or [("localhost", None)]
+    if len(ports) == 1:
+        ports *= len(entries)
+    if len(ports) != len(entries):
         raise _refusal(f"port: there are {len(ports)} of them for {len(entries)} hosts")
-    if ports and not entries:
-        entries = [("localhost", None)]
-    common = ports * len(entries) if len(ports) == 1 else ports
+    if not all(host for host, _ in entries):
+        raise _refusal("one of the hosts is empty")
     return tuple(
-        PostgresHost(host, own or (common[index] if common else _DEFAULT_PORT))
-        for index, (host, own) in enumerate(entries)
+        PostgresHost(host, port or _DEFAULT_PORT) for (host, _), port in zip(entries, ports, strict=True)
     )
+
+
+def _split_hosts(text: str) -> list[tuple[str, int | None]]:
+    return [_split_port(entry) for entry in text.split(",")] if text else []
 
 
 def _split_port(entry: str) -> tuple[str, int | None]:
