@@ -29,7 +29,7 @@ unix_socket_dir =
 auth_type = scram-sha-256
 auth_file = {folder}/users
 pool_mode = {pool_mode}
-default_pool_size = 30
+default_pool_size = {pool_size}
 client_tls_sslmode = allow
 client_tls_key_file = {folder}/key.pem
 client_tls_cert_file = {folder}/certificate.pem
@@ -50,7 +50,9 @@ class Pooler:
 
 
 @contextmanager
-def running_pooler(postgres: PostgresServer, pool_mode: str, passwords: dict[str, str]) -> Iterator[Pooler]:
+def running_pooler(
+    postgres: PostgresServer, pool_mode: str, passwords: dict[str, str], pool_size: int = 30
+) -> Iterator[Pooler]:
     """A pooler for all databases of a server, and for these users of it."""
     program = FOLDER / "usr" / "sbin" / "pgbouncer"
     if not program.exists():
@@ -66,7 +68,11 @@ def running_pooler(postgres: PostgresServer, pool_mode: str, passwords: dict[str
         (folder / "users").write_text(users, encoding="utf-8")
         port = _free_port()
         settings = SETTINGS.format(
-            host=postgres.socket_path.parent, port=port, folder=folder, pool_mode=pool_mode
+            host=postgres.socket_path.parent,
+            port=port,
+            folder=folder,
+            pool_mode=pool_mode,
+            pool_size=pool_size,
         )
         (folder / "settings").write_text(settings, encoding="utf-8")
         # It will not run as root.

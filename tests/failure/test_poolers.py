@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
+import asyncpg
 import pytest
 
-from hidream_grpc.errors import StoreUnusableError
+from hidream_grpc.errors import ConfigurationError, StoreUnusableError
 from hidream_grpc.jobs.store.changes import ChangeKind
+from hidream_grpc.jobs.store.postgresql import MAX_TRANSACTIONS
+from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.job_stores import StoreDatabase, added, ids, new_job
 from tests.pgbouncer import Pooler, running_pooler
 from tests.postgres import PostgresServer
@@ -53,16 +56,63 @@ def test_a_pooler_whose_sessions_are_not_ones_own_is_refused_in_one_line(
     ):
         url = f"postgresql://{role}:{quote(PASSWORD, safe='')}@127.0.0.1:{pooler.port}/{database}"
         line = refused_line_here(["--listen", "127.0.0.1:0", "--data-dir", tmp_path, "--store", url])
-        # Nothing of ours stays with a session that other programs get.
-        left = postgres.query(
-            "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SET %' OR query LIKE 'CREATE %';",
-            f"/{database}",
-        )
+        # Other programs get the sessions that the start has used. Only transactions show which is which.
+        if pool_mode == "transaction":
+            count = (
+                f"SELECT count(*) FROM pg_stat_activity WHERE datname = '{database}' AND usename = '{role}';"
+            )
+            ((num_sessions,),) = postgres.query(count)
+            assert set(asyncio.run(left_in_sessions(url, int(num_sessions))).values()) == {(0, None)}
     assert line == (
         "hidream-grpc: --store: notifications do not arrive, as behind a connection pooler in transaction "
         "mode: name its port for session mode, or the database itself"
     )
-    assert left == [["0"]]
+
+
+async def left_in_sessions(url: str, num_sessions: int) -> dict[int, tuple[int, str | None]]:
+    """By process: how many statements are prepared in a session of the pooler, and which limits are set."""
+    left: dict[int, tuple[int, str | None]] = {}
+    async with AsyncExitStack() as stack:
+        for _ in range(num_sessions):
+            connection = await asyncpg.connect(url, statement_cache_size=0)
+            stack.callback(connection.terminate)
+            # Keeps the session from the next one.
+            await connection.execute("BEGIN")
+            process, *rest = await connection.fetchrow(
+                "SELECT pg_backend_pid(), (SELECT count(*) FROM pg_prepared_statements), (SELECT"
+                " string_agg(name, ',') FROM pg_settings WHERE source = 'session' AND name LIKE '%timeout')"
+            )
+            left[process] = tuple(rest)
+    assert len(left) == num_sessions > 0
+    return left
+
+
+async def test_a_pooler_of_few_sessions_is_told_in_one_line(
+    postgres: PostgresServer, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hidream_grpc.jobs.store.postgresql.STATEMENT_TIMEOUT_SECONDS", 2.0)
+    with (
+        running_pooler(postgres, "session", {role: PASSWORD}, pool_size=1) as pooler,
+        database_of(postgres, role) as database,
+    ):
+        url = f"postgresql://{role}:{quote(PASSWORD, safe='')}@127.0.0.1:{pooler.port}/{database}"
+        with pytest.raises(ConfigurationError) as refused:
+            await SqlJobStore(url).open()
+    assert str(refused.value) == (
+        "--store: no answer within 2 s; a pooler must let each server have 6 sessions"
+    )
+
+
+async def test_a_server_needs_no_more_sessions_than_it_says(postgres: PostgresServer, role: str) -> None:
+    with (
+        running_pooler(postgres, "session", {role: PASSWORD}, pool_size=MAX_TRANSACTIONS + 1) as pooler,
+        database_of(postgres, role) as name,
+    ):
+        url = f"postgresql://{role}:{quote(PASSWORD, safe='')}@127.0.0.1:{pooler.port}/{name}"
+        async with StoreDatabase(url, is_file=False).opened() as store:
+            with store.subscribe():
+                jobs = await asyncio.gather(*(added(store, new_job()) for _ in range(12)))
+            assert len(await store.get_all([job.job_id for (job,) in jobs])) == len(jobs)
 
 
 URLS = {

@@ -43,6 +43,13 @@ def translated() -> Iterator[None]:
         yield
     except DBAPIError as error:
         raise _meaning(error) from error
+    except NoFreeConnectionError:
+        # SQLAlchemy's own text is about its pool.
+        cause = NoFreeConnectionError("no session was free in time")
+        raise StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS) from cause
+    except TimeoutError as error:
+        reason = error if str(error) else TimeoutError("no answer in time")
+        raise StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS) from reason
     except (
         SQLAlchemyError,
         OSError,

@@ -24,6 +24,9 @@ IDLE_IN_TRANSACTION_SECONDS = 5.0
 """PostgreSQL ends a session whose client says nothing for so long in the middle of a transaction: one that
 was stopped while it held locks."""
 ECHO_TIMEOUT_SECONDS = 5.0
+MAX_TRANSACTIONS = 5
+"""At once, each with a session; one session more listens. Three servers fit into the 20 that PgBouncer has
+as its default, and into the smallest databases of providers; most writes wait for one another anyway."""
 
 # What a statement that was prepared in another session than the one that runs it ends with.
 _STATEMENTS_OF_OTHERS = (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError)
@@ -116,6 +119,8 @@ def postgresql_engine(connector: PostgresConnector) -> AsyncEngine:
         # Not what the database or the role has as its default.
         isolation_level="READ COMMITTED",
         pool_pre_ping=True,
+        pool_size=MAX_TRANSACTIONS,
+        max_overflow=0,
         pool_timeout=STATEMENT_TIMEOUT_SECONDS,
     )
 
@@ -135,8 +140,27 @@ async def refuse_transaction_pooling(connector: PostgresConnector) -> None:
     Leaves no setting and no statement behind in a session that others may get.
 
     Raises:
-        ConfigurationError: a notification does not reach the session that listens.
+        ConfigurationError: a notification does not reach the session that listens, or there are no two
+            sessions.
     """
+    try:
+        is_heard = await _sessions_hear(connector)
+    except TimeoutError:
+        raise ConfigurationError(
+            STORE_FLAG,
+            f"no answer within {STATEMENT_TIMEOUT_SECONDS:g} s; a pooler must let each server have "
+            f"{MAX_TRANSACTIONS + 1} sessions",
+        ) from None
+    if not is_heard:
+        raise ConfigurationError(
+            STORE_FLAG,
+            "notifications do not arrive, as behind a connection pooler in transaction mode: "
+            "name its port for session mode, or the database itself",
+        )
+
+
+async def _sessions_hear(connector: PostgresConnector) -> bool:
+    """Whether one new session hears another one."""
     async with AsyncExitStack() as stack:
         sessions = []
         for _ in range(2):
@@ -145,15 +169,9 @@ async def refuse_transaction_pooling(connector: PostgresConnector) -> None:
             sessions.append(driver)
         listening, telling = sessions
         try:
-            is_heard = await hears(listening, lambda channel: telling.execute(f"NOTIFY {channel}"))
+            return await hears(listening, lambda channel: telling.execute(f"NOTIFY {channel}"))
         except _STATEMENTS_OF_OTHERS:
-            is_heard = False
-    if not is_heard:
-        raise ConfigurationError(
-            STORE_FLAG,
-            "notifications do not arrive, as behind a connection pooler in transaction mode: "
-            "name its port for session mode, or the database itself",
-        )
+            return False
 
 
 async def hears(listening: asyncpg.Connection, notify: Callable[[str], Awaitable[object]]) -> bool:
