@@ -52,12 +52,28 @@ async def test_a_link_to_the_file_is_the_same_store(tmp_path: Path) -> None:
     await again.close()
 
 
-async def test_a_file_that_is_refused_leaves_no_thread_of_the_driver(tmp_path: Path) -> None:
+async def test_a_file_that_is_refused_starts_no_thread_of_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a thread may end after the event loop, with a traceback."""
+    names: list[str] = []
+    start = threading.Thread.start
+
+    def note_start(thread: threading.Thread) -> None:
+        names.append(thread.name)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", note_start)
     file = tmp_path / "jobs.sqlite"
     file.write_bytes(b"no database " * 1000)
     with pytest.raises(StoreUnusableError, match="file is not a database"):
         await SqlJobStore(file).open()
-    assert not [thread.name for thread in threading.enumerate() if "connection_worker" in thread.name]
+    assert not [name for name in names if "connection_worker" in name]
+    file.unlink()
+    store = SqlJobStore(file)
+    await store.open()
+    await store.close()
+    assert [name for name in names if "connection_worker" in name]
 
 
 async def test_a_name_of_the_longest_that_sqlite_opens_is_a_store(tmp_path: Path) -> None:

@@ -56,6 +56,10 @@ class StoreFiles:
                 self._path.stat()
                 self._name_files(self._path.resolve())
             make_writable(self._path.parent)
+            if len(os.fsencode(self._path.resolve())) > _MAX_PATH_BYTES:
+                raise OSError(
+                    errno.ENAMETOOLONG, f"longer than the {_MAX_PATH_BYTES} bytes of SQLite", str(self._path)
+                )
             self._lock_descriptor = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # SQLite says neither which of them it is, nor why. Not later: closing ends SQLite's locks.
@@ -63,10 +67,6 @@ class StoreFiles:
             for path in self._sqlite_paths:
                 if path.exists():
                     os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-            if len(os.fsencode(self._path.resolve())) > _MAX_PATH_BYTES:
-                raise OSError(
-                    errno.ENAMETOOLONG, f"longer than the {_MAX_PATH_BYTES} bytes of SQLite", str(self._path)
-                )
         except BlockingIOError as error:
             self.give_free()
             raise StoreInUseError(self._path) from error
