@@ -15,6 +15,8 @@ from hidream_grpc.jobs.store.store import SqlJobStore
 logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 1.0
+NUM_TICKS = 10
+"""In which an outage is measured: a pause of this process counts as one of them, however long it was."""
 
 _PROBE = SqlJobStore.probe.__name__
 _WATCHED = frozenset({SqlJobStore.add.__name__, SqlJobStore.claim.__name__, _PROBE})
@@ -109,8 +111,17 @@ class StoreProbe:
 
     def _start_timer(self) -> None:
         if self._outage_timer is None:
-            loop = asyncio.get_running_loop()
-            self._outage_timer = loop.call_later(self._max_outage_seconds, self._note_outage)
+            self._wait_for_tick(NUM_TICKS)
+
+    def _wait_for_tick(self, num_ticks: int) -> None:
+        tick_seconds = self._max_outage_seconds / NUM_TICKS
+        self._outage_timer = asyncio.get_running_loop().call_later(tick_seconds, self._tick, num_ticks - 1)
+
+    def _tick(self, num_ticks: int) -> None:
+        if num_ticks:
+            self._wait_for_tick(num_ticks)
+        else:
+            self._note_outage()
 
     def _stop_timer(self) -> None:
         if self._outage_timer is not None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -9,7 +10,7 @@ from sqlalchemy.exc import TimeoutError as NoFreeConnectionError
 
 from hidream_grpc.errors import StoreFullError, StoreUnavailableError
 from hidream_grpc.jobs.store.store import SqlJobStore
-from hidream_grpc.jobs.store_probe import StoreProbe
+from hidream_grpc.jobs.store_probe import NUM_TICKS, StoreProbe
 from tests.unit.jobs.service_bench import until
 
 OUTAGE_SECONDS = 1234.5
@@ -20,8 +21,13 @@ class Timer:
     """Runs when the test says so."""
 
     def __init__(self, action: Callable[[], None]) -> None:
-        self.fire = action
+        self._action = action
+        self.is_over = False
         self.is_cancelled = False
+
+    def fire(self) -> None:
+        self.is_over = True
+        self._action()
 
     def cancel(self) -> None:
         self.is_cancelled = True
@@ -56,16 +62,15 @@ class Bench:
         self.probe = StoreProbe(cast(SqlJobStore, self.store), lambda: "one", OUTAGE_SECONDS, lambda: None)
         self._timers = timers
 
-    def let_the_time_pass(self) -> None:
-        """So long that whatever runs out does."""
-        for timer in self._timers:
-            if not timer.is_cancelled:
-                timer.fire()
+    def let_the_time_pass(self, num_ticks: int = NUM_TICKS) -> None:
+        """By default so long that whatever runs out does."""
+        for _ in range(num_ticks):
+            self.timer.fire()
 
     @property
     def timer(self) -> Timer:
         """The one that runs."""
-        (timer,) = (timer for timer in self._timers if not timer.is_cancelled)
+        (timer,) = (timer for timer in self._timers if not timer.is_cancelled and not timer.is_over)
         return timer
 
 
@@ -75,9 +80,9 @@ async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
     call_later = loop.call_later
 
     def intercepted(delay: float, action: Callable[..., None], *args: Any, **kwargs: Any) -> Any:
-        if delay != OUTAGE_SECONDS:
+        if delay != OUTAGE_SECONDS / NUM_TICKS:
             return call_later(delay, action, *args, **kwargs)
-        timers.append(Timer(action))
+        timers.append(Timer(partial(action, *args)))
         return timers[-1]
 
     monkeypatch.setattr("hidream_grpc.jobs.store_probe.PROBE_SECONDS", 0.0)
@@ -98,6 +103,14 @@ async def test_a_probe_that_waits_behind_writes_that_succeed_is_no_outage(bench:
     assert not bench.probe.is_usable, "what does not answer after that does count"
     bench.store.observe_call("add", None)
     assert bench.probe.is_usable
+
+
+async def test_a_pause_of_this_process_is_no_outage_of_the_store(bench: Bench) -> None:
+    # Whatever the clock says when it wakes: the timer that was due runs, and no other.
+    bench.let_the_time_pass(1)
+    assert bench.probe.is_usable
+    bench.let_the_time_pass(NUM_TICKS - 1)
+    assert not bench.probe.is_usable
 
 
 async def test_that_all_connections_are_in_use_is_no_refusal(bench: Bench) -> None:
