@@ -247,6 +247,15 @@ BAD_URLS = {
         "postgres://u:secret@h/db?sslmode=verify-ca&sslrootcert=/no/such.crt",
         "sslrootcert=/no/such.crt: no such file",
     ),
+    "a certificate whose name no file can have": (
+        f"postgres://h/db?sslmode=verify-ca&sslrootcert={'x' * 256}",
+        f"sslrootcert={'x' * 256}: File name too long",
+    ),
+    "a port of many digits": (
+        f"postgresql://h:{'9' * 5000}/db",
+        "a port must be a number from 1 to 65535, and special characters percent-encoded",
+    ),
+    "a time of many digits": (f"postgres://h/db?connect_timeout={'9' * 400}", "connect_timeout=999"),
     "a weak mode": (
         "postgres://u:secret@h/db?sslmode=require&sslrootcert=system",
         "sslmode=require with sslrootcert=system: must be verify-full",

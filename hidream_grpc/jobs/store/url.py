@@ -190,10 +190,19 @@ def _encryption(dsn: dict[str, str]) -> dict[str, Any]:
             raise _refusal(f"parameter {name!r} with sslrootcert=system is not supported")
         return {"ssl": _system_certificates(), **_dsn({n: v for n, v in dsn.items() if n == "passfile"})}
     for name in _SSL_FILES:
-        if name in dsn and not Path(dsn[name]).is_file():
-            # The driver's own error does not say which file it is.
-            raise _refusal(f"{name}={dsn[name]}: no such file")
+        if name in dsn:
+            _require_file(name, dsn[name])
     return _dsn(dsn)
+
+
+def _require_file(name: str, path: str) -> None:
+    # The driver's own error does not say which file it is.
+    try:
+        if not Path(path).is_file():
+            raise _refusal(f"{name}={path}: no such file")
+        Path(path).open("rb").close()
+    except OSError as error:
+        raise _refusal(f"{name}={path}: {error.strerror}") from None
 
 
 def _dsn(parameters: Mapping[str, str]) -> dict[str, str]:
@@ -211,7 +220,7 @@ def _timeout_seconds(text: str) -> float:
     """Seconds; as with libpq 0 or less is for ever, which here means as long as may be."""
     try:
         seconds = float(int(text))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise _refusal(f"connect_timeout={text}: must be a number of seconds") from None
     return min(seconds, MAX_CONNECT_TIMEOUT_SECONDS) if seconds > 0 else MAX_CONNECT_TIMEOUT_SECONDS
 
@@ -255,7 +264,7 @@ def _split_port(entry: str) -> tuple[str, int | None]:
 
 
 def _port(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or not 0 < int(text) <= _MAX_PORT:
+    if not re.fullmatch("[0-9]{1,5}", text) or not 0 < int(text) <= _MAX_PORT:
         # Not the text: an unencoded password may end up here.
         raise _refusal(
             f"a port must be a number from 1 to {_MAX_PORT}, and special characters percent-encoded"
