@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -65,16 +64,21 @@ async def accept(
     return (await _attach(connection, job, attached_call),)
 
 
-async def try_out(database: Database, connection: AsyncConnection, replica_id: str) -> None:
-    """Accept a job and claim it, in a transaction that is to be rolled back: nobody ever sees it."""
+async def try_out(connection: AsyncConnection, replica_id: str, is_sqlite: bool) -> None:
+    """Accept a job and claim it, in a transaction that is to be rolled back: nobody ever sees it.
+
+    It takes no lock of others: a server that stands still in the middle of it holds up nobody.
+    """
     unused_id = uuid4().hex
     submission = Submission(NOTHING_KNOWN, unused_id, unused_id, labels={"": ""})
     job = Job(unused_id, submission, create_time=0.0, owner=unused_id)
-    limits = QueueLimits(sys.maxsize)
-    await accept(database, connection, [job], limits, AttachedCall(unused_id, replica_id), None)
+    await connection.execute(queries.by_request_ids(job.owner, [submission.request_id]))
+    await connection.execute(queries.num_waiting(job.model_fingerprint))
+    await _insert(connection, [job])
+    await _attach(connection, job, AttachedCall(unused_id, replica_id))
     row = (await connection.execute(queries.by_job_id(None, job.job_id))).one()
     await connection.execute(queries.claim(row.number, replica_id))
-    await connection.execute(queries.take_turn(unused_id, database.is_sqlite))
+    await connection.execute(queries.take_turn(unused_id, is_sqlite))
 
 
 async def _attach(connection: AsyncConnection, job: Job, call: AttachedCall) -> Job:

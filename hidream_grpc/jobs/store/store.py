@@ -221,7 +221,7 @@ class SqlJobStore:
             is_in_doubt: write a little that lasts, too: what is undone needs no room in a file.
         """
         async with self._database.write() as connection:
-            await try_out(self._database, connection, replica_id)
+            await try_out(connection, replica_id, self._database.is_sqlite)
             await connection.rollback()
         if is_in_doubt:
             async with self._database.write() as connection:
