@@ -107,7 +107,16 @@ def configure_logging(config: LogConfig, may_start_threads: bool = False) -> Non
     logging.basicConfig(level=config.level, handlers=handlers, force=True)
     # It tells of each look at the schema.
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_no_departure)
     logging.captureWarnings(True)
+
+
+def _is_no_departure(record: logging.LogRecord) -> bool:
+    """Whether a record of grpc's is more than a traceback of a caller which left while a message was sent.
+
+    The access log has its one line: CANCELLED.
+    """
+    return not record.getMessage().startswith("ExecuteBatchError raised in core")
 
 
 def _file_handler(file: Path, may_start_threads: bool) -> logging.Handler:

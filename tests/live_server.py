@@ -87,6 +87,15 @@ class LiveServer:
         with self.stub() as stub:
             return stub.GetServerInfo(image_gen_pb2.GetServerInfoRequest())
 
+    def logged_lines(self, *texts: str) -> list[str]:
+        """The lines that hold all of these texts, once there is one: lines come after what they tell."""
+
+        def lines() -> list[str]:
+            return [line for line in self.log_lines if all(text in line for text in texts)]
+
+        wait_until(lambda: bool(lines()), 10, f"a line of the log holds {texts}")
+        return lines()
+
     def wait_until_serving(self) -> None:
         wait_until_serving(self.address)
 

@@ -82,7 +82,7 @@ def test_a_job_with_a_broken_word_fails_alone_and_the_log_says_where(
     assert status.code == code_pb2.INTERNAL
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)
-    (line,) = [line for line in server.log_lines if " ERROR " in line and bad.job_id in line]
+    (line,) = server.logged_lines(" ERROR ", bad.job_id)
     assert f"job failed: {where} " in line
     assert f"error_id={info.metadata['error_id']}" in line
     assert "Traceback" not in server.log
@@ -95,4 +95,4 @@ def test_the_caller_who_waits_is_told_internal_with_an_error_id(server: LiveServ
         call = stub.Generate(request(f"a blue {HUGE}", num_inference_steps=2))
         info = error_details_pb2.ErrorInfo()
         refusal(lambda: follow(call), grpc.StatusCode.INTERNAL, info)
-    assert f"error_id={info.metadata['error_id']}" in server.log
+    assert server.logged_lines(f"error_id={info.metadata['error_id']}")

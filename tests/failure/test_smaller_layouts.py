@@ -47,7 +47,7 @@ def test_a_lost_device_costs_a_restart_and_its_return_another_one(tmp_path: Path
             smaller = server.info()
             assert (smaller.layout, list(smaller.idle_devices)) == ("tp=1", [1])
             assert len(smaller.devices) == num_layout_devices(server) == 1
-            assert "layout tp=1 from now on, without devices 1" in server.log
+            assert server.logged_lines("layout tp=1 from now on, without devices 1")
 
             devices.repair_all()
             server.process.send_signal(signal.SIGHUP)
