@@ -12,3 +12,13 @@ def postgres() -> Iterator[PostgresServer]:
     """One PostgreSQL for all tests that leave it running; each takes a database of its own."""
     with running_postgres() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[PostgresServer]:
+    """A PostgreSQL that asks for passwords, but the superuser's."""
+    with running_postgres() as server:
+        rules = server.data_folder / "pg_hba.conf"
+        rules.write_text("local all postgres trust\nlocal all all scram-sha-256\n")
+        server.execute("SELECT pg_reload_conf();")
+        yield server

@@ -15,7 +15,7 @@ from hidream.v1 import image_gen_pb2, job_pb2
 from tests.failure.faulty_servers import FaultyServer, server_on_postgres
 from tests.job_calls import LONG_STEPS, Stub, get, submission, submit, wait_for_state
 from tests.live_server import wait_until
-from tests.postgres import PostgresServer, running_postgres
+from tests.postgres import PostgresServer
 
 NUM_SUBMITTERS = 16
 NUM_SUBMISSIONS = 64
@@ -46,16 +46,6 @@ def test_a_burst_of_jobs_is_accepted_where_transactions_are_serializable(
         assert len({job.job_id for job in jobs}) == NUM_SUBMISSIONS
         for job in jobs:
             wait_for_state(stubs[0], job.job_id, job_pb2.JOB_STATE_SUCCEEDED)
-
-
-@pytest.fixture(scope="module")
-def guarded() -> Iterator[PostgresServer]:
-    """A PostgreSQL that asks for passwords, but the superuser's."""
-    with running_postgres() as server:
-        rules = server.data_folder / "pg_hba.conf"
-        rules.write_text("local all postgres trust\nlocal all all scram-sha-256\n")
-        server.execute("SELECT pg_reload_conf();")
-        yield server
 
 
 def code_of(call: Callable[[], object]) -> grpc.StatusCode:

@@ -7,12 +7,12 @@ import pwd
 import re
 import sqlite3
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.postgres import PostgresServer, running_postgres
+from tests.postgres import PostgresServer
 from tests.refused_starts import refused_line, refused_line_here
 from tests.small_disks import small_disk
 
@@ -293,16 +293,6 @@ def test_a_url_that_cannot_be_used_is_one_line_without_the_password(kind: str, t
 
 
 # --- the database -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def guarded() -> Iterator[PostgresServer]:
-    """A PostgreSQL that asks for passwords, but the superuser's."""
-    with running_postgres() as server:
-        rules = server.data_folder / "pg_hba.conf"
-        rules.write_text("local all postgres trust\nlocal all all scram-sha-256\n")
-        server.execute("SELECT pg_reload_conf();")
-        yield server
 
 
 REFUSALS = {

@@ -27,30 +27,15 @@ from hidream_grpc.model.text_encoder_tensors import clip_tensors, llama_tensors,
 from hidream_grpc.model.transformer import HiDreamTransformer
 from hidream_grpc.model.transformer_tensors import Shapes, transformer_tensors
 from hidream_grpc.model.vae_tensors import vae_tensors
+from scripts.bench.flops import HIDREAM_I1_CONFIG
 
 Config = TypeVar("Config")
 
-RELEASED: dict[str, Any] = {
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 16,
-    "num_single_layers": 32,
-    "attention_head_dim": 128,
-    "num_attention_heads": 20,
-    "caption_channels": [4096, 4096],
-    "text_emb_dim": 2048,
-    "num_routed_experts": 4,
-    "num_activated_experts": 2,
-    "axes_dims_rope": [64, 32, 32],
-    "max_resolution": [128, 128],
-    "llama_layers": [*range(32), *[31] * 16],
-}
 TRANSFORMERS = {
-    "released": RELEASED,
-    "no output channels of its own": RELEASED
+    "released": {**HIDREAM_I1_CONFIG},
+    "no output channels of its own": {**HIDREAM_I1_CONFIG}
     | {"out_channels": None, "num_layers": 1, "num_single_layers": 2, "llama_layers": [0, 1, 1]},
-    "other sizes": RELEASED
+    "other sizes": {**HIDREAM_I1_CONFIG}
     | {
         "patch_size": 4,
         "num_layers": 2,
