@@ -68,13 +68,13 @@ def stalled_readers(
     assert [process.returncode for process in processes] == [0] * NUM_PROCESSES
 
 
-def ended_calls(server: LiveServer) -> Counter[str]:
-    """Calls of `Generate` that have ended, by code, from the access log."""
-    return Counter(re.findall(r"hidream_grpc\.access: Generate (\w+)", server.log))
+def ended_calls(server: LiveServer, job_id: str) -> Counter[str]:
+    """Calls of `Generate` for this job that have ended, by code, from the access log."""
+    return Counter(re.findall(rf"hidream_grpc\.access: Generate (\w+) .*job_id={job_id}", server.log))
 
 
-def has_ended_calls(server: LiveServer, calls: Counter[str]) -> bool:
-    return ended_calls(server) == calls
+def has_ended_calls(server: LiveServer, job_id: str, num_calls: int) -> bool:
+    return ended_calls(server, job_id).total() == num_calls
 
 
 def rss_bytes(server: LiveServer) -> int:
@@ -98,15 +98,13 @@ def test_two_hundred_stalled_readers_cost_at_most_a_megabyte_each_and_give_it_ba
     server: LiveServer, stub: image_gen_pb2_grpc.ImageGenStub
 ) -> None:
     message = detached_job("stalled-1", num_images=2, steps=1, side=1024)
-    num_ended = ended_calls(server).total()
-    images = follow(stub.Generate(message)).images
-    wait_until(lambda: ended_calls(server).total() > num_ended, TIMEOUT_SECONDS, "its call is logged")
+    stream = follow(stub.Generate(message))
+    images, job_id = stream.images, stream.job.job_id
     # So that nobody has room for what it does not read: gRPC's window is 64 KiB at first.
     assert all(len(image) > 4 * Settings.model_fields["chunk_bytes"].default for image in images)
     before = rss_bytes(server)
     held, kept = [], []
-    for _ in range(NUM_ROUNDS):
-        ended_before = ended_calls(server)
+    for num_left in range(NUM_READERS, (NUM_ROUNDS + 1) * NUM_READERS, NUM_READERS):
         with stalled_readers(server, message, num_chunks=1):
             # Another caller's job takes its course, every step of it told, while they stall.
             steps = [
@@ -115,12 +113,9 @@ def test_two_hundred_stalled_readers_cost_at_most_a_megabyte_each_and_give_it_ba
             ]
             held.append(rss_bytes(server))
         assert steps == [1, 2, 3, 4, 5]
-        ended_before.update({"OK": 1, "CANCELLED": NUM_READERS})
-        wait_until(
-            partial(has_ended_calls, server, ended_before),
-            TIMEOUT_SECONDS,
-            "every reader was still being served when it left",
-        )
+        has_lost_all = partial(has_ended_calls, server, job_id, 1 + num_left)
+        wait_until(has_lost_all, TIMEOUT_SECONDS, "every call has ended")
+        assert ended_calls(server, job_id) == {"OK": 1, "CANCELLED": num_left}, "each was being served"
         wait_until(
             lambda: (
                 rss_bytes(server) - before <= max(ALLOCATOR_SLACK_BYTES, KEPT_SHARE * (held[-1] - before))
