@@ -20,7 +20,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from hidream_grpc.engine.group_config import GroupTimeouts
+from hidream_grpc.engine.group.config import GroupTimeouts
 from hidream_grpc.errors import ConfigurationError
 
 ENVIRONMENT_PREFIX = "HIDREAM_"

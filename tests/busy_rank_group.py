@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 
-from hidream_grpc.engine.supervisor import RankGroup
+from hidream_grpc.engine.group.rank_group import RankGroup
 from tests.rank_groups import admission, group_config, picture, plan
 
 

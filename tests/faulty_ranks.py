@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hidream_grpc.engine.supervisor import RankGroup
+from hidream_grpc.engine.group.rank_group import RankGroup
 from tests.rank_groups import until
 
 LOOP = signal.SIGUSR1

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 from hidream_grpc.engine.controller import Controller
+from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.reports import StepReport
 from hidream_grpc.engine.requests import (
     EngineEvent,
@@ -20,7 +21,6 @@ from hidream_grpc.engine.requests import (
     StepFinished,
 )
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
-from hidream_grpc.engine.supervisor import RankGroup
 from hidream_grpc.model.parameters import GenerationParameters
 
 END_SECONDS = 90.0

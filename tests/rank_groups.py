@@ -15,9 +15,9 @@ import pytest
 
 from hidream_grpc.devices.base import CPU
 from hidream_grpc.devices.detect import select_devices
-from hidream_grpc.engine.group_config import GroupConfig, GroupTimeouts
-from hidream_grpc.engine.messages import Admission, Decode, DecodedImage, StepPlan
-from hidream_grpc.engine.supervisor import RankGroup
+from hidream_grpc.engine.group.config import GroupConfig, GroupTimeouts
+from hidream_grpc.engine.group.rank_group import RankGroup
+from hidream_grpc.engine.protocol.messages import Admission, Decode, DecodedImage, StepPlan
 from hidream_grpc.model.demo import demo_checkpoint_path
 from hidream_grpc.model.fingerprint import fingerprint_of
 from hidream_grpc.model.parallel.layout import Layout

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hidream_grpc.engine.messages import Admission, StepPlan
-from hidream_grpc.engine.running import RunningRequest
+from hidream_grpc.engine.protocol.messages import Admission, StepPlan
+from hidream_grpc.engine.running_request import RunningRequest
 
 MAX_ADMITTED_SNAPSHOT_BYTES = 64 * 1024 * 1024
 """Of one plan, far below what a frame may hold; the others' turn comes with the next plan."""

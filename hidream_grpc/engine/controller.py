@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 
 from hidream_grpc.engine.admissions import Admissions
-from hidream_grpc.engine.messages import JobFault, PlanDone, StepPlan
+from hidream_grpc.engine.group.rank_group import RankGroup
+from hidream_grpc.engine.protocol.messages import JobFault, PlanDone, StepPlan
 from hidream_grpc.engine.recovery import bring_back, committed_snapshots
 from hidream_grpc.engine.reports import PromptReport, StepReport
 from hidream_grpc.engine.requests import (
@@ -26,11 +27,10 @@ from hidream_grpc.engine.requests import (
     SnapshotTaken,
     StepFinished,
 )
-from hidream_grpc.engine.running import RunningRequest, Snapshot
+from hidream_grpc.engine.running_request import RunningRequest, Snapshot
 from hidream_grpc.engine.scheduler import StepScheduler
-from hidream_grpc.engine.snapshot_pace import SnapshotPace
-from hidream_grpc.engine.strikes import Strikes
-from hidream_grpc.engine.supervisor import RankGroup
+from hidream_grpc.engine.snapshot_schedule import SnapshotPace
+from hidream_grpc.engine.suspects import Strikes
 from hidream_grpc.errors import (
     JobError,
     JobInternalError,

@@ -6,9 +6,9 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
+from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.requests import EngineState
-from hidream_grpc.engine.running import Snapshot
-from hidream_grpc.engine.supervisor import RankGroup
+from hidream_grpc.engine.running_request import Snapshot
 from hidream_grpc.errors import RankDiedError
 
 logger = logging.getLogger(__name__)

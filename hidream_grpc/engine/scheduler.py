@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
-from hidream_grpc.engine.messages import Decode
+from hidream_grpc.engine.protocol.messages import Decode
 from hidream_grpc.engine.step_limit import StepLimit
 from hidream_grpc.model.parameters import GenerationParameters
 

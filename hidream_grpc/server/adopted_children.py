@@ -12,7 +12,7 @@ import ctypes
 import os
 
 from hidream_grpc.background import keep_doing
-from hidream_grpc.engine.process_looks import LOOK_SECONDS, zombie_children
+from hidream_grpc.engine.group.proc_stat import LOOK_SECONDS, zombie_children
 
 _PR_GET_CHILD_SUBREAPER = 37  # linux/prctl.h
 

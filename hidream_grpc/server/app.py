@@ -17,11 +17,11 @@ from grpc_reflection.v1alpha import reflection
 from hidream.v1 import image_gen_pb2_grpc
 from hidream_grpc.background import BackgroundTasks, reason_of
 from hidream_grpc.engine.controller import Controller
-from hidream_grpc.engine.listener import check_temporary_folder
+from hidream_grpc.engine.group.listener import check_temporary_folder
+from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.reports import StepReport
 from hidream_grpc.engine.requests import EngineState
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
-from hidream_grpc.engine.supervisor import RankGroup
 from hidream_grpc.errors import (
     ConfigurationError,
     HiDreamError,

@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterable
 
 from hidream.v1 import server_info_pb2
+from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.requests import EngineState
-from hidream_grpc.engine.supervisor import RankGroup
 from hidream_grpc.jobs.job import JobState, ModelIdentity
 from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
 from hidream_grpc.jobs.service import JobService

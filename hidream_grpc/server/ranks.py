@@ -8,7 +8,7 @@ from pathlib import Path
 from hidream_grpc.devices.base import CPU
 from hidream_grpc.devices.detect import DeviceSelection, detect, parse_devices, select_devices
 from hidream_grpc.devices.host_memory import host_memory
-from hidream_grpc.engine.group_config import GroupConfig, GroupTimeouts
+from hidream_grpc.engine.group.config import GroupConfig, GroupTimeouts
 from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.checkpoint import CheckpointDescription
 from hidream_grpc.model.memory_requirements import MemoryRequirements

@@ -12,7 +12,8 @@ import pytest_asyncio
 from diffusers import AutoencoderKL
 
 from hidream_grpc.engine.controller import Controller
-from hidream_grpc.engine.messages import Decode, DecodedImage, JobFault
+from hidream_grpc.engine.group.rank_group import RankGroup
+from hidream_grpc.engine.protocol.messages import Decode, DecodedImage, JobFault
 from hidream_grpc.engine.requests import (
     EngineEvent,
     EngineRequest,
@@ -21,7 +22,6 @@ from hidream_grpc.engine.requests import (
     StepFinished,
 )
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
-from hidream_grpc.engine.supervisor import RankGroup
 from hidream_grpc.model.demo import demo_checkpoint_path
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.vae import ImageDecoding

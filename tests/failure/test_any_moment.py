@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from hidream_grpc.engine.group_config import GroupTimeouts
-from hidream_grpc.engine.supervisor import RankGroup
+from hidream_grpc.engine.group.config import GroupTimeouts
+from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.errors import RankDiedError
 from tests.faulty_ranks import children_of_zygote, send, until_busy
 from tests.rank_groups import admission, draw, group_config, picture, plan, until

@@ -15,8 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from safetensors.numpy import load_file, save_file
 
 from hidream.v1 import job_pb2, server_info_pb2
-from hidream_grpc.engine.group_config import GroupTimeouts
-from hidream_grpc.engine.supervisor import RankGroup
+from hidream_grpc.engine.group.config import GroupTimeouts
+from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.errors import RankDiedError
 from hidream_grpc.model.demo import demo_checkpoint_path
 from hidream_grpc.model.fingerprint import fingerprint_of

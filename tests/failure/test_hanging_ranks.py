@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from hidream_grpc.engine.group_config import GroupTimeouts
-from hidream_grpc.engine.supervisor import RankGroup
+from hidream_grpc.engine.group.config import GroupTimeouts
+from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.errors import LossCause, RankDiedError
 from tests.faulty_ranks import LOOP, WAIT_FOR_EVER, children_of_zygote, faults, send, until_busy
 from tests.rank_groups import admission, draw, group_config, is_alive, picture, plan, until

@@ -11,8 +11,8 @@ import pytest
 import pytest_asyncio
 
 from hidream_grpc.devices.base import DeviceMemory
-from hidream_grpc.engine import supervisor
-from hidream_grpc.engine.supervisor import RankGroup
+from hidream_grpc.engine.group import rank_group
+from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.errors import InsufficientMemoryError, RankDiedError
 from hidream_grpc.model.parallel.layout import Layout
 from tests.checkpoints import write_promised, write_tiny_checkpoint
@@ -23,7 +23,7 @@ from tests.refused_starts import refused_line
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "DEVICE_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(rank_group, "DEVICE_PAUSE_SECONDS", 0.02)
 
 
 class Room:

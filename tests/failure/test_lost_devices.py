@@ -12,10 +12,10 @@ import pytest_asyncio
 
 from hidream_grpc.devices.base import CPU
 from hidream_grpc.devices.detect import select_devices
-from hidream_grpc.engine import supervisor
-from hidream_grpc.engine.group_config import GroupTimeouts
+from hidream_grpc.engine.group import rank_group
+from hidream_grpc.engine.group.config import GroupTimeouts
+from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.requests import EngineEvent, RequestRestarted, StepFinished
-from hidream_grpc.engine.supervisor import RankGroup
 from hidream_grpc.errors import DeviceFailedError, RankDiedError, RestartRequestedError, StartupError
 from hidream_grpc.model.parallel.layout import Layout
 from tests.faulty_ranks import Devices, faults, send
@@ -32,7 +32,7 @@ TIMEOUTS = GroupTimeouts(load_seconds=120.0, init_seconds=1.0)
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that is broken by a test needs no time to come back."""
-    monkeypatch.setattr(supervisor, "DEVICE_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(rank_group, "DEVICE_PAUSE_SECONDS", 0.02)
 
 
 @pytest.fixture

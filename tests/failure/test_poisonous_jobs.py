@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from hidream_grpc.engine.group_config import GroupConfig, GroupTimeouts
-from hidream_grpc.engine.messages import PlanDone, StepPlan
+from hidream_grpc.engine.group.config import GroupConfig, GroupTimeouts
+from hidream_grpc.engine.group.rank_group import RankGroup
+from hidream_grpc.engine.protocol.messages import PlanDone, StepPlan
 from hidream_grpc.engine.requests import RequestFailed, RequestFinished, RequestRestarted
-from hidream_grpc.engine.supervisor import RankGroup
 from hidream_grpc.errors import JobInternalError, OutOfDeviceMemoryError
 from tests.rank_engine import RankEngine, running_engine
 from tests.rank_groups import group_config, little_memory, no_memory_kept, picture

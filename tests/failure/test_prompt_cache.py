@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from hidream_grpc.engine.messages import PlanDone
-from hidream_grpc.engine.supervisor import RankGroup
+from hidream_grpc.engine.group.rank_group import RankGroup
+from hidream_grpc.engine.protocol.messages import PlanDone
 from hidream_grpc.model.parameters import GenerationParameters
 from tests.rank_groups import admission, draw, group_config, picture, plan
 

@@ -16,9 +16,9 @@ import pytest
 import pytest_asyncio
 
 from hidream_grpc.devices.base import StartMethod
-from hidream_grpc.engine.group_config import GroupTimeouts
-from hidream_grpc.engine.messages import Decode
-from hidream_grpc.engine.supervisor import RankGroup
+from hidream_grpc.engine.group.config import GroupTimeouts
+from hidream_grpc.engine.group.rank_group import RankGroup
+from hidream_grpc.engine.protocol.messages import Decode
 from hidream_grpc.errors import RankDiedError, StartupError
 from hidream_grpc.logs import LogConfig
 from tests.rank_groups import (

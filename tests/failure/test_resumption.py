@@ -13,14 +13,14 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from hidream_grpc.engine.group_config import GroupTimeouts
+from hidream_grpc.engine.group.config import GroupTimeouts
+from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.requests import (
     EngineEvent,
     RequestRestarted,
     SnapshotTaken,
     StepFinished,
 )
-from hidream_grpc.engine.supervisor import RankGroup
 from hidream_grpc.model.snapshot_format import PackedTensor, SnapshotIdentity, pack, unpack
 from tests.rank_engine import RankEngine, running_engine
 from tests.rank_groups import group_config, picture

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from hidream_grpc.devices.cpu import CpuDevice
-from hidream_grpc.engine.messages import JoinGroup, StepPlan
-from hidream_grpc.engine.process_group import join_group, leave_group
-from hidream_grpc.engine.processes import die_with_parent
-from hidream_grpc.engine.runner import Runner
-from hidream_grpc.engine.store_host import host_store
+from hidream_grpc.engine.protocol.messages import JoinGroup, StepPlan
+from hidream_grpc.engine.protocol.processes import die_with_parent
+from hidream_grpc.engine.rank.process_group import join_group, leave_group
+from hidream_grpc.engine.rank.runner import Runner
+from hidream_grpc.engine.zygote.store_host import host_store
 from hidream_grpc.model.conditioning import Conditioning
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout

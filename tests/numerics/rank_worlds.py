@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from hidream_grpc.devices.cpu import CpuDevice
-from hidream_grpc.engine.messages import JoinGroup
-from hidream_grpc.engine.process_group import join_group, leave_group
-from hidream_grpc.engine.processes import die_with_parent
-from hidream_grpc.engine.store_host import host_store
+from hidream_grpc.engine.protocol.messages import JoinGroup
+from hidream_grpc.engine.protocol.processes import die_with_parent
+from hidream_grpc.engine.rank.process_group import join_group, leave_group
+from hidream_grpc.engine.zygote.store_host import host_store
 from hidream_grpc.model.denoising import DenoisingState, StepBatch
 from hidream_grpc.model.parallel.groups import Axis, ParallelGroups
 from hidream_grpc.model.parallel.planner import parse_layout

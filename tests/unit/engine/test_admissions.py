@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 from hidream_grpc.engine.admissions import MAX_ADMITTED_SNAPSHOT_BYTES, Admissions
-from hidream_grpc.engine.messages import Admission, StepPlan
+from hidream_grpc.engine.protocol.messages import Admission, StepPlan
 from hidream_grpc.engine.requests import EngineRequest
-from hidream_grpc.engine.running import RunningRequest, Snapshot
+from hidream_grpc.engine.running_request import RunningRequest, Snapshot
 from hidream_grpc.model.parameters import GenerationParameters
 
 

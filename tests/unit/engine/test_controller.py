@@ -13,7 +13,8 @@ from typing import cast
 import pytest
 
 from hidream_grpc.engine.controller import Controller
-from hidream_grpc.engine.messages import (
+from hidream_grpc.engine.group.rank_group import RankGroup
+from hidream_grpc.engine.protocol.messages import (
     Decode,
     DecodedImage,
     JobFault,
@@ -33,7 +34,6 @@ from hidream_grpc.engine.requests import (
 )
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
 from hidream_grpc.engine.step_limit import MIN_WAIT_STEPS
-from hidream_grpc.engine.supervisor import RankGroup
 from hidream_grpc.errors import (
     JobError,
     JobInternalError,

@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hidream_grpc.engine.messages import Decode
+from hidream_grpc.engine.protocol.messages import Decode
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
 from hidream_grpc.engine.step_limit import MAX_WAIT_STEPS, MIN_WAIT_STEPS
 from hidream_grpc.model.parameters import GenerationParameters

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from statistics import median
 
-from hidream_grpc.engine.messages import Decode
+from hidream_grpc.engine.protocol.messages import Decode
 from hidream_grpc.engine.reports import StepReport
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
 from hidream_grpc.jobs.durations import MeasuredDurations

@@ -10,7 +10,7 @@ import pytest
 # Starts children of its own that end with 7, and orphans; all zombies must go, and no status be stolen.
 SCRIPT = """
 import asyncio, contextlib, ctypes, os, sys
-from hidream_grpc.engine.process_looks import zombie_children
+from hidream_grpc.engine.group.proc_stat import zombie_children
 from hidream_grpc.server import adopted_children
 
 if sys.argv[1] == "subreaper":

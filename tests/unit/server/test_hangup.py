@@ -8,8 +8,8 @@ from typing import cast
 
 import pytest
 
+from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
-from hidream_grpc.engine.supervisor import RankGroup
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.server.app import take_all_devices

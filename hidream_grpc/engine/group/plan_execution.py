@@ -1,0 +1,102 @@
+"""One plan on all ranks, and who is to blame when it does not come to its end. Torch-free."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from hidream_grpc.background import keep_doing
+from hidream_grpc.engine.group.hang_detection import PlanWatch
+from hidream_grpc.engine.group.proc_stat import LOOK_SECONDS
+from hidream_grpc.engine.group.rank_link import RankLink
+from hidream_grpc.engine.protocol.messages import PlanDone, StepPlan
+from hidream_grpc.errors import LossCause, RankDiedError
+
+DEATH_NOTICE_SECONDS = 1.0
+"""A survivor may report the broken group before the news of the death that broke it is here."""
+
+BLAME = (LossCause.OUT_OF_MEMORY, LossCause.FAULT, LossCause.OUTSIDE)
+"""Of several ranks that left: which one tells why, the first of these."""
+
+
+async def run_plan(
+    ranks: Sequence[RankLink], plan: StepPlan, watch: PlanWatch, loss: asyncio.Event
+) -> tuple[PlanDone, ...]:
+    """Have all ranks do a plan, and kill those that hang.
+
+    Args:
+        ranks: of the group.
+        plan: to do.
+        watch: of this plan.
+        loss: is set when a process of the group is gone.
+
+    Returns:
+        Their answers, in the order of `ranks`.
+
+    Raises:
+        RankDiedError: a rank is gone, or left the group; the one to blame among those that said so.
+    """
+    running = {rank: asyncio.create_task(rank.run(plan)) for rank in ranks}
+    watching = asyncio.create_task(watch_ranks(running, watch))
+    try:
+        await asyncio.wait(running.values(), return_when=asyncio.FIRST_EXCEPTION)
+        failures = _failures(running)
+        if not failures:
+            return tuple(task.result() for task in running.values())
+        await _wait_for_blame(running, loss)
+    finally:
+        for task in (watching, *running.values()):
+            task.cancel()
+    raise min(_failures(running), key=lambda failure: BLAME.index(failure.cause))
+
+
+async def notice(loss: asyncio.Event) -> None:
+    """Wait a moment for the news of a death that may be under way."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DEATH_NOTICE_SECONDS):
+            await loss.wait()
+
+
+async def watch_ranks(running: Mapping[RankLink, asyncio.Future[Any]], watch: PlanWatch) -> NoReturn:
+    """Look at the ranks that have not answered, and kill those that hang, until this task is cancelled."""
+    looked_at = time.monotonic()
+
+    async def look() -> None:
+        nonlocal looked_at
+        now = time.monotonic()
+        # Who was frozen together with the ranks, or starved, must not take that time for theirs.
+        elapsed_seconds, looked_at = min(now - looked_at, 2 * LOOK_SECONDS), now
+        unanswered = {rank.rank: rank for rank, task in running.items() if not task.done()}
+        looks = {number: look for number, rank in unanswered.items() if (look := rank.look())}
+        hanging = watch.look(looks, elapsed_seconds)
+        await asyncio.gather(*(unanswered[rank].condemn(f"hung: {why}") for rank, why in hanging.items()))
+
+    # Most plans end before the first look.
+    await asyncio.sleep(LOOK_SECONDS)
+    await keep_doing("look for ranks that hang", look, lambda: asyncio.sleep(LOOK_SECONDS))
+
+
+async def _wait_for_blame(running: Mapping[RankLink, asyncio.Task[PlanDone]], loss: asyncio.Event) -> None:
+    """Who only noticed that the group broke may say so before it is known who broke it."""
+    noticed = asyncio.create_task(notice(loss))
+    answers = asyncio.create_task(asyncio.wait(running.values()))
+    try:
+        await asyncio.wait((noticed, answers), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        noticed.cancel()
+        answers.cancel()
+
+
+def _failures(running: Mapping[RankLink, asyncio.Task[PlanDone]]) -> list[RankDiedError]:
+    """The losses among tasks; raises what is no loss."""
+    failures = []
+    for task in running.values():
+        error = task.exception() if task.done() and not task.cancelled() else None
+        if isinstance(error, RankDiedError):
+            failures.append(error)
+        elif error is not None:
+            raise error
+    return failures

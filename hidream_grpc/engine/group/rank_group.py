@@ -1,0 +1,300 @@
+"""Keeps a group of ranks alive: starts it, hands it plans, replaces who died, ends it. Torch-free.
+
+    start ─→ generation 1 ─ execute ─ execute ─ … ─→ RankDiedError ─→ recover ─→ generation 2 ─ …
+
+A generation is one torch.distributed group. When a rank dies only its process is started again;
+the survivors keep their weights and join the next generation together with the new one. When a device
+does not come back, the group goes on with the others, in a smaller layout if it must.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+from hidream_grpc.engine.group.config import GroupConfig
+from hidream_grpc.engine.group.hang_detection import PlanWatch
+from hidream_grpc.engine.group.placement import GroupPlacement, Placement
+from hidream_grpc.engine.group.plan_execution import notice, run_plan
+from hidream_grpc.engine.group.plan_timeouts import PlanLimits
+from hidream_grpc.engine.group.rank_processes import CannotJoinError, RankProcesses
+from hidream_grpc.engine.protocol.messages import Loaded, PlanDone, StepPlan
+from hidream_grpc.errors import (
+    DeviceFailedError,
+    InsufficientMemoryError,
+    RankDiedError,
+    RestartRequestedError,
+    StartupError,
+)
+from hidream_grpc.model.parallel.layout import Layout
+
+logger = logging.getLogger(__name__)
+
+MAX_RECOVERY_TRIES = 5
+DEVICE_PAUSE_SECONDS = 0.5
+"""Between two tries to open a device: its driver may still be cleaning up after the process before."""
+
+SNAPSHOT_SECONDS = 30.0
+"""A rank copies a few megabytes from its device in milliseconds; one that takes this long is passed over."""
+
+
+async def _keep_nothing() -> None:
+    """Where nobody has a request that goes on."""
+
+
+class RankGroup:
+    """N ranks, their zygote and their store, as one thing that works or is lost.
+
+    Its methods belong to the main thread's event loop, and but for `wait_for_loss` and
+    `ask_for_full_layout` one is called at a time. After a RankDiedError call `recover`; `stop` may be called
+    at any time, and more than once.
+
+    Attributes:
+        num_restarts: rank processes that were started in place of another one.
+    """
+
+    def __init__(self, config: GroupConfig) -> None:
+        self.num_restarts = 0
+        self._config = config
+        self._placement = GroupPlacement(config.devices, config.layout, config.smaller_layouts)
+        self._limits = PlanLimits(config.timeouts.min_plan_seconds, config.timeouts.collective_seconds)
+        self._processes = RankProcesses(config)
+        self._full_layout_wanted = False
+
+    @property
+    def placement(self) -> Placement:
+        """The layout of the ranks and their devices, now."""
+        return self._placement.now
+
+    @property
+    def checkpoint_fingerprint(self) -> str:
+        """Of the checkpoint that every rank loads, or is refused."""
+        return self._config.checkpoint_fingerprint
+
+    @property
+    def full_layout(self) -> Layout:
+        """That was asked for."""
+        return self._placement.full_layout
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the group, dead ones included."""
+        return self.placement.layout.world_size
+
+    @property
+    def generation(self) -> int:
+        """Number of the current torch.distributed group; 0 before `start`."""
+        return self._processes.generation
+
+    @property
+    def loaded(self) -> tuple[Loaded, ...]:
+        """What each rank reported about its model and device, in rank order."""
+        return tuple(rank.loaded for rank in self._processes.ranks if rank.loaded is not None)
+
+    @property
+    def rank_pids(self) -> tuple[int, ...]:
+        """Process ids in rank order."""
+        return tuple(rank.child.pid for rank in self._processes.ranks)
+
+    @property
+    def zygote_pid(self) -> int | None:
+        """Process id of the ranks' parent; None before `start`."""
+        zygote = self._processes.zygote
+        return zygote.pid if zygote else None
+
+    @property
+    def store_pid(self) -> int | None:
+        """Process id of the TCPStore's host; None before `start`."""
+        store = self._processes.store
+        return store.pid if store else None
+
+    async def start(self) -> None:
+        """Start everything and join generation 1. Nothing is left when it fails.
+
+        Raises:
+            StartupError: the ranks cannot load, or the zygote cannot import.
+            RankDiedError: ranks kept dying.
+        """
+        try:
+            await self._processes.listen()
+            await self._bring_up(_keep_nothing)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def execute(self, plan: StepPlan) -> tuple[PlanDone, ...]:
+        """Have all ranks do their share of a plan.
+
+        Returns:
+            Their answers, in rank order.
+
+        Raises:
+            RankDiedError: a rank died, hung or left the group; `recover` before the next plan.
+        """
+        if self._processes.loss.is_set():
+            raise self._loss_error()
+        started = time.monotonic()
+        watch = PlanWatch(self._limits.start(plan), self._config.threads_per_rank)
+        try:
+            answers = await run_plan(self._processes.ranks, plan, watch, self._processes.loss)
+        except RankDiedError as failure:
+            raise self._processes.find_loss() or failure from None
+        self._limits.done(answers, time.monotonic() - started)
+        return answers
+
+    async def snapshot_of(self, claim_id: str, step: int) -> bytes | None:
+        """A request as it was after a step, from the lowest rank that has it so; None when none does.
+
+        After `recover` the ranks that kept their processes have the requests of the plan that was lost, as
+        they were before and after it, until the next plan.
+
+        Raises:
+            RankDiedError: a rank died; `recover` before the next plan.
+        """
+        for rank in self._processes.ranks:
+            try:
+                async with asyncio.timeout(SNAPSHOT_SECONDS):
+                    if data := await rank.snapshot_of(claim_id, step):
+                        return data
+            except TimeoutError:
+                logger.warning("rank %d gives no snapshot within %g s", rank.rank, SNAPSHOT_SECONDS)
+        return None
+
+    async def wait_for_loss(self) -> RankDiedError:
+        """Wait until a process of the group dies; returns at once while one is dead."""
+        await self._processes.loss.wait()
+        return self._loss_error()
+
+    def ask_for_full_layout(self) -> bool:
+        """Take all devices for working again, from the next plan on.
+
+        `execute` and `wait_for_loss` then end in RestartRequestedError, and `recover` goes back.
+
+        Returns:
+            Whether there is anything to go back to.
+        """
+        if self._placement.is_full:
+            return False
+        self._full_layout_wanted = True
+        self._processes.loss.set()
+        return True
+
+    async def recover(self, keep_snapshots: Callable[[], Awaitable[None]] = _keep_nothing) -> tuple[int, ...]:
+        """Replace who died and join the next generation; no rank remembers a request then.
+
+        Args:
+            keep_snapshots: called when survivors must go, for a layout of other ranks: the last moment for
+                `snapshot_of`.
+
+        Returns:
+            The ranks whose processes are new.
+
+        Raises:
+            RankDiedError: the group did not come back. Calling again tries again.
+        """
+        before = set(self.rank_pids)
+        try:
+            await self._bring_up(keep_snapshots)
+        except (StartupError, OSError) as error:
+            # OSError: the system has no process, memory or file descriptor to give just now.
+            there = {rank.rank for rank in self._processes.ranks}
+            raise RankDiedError(tuple(set(range(self.world_size)) - there), str(error)) from error
+        replaced = tuple(rank for rank, pid in enumerate(self.rank_pids) if pid not in before)
+        self.num_restarts += len(replaced)
+        return replaced
+
+    async def stop(self) -> None:
+        """Tell the ranks to leave, kill those that do not, and wait until no process is left."""
+        await self._processes.stop()
+
+    # --- from a lost group, or none, to one that works ----------------------------------------------
+
+    async def _bring_up(self, keep_snapshots: Callable[[], Awaitable[None]]) -> None:
+        """Have a group on as many devices as work."""
+        if self._full_layout_wanted:
+            await self._end_ranks(keep_snapshots)
+            self._placement.reset()
+        self._full_layout_wanted = False
+        why = ""
+        while True:
+            try:
+                await self._bring_up_here()
+            except DeviceFailedError as failure:
+                await self._end_ranks(keep_snapshots)
+                if not self._placement.without(failure.ranks):
+                    raise
+                why = failure.reason
+            except InsufficientMemoryError as failure:
+                # Where no device was lost, a rank of a smaller layout would need more than these do.
+                if not why:
+                    raise
+                await self._end_ranks(keep_snapshots)
+                if not self._placement.smaller():
+                    raise InsufficientMemoryError(f"{why}; without it, {failure}") from None
+                logger.error("layout passed over: %s", failure)
+                continue
+            except CannotJoinError as failure:
+                await self._end_ranks(keep_snapshots)
+                if not self._placement.smaller():
+                    raise
+                why = failure.reason
+            else:
+                break
+            idle = ", ".join(str(device) for device in self.placement.devices.idle_devices)
+            logger.error("layout %s from now on, without devices %s: %s", self.placement.layout, idle, why)
+        if self._full_layout_wanted:
+            self._processes.loss.set()
+
+    async def _end_ranks(self, keep_snapshots: Callable[[], Awaitable[None]]) -> None:
+        """End those that are there: their weights are of another layout."""
+        if self._processes.ranks:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SNAPSHOT_SECONDS):
+                    await keep_snapshots()
+        await self._processes.end_ranks()
+
+    async def _bring_up_here(self) -> None:
+        """Start what is missing and join a new generation, again and again when ranks fail meanwhile."""
+        loss = self._processes.loss
+        were_lost = False
+        for tries_left in reversed(range(MAX_RECOVERY_TRIES)):
+            try:
+                await self._processes.start_missing(self.placement)
+                await self._processes.join_next_generation(self._limits.longest_seconds)
+            except DeviceFailedError as error:
+                if tries_left == 0 or error.took_too_long:
+                    raise
+                logger.warning("trying again: %s", error)
+                await asyncio.sleep(DEVICE_PAUSE_SECONDS)
+            except InsufficientMemoryError as error:
+                # What a killed process held may not be free yet: of this server, or of the one before.
+                if tries_left == 0 or (self.generation == 0 and not error.fits_total):
+                    raise
+                logger.warning("trying again: %s", error)
+                await asyncio.sleep(DEVICE_PAUSE_SECONDS)
+            except CannotJoinError as error:
+                await notice(loss)
+                were_lost = were_lost or loss.is_set()
+                if tries_left == 0:
+                    raise RankDiedError(error.ranks, error.reason) if were_lost else error from None
+                logger.warning("joining again: %s", error)
+            except RankDiedError as error:
+                were_lost = True
+                if tries_left == 0:
+                    raise
+                logger.warning("starting again what died: %s", error)
+            else:
+                break
+        self._limits.next_generation()
+        logger.info(
+            "%d ranks joined generation %d, layout %s",
+            *(self.world_size, self.generation, self.placement.layout),
+        )
+
+    def _loss_error(self) -> RankDiedError:
+        if (loss := self._processes.find_loss()) is not None:
+            return loss
+        return RestartRequestedError() if self._full_layout_wanted else RankDiedError((), "lost")

@@ -1,0 +1,72 @@
+"""The torch.distributed group of one generation: joining it, leaving it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import (  # type: ignore[attr-defined]
+    PrefixStore,
+    TCPStore,
+    distributed_c10d,
+)
+
+from hidream_grpc.engine.protocol.messages import JoinGroup
+from hidream_grpc.model.parallel.groups import ParallelGroups, collective
+
+STORE_HOST = "127.0.0.1"
+
+
+def join_group(
+    command: JoinGroup, groups: ParallelGroups, rank: int, backend: str, device: torch.device
+) -> None:
+    """Become a member of a new generation's group and of its axes; blocks until every rank is.
+
+    Call only after `leave_group`.
+
+    Raises:
+        CollectiveError: not every rank came in time, or one of them died meanwhile.
+    """
+    with collective("joining"), _waiting(groups):
+        init_timeout = timedelta(seconds=command.init_timeout_seconds)
+        store = TCPStore(
+            STORE_HOST, command.store_port, is_master=False, timeout=init_timeout, wait_for_workers=False
+        )
+        # A death during the init makes the others wait several times this timeout: it is short here.
+        dist.init_process_group(
+            backend,
+            store=PrefixStore(f"g{command.generation}", store),
+            rank=rank,
+            world_size=command.world_size,
+            timeout=init_timeout,
+        )
+        # Some backends connect with the first collective only.
+        dist.all_reduce(torch.ones(1, device=device))
+        collective_timeout = timedelta(seconds=command.collective_timeout_seconds)
+        distributed_c10d._set_pg_timeout(collective_timeout)
+    with _waiting(groups):
+        groups.connect(init_timeout, collective_timeout)
+
+
+@contextmanager
+def _waiting(groups: ParallelGroups) -> Iterator[None]:
+    groups.on_wait(True)
+    try:
+        yield
+    finally:
+        groups.on_wait(False)
+
+
+def leave_group(groups: ParallelGroups) -> None:
+    """Leave the group and its axes, whole or broken; nothing happens where there is none.
+
+    Never call this inside an `except` block: the traceback's frames hold references.
+    """
+    groups.disconnect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # An init that failed leaves it raised, and this rank would look for the next group by another name.
+    distributed_c10d._world.group_count = 0

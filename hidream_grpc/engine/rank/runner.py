@@ -1,0 +1,265 @@
+"""One round of work on one rank: what a `StepPlan` says, in its order.
+
+Every rank holds the state of every request and computes the same updates of it; only the forward of
+the transformer is divided. So all ranks must agree at all times about which requests exist: an
+admission counts only when it succeeded on every rank, and a request goes only when the plan says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from hidream_grpc.devices.base import Device
+from hidream_grpc.engine.protocol.messages import (
+    Admission,
+    Decode,
+    DecodedImage,
+    JobFault,
+    PlanDone,
+    Preview,
+    StepPlan,
+    StepSnapshot,
+)
+from hidream_grpc.engine.rank.decoding import RunningDecode
+from hidream_grpc.errors import JobInternalError, NonFiniteError, OutOfDeviceMemoryError, SnapshotError
+from hidream_grpc.model.denoising import DenoisingState, StepBatch, have_finite_latents
+from hidream_grpc.model.parallel.groups import Axis
+from hidream_grpc.model.pipeline import HiDreamModel
+from hidream_grpc.model.prompt_encoding import EncodedPrompts
+from hidream_grpc.model.snapshots import Snapshot
+
+logger = logging.getLogger(__name__)
+
+PREVIEW_RANK = 0
+SNAPSHOT_RANK = 0
+
+
+@dataclass(slots=True)
+class _RunningJob:
+    admission: Admission
+    state: DenoisingState
+    # Before its latest step, which counts only once every rank has done it.
+    before: Snapshot | None = None
+
+    def after_step(self, step: int) -> Snapshot | None:
+        """The job as it was then, as far back as it is known."""
+        # First, since a step that failed half-way left the state between two steps.
+        if self.before is not None and self.before.step == step:
+            return self.before
+        return Snapshot.of(self.state) if self.state.step == step else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    encode_seconds: float = 0.0
+    num_prompt_cache_hits: int = 0
+    num_prompt_cache_misses: int = 0
+
+
+class Runner:
+    """Runs the plans of one generation; starts with no request.
+
+    Args:
+        model: on `device`, this rank's share.
+        device: of this rank.
+        world: all ranks of this generation's group, which this process has joined.
+    """
+
+    def __init__(self, model: HiDreamModel, device: Device, world: Axis) -> None:
+        self._model = model
+        self._device = device
+        self._world = world
+        self._jobs: dict[str, _RunningJob] = {}
+        self._decoding: RunningDecode | None = None
+
+    def run(self, plan: StepPlan) -> PlanDone:
+        """Do this rank's share of a plan.
+
+        Returns:
+            What this rank made and how long it took; a job that failed on its own is among `faults`.
+
+        Raises:
+            CollectiveError: a rank is gone.
+            Exception: what the jobs share failed here; this rank must leave the group, since the
+                others wait for it.
+        """
+        faults: list[JobFault] = []
+        self._release(plan.releases)
+        admitted = self._admit(plan.admissions, faults)
+        # Only they may be missing: refused in this very plan.
+        refused = {admission.claim_id for admission in plan.admissions} - self._jobs.keys()
+        stepped = [self._jobs[claim_id] for claim_id in plan.step_claims if claim_id not in refused]
+        step_seconds = self._denoise_step(stepped, faults)
+        failed = {fault.claim_id for fault in faults}
+        stepped = [job for job in stepped if job.admission.claim_id not in failed]
+        return PlanDone(
+            plan_id=plan.plan_id,
+            encode_seconds=admitted.encode_seconds,
+            step_seconds=step_seconds,
+            num_prompt_cache_hits=admitted.num_prompt_cache_hits,
+            num_prompt_cache_misses=admitted.num_prompt_cache_misses,
+            previews=tuple(self._make_previews(stepped, faults)),
+            snapshot=next(self._take_snapshot(plan, stepped, faults), None),
+            images=self._decode(plan, refused, faults),
+            faults=tuple(faults),
+        )
+
+    def give_up(self) -> None:
+        """The group is lost: no plan will come any more, only `snapshot`."""
+        self._decoding = None
+
+    def snapshot(self, claim_id: str, step: int) -> bytes:
+        """A request as it was after a step; empty where it is not known, or cannot be had any more."""
+        if (job := self._jobs.get(claim_id)) is None:
+            return b""
+        try:
+            snapshot = job.after_step(step)
+            return self._model.pack_snapshot(snapshot, job.admission.parameters) if snapshot else b""
+        except Exception:
+            # The device may have failed with the plan: another rank, or an older snapshot, will do.
+            logger.exception("cannot give a snapshot", extra={"job_id": job.admission.job_id})
+            return b""
+
+    def _release(self, claim_ids: Sequence[str]) -> None:
+        """Forget requests, and the image of one of them that this rank may be at."""
+        for claim_id in claim_ids:
+            self._jobs.pop(claim_id, None)
+        if self._decoding is not None and self._decoding.admission.claim_id in claim_ids:
+            self._decoding = None
+
+    def _admit(self, admissions: Sequence[Admission], faults: list[JobFault]) -> _Admitted:
+        """Start requests: all ranks encode the prompts of all of them together, then begin each."""
+        if not admissions:
+            return _Admitted()
+        started = time.monotonic()
+        encoded = self._model.encode([prompt for a in admissions for prompt in a.parameters.prompts])
+        for admission in admissions:
+            logger.debug("starting", extra={"job_id": admission.job_id, "request_id": admission.request_id})
+            with self._own_work_of(admission, faults):
+                # What fails on another rank is that rank's to report.
+                if encoded.has_all_of(admission.parameters.prompts):
+                    state = self._begin(admission, encoded)
+                    self._jobs[admission.claim_id] = _RunningJob(admission, state)
+        self._device.synchronize()
+        encode_seconds = time.monotonic() - started
+        succeeded_here = [admission.claim_id in self._jobs for admission in admissions]
+        succeeded = self._world.all_true(succeeded_here, self._device.torch_device)
+        for admission, is_admitted in zip(admissions, succeeded, strict=True):
+            if not is_admitted:
+                self._jobs.pop(admission.claim_id, None)
+        return _Admitted(encode_seconds, encoded.num_cache_hits, encoded.num_cache_misses)
+
+    def _begin(self, admission: Admission, encoded: EncodedPrompts) -> DenoisingState:
+        if admission.snapshot:
+            return self._model.restore(admission.parameters, admission.snapshot, encoded)
+        return self._model.begin(admission.parameters, encoded)
+
+    def _denoise_step(self, jobs: Sequence[_RunningJob], faults: list[JobFault]) -> float:
+        """One denoising step of all these requests; returns its seconds, the exchange included.
+
+        One whose latents are not finite is at fault, before anything is made of them.
+        """
+        if not jobs:
+            return 0.0
+        started = time.monotonic()
+        for job in jobs:
+            job.before = Snapshot.of(job.state)
+        states = [job.state for job in jobs]
+        batch = StepBatch.collect(states)
+        self._model.advance(states, batch, self._model.predict(batch))
+        are_finite = have_finite_latents(states)
+        self._device.synchronize()
+        step_seconds = time.monotonic() - started
+        for job, is_finite in zip(jobs, are_finite, strict=True):
+            if not is_finite:
+                faults.append(self._not_finite(job.admission, "its latents are not finite"))
+        return step_seconds
+
+    def _make_previews(self, jobs: Sequence[_RunningJob], faults: list[JobFault]) -> Iterator[Preview]:
+        if self._world.index != PREVIEW_RANK:
+            return
+        for job in jobs:
+            if job.admission.parameters.with_previews:
+                with self._own_work_of(job.admission, faults):
+                    yield Preview(claim_id=job.admission.claim_id, data=self._model.preview(job.state))
+
+    def _take_snapshot(
+        self, plan: StepPlan, jobs: Sequence[_RunningJob], faults: list[JobFault]
+    ) -> Iterator[StepSnapshot]:
+        job = next((job for job in jobs if job.admission.claim_id == plan.snapshot_claim), None)
+        if job is None or self._world.index != SNAPSHOT_RANK:
+            return
+        started = time.monotonic()
+        with self._own_work_of(job.admission, faults):
+            yield StepSnapshot(
+                claim_id=job.admission.claim_id,
+                step=job.state.step,
+                data=self._model.pack_snapshot(Snapshot.of(job.state), job.admission.parameters),
+                snapshot_seconds=time.monotonic() - started,
+            )
+
+    def _decode(self, plan: StepPlan, refused: set[str], faults: list[JobFault]) -> tuple[DecodedImage, ...]:
+        """Go on with the image that this rank decodes, as far as the plan's budget goes."""
+        for decode in plan.decodes:
+            if decode.rank == self._world.index and decode.claim_id not in refused:
+                self._start_decoding(decode, faults)
+        current, self._decoding = self._decoding, None
+        if current is None:
+            return ()
+        with self._own_work_of(current.admission, faults):
+            image = current.advance(plan.decode_budget_seconds, waits_for_file=not plan.step_claims)
+            if image is not None:
+                return (image,)
+            self._decoding = current
+        return ()
+
+    def _start_decoding(self, decode: Decode, faults: list[JobFault]) -> None:
+        if self._decoding is not None:
+            raise ValueError("a rank decodes one image at a time")
+        job = self._jobs[decode.claim_id]
+        with self._own_work_of(job.admission, faults):
+            decoding = self._model.start_decoding(job.state, decode.image_index)
+            self._decoding = RunningDecode(job.admission, decode.image_index, decoding, self._device)
+
+    @contextmanager
+    def _own_work_of(self, admission: Admission, faults: list[JobFault]) -> Iterator[None]:
+        """What fails inside is the fault of this job alone; the group goes on."""
+        try:
+            yield
+        except SnapshotError as error:
+            faults.append(
+                JobFault(
+                    claim_id=admission.claim_id, kind=SnapshotError.__name__, error_id="", reason=str(error)
+                )
+            )
+        except NonFiniteError as error:
+            faults.append(self._not_finite(admission, str(error)))
+        except Exception as error:
+            error_id = JobInternalError.new().error_id
+            is_out_of_memory = self._device.is_out_of_memory(error)
+            logger.exception(
+                "job failed",
+                extra={
+                    "job_id": admission.job_id,
+                    "request_id": admission.request_id,
+                    "error_id": error_id,
+                },
+            )
+            kind = OutOfDeviceMemoryError if is_out_of_memory else JobInternalError
+            faults.append(JobFault(claim_id=admission.claim_id, kind=kind.__name__, error_id=error_id))
+
+    def _not_finite(self, admission: Admission, what: str) -> JobFault:
+        """Every rank that sees it says the same: the controller logs it once."""
+        job = self._jobs.get(admission.claim_id)
+        step, parameters = job.state.step if job else 0, admission.parameters
+        where = f"step {step} of {parameters.num_inference_steps}, seed {parameters.seed}"
+        return JobFault(
+            claim_id=admission.claim_id,
+            kind=NonFiniteError.__name__,
+            error_id="",
+            reason=f"{what} ({where})",
+        )

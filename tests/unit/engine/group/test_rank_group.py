@@ -1,0 +1,62 @@
+"""How often a group that cannot start is tried again; its processes are played."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from hidream_grpc.engine.group import rank_group
+from hidream_grpc.engine.group.rank_group import MAX_RECOVERY_TRIES, RankGroup
+from hidream_grpc.errors import InsufficientMemoryError
+from tests.rank_groups import group_config
+
+
+class PlayedProcesses:
+    """Ranks that find no memory the first times that they start."""
+
+    def __init__(self, num_refusals: int, *, fits_total: bool) -> None:
+        self.num_starts = 0
+        self.generation = 0
+        self.ranks = ()
+        self.loss = asyncio.Event()
+        self._num_refusals = num_refusals
+        self._fits_total = fits_total
+
+    async def listen(self) -> None:
+        pass
+
+    async def start_missing(self, _placement: object) -> None:
+        self.num_starts += 1
+        if self.num_starts <= self._num_refusals:
+            raise InsufficientMemoryError("dp=2 needs too much", fits_total=self._fits_total)
+
+    async def join_next_generation(self, _limit_seconds: float) -> None:
+        self.generation += 1
+
+    async def stop(self) -> None:
+        pass
+
+
+def group_of(processes: PlayedProcesses, monkeypatch: pytest.MonkeyPatch) -> RankGroup:
+    monkeypatch.setattr(rank_group, "DEVICE_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(rank_group, "RankProcesses", lambda _config: processes)
+    return RankGroup(group_config(2))
+
+
+async def test_the_first_start_waits_for_memory_that_a_killed_server_has_not_given_back_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    processes = PlayedProcesses(2, fits_total=True)
+    await group_of(processes, monkeypatch).start()
+    assert (processes.num_starts, processes.generation) == (3, 1)
+
+
+@pytest.mark.parametrize(("fits_total", "num_starts"), [(True, MAX_RECOVERY_TRIES), (False, 1)])
+async def test_the_first_start_ends_where_the_memory_does_not_come_or_would_never_do(
+    fits_total: bool, num_starts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes = PlayedProcesses(9, fits_total=fits_total)
+    with pytest.raises(InsufficientMemoryError, match="dp=2 needs too much"):
+        await group_of(processes, monkeypatch).start()
+    assert processes.num_starts == num_starts
