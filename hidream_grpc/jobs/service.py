@@ -12,27 +12,27 @@ from functools import partial
 from hidream_grpc.background import keep_doing
 from hidream_grpc.engine.requests import EngineState
 from hidream_grpc.errors import HiDreamError, NotServingError, RequestError, StoreUnavailableError
-from hidream_grpc.jobs.callers import AttachedCallers
-from hidream_grpc.jobs.calls import RunningCalls
+from hidream_grpc.jobs.artifacts.image_reader import ImageReader
+from hidream_grpc.jobs.artifacts.orphans import OrphanedFiles
 from hidream_grpc.jobs.counts import JobCounts
-from hidream_grpc.jobs.events import JobEvent, Queued
-from hidream_grpc.jobs.executor import ClaimLimits, Engine, JobExecutor
-from hidream_grpc.jobs.feeds import JobFeeds
-from hidream_grpc.jobs.housekeeping import Housekeeping
-from hidream_grpc.jobs.image_reader import ImageReader
+from hidream_grpc.jobs.execution.executor import ClaimLimits, Engine, JobExecutor
+from hidream_grpc.jobs.execution.running_job import JobTools
 from hidream_grpc.jobs.intake import JobIntake
 from hidream_grpc.jobs.job import CancelReason, Job, JobState, Submission, claim_sequence
 from hidream_grpc.jobs.limits import RequestLimits
-from hidream_grpc.jobs.membership import LiveModel, Membership
-from hidream_grpc.jobs.mirror import StoreMirror
-from hidream_grpc.jobs.orphans import OrphanedFiles
-from hidream_grpc.jobs.positions import QueuePositions
-from hidream_grpc.jobs.removal import remove_job
-from hidream_grpc.jobs.retention import Retention, RetentionLimits, RetentionReport
-from hidream_grpc.jobs.running_job import JobTools
-from hidream_grpc.jobs.state_changes import JobChange, StateChanges
+from hidream_grpc.jobs.replicas.attached_callers import AttachedCallers
+from hidream_grpc.jobs.replicas.membership import LiveModel, Membership
+from hidream_grpc.jobs.replicas.store_follower import StoreMirror
+from hidream_grpc.jobs.retention.housekeeping import Housekeeping
+from hidream_grpc.jobs.retention.removal import remove_job
+from hidream_grpc.jobs.retention.retention import Retention, RetentionLimits, RetentionReport
 from hidream_grpc.jobs.store.records import AttachedCall, Page
 from hidream_grpc.jobs.store_probe import StoreProbe
+from hidream_grpc.jobs.uninterrupted import RunningCalls
+from hidream_grpc.jobs.watching.events import JobEvent, Queued
+from hidream_grpc.jobs.watching.feeds import JobFeeds
+from hidream_grpc.jobs.watching.queue_positions import QueuePositions
+from hidream_grpc.jobs.watching.state_changes import JobChange, StateChanges
 
 logger = logging.getLogger(__name__)
 

@@ -32,15 +32,15 @@ from hidream_grpc.errors import (
     StoreUnusableError,
     StoreVersionError,
 )
-from hidream_grpc.jobs.artifacts import ArtifactStore
-from hidream_grpc.jobs.estimates import EngineCapacity
+from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
+from hidream_grpc.jobs.estimates.estimator import Outlook
+from hidream_grpc.jobs.estimates.simulation import EngineCapacity
+from hidream_grpc.jobs.execution.running_job import JobTools
 from hidream_grpc.jobs.folders import make_writable
 from hidream_grpc.jobs.job import Execution, ModelIdentity
-from hidream_grpc.jobs.membership import LiveModel
-from hidream_grpc.jobs.outlook import Outlook
-from hidream_grpc.jobs.replicas import ProgressTeller
-from hidream_grpc.jobs.retention import RetentionLimits
-from hidream_grpc.jobs.running_job import JobTools
+from hidream_grpc.jobs.replicas.membership import LiveModel
+from hidream_grpc.jobs.replicas.messages import ProgressTeller
+from hidream_grpc.jobs.retention.retention import RetentionLimits
 from hidream_grpc.jobs.service import JobService, StorePolicy
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.jobs.store.url import STORE_FLAG

@@ -5,8 +5,8 @@ from __future__ import annotations
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from hidream.v1 import image_pb2, job_pb2
-from hidream_grpc.jobs import events
 from hidream_grpc.jobs.job import Execution, Job, Priority, Progress, StoredImage, Timings
+from hidream_grpc.jobs.watching import events
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 from hidream_grpc.server.status import to_status
 

@@ -12,11 +12,11 @@ import grpc.aio
 from google.protobuf import empty_pb2
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, image_pb2, job_pb2, server_info_pb2
-from hidream_grpc.jobs.events import Cancelled, Failed, ImagePart, JobEvent
-from hidream_grpc.jobs.image_reader import ImageReader
+from hidream_grpc.jobs.artifacts.image_reader import ImageReader
 from hidream_grpc.jobs.job import CancelReason, Job
 from hidream_grpc.jobs.limits import RequestLimits
 from hidream_grpc.jobs.service import JobService
+from hidream_grpc.jobs.watching.events import Cancelled, Failed, ImagePart, JobEvent
 from hidream_grpc.server import convert
 from hidream_grpc.server.call import current_call
 from hidream_grpc.server.checks import RequestChecks

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from hidream_grpc.engine.reports import PromptReport, StepReport
 from hidream_grpc.errors import AddressInUseError, ConfigurationError
-from hidream_grpc.jobs.retention import RemovalReason, RetentionReport
+from hidream_grpc.jobs.retention.retention import RemovalReason, RetentionReport
 
 _CALL_BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 _STEP_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 30)

@@ -20,9 +20,9 @@ from hidream_grpc.errors import (
     ImageNotFoundError,
     StorageFullError,
 )
-from hidream_grpc.jobs.artifacts import MAX_CALLS_AT_ONCE, ArtifactStore, StoredFile, image_file
+from hidream_grpc.jobs.artifacts.artifacts import MAX_CALLS_AT_ONCE, ArtifactStore, StoredFile, image_file
+from hidream_grpc.jobs.artifacts.objects import ArtifactTimeouts
 from hidream_grpc.jobs.job import StoredImage
-from hidream_grpc.jobs.objects import ArtifactTimeouts
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 from tests.answering_servers import answering
 from tests.file_names import ODD_FILE_NAMES
@@ -281,7 +281,7 @@ IMAGE_BYTES = 4_000_000
 
 WRITE_UNTIL_KILLED = """
 import asyncio, itertools, sys
-from hidream_grpc.jobs.artifacts import ArtifactStore
+from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
 from tests.contract.test_artifact_store import CLAIM, IMAGE_BYTES, NUM_IMAGES, PARAMETERS
 
 async def write() -> None:
@@ -349,7 +349,7 @@ async def test_what_a_killed_writer_left_in_a_folder_goes_with_its_job(tmp_path:
 WRITE_UNDER_A_LIMIT = """
 import asyncio, resource, signal, sys
 from hidream_grpc.errors import StorageFullError
-from hidream_grpc.jobs.artifacts import ArtifactStore
+from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
 from tests.contract.test_artifact_store import CLAIM, PARAMETERS
 
 async def write() -> None:
@@ -557,7 +557,7 @@ def test_a_folder_that_cannot_be_made_is_told_at_the_start(tmp_path: Path) -> No
 def test_a_process_that_has_just_written_ends_in_order(location: str) -> None:
     script = (
         "import asyncio, sys\n"
-        "from hidream_grpc.jobs.artifacts import ArtifactStore\n"
+        "from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore\n"
         "asyncio.run(ArtifactStore(sys.argv[1]).write_snapshot('job', 1, b'step'))\n"
     )
     for _ in range(3):

@@ -9,8 +9,8 @@ import pytest
 import pytest_asyncio
 
 from hidream_grpc.errors import ImageDamagedError, JobNotFoundError
-from hidream_grpc.jobs.artifacts import ArtifactStore
-from hidream_grpc.jobs.image_reader import ImageReader
+from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
+from hidream_grpc.jobs.artifacts.image_reader import ImageReader
 from hidream_grpc.jobs.job import Job, StoredImage
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.job_stores import StoreDatabase, added, claimed, new_job, started, succeeded

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hidream_grpc.jobs.artifacts import ArtifactStore, StoredFile, image_file
+from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore, StoredFile, image_file
+from hidream_grpc.jobs.artifacts.orphans import OrphanedFiles, is_named
 from hidream_grpc.jobs.job import CancelReason, Job, StoredSnapshot
-from hidream_grpc.jobs.orphans import OrphanedFiles, is_named
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.job_stores import StoreDatabase, added, claimed, new_job, started, succeeded, with_image
 

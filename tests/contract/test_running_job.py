@@ -11,13 +11,13 @@ import pytest
 
 from hidream_grpc.engine.requests import RequestStarted, SnapshotTaken, StepFinished
 from hidream_grpc.errors import StoreUnavailableError
-from hidream_grpc.jobs.artifacts import ArtifactStore
-from hidream_grpc.jobs.estimates import EngineCapacity
-from hidream_grpc.jobs.events import Body, Cancelled, JobFeed, Progressed, Queued, Restarted, Started
+from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
+from hidream_grpc.jobs.estimates.estimator import Outlook
+from hidream_grpc.jobs.estimates.simulation import EngineCapacity
+from hidream_grpc.jobs.execution.running_job import JobTools, RunningJob
 from hidream_grpc.jobs.job import CancelReason, Execution, Job, StoredSnapshot
-from hidream_grpc.jobs.outlook import Outlook
-from hidream_grpc.jobs.running_job import JobTools, RunningJob
 from hidream_grpc.jobs.store.store import SqlJobStore
+from hidream_grpc.jobs.watching.events import Body, Cancelled, JobFeed, Progressed, Queued, Restarted, Started
 from tests.job_stores import StoreDatabase, added, claimed, eventually, new_job, started
 from tests.snapshots import CHECKPOINT_FINGERPRINT, packed_snapshot
 

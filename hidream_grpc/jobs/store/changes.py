@@ -15,7 +15,7 @@ import msgspec
 
 from hidream_grpc.background import Outage
 from hidream_grpc.errors import StoreUnavailableError
-from hidream_grpc.jobs.pauses import wait_at_most
+from hidream_grpc.jobs.retrying import wait_at_most
 from hidream_grpc.jobs.store.database import Database
 from hidream_grpc.jobs.store.failures import translated
 

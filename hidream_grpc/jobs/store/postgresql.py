@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from hidream_grpc.errors import ConfigurationError
-from hidream_grpc.jobs.pauses import wait_at_most
+from hidream_grpc.jobs.retrying import wait_at_most
 from hidream_grpc.jobs.store.failures import POSTGRESQL_READ_ONLY
 from hidream_grpc.jobs.store.url import STORE_FLAG, PostgresDatabase, PostgresHost
 

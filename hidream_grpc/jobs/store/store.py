@@ -22,7 +22,6 @@ from hidream_grpc.errors import (
     StoreFullError,
     StoreUnavailableError,
 )
-from hidream_grpc.jobs.calls import RunningCalls
 from hidream_grpc.jobs.job import CancelReason, Job, JobState
 from hidream_grpc.jobs.store import claims, queries
 from hidream_grpc.jobs.store.acceptance import accept, try_out
@@ -51,6 +50,7 @@ from hidream_grpc.jobs.store.records import (
     Usage,
 )
 from hidream_grpc.jobs.store.rows import job_of
+from hidream_grpc.jobs.uninterrupted import RunningCalls
 
 MAX_CLAIM_ROUNDS = 10
 """Of one call, in which jobs may end and none be claimed."""

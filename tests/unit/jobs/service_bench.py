@@ -17,20 +17,20 @@ from hidream_grpc.engine.requests import (
     RequestStarted,
     StepFinished,
 )
-from hidream_grpc.jobs.artifacts import ArtifactStore
-from hidream_grpc.jobs.estimates import EngineCapacity
-from hidream_grpc.jobs.events import (
+from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
+from hidream_grpc.jobs.estimates.estimator import Outlook
+from hidream_grpc.jobs.estimates.simulation import EngineCapacity
+from hidream_grpc.jobs.execution.running_job import JobTools
+from hidream_grpc.jobs.job import Execution, Job, JobState, ModelIdentity, Priority, Submission
+from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
+from hidream_grpc.jobs.replicas.membership import LiveModel
+from hidream_grpc.jobs.retention.retention import RetentionLimits
+from hidream_grpc.jobs.service import JobService, StorePolicy
+from hidream_grpc.jobs.store.store import SqlJobStore
+from hidream_grpc.jobs.watching.events import (
     Body,
     JobEvent,
 )
-from hidream_grpc.jobs.job import Execution, Job, JobState, ModelIdentity, Priority, Submission
-from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
-from hidream_grpc.jobs.membership import LiveModel
-from hidream_grpc.jobs.outlook import Outlook
-from hidream_grpc.jobs.retention import RetentionLimits
-from hidream_grpc.jobs.running_job import JobTools
-from hidream_grpc.jobs.service import JobService, StorePolicy
-from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.model.parameters import GenerationParameters
 from tests.job_stores import MODEL, eventually
 from tests.snapshots import CHECKPOINT_FINGERPRINT

@@ -9,8 +9,8 @@ from statistics import median
 from hidream_grpc.engine.protocol.messages import Decode
 from hidream_grpc.engine.reports import StepReport
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
-from hidream_grpc.jobs.durations import MeasuredDurations
-from hidream_grpc.jobs.estimates import EngineCapacity, RemainingWork, foresee_ends, foresee_starts
+from hidream_grpc.jobs.estimates.durations import MeasuredDurations
+from hidream_grpc.jobs.estimates.simulation import EngineCapacity, RemainingWork, foresee_ends, foresee_starts
 from hidream_grpc.model.parameters import GenerationParameters
 
 SLICE_SECONDS = 0.05

@@ -8,9 +8,9 @@ from typing import Any, cast
 import pytest
 
 from hidream_grpc.errors import JobNotFoundError, StoreFullError, StoreUnavailableError
-from hidream_grpc.jobs import callers
-from hidream_grpc.jobs.callers import AttachedCallers
 from hidream_grpc.jobs.job import CancelReason, Job
+from hidream_grpc.jobs.replicas import attached_callers
+from hidream_grpc.jobs.replicas.attached_callers import AttachedCallers
 from hidream_grpc.jobs.store.records import AttachedCall
 from tests.job_stores import eventually, new_job
 
@@ -51,7 +51,7 @@ class Bench:
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(callers, "RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(attached_callers, "RETRY_SECONDS", 0.001)
 
 
 async def test_a_job_that_its_last_caller_left_is_stopped_here_if_it_is_drawn_here() -> None:

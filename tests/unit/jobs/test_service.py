@@ -28,7 +28,9 @@ from hidream_grpc.errors import (
     QueueFullError,
     RequestIdConflictError,
 )
-from hidream_grpc.jobs.events import (
+from hidream_grpc.jobs.job import CancelReason, JobState, Priority, Submission
+from hidream_grpc.jobs.service import MIN_RETRY_SECONDS
+from hidream_grpc.jobs.watching.events import (
     Cancelled,
     Failed,
     ImagePart,
@@ -37,8 +39,6 @@ from hidream_grpc.jobs.events import (
     Queued,
     Succeeded,
 )
-from hidream_grpc.jobs.job import CancelReason, JobState, Priority, Submission
-from hidream_grpc.jobs.service import MIN_RETRY_SECONDS
 from tests.job_stores import eventually
 from tests.unit.jobs.service_bench import (
     DATA,

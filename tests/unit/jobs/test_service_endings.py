@@ -17,10 +17,10 @@ from hidream_grpc.errors import (
     NotServingError,
     StorageFullError,
 )
-from hidream_grpc.jobs.artifacts import ArtifactStore
-from hidream_grpc.jobs.events import Failed, ImagePart, Restarted
+from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
 from hidream_grpc.jobs.job import JobState, StoredImage
-from hidream_grpc.jobs.retention import RetentionLimits
+from hidream_grpc.jobs.retention.retention import RetentionLimits
+from hidream_grpc.jobs.watching.events import Failed, ImagePart, Restarted
 from hidream_grpc.model.parameters import GenerationParameters
 from tests.job_stores import claimed, eventually
 from tests.snapshots import packed_snapshot

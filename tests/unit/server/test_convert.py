@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
 from hidream_grpc.errors import DeadlineExceededError, OutOfDeviceMemoryError
-from hidream_grpc.jobs import events
 from hidream_grpc.jobs.job import (
     CancelReason,
     Execution,
@@ -22,6 +21,7 @@ from hidream_grpc.jobs.job import (
     Submission,
 )
 from hidream_grpc.jobs.limits import RequestDefaults
+from hidream_grpc.jobs.watching import events
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 from hidream_grpc.server import convert
 from hidream_grpc.server.validation import RequestValidator

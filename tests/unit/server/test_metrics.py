@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hidream_grpc.jobs.retention import RemovalReason, RetentionReport
+from hidream_grpc.jobs.retention.retention import RemovalReason, RetentionReport
 from hidream_grpc.server.metrics import Metrics
 
 

@@ -1,0 +1,58 @@
+"""Callers that wait for their jobs: when the last one of a job goes away, the job is stopped.
+
+Who waits is written in the store, so that it holds for all replicas.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from hidream_grpc.background import RETRY_SECONDS, BackgroundTasks, Outage
+from hidream_grpc.errors import JobNotFoundError
+from hidream_grpc.jobs.job import CancelReason, Job
+from hidream_grpc.jobs.retrying import wait_at_most
+from hidream_grpc.jobs.store.records import AttachedCall
+from hidream_grpc.jobs.store.store import SqlJobStore
+
+logger = logging.getLogger(__name__)
+
+
+class AttachedCallers:
+    """Callers that wait for their jobs at this server.
+
+    Args:
+        closed: once it is set, nobody leaves any more: the server goes.
+        on_cancelled: called with a job that was stopped, as it is then.
+    """
+
+    def __init__(
+        self, store: SqlJobStore, closed: asyncio.Event, on_cancelled: Callable[[Job], None]
+    ) -> None:
+        self._store = store
+        self._closed = closed
+        self._on_cancelled = on_cancelled
+        self._tasks = BackgroundTasks()
+
+    def leave(self, job_id: str, call: AttachedCall, reason: CancelReason | None) -> None:
+        """Note that a caller waits no more, and with a reason stop the job if it was the last one."""
+        if not self._closed.is_set():
+            self._tasks.start(self._leave(job_id, call, reason), f"let a caller of job {job_id} go")
+
+    def forget(self, call: AttachedCall) -> None:
+        """Note that a caller does not wait, whose call may have been written though its answer was lost."""
+        self._tasks.start(self._store.detach(call.call_id), "forget a caller whose answer was lost")
+
+    async def _leave(self, job_id: str, call: AttachedCall, reason: CancelReason | None) -> None:
+        outage = Outage(logger, f"note that a caller of job {job_id} left")
+        while not self._closed.is_set():
+            try:
+                if (job := await self._store.leave(job_id, call, reason)) is not None:
+                    self._on_cancelled(job)
+                return
+            except JobNotFoundError:
+                return
+            except Exception as error:
+                outage.note_failure(error)
+                await wait_at_most(self._closed, RETRY_SECONDS)

@@ -1,0 +1,84 @@
+"""What replicas tell each other of jobs, and no row tells: it is kept nowhere."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+
+import msgspec
+
+from hidream_grpc.background import BackgroundTasks
+from hidream_grpc.errors import HiDreamError
+from hidream_grpc.jobs.job import Progress
+from hidream_grpc.jobs.store.store import SqlJobStore
+from hidream_grpc.jobs.watching.events import JobEvent, Progressed, Restarted
+
+logger = logging.getLogger(__name__)
+
+TOLD_SECONDS = 0.25
+"""How often progress is told to other replicas, for each job."""
+
+
+class Told(msgspec.Struct, frozen=True, tag="told"):
+    """An event of a job that is drawn elsewhere: one of the two."""
+
+    sequence: int
+    time: float
+    progress: Progress | None = None
+    restarted: Restarted | None = None
+
+    @classmethod
+    def of(cls, event: JobEvent) -> Told:
+        """Of progress or a restart."""
+        if isinstance(event.body, Restarted):
+            return cls(event.sequence, event.time, restarted=event.body)
+        assert isinstance(event.body, Progressed)
+        return cls(event.sequence, event.time, progress=event.body.progress)
+
+    def event(self) -> JobEvent | None:
+        """The event; None when a newer version tells something else."""
+        body = self.restarted or (None if self.progress is None else Progressed(self.progress))
+        return None if body is None else JobEvent(self.sequence, self.time, body)
+
+
+_decoder = msgspec.json.Decoder(Told)
+
+
+def decode(payload: bytes) -> Told | None:
+    """A message; None for one that only another version of the service knows."""
+    try:
+        return _decoder.decode(payload)
+    except msgspec.MsgspecError as error:
+        logger.debug("a message of another version: %s", error)
+        return None
+
+
+class ProgressTeller:
+    """Tells other replicas, where there can be any, of progress now and then, and of every restart.
+
+    It does not wait for the store; what is told while that is lost is lost.
+    """
+
+    def __init__(self, store: SqlJobStore) -> None:
+        self._store = store
+        self._tasks = BackgroundTasks()
+        self._told: dict[str, float] = {}
+
+    def tell(self, job_id: str, event: JobEvent) -> None:
+        """Pass an event on, unless progress was passed on just now."""
+        if not self._store.is_shared:
+            return
+        now = time.monotonic()
+        is_progress = isinstance(event.body, Progressed)
+        if is_progress and now - self._told.get(job_id, -math.inf) < TOLD_SECONDS:
+            return
+        self._told = {other: told for other, told in self._told.items() if now - told < TOLD_SECONDS}
+        self._told[job_id] = now
+        self._tasks.start(self._publish(job_id, msgspec.json.encode(Told.of(event))), "tell other replicas")
+
+    async def _publish(self, job_id: str, payload: bytes) -> None:
+        try:
+            await self._store.publish(job_id, payload)
+        except HiDreamError as error:
+            logger.debug("other replicas were not told: %s", error)

@@ -1,0 +1,193 @@
+"""Which jobs that have ended are forgotten, with their images, and when."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from hidream_grpc.background import Outage
+from hidream_grpc.errors import ArtifactUnavailableError
+from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
+from hidream_grpc.jobs.store.records import EndedJob, Usage
+from hidream_grpc.jobs.store.store import SqlJobStore
+
+logger = logging.getLogger(__name__)
+
+MAX_JOBS_READ = 1000
+"""At once; a sweep goes on until all that goes is gone."""
+JOBS_OF_A_BATCH = 500
+"""Removed together: their files at the same time, their rows in one transaction."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionLimits:
+    """What is kept of jobs that have ended.
+
+    Attributes:
+        retention_seconds: how long each is kept after its end, at most.
+        max_retained_jobs: how many; None for any number.
+        max_retained_bytes: images of all of them; None for any number.
+        is_dry_run: tell what would go, and keep it.
+    """
+
+    retention_seconds: float
+    max_retained_jobs: int | None = None
+    max_retained_bytes: int | None = None
+    is_dry_run: bool = False
+
+
+class RemovalReason(StrEnum):
+    """Why a job goes."""
+
+    AGE = "age"
+    NUMBER = "number"
+    BYTES = "bytes"
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """A job that goes."""
+
+    job: EndedJob
+    reason: RemovalReason
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionReport:
+    """What a sweep left, and what it removed; a dry run removes nothing."""
+
+    num_retained_jobs: int
+    retained_bytes: int
+    num_removed: Mapping[RemovalReason, int]
+
+
+def choose_removals(
+    oldest: Sequence[EndedJob], usage: Usage, limits: RetentionLimits, now: float
+) -> tuple[Removal, ...]:
+    """The jobs that go, oldest first: those that are too old, then more while too much is left.
+
+    Args:
+        oldest: the jobs that ended first, in this order; there may be more.
+        usage: of all jobs that have ended.
+        limits: of what is kept.
+        now: seconds since the epoch.
+    """
+    num_jobs, image_bytes = usage.num_ended_jobs, usage.image_bytes
+    removals = []
+    for job in oldest:
+        if now - job.end_time > limits.retention_seconds:
+            reason = RemovalReason.AGE
+        elif limits.max_retained_jobs is not None and num_jobs > limits.max_retained_jobs:
+            reason = RemovalReason.NUMBER
+        elif limits.max_retained_bytes is not None and image_bytes > limits.max_retained_bytes:
+            reason = RemovalReason.BYTES
+        else:
+            break
+        removals.append(Removal(job, reason))
+        num_jobs -= 1
+        image_bytes -= job.image_bytes
+    return tuple(removals)
+
+
+class Retention:
+    """Applies the limits to what is in the store, each time that it is asked to."""
+
+    def __init__(
+        self,
+        limits: RetentionLimits,
+        store: SqlJobStore,
+        artifacts: ArtifactStore,
+        is_read: Callable[[str], bool],
+        observe: Callable[[RetentionReport], None],
+    ) -> None:
+        """Take what knows the readers of a job here, and what hears of every sweep."""
+        self._limits = limits
+        self._store = store
+        self._artifacts = artifacts
+        self._is_read = is_read
+        self._observe = observe
+        self._told: frozenset[str] = frozenset()
+        self._outage = Outage(logger, "remove the images of old jobs")
+
+    async def sweep(self, now: float) -> RetentionReport:
+        """Remove what goes, oldest first; in a dry run say once of each job that it would go.
+
+        A job that somebody reads here, or whose images cannot be removed, stays until the next sweep, and
+        holds up no other.
+
+        Args:
+            now: seconds since the epoch by the store's clock.
+
+        Raises:
+            StoreUnavailableError: what went before is reported, the rest is the next sweep's.
+        """
+        num_removed: Counter[RemovalReason] = Counter()
+        usage = left = await self._store.usage()
+        would_go: list[Removal] = []
+        try:
+            last: EndedJob | None = None
+            while oldest := await self._store.ended(last, MAX_JOBS_READ):
+                last = oldest[-1]
+                removals = choose_removals(oldest, left, self._limits, now)
+                if self._limits.is_dry_run:
+                    would_go += removals
+                    removed: Sequence[Removal] = removals
+                else:
+                    removed = await self._remove(removals)
+                    num_removed.update(removal.reason for removal in removed)
+                left = _without(left, removed)
+                if len(removals) < len(oldest):
+                    break
+        finally:
+            kept = usage if self._limits.is_dry_run else left
+            report = RetentionReport(kept.num_ended_jobs, kept.image_bytes, dict(num_removed))
+            self._observe(report)
+            if num_removed:
+                facts = {reason.value: count for reason, count in num_removed.items()}
+                logger.info("removed %d old jobs", num_removed.total(), extra=facts)
+        self._tell(would_go)
+        return report
+
+    async def _remove(self, removals: Sequence[Removal]) -> list[Removal]:
+        """Remove jobs with their images; returns those that are gone."""
+        removed: list[Removal] = []
+        unread = [removal for removal in removals if not self._is_read(removal.job.job_id)]
+        for start in range(0, len(unread), JOBS_OF_A_BATCH):
+            batch = unread[start : start + JOBS_OF_A_BATCH]
+            have_no_files = await asyncio.gather(*(self._remove_files(removal.job) for removal in batch))
+            gone = [removal for removal, is_gone in zip(batch, have_no_files, strict=True) if is_gone]
+            await self._store.delete_ended([removal.job.job_id for removal in gone])
+            removed += gone
+        return removed
+
+    async def _remove_files(self, job: EndedJob) -> bool:
+        """Remove the images of a job; returns whether there are none now.
+
+        The files go before the row: whatever is killed between the two leaves nothing behind for ever.
+        """
+        if job.image_bytes == 0:
+            return True
+        try:
+            await self._artifacts.remove(job.job_id)
+        except ArtifactUnavailableError as error:
+            self._outage.note_failure(error)
+            return False
+        self._outage.note_success()
+        return True
+
+    def _tell(self, removals: Sequence[Removal]) -> None:
+        for removal in removals:
+            job = removal.job
+            if job.job_id not in self._told:
+                facts = {"job_id": job.job_id, "reason": removal.reason.value, "size_bytes": job.image_bytes}
+                logger.info("job would be removed (dry run)", extra=facts)
+        self._told = frozenset(removal.job.job_id for removal in removals)
+
+
+def _without(usage: Usage, removals: Sequence[Removal]) -> Usage:
+    image_bytes = sum(removal.job.image_bytes for removal in removals)
+    return Usage(usage.num_ended_jobs - len(removals), usage.image_bytes - image_bytes)

@@ -1,0 +1,111 @@
+"""Where each job waits, and how long: read from the store whenever something has changed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping
+
+from hidream_grpc.background import keep_doing
+from hidream_grpc.errors import HiDreamError
+from hidream_grpc.jobs.estimates.estimator import Outlook
+from hidream_grpc.jobs.execution.executor import ClaimLimits
+from hidream_grpc.jobs.job import Job
+from hidream_grpc.jobs.retrying import wait_at_most
+from hidream_grpc.jobs.store.store import SqlJobStore
+from hidream_grpc.jobs.watching.events import FIRST_PLACE, JobFeed, Queued
+from hidream_grpc.jobs.watching.feeds import JobFeeds
+
+PAUSE_SECONDS = 0.1
+"""Between two looks at the queue, however much changes."""
+REFRESH_SECONDS = 1.0
+"""What can be expected changes while nothing in the queue does."""
+
+
+class QueuePositions:
+    """Tells those that wait, and knows the places of all."""
+
+    def __init__(self, store: SqlJobStore, feeds: JobFeeds, outlook: Outlook, limits: ClaimLimits) -> None:
+        self._store = store
+        self._limits = limits
+        self._feeds = feeds
+        self._outlook = outlook
+        self._places: Mapping[str, int] = {}
+        self._waiting: Mapping[str, Job] = {}
+        self._changed = asyncio.Event()
+        self._reading = asyncio.Lock()
+        self._num_reads = 0
+
+    def notify(self) -> None:
+        """Say that the queue has changed."""
+        self._changed.set()
+
+    async def places(self, job_ids: Collection[str]) -> list[Queued | None]:
+        """Where each of the jobs waits; None for one that does not.
+
+        Raises:
+            StoreUnavailableError: the queue cannot be read.
+        """
+        if not self._places.keys() >= set(job_ids):
+            await self._refresh()
+        return [self._place(job_id) for job_id in job_ids]
+
+    async def tell(self, job_id: str, feed: JobFeed) -> None:
+        """Tell the readers of a job that waits its place, whatever becomes of it meanwhile."""
+        try:
+            (place,) = await self.places([job_id])
+        except HiDreamError:
+            # It is told when the queue can be read again.
+            return
+        if place is None:
+            # Somebody took it meanwhile.
+            feed.tell_first_place()
+        else:
+            feed.tell_place(place)
+
+    async def run(self) -> None:
+        """Keep the places up to date until cancelled."""
+        await keep_doing("read the queue", self._refresh_changed, self._pause)
+
+    async def _refresh_changed(self) -> None:
+        self._changed.clear()
+        await self._refresh()
+
+    async def _pause(self) -> None:
+        await asyncio.sleep(PAUSE_SECONDS)
+        if self._places:
+            await wait_at_most(self._changed, REFRESH_SECONDS)
+        else:
+            await self._changed.wait()
+
+    async def _refresh(self) -> None:
+        """Read the queue once for all who ask while it is being read."""
+        num_reads = self._num_reads
+        async with self._reading:
+            # The next read but one began after this was asked for.
+            if self._num_reads < num_reads + 2:
+                await self._read()
+                self._num_reads += 1
+        for job_id in self._feeds.job_ids:
+            feed, place = self._feeds.get(job_id), self._place(job_id)
+            if feed is not None and place is not None:
+                feed.tell_place(place)
+
+    async def _read(self) -> None:
+        own_model = self._limits.model_fingerprint
+        orders = await self._store.queue_orders(own_model, self._limits.max_running_jobs_of_caller)
+        order = orders[own_model]
+        missing = [job_id for job_id in order if job_id not in self._waiting]
+        found = {job.job_id: job for job in await self._store.get_all(missing)} if missing else {}
+        known = {**self._waiting, **found}
+        self._waiting = {job_id: known[job_id] for job_id in order if job_id in known}
+        # Each model has a queue of its own.
+        self._places = {
+            job_id: place
+            for of_model in orders.values()
+            for place, job_id in enumerate(of_model, start=FIRST_PLACE)
+        }
+        self._outlook.note_waiting(tuple(self._waiting.values()))
+
+    def _place(self, job_id: str) -> Queued | None:
+        position = self._places.get(job_id)
+        return None if position is None else Queued(position, self._outlook.wait_seconds(job_id))
