@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hidream_grpc.model.denoising import DenoisingState, StepBatch
+from hidream_grpc.model.denoising.state import DenoisingState, StepBatch
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.pipeline import HiDreamModel
 

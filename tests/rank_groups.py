@@ -18,8 +18,8 @@ from hidream_grpc.devices.detect import select_devices
 from hidream_grpc.engine.group.config import GroupConfig, GroupTimeouts
 from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.protocol.messages import Admission, Decode, DecodedImage, StepPlan
-from hidream_grpc.model.demo import demo_checkpoint_path
-from hidream_grpc.model.fingerprint import fingerprint_of
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.fingerprint import fingerprint_of
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
 

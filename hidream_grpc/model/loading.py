@@ -18,7 +18,7 @@ from hidream_grpc.devices.base import Device
 from hidream_grpc.devices.faults import is_device_fault
 from hidream_grpc.errors import HiDreamError, ModelNotFoundError
 from hidream_grpc.logs import NOT_ON_TERMINAL
-from hidream_grpc.model.schedulers import SCHEDULER_CLASSES
+from hidream_grpc.model.denoising.schedulers import SCHEDULER_CLASSES
 from hidream_grpc.model.weights import load_share
 
 logger = logging.getLogger(__name__)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName, text_encoder_files
+from hidream_grpc.model.checkpoint.weights.files import Library, StoredTensor, num_weights, read_tensors
 from hidream_grpc.model.parallel.layout import Layout
-from hidream_grpc.model.placement import place
-from hidream_grpc.model.text_encoder_files import TextEncoderName, text_encoder_files
-from hidream_grpc.model.weight_files import Library, StoredTensor, num_weights, read_tensors
+from hidream_grpc.model.prompts.placement import place
 
 # Parts of the names of the transformer's tensors. All others are on every rank.
 _DIVIDED_BY_MODEL = (".experts.", "caption_projection.", ".adaLN_modulation.")

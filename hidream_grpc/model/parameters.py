@@ -7,7 +7,7 @@ from enum import StrEnum
 
 import msgspec
 
-from hidream_grpc.model.variants import MAX_SCALE_WITHOUT_GUIDANCE
+from hidream_grpc.model.checkpoint.variants import MAX_SCALE_WITHOUT_GUIDANCE
 
 
 class OutputFormat(StrEnum):

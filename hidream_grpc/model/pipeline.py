@@ -20,27 +20,27 @@ from torch import Tensor
 
 from hidream_grpc.devices.base import Device
 from hidream_grpc.errors import ModelNotFoundError, NonFiniteError
-from hidream_grpc.model.checkpoint_files import MODEL_PATH_FLAG, TransformerConfig, read_json
-from hidream_grpc.model.compilation import compile_blocks
-from hidream_grpc.model.conditioning import Conditioning
-from hidream_grpc.model.denoising import DenoisingState, StepBatch
-from hidream_grpc.model.fingerprint import fingerprint_of, unchanged_checkpoint
-from hidream_grpc.model.images import encode_image
+from hidream_grpc.model.checkpoint.files import MODEL_PATH_FLAG, TransformerConfig, read_json
+from hidream_grpc.model.checkpoint.fingerprint import fingerprint_of, unchanged_checkpoint
+from hidream_grpc.model.checkpoint.step_shapes import StepShape
+from hidream_grpc.model.checkpoint.weights.files import Library, num_weights, read_tensors
+from hidream_grpc.model.decoding.images import encode_image
+from hidream_grpc.model.decoding.preview import LatentPreview
+from hidream_grpc.model.decoding.vae import ImageDecoding
+from hidream_grpc.model.denoising.schedulers import new_scheduler, scheduler_step
+from hidream_grpc.model.denoising.snapshots import Snapshot
+from hidream_grpc.model.denoising.state import DenoisingState, StepBatch
 from hidream_grpc.model.loading import load_scheduler, load_vae, loading, quieten_libraries
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.rows import divide_rows, gather_rows
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
-from hidream_grpc.model.preview import LatentPreview
-from hidream_grpc.model.prompt_encoding import EncodedPrompts, PromptEncoder
-from hidream_grpc.model.schedulers import new_scheduler, scheduler_step
+from hidream_grpc.model.prompts.encoding import EncodedPrompts, PromptEncoder
+from hidream_grpc.model.prompts.text_encoders import TextEncoders
 from hidream_grpc.model.snapshot_format import SnapshotIdentity
-from hidream_grpc.model.snapshots import Snapshot
-from hidream_grpc.model.step_shapes import StepShape
-from hidream_grpc.model.text_encoders import TextEncoders
-from hidream_grpc.model.transformer import HiDreamTransformer, RankRows
-from hidream_grpc.model.vae import ImageDecoding
-from hidream_grpc.model.weight_files import Library, num_weights, read_tensors
+from hidream_grpc.model.transformer.compilation import compile_blocks
+from hidream_grpc.model.transformer.conditioning import Conditioning
+from hidream_grpc.model.transformer.model import HiDreamTransformer, RankRows
 from hidream_grpc.model.weights import load_share
 
 _PREVIEW_QUALITY = 80

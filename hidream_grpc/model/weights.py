@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hidream_grpc.devices.base import Device
+from hidream_grpc.model.checkpoint.weights.files import Library, read_tensors
 from hidream_grpc.model.parallel.shards import TensorSlice, parameter_slices
-from hidream_grpc.model.weight_files import Library, read_tensors
 
 
 class SafetensorsFolder:

@@ -44,11 +44,11 @@ from hidream_grpc.jobs.retention.retention import RetentionLimits
 from hidream_grpc.jobs.service import JobService, StorePolicy
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.jobs.store.url import STORE_FLAG
-from hidream_grpc.model.checkpoint import CheckpointDescription, describe_checkpoint
-from hidream_grpc.model.checkpoint_files import EXTRA_MODEL_PATH_FLAG
-from hidream_grpc.model.demo import demo_checkpoint_path
-from hidream_grpc.model.fingerprint import tokenizer_fingerprint_of
-from hidream_grpc.model.prompt_tokens import PromptTokenCounter
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.description import CheckpointDescription, describe_checkpoint
+from hidream_grpc.model.checkpoint.files import EXTRA_MODEL_PATH_FLAG
+from hidream_grpc.model.checkpoint.fingerprint import tokenizer_fingerprint_of
+from hidream_grpc.model.checkpoint.tokenizers.prompt_tokens import PromptTokenCounter
 from hidream_grpc.server.adopted_children import reap_adopted_children
 from hidream_grpc.server.checks import RequestChecks
 from hidream_grpc.server.health import IMAGE_GEN, HealthServicer

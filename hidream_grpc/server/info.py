@@ -14,9 +14,9 @@ from hidream_grpc.engine.requests import EngineState
 from hidream_grpc.jobs.job import JobState, ModelIdentity
 from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
 from hidream_grpc.jobs.service import JobService
-from hidream_grpc.model.checkpoint import CheckpointDescription
-from hidream_grpc.model.sizes import ImageSize
-from hidream_grpc.model.variants import MAX_SCALE_WITHOUT_GUIDANCE, default_schedule
+from hidream_grpc.model.checkpoint.description import CheckpointDescription
+from hidream_grpc.model.checkpoint.sizes import ImageSize
+from hidream_grpc.model.checkpoint.variants import MAX_SCALE_WITHOUT_GUIDANCE, default_schedule
 from hidream_grpc.server import convert
 
 _STATES = {

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hidream_grpc.jobs.limits import MAX_TORCH_SEED, RequestDefaults, RequestLimits
-from hidream_grpc.model.checkpoint import CheckpointDescription
-from hidream_grpc.model.sizes import MAX_PREVIEW_SIDE_PIXELS
+from hidream_grpc.model.checkpoint.description import CheckpointDescription
+from hidream_grpc.model.checkpoint.sizes import MAX_PREVIEW_SIDE_PIXELS
 from hidream_grpc.settings import Settings
 
 MAX_REQUEST_ID_BYTES = 128

@@ -10,12 +10,12 @@ from hidream_grpc.devices.detect import DeviceSelection, detect, parse_devices, 
 from hidream_grpc.devices.host_memory import host_memory
 from hidream_grpc.engine.group.config import GroupConfig, GroupTimeouts
 from hidream_grpc.logs import LogConfig
-from hidream_grpc.model.checkpoint import CheckpointDescription
+from hidream_grpc.model.checkpoint.description import CheckpointDescription
+from hidream_grpc.model.checkpoint.step_shapes import choose_compile_shapes
 from hidream_grpc.model.memory_requirements import MemoryRequirements
 from hidream_grpc.model.model_weights import read_model_weights
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import LAYOUT_FLAG, ModelDivisions, choose_layout, smaller_layouts
-from hidream_grpc.model.step_shapes import choose_compile_shapes
 from hidream_grpc.settings import Settings
 
 

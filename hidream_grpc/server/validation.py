@@ -13,8 +13,8 @@ from hidream.v1 import image_gen_pb2, image_pb2
 from hidream_grpc.errors import FieldViolation, InvalidRequestError
 from hidream_grpc.jobs.job import ModelIdentity, Submission
 from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
+from hidream_grpc.model.checkpoint.tokenizers.prompt_tokens import TokenCount
 from hidream_grpc.model.parameters import OutputFormat
-from hidream_grpc.model.prompt_tokens import TokenCount
 from hidream_grpc.server.submissions import (
     OUTPUT_FORMATS,
     PRIORITIES,

@@ -19,12 +19,12 @@ import torch
 import typer
 
 from hidream_grpc.devices.base import Device, open_device
-from hidream_grpc.model.checkpoint import describe_checkpoint
-from hidream_grpc.model.demo import demo_checkpoint_path
-from hidream_grpc.model.denoising import StepBatch
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.description import describe_checkpoint
+from hidream_grpc.model.checkpoint.step_shapes import StepShape, parse_step_shapes
+from hidream_grpc.model.denoising.state import StepBatch
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.pipeline import HiDreamModel
-from hidream_grpc.model.step_shapes import StepShape, parse_step_shapes
 from scripts.bench.report import Value, report, say
 
 NUM_WARM_UPS = 2

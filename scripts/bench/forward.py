@@ -24,11 +24,11 @@ from diffusers import HiDreamImageTransformer2DModel
 from torch import Tensor
 
 from hidream_grpc.devices.base import Device, open_device
-from hidream_grpc.model.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.loading import quieten_libraries
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
-from hidream_grpc.model.transformer import HiDreamTransformer
+from hidream_grpc.model.transformer.model import HiDreamTransformer
 from hidream_grpc.model.weights import load_share
 from scripts.bench.flops import (
     HIDREAM_I1,

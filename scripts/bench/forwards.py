@@ -12,10 +12,10 @@ from diffusers import HiDreamImageTransformer2DModel
 from torch import Tensor, nn
 
 from hidream_grpc.devices.base import Device
-from hidream_grpc.model.checkpoint_files import TransformerConfig
-from hidream_grpc.model.conditioning import Conditioning
+from hidream_grpc.model.checkpoint.files import TransformerConfig
 from hidream_grpc.model.parallel.groups import ParallelGroups
-from hidream_grpc.model.transformer import HiDreamTransformer, RankRows
+from hidream_grpc.model.transformer.conditioning import Conditioning
+from hidream_grpc.model.transformer.model import HiDreamTransformer, RankRows
 from scripts.bench.flops import Sample
 
 _TIMESTEP = 500.0

@@ -26,7 +26,7 @@ from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import ModelDivisions, plan_layout
 from hidream_grpc.model.parallel.rows import gather_rows
 from hidream_grpc.model.parallel.shards import TensorSlice, parameter_slices
-from hidream_grpc.model.transformer import HiDreamTransformer
+from hidream_grpc.model.transformer.model import HiDreamTransformer
 from scripts.bench.counting import CountingAxis, MetaDevice, count_bytes_sent, counted_flops
 from scripts.bench.flops import HIDREAM_I1_CONFIG, VAE_SCALE_FACTOR, Sample
 from scripts.bench.forwards import (

@@ -22,7 +22,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from hidream.client import Client
 from hidream.requests import GenerateOptions
-from hidream_grpc.model.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 
 PROMPT = "a red circle on a blue background"
 GUIDANCE_SCALE = 3.5

@@ -17,7 +17,7 @@ from urllib.request import urlopen
 import psutil
 
 from hidream.client import Client
-from hidream_grpc.model.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 
 START_TIMEOUT_SECONDS = 120.0
 STOP_TIMEOUT_SECONDS = 60.0

@@ -22,9 +22,9 @@ from hidream_grpc.engine.requests import (
     StepFinished,
 )
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
-from hidream_grpc.model.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
+from hidream_grpc.model.decoding.vae import ImageDecoding
 from hidream_grpc.model.parameters import GenerationParameters
-from hidream_grpc.model.vae import ImageDecoding
 from tests.autoencoders import latents_of
 from tests.rank_groups import (
     admission,

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from hidream_grpc.model.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from tests.file_names import ALL_IN_ONE
 from tests.live_server import running_server
 from tests.streams import follow, request

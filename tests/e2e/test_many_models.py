@@ -12,7 +12,7 @@ import pytest
 from google.rpc import error_details_pb2
 
 from hidream.v1 import image_gen_pb2, job_pb2
-from hidream_grpc.model.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from tests.checkpoints import write_variant
 from tests.job_calls import Stub, cancel, drawn, events, get, refusal, running, submission
 from tests.live_server import LiveServer, running_server

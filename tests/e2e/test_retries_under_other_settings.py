@@ -15,7 +15,7 @@ import pytest
 from google.rpc import error_details_pb2
 
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
-from hidream_grpc.model.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from tests.checkpoints import write_variant
 from tests.job_calls import Stub, bad_fields, events, get, listed, refusal, submission, submit_batch
 from tests.live_server import running_server

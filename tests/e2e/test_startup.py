@@ -20,7 +20,7 @@ from grpc_status import rpc_status
 from safetensors.numpy import load_file, save_file
 
 from hidream.v1 import server_info_pb2
-from hidream_grpc.model.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from tests.e2e.conftest import NarrowServer
 from tests.live_server import LiveServer, running_server
 from tests.refused_starts import refused_line, refused_line_here

@@ -7,7 +7,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from hidream_grpc.model.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from tests.checkpoints import write_variant
 from tests.live_server import LiveServer, running_server
 from tests.streams import follow, request

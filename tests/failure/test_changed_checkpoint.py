@@ -18,8 +18,8 @@ from hidream.v1 import job_pb2, server_info_pb2
 from hidream_grpc.engine.group.config import GroupTimeouts
 from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.errors import RankDiedError
-from hidream_grpc.model.demo import demo_checkpoint_path
-from hidream_grpc.model.fingerprint import fingerprint_of
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.fingerprint import fingerprint_of
 from hidream_grpc.model.parallel.layout import Layout
 from tests.live_server import LiveServer, running_server, wait_until
 from tests.rank_groups import draw, group_config, picture

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Tokenizer
 
-from hidream_grpc.model.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from tests.checkpoints import write_spoilt
 from tests.job_calls import downloaded, drawn, events, get, refusal, submission, submit_batch
 from tests.live_server import LiveServer, running_server

@@ -20,12 +20,12 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 from hidream_grpc.devices.base import open_device
-from hidream_grpc.model.denoising import StepBatch
+from hidream_grpc.model.checkpoint.step_shapes import StepShape
+from hidream_grpc.model.denoising.state import StepBatch
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import parse_layout
 from hidream_grpc.model.pipeline import HiDreamModel
-from hidream_grpc.model.step_shapes import StepShape
 from tests.denoising import parameters
 
 # Not square, so with a padding token; two samples, as one image with guidance has.

@@ -26,13 +26,13 @@ from hidream_grpc.engine.protocol.processes import die_with_parent
 from hidream_grpc.engine.rank.process_group import join_group, leave_group
 from hidream_grpc.engine.rank.runner import Runner
 from hidream_grpc.engine.zygote.store_host import host_store
-from hidream_grpc.model.conditioning import Conditioning
+from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.pipeline import HiDreamModel
-from hidream_grpc.model.prompt_encoding import EMPTY_PROMPT
-from hidream_grpc.model.text_encoder_files import TextEncoderName
-from hidream_grpc.model.text_encoders import TextEncoder, TextEncoders
+from hidream_grpc.model.prompts.encoding import EMPTY_PROMPT
+from hidream_grpc.model.prompts.text_encoders import TextEncoder, TextEncoders
+from hidream_grpc.model.transformer.conditioning import Conditioning
 from tests.denoising import parameters
 from tests.rank_groups import admission
 

@@ -24,7 +24,7 @@ from hidream_grpc.engine.protocol.messages import JoinGroup
 from hidream_grpc.engine.protocol.processes import die_with_parent
 from hidream_grpc.engine.rank.process_group import join_group, leave_group
 from hidream_grpc.engine.zygote.store_host import host_store
-from hidream_grpc.model.denoising import DenoisingState, StepBatch
+from hidream_grpc.model.denoising.state import DenoisingState, StepBatch
 from hidream_grpc.model.parallel.groups import Axis, ParallelGroups
 from hidream_grpc.model.parallel.planner import parse_layout
 from hidream_grpc.model.parameters import GenerationParameters

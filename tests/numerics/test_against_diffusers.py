@@ -13,12 +13,12 @@ from diffusers.schedulers import scheduling_flow_match_lcm
 
 from hidream_grpc.devices.base import open_device
 from hidream_grpc.devices.cpu import CpuDevice
-from hidream_grpc.model.demo import demo_checkpoint_path
-from hidream_grpc.model.denoising import DenoisingState
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
+from hidream_grpc.model.denoising.state import DenoisingState
 from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.pipeline import HiDreamModel
-from hidream_grpc.model.text_encoders import PromptEmbeds, TextEncoders
+from hidream_grpc.model.prompts.text_encoders import PromptEmbeds, TextEncoders
 from tests.checkpoints import LLAMA_LAYERS_READ
 from tests.denoising import denoise, parameters
 from tests.numerics.conftest import LoadModel

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hidream_grpc.model.denoising import DenoisingState, StepBatch
+from hidream_grpc.model.denoising.state import DenoisingState, StepBatch
 from hidream_grpc.model.pipeline import HiDreamModel
 from tests.denoising import denoise, parameters, take_step
 from tests.numerics.conftest import LoadModel

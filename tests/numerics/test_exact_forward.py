@@ -15,17 +15,17 @@ from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwa
 from torch import Tensor
 
 from hidream_grpc.devices.cpu import CpuDevice
-from hidream_grpc.model.checkpoint_files import TransformerConfig
-from hidream_grpc.model.conditioning import Conditioning
+from hidream_grpc.model.checkpoint.files import TransformerConfig
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
-from hidream_grpc.model.patches import TokenGrid
-from hidream_grpc.model.transformer import (
+from hidream_grpc.model.transformer.conditioning import Conditioning
+from hidream_grpc.model.transformer.model import (
     AttentionWeights,
     DoubleBlock,
     HiDreamTransformer,
     RankRows,
 )
+from hidream_grpc.model.transformer.patches import TokenGrid
 from hidream_grpc.model.weights import load_share
 from tests.checkpoints import write_reshaped
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from hidream_grpc.devices.cpu import CpuDevice
-from hidream_grpc.model.checkpoint_files import TransformerConfig
+from hidream_grpc.model.checkpoint.files import TransformerConfig
+from hidream_grpc.model.checkpoint.weights.files import Library, read_tensors
+from hidream_grpc.model.checkpoint.weights.files import num_weights as num_weights_of_component
 from hidream_grpc.model.model_weights import read_model_weights
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.planner import parse_layout
 from hidream_grpc.model.parallel.shards import parameter_slices
-from hidream_grpc.model.transformer import HiDreamTransformer
-from hidream_grpc.model.weight_files import Library, read_tensors
-from hidream_grpc.model.weight_files import num_weights as num_weights_of_component
+from hidream_grpc.model.transformer.model import HiDreamTransformer
 from hidream_grpc.model.weights import SafetensorsFolder, load_share
 from tests.checkpoints import write_promised, write_reshaped
 

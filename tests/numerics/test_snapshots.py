@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hidream_grpc.errors import SnapshotError
-from hidream_grpc.model.denoising import DenoisingState
+from hidream_grpc.model.denoising.snapshots import Snapshot
+from hidream_grpc.model.denoising.state import DenoisingState
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.pipeline import HiDreamModel
 from hidream_grpc.model.snapshot_format import SnapshotIdentity, unpack
-from hidream_grpc.model.snapshots import Snapshot
 from tests.checkpoints import SCHEDULERS
 from tests.denoising import denoise, parameters, take_step
 from tests.numerics.conftest import LoadModel

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from hidream_grpc.model.vae import ImageDecoding, decode_in_slices
+from hidream_grpc.model.decoding.vae import ImageDecoding, decode_in_slices
 from tests.autoencoders import latents_of, small_vae
 
 VAES: dict[str, dict[str, object]] = {

@@ -10,8 +10,8 @@ from hidream_grpc.devices.base import StartMethod
 from hidream_grpc.devices.detect import DeviceSelection
 from hidream_grpc.engine.group.memory_gate import MemoryCheck
 from hidream_grpc.logs import LogConfig
+from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.parallel.layout import Layout
-from hidream_grpc.model.step_shapes import StepShape
 
 
 def _any_memory_will_do(*_arguments: object) -> None:

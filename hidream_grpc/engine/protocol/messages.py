@@ -13,9 +13,9 @@ import msgspec
 from hidream_grpc.devices.base import StartMethod
 from hidream_grpc.errors import LossCause
 from hidream_grpc.logs import LogConfig
+from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
-from hidream_grpc.model.step_shapes import StepShape
 
 PROTOCOL_VERSION = 6
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from hidream_grpc.devices.base import Device
 from hidream_grpc.engine.protocol.messages import Admission, DecodedImage
-from hidream_grpc.model.images import encode_image
+from hidream_grpc.model.decoding.images import encode_image
+from hidream_grpc.model.decoding.vae import ImageDecoding
 from hidream_grpc.model.parameters import GenerationParameters
-from hidream_grpc.model.vae import ImageDecoding
 
 
 class RunningDecode:

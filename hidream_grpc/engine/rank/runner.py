@@ -26,11 +26,11 @@ from hidream_grpc.engine.protocol.messages import (
 )
 from hidream_grpc.engine.rank.decoding import RunningDecode
 from hidream_grpc.errors import JobInternalError, NonFiniteError, OutOfDeviceMemoryError, SnapshotError
-from hidream_grpc.model.denoising import DenoisingState, StepBatch, have_finite_latents
+from hidream_grpc.model.denoising.snapshots import Snapshot
+from hidream_grpc.model.denoising.state import DenoisingState, StepBatch, have_finite_latents
 from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.pipeline import HiDreamModel
-from hidream_grpc.model.prompt_encoding import EncodedPrompts
-from hidream_grpc.model.snapshots import Snapshot
+from hidream_grpc.model.prompts.encoding import EncodedPrompts
 
 logger = logging.getLogger(__name__)
 

@@ -47,11 +47,11 @@ from hidream_grpc.engine.rank.process_group import join_group, leave_group
 from hidream_grpc.engine.rank.runner import Runner
 from hidream_grpc.errors import HiDreamError, JobInternalError, LossCause
 from hidream_grpc.logs import NOT_ON_TERMINAL, configure_logging
-from hidream_grpc.model.checkpoint_files import MODEL_PATH_FLAG
+from hidream_grpc.model.checkpoint.files import MODEL_PATH_FLAG
 from hidream_grpc.model.loading import summary_of
 from hidream_grpc.model.parallel.groups import CollectiveError, ParallelGroups
 from hidream_grpc.model.pipeline import HiDreamModel
-from hidream_grpc.model.prompt_encoding import EMPTY_PROMPT
+from hidream_grpc.model.prompts.encoding import EMPTY_PROMPT
 
 # By name, since this module is __main__ where the zygote execs.
 logger = logging.getLogger("hidream_grpc.engine.rank.worker")

@@ -4,10 +4,10 @@ import pytest
 
 from hidream_grpc.devices.base import CPU, CUDA, NPU, DeviceMemory, DeviceType
 from hidream_grpc.errors import InsufficientMemoryError
+from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
 from hidream_grpc.model.memory_requirements import MemoryRequirements
 from hidream_grpc.model.model_weights import ModelWeights
 from hidream_grpc.model.parallel.planner import ModelDivisions, parse_layout
-from hidream_grpc.model.text_encoder_files import TextEncoderName
 
 # The released model.
 WEIGHTS = ModelWeights(

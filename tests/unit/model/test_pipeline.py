@@ -14,15 +14,15 @@ from PIL import Image
 
 from hidream_grpc.devices.base import open_device
 from hidream_grpc.errors import CheckpointChangedError, ModelNotFoundError
-from hidream_grpc.model.demo import demo_checkpoint_path
-from hidream_grpc.model.denoising import StepBatch
-from hidream_grpc.model.fingerprint import fingerprint_of
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.fingerprint import fingerprint_of
+from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
+from hidream_grpc.model.denoising.state import StepBatch
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.pipeline import HiDreamModel
-from hidream_grpc.model.prompt_encoding import EMPTY_PROMPT, MAX_CACHED_PROMPTS
-from hidream_grpc.model.text_encoder_files import TextEncoderName
-from hidream_grpc.model.text_encoders import TextEncoders
+from hidream_grpc.model.prompts.encoding import EMPTY_PROMPT, MAX_CACHED_PROMPTS
+from hidream_grpc.model.prompts.text_encoders import TextEncoders
 from tests.checkpoints import write_spoilt
 from tests.denoising import denoise, parameters, take_step
 

@@ -33,9 +33,9 @@ from hidream_grpc.engine.protocol.messages import (
     StepPlan,
 )
 from hidream_grpc.logs import LogConfig
+from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
-from hidream_grpc.model.step_shapes import StepShape
 
 LENGTH_BYTES = 4
 

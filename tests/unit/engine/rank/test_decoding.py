@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL
 from hidream_grpc.devices.base import open_device
 from hidream_grpc.engine.protocol.messages import Admission, DecodedImage
 from hidream_grpc.engine.rank.decoding import RunningDecode
-from hidream_grpc.model.images import encode_image
-from hidream_grpc.model.vae import ImageDecoding
+from hidream_grpc.model.decoding.images import encode_image
+from hidream_grpc.model.decoding.vae import ImageDecoding
 from tests.autoencoders import latents_of, small_vae
 from tests.denoising import parameters
 

@@ -8,7 +8,7 @@ from hidream_grpc.devices.base import open_device
 from hidream_grpc.engine.protocol.messages import Decode, JobFault, PlanDone, StepPlan
 from hidream_grpc.engine.rank.runner import Runner
 from hidream_grpc.errors import NonFiniteError
-from hidream_grpc.model.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.pipeline import HiDreamModel

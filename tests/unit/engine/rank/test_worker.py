@@ -19,12 +19,12 @@ from hidream_grpc.engine.protocol.messages import Command, DeviceOpened, Load, L
 from hidream_grpc.engine.rank import worker
 from hidream_grpc.log_streams import drain_streams
 from hidream_grpc.logs import LogConfig
-from hidream_grpc.model.checkpoint import describe_checkpoint
-from hidream_grpc.model.demo import demo_checkpoint_path
-from hidream_grpc.model.fingerprint import fingerprint_of
+from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.description import describe_checkpoint
+from hidream_grpc.model.checkpoint.fingerprint import fingerprint_of
+from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.pipeline import HiDreamModel
-from hidream_grpc.model.step_shapes import StepShape
 from tests.torch_threads import one_thread
 
 __all__ = ["one_thread"]

@@ -1,0 +1,84 @@
+"""The shapes of denoising steps that an operator names to have them compiled at boot. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from hidream_grpc.devices.base import DeviceType
+from hidream_grpc.errors import ConfigurationError
+from hidream_grpc.model.checkpoint.sizes import ImageSize, SizeLimits
+
+COMPILE_SHAPES_FLAG = "--compile-shapes"
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What the cost of a denoising step depends on.
+
+    Attributes:
+        width, height: of all its images, in pixels.
+        num_samples: rows of the step, on all ranks together: two for each image with guidance, else one.
+    """
+
+    width: int
+    height: int
+    num_samples: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}x{self.num_samples}"
+
+
+def choose_compile_shapes(
+    asked: str | None, device_type: DeviceType, size_limits: SizeLimits, flag: str = COMPILE_SHAPES_FLAG
+) -> tuple[StepShape, ...]:
+    """The shapes to compile for, none where the operator named none.
+
+    Args:
+        asked: by the operator, as `parse_step_shapes` takes it.
+        device_type: of the ranks.
+        size_limits: of the checkpoint.
+        flag: what the operator used, for the error's text.
+
+    Raises:
+        ConfigurationError: what was asked for is no list of shapes, or cannot be.
+    """
+    if asked is None:
+        return ()
+    if not device_type.can_compile:
+        raise ConfigurationError(flag, f"not supported on {device_type.name} yet")
+    return parse_step_shapes(asked, size_limits, flag)
+
+
+def parse_step_shapes(
+    text: str, size_limits: SizeLimits, flag: str = COMPILE_SHAPES_FLAG
+) -> tuple[StepShape, ...]:
+    """Read shapes such as "1024x1024x2,768x1360x2": width × height × samples of a step.
+
+    Args:
+        text: what the operator gave.
+        size_limits: of the checkpoint.
+        flag: what the operator used, for the error's text.
+
+    Raises:
+        ConfigurationError: not such a list, one is named twice, or the checkpoint cannot draw the size.
+    """
+    shapes: list[StepShape] = []
+    for part in (part.strip() for part in text.split(",")):
+        match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})x([1-9][0-9]{0,2})", part)
+        if match is None:
+            raise ConfigurationError(
+                flag, f"{part!r} in {text!r} is no width x height x samples, such as 1024x1024x2"
+            )
+        shape = StepShape(*map(int, match.groups()))
+        if not size_limits.allows(ImageSize(shape.width, shape.height)):
+            raise ConfigurationError(
+                flag,
+                f"{shape.width}x{shape.height} cannot be drawn: both sides must be multiples of "
+                f"{size_limits.size_multiple} from {size_limits.min_side_pixels} on, "
+                f"width x height at most {size_limits.max_pixels}",
+            )
+        if shape in shapes:
+            raise ConfigurationError(flag, f"{shape} is named twice in {text!r}")
+        shapes.append(shape)
+    return tuple(shapes)

@@ -1,0 +1,189 @@
+"""Prompts to what the transformer is conditioned on: by all ranks together, once per distinct prompt.
+
+    every rank has it cached? ─→ owners run their encoders ─→ all succeeded? ─→ broadcast ─→ project
+
+Each arrow is an agreement or an exchange of all ranks, so all must encode the same prompts in the same
+order. What one prompt's encoders raise is agreed upon before anything is exchanged: no rank waits for
+another that gave up.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hidream_grpc.devices.base import Device
+from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
+from hidream_grpc.model.parallel.groups import Axis
+from hidream_grpc.model.prompts.text_encoders import PromptEmbeds, TextEncoders
+from hidream_grpc.model.transformer.conditioning import Conditioning
+
+EMPTY_PROMPT = ""
+
+# An entry of the real model takes 32 MB.
+MAX_CACHED_PROMPTS = 16
+
+
+class CaptionProjector(Protocol):
+    """The part of the transformer that depends on the prompt alone."""
+
+    def project_captions(self, t5: Tensor, llama: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring a prompt's states to the transformer's width; all ranks of a model must call it."""
+
+    def embed_pooled(self, pooled: Tensor) -> Tensor:
+        """Embed CLIP's pooled output."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompts:
+    """What came of some prompts.
+
+    Attributes:
+        conditionings: of those that were encoded; the same prompts on every rank.
+        errors: why an encoder failed on this rank; other ranks may have others.
+        num_cache_hits: prompts, the empty one not counted, for which no encoder ran.
+        num_cache_misses: prompts for which encoders ran.
+    """
+
+    conditionings: Mapping[str, Conditioning]
+    errors: Mapping[str, Exception]
+    num_cache_hits: int
+    num_cache_misses: int
+
+    def has_all_of(self, prompts: Sequence[str]) -> bool:
+        """Whether all of these were encoded.
+
+        Raises:
+            Exception: what an encoder raised for one of them on this rank.
+        """
+        for prompt in prompts:
+            if prompt in self.errors:
+                raise self.errors[prompt]
+        return all(prompt in self.conditionings for prompt in prompts)
+
+    def require(self, prompts: Sequence[str]) -> tuple[Conditioning, ...]:
+        """What became of these prompts, in their order.
+
+        Raises:
+            Exception: what an encoder raised for one of them on this rank.
+            LookupError: one of them failed on another rank only, or is not among these at all.
+        """
+        if not self.has_all_of(prompts):
+            raise LookupError("a prompt was not encoded")
+        return tuple(self.conditionings[prompt] for prompt in prompts)
+
+
+class ConditioningCache:
+    """The latest prompts, and the empty one, which guidance needs all the time, for good."""
+
+    def __init__(self) -> None:
+        self._latest: OrderedDict[str, Conditioning] = OrderedDict()
+        self._empty: Conditioning | None = None
+
+    def __contains__(self, prompt: str) -> bool:
+        return self._empty is not None if prompt == EMPTY_PROMPT else prompt in self._latest
+
+    def __getitem__(self, prompt: str) -> Conditioning:
+        if prompt == EMPTY_PROMPT and self._empty is not None:
+            return self._empty
+        return self._latest[prompt]
+
+    def keep(self, prompt: str, conditioning: Conditioning) -> None:
+        """Make this the latest prompt; the oldest one goes when there are too many."""
+        if prompt == EMPTY_PROMPT:
+            self._empty = conditioning
+            return
+        self._latest[prompt] = conditioning
+        self._latest.move_to_end(prompt)
+        if len(self._latest) > MAX_CACHED_PROMPTS:
+            self._latest.popitem(last=False)
+
+
+class PromptEncoder:
+    """Encodes prompts on all ranks of the world, each with its own encoders and share of the transformer.
+
+    Args:
+        text_encoders: of this rank.
+        projector: this rank's transformer.
+        world: all ranks.
+        device: of this rank.
+    """
+
+    def __init__(
+        self, text_encoders: TextEncoders, projector: CaptionProjector, world: Axis, device: Device
+    ) -> None:
+        self._text_encoders = text_encoders
+        self._projector = projector
+        self._world = world
+        self._device = device
+        self._cache = ConditioningCache()
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> EncodedPrompts:
+        """Encode those prompts that some rank does not have cached; all ranks must call it alike.
+
+        Args:
+            prompts: the same on every rank; may name one more than once.
+
+        Raises:
+            CollectiveError: a rank is gone.
+            Exception: the transformer could not project what the encoders gave, here. This rank must
+                leave the group, since the others wait for it.
+        """
+        distinct = tuple(dict.fromkeys(prompts))
+        cached_here = [prompt in self._cache for prompt in distinct]
+        # A rank that was replaced has none, so the ranks' caches differ.
+        is_cached = self._all_true(cached_here)
+        conditionings: dict[str, Conditioning] = {}
+        errors: dict[str, Exception] = {}
+        # From the cache first: what is encoded now may push them out.
+        for prompt, hit in zip(distinct, is_cached, strict=True):
+            if hit:
+                conditionings[prompt] = self._cache[prompt]
+        missing = [prompt for prompt in distinct if prompt not in conditionings]
+        for prompt in missing:
+            conditioning = self._encode(prompt, errors)
+            if conditioning is not None:
+                conditionings[prompt] = conditioning
+        for prompt in distinct:
+            if prompt in conditionings:
+                self._cache.keep(prompt, conditionings[prompt])
+        num_misses = sum(prompt != EMPTY_PROMPT for prompt in missing)
+        num_prompts = sum(prompt != EMPTY_PROMPT for prompt in prompts)
+        return EncodedPrompts(conditionings, errors, num_prompts - num_misses, num_misses)
+
+    @torch.inference_mode()
+    def blank(self) -> Conditioning:
+        """A conditioning of the shape that every prompt's has; all ranks of a model must call it."""
+        return self._project(self._text_encoders.blank())
+
+    def _encode(self, prompt: str, errors: dict[str, Exception]) -> Conditioning | None:
+        """Encode one prompt; None where an encoder failed on any rank."""
+        outputs: dict[TextEncoderName, Tensor] = {}
+        try:
+            outputs = self._text_encoders.encode(prompt)
+        except Exception as error:
+            # Its frames hold what the next prompt may need the memory of.
+            traceback.clear_frames(error.__traceback__)
+            errors[prompt] = error
+        (succeeded,) = self._all_true([prompt not in errors])
+        if not succeeded:
+            return None
+        for name, owner in self._text_encoders.owners.items():
+            self._world.broadcast(outputs[name], owner)
+        return self._project(outputs)
+
+    def _project(self, outputs: Mapping[TextEncoderName, Tensor]) -> Conditioning:
+        """What the encoders gave, as the transformer's blocks take it."""
+        embeds = PromptEmbeds.from_outputs(outputs)
+        t5, llama = self._projector.project_captions(embeds.t5, embeds.llama)
+        return Conditioning(self._projector.embed_pooled(embeds.pooled), t5, llama)
+
+    def _all_true(self, values: Sequence[bool]) -> list[bool]:
+        return self._world.all_true(values, self._device.torch_device)

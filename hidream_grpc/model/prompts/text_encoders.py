@@ -1,0 +1,266 @@
+"""This rank's text encoders: a prompt becomes what the transformer's captions are projected from.
+
+Legend of shapes: T tokens (the padded length), L Llama layers that the transformer reads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import (
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    LlamaModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from hidream_grpc.devices.base import CPU, Device, open_device
+from hidream_grpc.errors import NonFiniteError
+from hidream_grpc.model.checkpoint.files import MAX_SEQUENCE_LENGTH, MODEL_PATH_FLAG, llama_flag
+from hidream_grpc.model.checkpoint.text_encoders import TextEncoderFiles, TextEncoderName, text_encoder_files
+from hidream_grpc.model.loading import load_module, load_tokenizer, loading
+from hidream_grpc.model.parallel.groups import Axis
+from hidream_grpc.model.prompts.placement import activation_reserve_bytes, fits, place
+
+logger = logging.getLogger(__name__)
+
+_GB = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEmbeds:
+    """What the text encoders give for one prompt, in the model's dtype, on its device.
+
+    Attributes:
+        pooled: (P,), the pooled embeddings of both CLIP encoders.
+        t5: (T, D), the last states of T5.
+        llama: (L, T, D), states after those layers of Llama that the transformer reads.
+    """
+
+    pooled: Tensor
+    t5: Tensor
+    llama: Tensor
+
+    @classmethod
+    def from_outputs(cls, outputs: Mapping[TextEncoderName, Tensor]) -> PromptEmbeds:
+        """Put together the outputs of the four encoders."""
+        return cls(
+            pooled=torch.cat((outputs[TextEncoderName.CLIP_L], outputs[TextEncoderName.CLIP_G])),
+            t5=outputs[TextEncoderName.T5],
+            llama=outputs[TextEncoderName.LLAMA],
+        )
+
+
+class TextEncoder(Protocol):
+    """One encoder with its tokenizer."""
+
+    def encode(self, prompt: str) -> Tensor:
+        """What this encoder gives for one prompt; see `TextEncoderFiles.output_shape`."""
+
+
+class TextEncoders:
+    """The text encoders of a checkpoint, of which this rank runs its own.
+
+    Attributes:
+        owners: the rank of each encoder; every rank knows all.
+        num_parameters: of all encoders, wherever they are.
+
+    Args:
+        own: the encoders of this rank.
+        files: of all encoders.
+        owners: the rank of each encoder.
+        device: where the outputs go, in its dtype.
+    """
+
+    def __init__(
+        self,
+        own: Mapping[TextEncoderName, TextEncoder],
+        files: Mapping[TextEncoderName, TextEncoderFiles],
+        owners: Mapping[TextEncoderName, int],
+        device: Device,
+    ) -> None:
+        self.owners = dict(owners)
+        self._own = dict(own)
+        self.num_parameters = sum(f.num_parameters for f in files.values())
+        self._output_shapes = {name: f.output_shape for name, f in files.items()}
+        self._device = device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_path: Path,
+        extra_model_path: Path | None,
+        llama_layers: tuple[int, ...],
+        device: Device,
+        world: Axis,
+    ) -> TextEncoders:
+        """Load this rank's encoders of a checkpoint, each onto the device where it has room.
+
+        Call it when everything else of the model is loaded: what is free then is measured.
+
+        Args:
+            model_path: the checkpoint.
+            extra_model_path: the Llama folder, where the checkpoint holds none.
+            llama_layers: layers whose states the transformer reads, each once.
+            device: of this rank.
+            world: the ranks that share the encoders.
+        """
+        files = text_encoder_files(model_path, extra_model_path, len(llama_layers))
+        sizes_bytes = {name: f.num_parameters * device.dtype.itemsize for name, f in files.items()}
+        owners = place(sizes_bytes, world.size)
+        # The largest first: on the device it saves most.
+        names = sorted(
+            (name for name in files if owners[name] == world.index), key=sizes_bytes.__getitem__, reverse=True
+        )
+        own: dict[TextEncoderName, TextEncoder] = {}
+        where: list[str] = []
+        for name in names:
+            encoder_device, reason = _choose_device(sizes_bytes[name], device)
+            flag = llama_flag(model_path) if name is TextEncoderName.LLAMA else MODEL_PATH_FLAG
+            with loading(files[name].folder, flag, device):
+                own[name] = _load(name, files[name], llama_layers, encoder_device)
+            where.append(f"{name} {reason}")
+        logger.info("text encoders of this rank: %s", "; ".join(where) or "none")
+        return cls(own, files, owners, device)
+
+    @torch.inference_mode()
+    def encode(self, prompt: str) -> dict[TextEncoderName, Tensor]:
+        """Run this rank's encoders.
+
+        Returns:
+            What each encoder gives, in the model's dtype, on its device; of other ranks' encoders a
+            tensor to receive it in.
+
+        Raises:
+            NonFiniteError: one of them gives NaN or infinity.
+
+        Source: diffusers 0.42.1 pipeline_hidream_image.py, encode_prompt (padding and lengths).
+        """
+        device, dtype = self._device.torch_device, self._device.dtype
+        outputs = {
+            name: self._own[name].encode(prompt).to(device, dtype).contiguous()
+            if name in self._own
+            else torch.empty(shape, device=device, dtype=dtype)
+            for name, shape in self._output_shapes.items()
+        }
+        are_finite = {name: outputs[name].isfinite().all() for name in self._own}
+        if broken := [name for name, is_finite in are_finite.items() if not is_finite]:
+            raise NonFiniteError(f"what {' and '.join(broken)} gives for the prompt is not finite")
+        return outputs
+
+    def blank(self) -> dict[TextEncoderName, Tensor]:
+        """Zeros in the shapes of what the encoders give for any prompt."""
+        device, dtype = self._device.torch_device, self._device.dtype
+        return {
+            name: torch.zeros(shape, device=device, dtype=dtype)
+            for name, shape in self._output_shapes.items()
+        }
+
+
+class _ClipEncoder:
+    def __init__(self, files: TextEncoderFiles, device: Device) -> None:
+        self._tokenizer = load_tokenizer(CLIPTokenizer, files.tokenizer_folder)
+        self._model = load_module(CLIPTextModelWithProjection, files.folder, device)
+
+    def encode(self, prompt: str) -> Tensor:
+        """Return (P,), the pooled embedding."""
+        tokens = _tokenize(self._tokenizer, prompt, MAX_SEQUENCE_LENGTH, self._model.device)
+        pooled: Tensor = self._model(tokens["input_ids"])[0]
+        return pooled[0]
+
+
+class _T5Encoder:
+    def __init__(self, files: TextEncoderFiles, device: Device) -> None:
+        self._tokenizer = load_tokenizer(T5Tokenizer, files.tokenizer_folder)
+        self._model = load_module(T5EncoderModel, files.folder, device)
+        self._num_tokens = files.output_shape[0]
+
+    def encode(self, prompt: str) -> Tensor:
+        """Return (T, D), the last states."""
+        tokens = _tokenize(self._tokenizer, prompt, self._num_tokens, self._model.device)
+        states: Tensor = self._model(**tokens)[0]
+        return states[0]
+
+
+class _LlamaEncoder:
+    """LlamaModel is LlamaForCausalLM without the head that turns states into words."""
+
+    def __init__(self, files: TextEncoderFiles, layers: tuple[int, ...], device: Device) -> None:
+        self._tokenizer = load_tokenizer(PreTrainedTokenizerFast, files.tokenizer_folder)
+        # Llama has no padding token; the pipeline takes this one.
+        self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._model = load_module(LlamaModel, files.folder, device)
+        self._layers = layers
+        self._num_tokens = files.output_shape[1]
+
+    def encode(self, prompt: str) -> Tensor:
+        """Return (L, T, D), the states after the layers that are read."""
+        tokens = _tokenize(self._tokenizer, prompt, self._num_tokens, self._model.device)
+        states = self._model(**tokens, output_hidden_states=True, use_cache=False).hidden_states
+        # The first entry is the input of the first layer.
+        return torch.cat([states[layer + 1] for layer in self._layers])
+
+
+def _load(
+    name: TextEncoderName, files: TextEncoderFiles, llama_layers: tuple[int, ...], device: Device
+) -> TextEncoder:
+    match name:
+        case TextEncoderName.CLIP_L | TextEncoderName.CLIP_G:
+            return _ClipEncoder(files, device)
+        case TextEncoderName.T5:
+            return _T5Encoder(files, device)
+        case TextEncoderName.LLAMA:
+            return _LlamaEncoder(files, llama_layers, device)
+
+
+def _choose_device(size_bytes: int, device: Device) -> tuple[Device, str]:
+    """The device, if it has room beside what denoising and decoding need, or else the CPU of its host.
+
+    The host computes in what its CPU device says, float32: in bfloat16, half of its memory, the same
+    matrix product took 7 times as long on x86 without AVX-512 and 3.5 times without its bfloat16
+    instructions, which few hosts of accelerators have (oneDNN in torch 2.13, ISA capped, 2026-11-25).
+
+    Args:
+        size_bytes: of the encoder's weights on the device.
+        device: of this rank.
+
+    Returns:
+        Where the encoder goes, and why, for the log.
+    """
+    if device.backend == CPU.backend:
+        return device, f"on the CPU, {size_bytes / _GB:.3g} GB"
+    # What torch has cached counts as used.
+    device.empty_cache()
+    memory = device.memory()
+    size, free, reserve = (
+        f"{num_bytes / _GB:.3g} GB"
+        for num_bytes in (size_bytes, memory.free_bytes, activation_reserve_bytes(memory))
+    )
+    if fits(size_bytes, memory):
+        return device, f"on the device, {size} of {free} free"
+    host = open_device(CPU.name, 0)
+    reason = f"{size} do not fit into {free} free on the device, less {reserve} for denoising"
+    return host, f"on the host's CPU in {host.dtype}, since {reason}"
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Tokens of one prompt, padded to the length that the transformer was trained with.
+
+    Returns:
+        input_ids and attention_mask, (1, T), int64, on the device.
+    """
+    tokens = tokenizer(
+        [prompt], padding="max_length", max_length=num_tokens, truncation=True, return_tensors="pt"
+    )
+    return {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}

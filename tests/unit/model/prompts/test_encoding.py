@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hidream_grpc.devices.cpu import CpuDevice
+from hidream_grpc.model.pipeline import HiDreamModel
+from hidream_grpc.model.prompts.encoding import (
+    EMPTY_PROMPT,
+    MAX_CACHED_PROMPTS,
+    ConditioningCache,
+    EncodedPrompts,
+)
+from hidream_grpc.model.prompts.text_encoders import TextEncoders
+from hidream_grpc.model.transformer.conditioning import Conditioning
+from tests.denoising import parameters
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Path) -> HiDreamModel:
+    return HiDreamModel.from_pretrained(tiny_checkpoint, None, CpuDevice())
+
+
+def conditioning(number: int = 0) -> Conditioning:
+    return Conditioning(torch.tensor([number]), torch.empty(0), torch.empty(0))
+
+
+def test_the_oldest_prompt_goes_when_there_are_too_many() -> None:
+    cache = ConditioningCache()
+    for number in range(MAX_CACHED_PROMPTS + 2):
+        cache.keep(f"prompt {number}", conditioning(number))
+    kept = [number for number in range(MAX_CACHED_PROMPTS + 2) if f"prompt {number}" in cache]
+    assert kept == list(range(2, MAX_CACHED_PROMPTS + 2))
+    assert all(cache[f"prompt {number}"].pooled.item() == number for number in kept)
+
+
+def test_a_prompt_that_is_used_again_is_the_latest() -> None:
+    cache = ConditioningCache()
+    for number in range(MAX_CACHED_PROMPTS):
+        cache.keep(f"prompt {number}", conditioning())
+    cache.keep("prompt 0", conditioning())
+    cache.keep("one more", conditioning())
+    assert "prompt 0" in cache
+    assert "prompt 1" not in cache
+
+
+def test_the_empty_prompt_stays_and_takes_no_room() -> None:
+    cache = ConditioningCache()
+    assert EMPTY_PROMPT not in cache
+    cache.keep(EMPTY_PROMPT, conditioning(7))
+    for number in range(MAX_CACHED_PROMPTS):
+        cache.keep(f"prompt {number}", conditioning())
+    assert cache[EMPTY_PROMPT].pooled.item() == 7
+    assert "prompt 0" in cache
+
+
+def test_prompts_are_counted_but_for_the_empty_one(model: HiDreamModel) -> None:
+    first = model.encode(["a red circle", EMPTY_PROMPT, "a red circle", "a star"])
+    assert (first.num_cache_hits, first.num_cache_misses) == (1, 2)
+    second = model.encode(["a star", EMPTY_PROMPT])
+    assert (second.num_cache_hits, second.num_cache_misses) == (1, 0)
+    assert second.conditionings["a star"] is first.conditionings["a star"]
+
+
+def test_more_prompts_at_once_than_are_cached_are_all_encoded(model: HiDreamModel) -> None:
+    model.encode(["here before"])
+    prompts = [f"prompt {number}" for number in range(MAX_CACHED_PROMPTS + 3)] + ["here before"]
+    encoded = model.encode(prompts)
+    assert (encoded.num_cache_hits, encoded.num_cache_misses) == (1, MAX_CACHED_PROMPTS + 3)
+    assert encoded.has_all_of(prompts)
+    for prompt in prompts:
+        state = model.begin(parameters(prompt, guidance_scale=0.0), encoded)
+        assert state.conditioning is encoded.conditionings[prompt]
+
+
+def test_a_prompt_that_fails_does_not_keep_others_from_being_encoded(
+    model: HiDreamModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = TextEncoders.encode
+
+    def fail_once(self: TextEncoders, prompt: str) -> object:
+        if prompt == "broken":
+            raise RuntimeError("no room for this prompt")
+        return encode(self, prompt)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextEncoders, "encode", fail_once)
+        encoded = model.encode(["broken", "a star"])
+        with pytest.raises(RuntimeError, match="no room"):
+            model.begin(parameters("broken", guidance_scale=0.0))
+    assert encoded.has_all_of(["a star"])
+    with pytest.raises(RuntimeError, match="no room"):
+        encoded.has_all_of(["a star", "broken"])
+    with pytest.raises(RuntimeError, match="no room"):
+        encoded.require(["broken"])
+    # What failed is not remembered as if it had not.
+    assert model.encode(["broken"]).num_cache_misses == 1
+
+
+def test_what_failed_on_another_rank_is_missing_without_an_error_here() -> None:
+    encoded = EncodedPrompts({"a star": conditioning()}, {}, 0, 2)
+    assert not encoded.has_all_of(["a star", "failed elsewhere"])
+    with pytest.raises(LookupError):
+        encoded.require(["failed elsewhere"])

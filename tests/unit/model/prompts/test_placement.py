@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hidream_grpc.devices.base import DeviceMemory
+from hidream_grpc.model.prompts.placement import activation_reserve_bytes, fits, place
+
+GB = 10**9
+# Of the released model in bfloat16.
+RELEASED_BYTES = {
+    "CLIP-L": 250_000_000,
+    "CLIP-G": 1_400_000_000,
+    "T5": 9_500_000_000,
+    "Llama": 16_000_000_000,
+}
+TRANSFORMER_AND_VAE_BYTES = 34_300_000_000
+
+
+@pytest.mark.parametrize(
+    ("world_size", "expected"),
+    [
+        (1, {"CLIP-L": 0, "CLIP-G": 0, "T5": 0, "Llama": 0}),
+        (2, {"CLIP-L": 1, "CLIP-G": 1, "T5": 1, "Llama": 0}),
+        (4, {"CLIP-L": 3, "CLIP-G": 2, "T5": 1, "Llama": 0}),
+        (8, {"CLIP-L": 3, "CLIP-G": 2, "T5": 1, "Llama": 0}),
+    ],
+)
+def test_the_released_models_encoders_are_spread_over_the_ranks(
+    world_size: int, expected: dict[str, int]
+) -> None:
+    assert place(RELEASED_BYTES, world_size) == expected
+
+
+@given(
+    st.dictionaries(st.text(min_size=1), st.integers(1, 100), min_size=1, max_size=8),
+    st.integers(1, 9),
+    st.randoms(),
+)
+def test_every_rank_comes_to_the_same_placement_in_whatever_order_it_lists_the_encoders(
+    sizes_bytes: dict[str, int], world_size: int, random: object
+) -> None:
+    shuffled = list(sizes_bytes.items())
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    ranks = place(sizes_bytes, world_size)
+    assert place(dict(shuffled), world_size) == ranks
+    assert ranks.keys() == sizes_bytes.keys()
+    loads = [sum(sizes_bytes[name] for name in ranks if ranks[name] == rank) for rank in range(world_size)]
+    # No rank could give one away and be better off.
+    smallest_of_fullest = min(sizes_bytes[name] for name in ranks if ranks[name] == loads.index(max(loads)))
+    assert max(loads) - smallest_of_fullest <= min(loads)
+
+
+def test_one_card_of_64_gb_has_room_for_llama_but_not_for_t5_too() -> None:
+    free_bytes = 64 * GB - TRANSFORMER_AND_VAE_BYTES
+    assert fits(RELEASED_BYTES["Llama"], DeviceMemory(64 * GB, free_bytes))
+    free_bytes -= RELEASED_BYTES["Llama"]
+    assert not fits(RELEASED_BYTES["T5"], DeviceMemory(64 * GB, free_bytes))
+    assert fits(RELEASED_BYTES["CLIP-G"], DeviceMemory(64 * GB, free_bytes))
+
+
+def test_two_cards_of_64_gb_have_room_for_all() -> None:
+    free_bytes = 64 * GB - TRANSFORMER_AND_VAE_BYTES // 2
+    assert fits(RELEASED_BYTES["Llama"], DeviceMemory(64 * GB, free_bytes))
+    assert fits(sum(RELEASED_BYTES.values()) - RELEASED_BYTES["Llama"], DeviceMemory(64 * GB, free_bytes))
+
+
+def test_a_device_keeps_its_reserve_to_the_byte() -> None:
+    memory = DeviceMemory(total_bytes=80 * GB, free_bytes=30 * GB)
+    room_bytes = memory.free_bytes - activation_reserve_bytes(memory)
+    assert room_bytes == 20 * GB
+    assert fits(room_bytes, memory)
+    assert not fits(room_bytes + 1, memory)
