@@ -50,7 +50,8 @@ from hidream_grpc.model.checkpoint.files import EXTRA_MODEL_PATH_FLAG
 from hidream_grpc.model.checkpoint.fingerprint import tokenizer_fingerprint_of
 from hidream_grpc.model.checkpoint.tokenizers.prompt_tokens import PromptTokenCounter
 from hidream_grpc.server.adopted_children import reap_adopted_children
-from hidream_grpc.server.checks import RequestChecks
+from hidream_grpc.server.checks.models import ModelChoice
+from hidream_grpc.server.checks.requests import RequestChecks
 from hidream_grpc.server.health import IMAGE_GEN, HealthServicer
 from hidream_grpc.server.image_gen import ImageGenServicer
 from hidream_grpc.server.info import ServerDescription
@@ -63,7 +64,6 @@ from hidream_grpc.server.listening import bind, grpc_server
 from hidream_grpc.server.memory import return_freed_buffers
 from hidream_grpc.server.metrics import Metrics
 from hidream_grpc.server.model_folders import utf8_path
-from hidream_grpc.server.models import ModelChoice
 from hidream_grpc.server.ranks import group_config
 from hidream_grpc.server.signals import Signals, StoppedAtStartError, end_within
 from hidream_grpc.server.tokens import TokensFile

@@ -19,8 +19,7 @@ from hidream_grpc.jobs.service import JobService
 from hidream_grpc.jobs.watching.events import Cancelled, Failed, ImagePart, JobEvent
 from hidream_grpc.server import convert
 from hidream_grpc.server.call import current_call
-from hidream_grpc.server.checks import RequestChecks
-from hidream_grpc.server.job_requests import (
+from hidream_grpc.server.checks.jobs import (
     checked_download,
     checked_filter,
     checked_job_id,
@@ -28,6 +27,7 @@ from hidream_grpc.server.job_requests import (
     checked_watch,
     finished_image,
 )
+from hidream_grpc.server.checks.requests import RequestChecks
 from hidream_grpc.server.streams import OpenStreams
 
 # Text: only the stubs know the class as generic.

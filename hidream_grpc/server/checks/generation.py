@@ -15,14 +15,14 @@ from hidream_grpc.jobs.job import ModelIdentity, Submission
 from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
 from hidream_grpc.model.checkpoint.tokenizers.prompt_tokens import TokenCount
 from hidream_grpc.model.parameters import OutputFormat
-from hidream_grpc.server.submissions import (
+from hidream_grpc.server.checks.submissions import (
     OUTPUT_FORMATS,
     PRIORITIES,
     JobRequest,
     guidance_scale_of,
     submission_of,
 )
-from hidream_grpc.server.violations import invalid_request, label_violations, request_id_violations
+from hidream_grpc.server.checks.violations import invalid_request, label_violations, request_id_violations
 
 CountTokens = Callable[[str], tuple[TokenCount, ...]]
 

@@ -10,10 +10,10 @@ from hidream.v1 import image_gen_pb2
 from hidream_grpc.errors import InvalidRequestError, ModelNotServedError, RequestError
 from hidream_grpc.jobs.job import Submission
 from hidream_grpc.jobs.limits import RequestLimits
-from hidream_grpc.server.models import ModelChoice, requested_model, requested_model_of_all
-from hidream_grpc.server.submissions import JobRequest, submission_of
-from hidream_grpc.server.validation import RequestValidator
-from hidream_grpc.server.violations import request_id_violations
+from hidream_grpc.server.checks.generation import RequestValidator
+from hidream_grpc.server.checks.models import ModelChoice, requested_model, requested_model_of_all
+from hidream_grpc.server.checks.submissions import JobRequest, submission_of
+from hidream_grpc.server.checks.violations import request_id_violations
 
 MAX_RETRIED_REQUESTS = 1_000
 """A refused batch of so many, or of as many as the queue may hold now, is looked up: under an earlier

@@ -19,7 +19,7 @@ from hidream_grpc.errors import (
 from hidream_grpc.jobs.job import Job, JobState, StoredImage
 from hidream_grpc.jobs.limits import RequestLimits
 from hidream_grpc.jobs.store.page_token import decode_page_token, filter_digest_of
-from hidream_grpc.server.violations import invalid_request, label_violations
+from hidream_grpc.server.checks.violations import invalid_request, label_violations
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000

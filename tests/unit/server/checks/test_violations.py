@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hidream_grpc.errors import FieldViolation
+from hidream_grpc.server.checks.violations import invalid_request
 from hidream_grpc.server.status import to_status
-from hidream_grpc.server.violations import invalid_request
 
 MAX_HEADER_BYTES = 8192
 OTHER_HEADERS_BYTES = 300

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from hidream_grpc.errors import FieldViolation, InvalidRequestError
 from hidream_grpc.jobs.limits import RequestLimits
-from hidream_grpc.server.submissions import JobRequest
+from hidream_grpc.server.checks.submissions import JobRequest
 
 MAX_STATUS_BYTES = 7_500
 """A status travels in headers, of which clients accept 8 KiB: a longer one hides what was wrong."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hidream.v1 import image_gen_pb2
 from hidream_grpc.errors import FieldViolation, InvalidRequestError
 from hidream_grpc.jobs.service import JobService
-from hidream_grpc.server.validation import CountTokens, RequestValidator
+from hidream_grpc.server.checks.generation import CountTokens, RequestValidator
 
 
 class ModelChoice:

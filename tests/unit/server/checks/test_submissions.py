@@ -12,7 +12,7 @@ import pytest
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
 from hidream_grpc.jobs.job import ModelIdentity, Submission, asks_for_the_same
 from hidream_grpc.jobs.limits import RequestDefaults
-from hidream_grpc.server.submissions import JobRequest, submission_of
+from hidream_grpc.server.checks.submissions import JobRequest, submission_of
 
 DEFAULTS = RequestDefaults(width=128, height=256, num_inference_steps=50, guidance_scale=5.0)
 OTHER_DEFAULTS = RequestDefaults(width=64, height=64, num_inference_steps=9, guidance_scale=0, quality=80)

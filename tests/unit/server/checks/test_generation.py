@@ -17,8 +17,8 @@ from hidream_grpc.jobs.job import Priority, Submission
 from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
 from hidream_grpc.model.checkpoint.tokenizers.prompt_tokens import TokenCount
 from hidream_grpc.model.parameters import OutputFormat
+from hidream_grpc.server.checks.generation import RequestValidator
 from hidream_grpc.server.status import to_status
-from hidream_grpc.server.validation import RequestValidator
 
 LIMITS = RequestLimits(
     max_prompt_tokens=10,
