@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 
 from hidream.v1 import image_gen_pb2_grpc
-from tests.live_server import LiveServer, running_server
+from tests.support.live_server import LiveServer, running_server
 
 # Servers that tests break on purpose are no news.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -15,7 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from hidream.client import Client
 from hidream.connection import SERVICE_NAME
-from tests.live_server import LiveServer
+from tests.support.live_server import LiveServer
 
 PROJECT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ from hidream.client import Client
 from hidream.errors import NotServingError
 from hidream.health import HealthStatus
 from tests.clients.conftest import HealthOnlyServer
-from tests.live_server import LiveServer
+from tests.support.live_server import LiveServer
 
 TIMEOUT_SECONDS = 30.0
 

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from tests.clients.conftest import HealthOnlyServer
-from tests.live_server import LiveServer, wait_until
+from tests.support.live_server import LiveServer, wait_until
 
 HIDREAM = Path(sys.executable).parent / "hidream"
 PROMPT = "a red circle on a blue background"

@@ -18,7 +18,7 @@ import pytest
 from hidream.client import Client
 from hidream.downloads import part_path
 from tests.clients.test_hidream_command import HIDREAM, PROMPT, SMALL, hidream
-from tests.live_server import LiveServer, running_server, wait_until
+from tests.support.live_server import LiveServer, running_server, wait_until
 
 LONG = ("--size", "64x64", "--steps", "150", "--images", "4")
 

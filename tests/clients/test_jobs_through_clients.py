@@ -18,7 +18,7 @@ from hidream.events import ImageFinished, Progress
 from hidream.requests import submit_request
 from hidream.v1 import job_pb2
 from tests.clients.conftest import GoTools
-from tests.live_server import LiveServer, wait_until
+from tests.support.live_server import LiveServer, wait_until
 
 PROMPT = "a red circle on a blue background"
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 3, "seed": 11}

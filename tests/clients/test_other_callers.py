@@ -16,7 +16,7 @@ from hidream.client import Client
 from hidream.images import ImageAssembler
 from hidream.v1 import image_gen_pb2, server_info_pb2
 from tests.clients.conftest import GoTools
-from tests.live_server import LiveServer
+from tests.support.live_server import LiveServer
 
 # The first run builds the Go programs.
 pytestmark = pytest.mark.timeout(900)

@@ -17,7 +17,7 @@ from hidream.client import Client
 from hidream.errors import DeadlineExceededError, EventLoopError, InvalidArgumentError, UnavailableError
 from hidream.images import Image
 from hidream.v1 import server_info_pb2
-from tests.live_server import LiveServer, wait_until
+from tests.support.live_server import LiveServer, wait_until
 
 PROMPT = "a red circle on a blue background"
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 3, "seed": 11}

@@ -15,7 +15,7 @@ from hidream.client import Client
 from hidream.errors import UnauthenticatedError
 from hidream.health import HealthStatus
 from tests.clients.conftest import GoTools
-from tests.live_server import LiveServer, running_server
+from tests.support.live_server import LiveServer, running_server
 
 # The first run builds the Go programs.
 pytestmark = pytest.mark.timeout(900)

@@ -8,7 +8,7 @@ import sys
 import uuid
 
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.job_stores import added, claimed, finished, new_job
+from tests.support.job_stores import added, claimed, finished, new_job
 
 
 def say(word: str, job_id: str) -> None:

@@ -7,8 +7,8 @@ import pytest
 import pytest_asyncio
 
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.job_stores import StoreDatabase
-from tests.postgres import PostgresServer, running_postgres
+from tests.support.job_stores import StoreDatabase
+from tests.support.postgres import PostgresServer, running_postgres
 
 
 @pytest.fixture(scope="session")

@@ -24,10 +24,10 @@ from hidream_grpc.jobs.artifacts.artifacts import MAX_CALLS_AT_ONCE, ArtifactSto
 from hidream_grpc.jobs.artifacts.objects import ArtifactTimeouts
 from hidream_grpc.jobs.job import StoredImage
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
-from tests.answering_servers import answering
-from tests.file_names import ODD_FILE_NAMES
-from tests.s3_server import BUCKET, S3Server, running_s3_server
-from tests.small_disks import small_disk
+from tests.support.answering_servers import answering
+from tests.support.file_names import ODD_FILE_NAMES
+from tests.support.s3_server import BUCKET, S3Server, running_s3_server
+from tests.support.small_disks import small_disk
 
 PARAMETERS = GenerationParameters(
     prompt="a red circle",

@@ -11,7 +11,7 @@ from hidream_grpc.errors import JobNotFoundError
 from hidream_grpc.jobs.job import CancelReason, Job, JobState
 from hidream_grpc.jobs.store.records import AttachedCall
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.job_stores import OWNER, ROOMY, added, claimed, finished, joined, new_job, started
+from tests.support.job_stores import OWNER, ROOMY, added, claimed, finished, joined, new_job, started
 
 HERE = AttachedCall("call-1", "replica-1")
 ELSEWHERE = AttachedCall("call-2", "replica-2")

@@ -13,7 +13,7 @@ from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
 from hidream_grpc.jobs.artifacts.image_reader import ImageReader
 from hidream_grpc.jobs.job import Job, StoredImage
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.job_stores import StoreDatabase, added, claimed, new_job, started, succeeded
+from tests.support.job_stores import StoreDatabase, added, claimed, new_job, started, succeeded
 
 DATA = bytes(range(256)) * 4
 PIECE_BYTES = 300

@@ -21,7 +21,7 @@ from hidream_grpc.jobs.job import CancelReason, JobState
 from hidream_grpc.jobs.store import sqlite
 from hidream_grpc.jobs.store.records import QueueLimits
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.job_stores import (
+from tests.support.job_stores import (
     OWNER,
     ROOMY,
     StoreDatabase,

@@ -28,7 +28,7 @@ from hidream_grpc.jobs.job import (
 from hidream_grpc.jobs.store.order import CallerLoads, WaitingJob, claim_order
 from hidream_grpc.jobs.store.records import HeldClaim
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.job_stores import (
+from tests.support.job_stores import (
     MODEL,
     OWNER,
     StoreDatabase,

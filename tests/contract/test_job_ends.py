@@ -20,7 +20,7 @@ from hidream_grpc.jobs.store.changes import ChangeKind
 from hidream_grpc.jobs.store.claims import Saved
 from hidream_grpc.jobs.store.records import EndedJob
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.job_stores import (
+from tests.support.job_stores import (
     MODEL,
     OWNER,
     added,

@@ -13,7 +13,7 @@ from hidream_grpc.errors import (
 from hidream_grpc.jobs.job import CancelReason, JobState
 from hidream_grpc.jobs.store.page_token import decode_page_token, filter_digest_of
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.job_stores import (
+from tests.support.job_stores import (
     OWNER,
     added,
     claimed,

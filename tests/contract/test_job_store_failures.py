@@ -39,7 +39,7 @@ from hidream_grpc.jobs.store.changes import MAX_PAYLOAD_BYTES, Change, ChangeKin
 from hidream_grpc.jobs.store.schema import metadata
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.contract import acknowledged_jobs
-from tests.job_stores import (
+from tests.support.job_stores import (
     MODEL,
     OWNER,
     StoreDatabase,
@@ -51,7 +51,7 @@ from tests.job_stores import (
     started,
     with_image,
 )
-from tests.postgres import PostgresServer
+from tests.support.postgres import PostgresServer
 
 NUM_KILLS = 4
 MAX_LINES_BEFORE_A_KILL = 60

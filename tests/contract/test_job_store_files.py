@@ -9,8 +9,8 @@ import pytest
 
 from hidream_grpc.errors import StoreInUseError, StoreUnusableError
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.file_names import ODD_FILE_NAMES
-from tests.job_stores import added, new_job
+from tests.support.file_names import ODD_FILE_NAMES
+from tests.support.job_stores import added, new_job
 
 
 def files_in(directory: Path) -> set[str]:

@@ -10,7 +10,7 @@ from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore, StoredFile, ima
 from hidream_grpc.jobs.artifacts.orphans import OrphanedFiles, is_named
 from hidream_grpc.jobs.job import CancelReason, Job, StoredSnapshot
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.job_stores import StoreDatabase, added, claimed, new_job, started, succeeded, with_image
+from tests.support.job_stores import StoreDatabase, added, claimed, new_job, started, succeeded, with_image
 
 
 def snapshot_file(job: Job, claim_number: int) -> StoredFile:

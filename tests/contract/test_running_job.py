@@ -18,8 +18,8 @@ from hidream_grpc.jobs.execution.running_job import JobTools, RunningJob
 from hidream_grpc.jobs.job import CancelReason, Execution, Job, StoredSnapshot
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.jobs.watching.events import Body, Cancelled, JobFeed, Progressed, Queued, Restarted, Started
-from tests.job_stores import StoreDatabase, added, claimed, eventually, new_job, started
-from tests.snapshots import CHECKPOINT_FINGERPRINT, packed_snapshot
+from tests.support.job_stores import StoreDatabase, added, claimed, eventually, new_job, started
+from tests.support.snapshots import CHECKPOINT_FINGERPRINT, packed_snapshot
 
 PARAMETERS = new_job().submission.parameters
 SNAPSHOT = packed_snapshot(2, PARAMETERS)

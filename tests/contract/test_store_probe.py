@@ -18,8 +18,8 @@ from hidream_grpc.jobs import store_probe
 from hidream_grpc.jobs.store.records import AttachedCall
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.jobs.store_probe import StoreProbe
-from tests.job_stores import MODEL, ROOMY, StoreDatabase, added, eventually, joined, new_job
-from tests.postgres import PostgresServer
+from tests.support.job_stores import MODEL, ROOMY, StoreDatabase, added, eventually, joined, new_job
+from tests.support.postgres import PostgresServer
 
 REPLICA = "replica-1"
 ROLE = "of_few_rights"

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from hidream_grpc.errors import JobInternalError
 from hidream_grpc.jobs.job import CancelReason, Job, JobState
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.job_stores import MODEL, OWNER, StoreDatabase, added, claimed, ids, new_job, started
+from tests.support.job_stores import MODEL, OWNER, StoreDatabase, added, claimed, ids, new_job, started
 
 DAMAGES = {
     "a state of a newer version": "state = 'PAUSED'",

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hidream.v1 import job_pb2
-from tests.job_calls import Stub, cancel, listed
-from tests.live_server import LiveServer, running_server
+from tests.support.job_calls import Stub, cancel, listed
+from tests.support.live_server import LiveServer, running_server
 
 NOT_ENDED = (job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING)
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, image_pb2, server_info_pb2
 from hidream_grpc.settings import Settings
-from tests.live_server import LiveServer, wait_until
-from tests.streams import follow, request
+from tests.support.live_server import LiveServer, wait_until
+from tests.support.streams import follow, request
 
 NUM_RANDOM_REQUESTS = 1500
 NUM_MUTATED_MESSAGES = 1500

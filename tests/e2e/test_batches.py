@@ -7,7 +7,7 @@ from google.rpc import error_details_pb2
 
 from hidream.v1 import job_pb2
 from tests.e2e.conftest import NarrowServer
-from tests.job_calls import (
+from tests.support.job_calls import (
     Stub,
     bad_fields,
     cancel,
@@ -20,7 +20,7 @@ from tests.job_calls import (
     submit_batch,
     wait_for_state,
 )
-from tests.live_server import LiveServer
+from tests.support.live_server import LiveServer
 
 
 def test_the_jobs_of_a_batch_come_back_in_its_order_and_are_drawn_in_it(narrow: Stub) -> None:

@@ -19,9 +19,9 @@ from grpc_status import rpc_status
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, job_pb2, server_info_pb2
 from hidream_grpc.server.listening import OTHER_CALLS_OF_A_CONNECTION
-from tests.job_calls import bad_fields, calls_about, not_found
-from tests.live_server import LiveServer, running_server, wait_until
-from tests.streams import follow, is_progress, read_until, request
+from tests.support.job_calls import bad_fields, calls_about, not_found
+from tests.support.live_server import LiveServer, running_server, wait_until
+from tests.support.streams import follow, is_progress, read_until, request
 
 CALLERS = ("alice", "bob", "carol", "dave", "grace")
 TOKENS = {name: f"token-of-{name}-0123456789" for name in CALLERS}

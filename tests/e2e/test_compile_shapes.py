@@ -9,8 +9,8 @@ import signal
 import pytest
 
 from hidream.v1 import job_pb2
-from tests.live_server import running_server, wait_until
-from tests.streams import follow, request
+from tests.support.live_server import running_server, wait_until
+from tests.support.streams import follow, request
 
 
 def test_every_rank_compiles_for_the_named_steps_when_it_has_loaded_also_one_that_is_replaced(

@@ -25,8 +25,8 @@ from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.decoding.vae import ImageDecoding
 from hidream_grpc.model.parameters import GenerationParameters
-from tests.autoencoders import latents_of
-from tests.rank_groups import (
+from tests.support.autoencoders import latents_of
+from tests.support.rank_groups import (
     admission,
     decode,
     draw,

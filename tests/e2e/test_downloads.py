@@ -16,7 +16,7 @@ from PIL import Image
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, image_pb2, job_pb2
 from tests.e2e.conftest import NarrowServer
-from tests.job_calls import (
+from tests.support.job_calls import (
     Stub,
     bad_fields,
     cancel,
@@ -31,7 +31,7 @@ from tests.job_calls import (
     submit,
     wait_for_state,
 )
-from tests.live_server import LiveServer
+from tests.support.live_server import LiveServer
 
 CONNECTION_BYTES = 160 * 1024
 """What the cutter lets through before it cuts a connection: more than a piece, less than two."""

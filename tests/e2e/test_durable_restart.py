@@ -16,7 +16,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from hidream.v1 import image_gen_pb2, job_pb2, server_info_pb2
-from tests.job_calls import (
+from tests.support.job_calls import (
     WAIT_SECONDS,
     Stub,
     calls_about,
@@ -33,8 +33,8 @@ from tests.job_calls import (
     submit,
     watch,
 )
-from tests.live_server import LiveServer, running_server, wait_until
-from tests.prometheus_samples import scrape
+from tests.support.live_server import LiveServer, running_server, wait_until
+from tests.support.prometheus_samples import scrape
 
 LABEL = {"life": "first"}
 LONG_ENOUGH_STEPS = 80

@@ -12,8 +12,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from hidream.v1 import job_pb2
-from tests.live_server import LiveServer, running_server
-from tests.streams import Stream, follow, request
+from tests.support.live_server import LiveServer, running_server
+from tests.support.streams import Stream, follow, request
 
 MAX_MEDIAN_ERROR = 0.25
 TOKENS = ("the-token-of-one-caller", "the-token-of-another-caller")

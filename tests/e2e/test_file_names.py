@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
-from tests.file_names import ALL_IN_ONE
-from tests.live_server import running_server
-from tests.streams import follow, request
+from tests.support.file_names import ALL_IN_ONE
+from tests.support.live_server import running_server
+from tests.support.streams import follow, request
 
 
 def test_a_server_with_odd_names_for_everything_draws_and_keeps_what_it_drew(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, image_pb2, job_pb2
-from tests.live_server import LiveServer, wait_until
-from tests.streams import follow, is_progress, read_until, request
+from tests.support.live_server import LiveServer, wait_until
+from tests.support.streams import follow, is_progress, read_until, request
 
 
 def test_a_stream_tells_every_stage_in_order_and_ends_with_the_image(

@@ -13,8 +13,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from grpc_status import rpc_status
 
 from hidream.v1 import image_gen_pb2, server_info_pb2
-from tests.live_server import LiveServer, check_health, running_server, wait_until
-from tests.streams import follow, request
+from tests.support.live_server import LiveServer, check_health, running_server, wait_until
+from tests.support.streams import follow, request
 
 Status = health_pb2.HealthCheckResponse.ServingStatus
 READINESS = ("", "hidream.v1.ImageGen")

@@ -12,7 +12,7 @@ from google.rpc import code_pb2, error_details_pb2
 
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
 from tests.e2e.conftest import NarrowServer
-from tests.job_calls import (
+from tests.support.job_calls import (
     LONG_STEPS,
     WAIT_SECONDS,
     Stub,
@@ -32,8 +32,8 @@ from tests.job_calls import (
     submit_batch,
     wait_for_state,
 )
-from tests.live_server import LiveServer, wait_until
-from tests.streams import follow
+from tests.support.live_server import LiveServer, wait_until
+from tests.support.streams import follow
 
 CALLS_ABOUT_A_JOB = ("GetJob", "WatchJob", "CancelJob", "DeleteJob", "DownloadImage")
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hidream.v1 import image_gen_pb2, job_pb2
-from tests.job_calls import (
+from tests.support.job_calls import (
     WAIT_SECONDS,
     Stub,
     bad_fields,
@@ -22,7 +22,7 @@ from tests.job_calls import (
     submit_batch,
     wait_for_state,
 )
-from tests.live_server import LiveServer
+from tests.support.live_server import LiveServer
 
 QUEUED, RUNNING = job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING
 SUCCEEDED, FAILED = job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED

@@ -13,11 +13,11 @@ from google.rpc import error_details_pb2
 
 from hidream.v1 import image_gen_pb2, job_pb2
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
-from tests.checkpoints import write_variant
-from tests.job_calls import Stub, cancel, drawn, events, get, refusal, running, submission
-from tests.live_server import LiveServer, running_server
-from tests.postgres import running_postgres
-from tests.streams import follow, request
+from tests.support.checkpoints import write_variant
+from tests.support.job_calls import Stub, cancel, drawn, events, get, refusal, running, submission
+from tests.support.live_server import LiveServer, running_server
+from tests.support.postgres import running_postgres
+from tests.support.streams import follow, request
 
 FLAGS = (
     *("--devices", "1", "--threads-per-rank", "1", "--max-running-jobs", "1"),

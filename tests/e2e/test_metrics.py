@@ -10,9 +10,9 @@ import grpc
 import pytest
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc
-from tests.live_server import LiveServer, running_server, wait_until
-from tests.prometheus_samples import scrape
-from tests.streams import follow, request
+from tests.support.live_server import LiveServer, running_server, wait_until
+from tests.support.prometheus_samples import scrape
+from tests.support.streams import follow, request
 
 TIMEOUT_SECONDS = 60
 

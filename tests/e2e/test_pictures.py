@@ -10,7 +10,7 @@ from PIL import Image
 from hidream.v1 import image_gen_pb2_grpc
 from scripts.demo_model.captions import Scene, simple_scene
 from scripts.demo_model.judge import judge
-from tests.streams import follow, request
+from tests.support.streams import follow, request
 
 PROMPTS = {
     "a red circle on a blue background": simple_scene("red", "circle", "blue"),

@@ -11,7 +11,7 @@ from grpc_status import rpc_status
 
 from hidream.v1 import job_pb2
 from tests.e2e.conftest import NarrowServer
-from tests.streams import follow, is_progress, read_until, request
+from tests.support.streams import follow, is_progress, read_until, request
 
 
 def test_a_waiting_caller_sees_its_position_change_until_it_starts(narrow_server: NarrowServer) -> None:

@@ -16,10 +16,10 @@ from google.rpc import error_details_pb2
 
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
-from tests.checkpoints import write_variant
-from tests.job_calls import Stub, bad_fields, events, get, listed, refusal, submission, submit_batch
-from tests.live_server import running_server
-from tests.streams import follow
+from tests.support.checkpoints import write_variant
+from tests.support.job_calls import Stub, bad_fields, events, get, listed, refusal, submission, submit_batch
+from tests.support.live_server import running_server
+from tests.support.streams import follow
 
 MAX_STEPS = 10
 MAX_QUEUED_JOBS = 2

@@ -17,8 +17,8 @@ import psutil
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc
 from hidream_grpc.settings import Settings
-from tests.live_server import LiveServer, wait_until
-from tests.streams import follow, request
+from tests.support.live_server import LiveServer, wait_until
+from tests.support.streams import follow, request
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_READERS = 200
@@ -38,7 +38,7 @@ def stalled_readers(
 ) -> Iterator[None]:
     """Hold readers that have read so many image chunks and read no more; they leave at the end."""
     search_path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "tests.stalled_readers", server.address]
+    command = [sys.executable, "-m", "tests.support.stalled_readers", server.address]
     processes = [
         subprocess.Popen(
             [*command, str(NUM_READERS // NUM_PROCESSES), str(num_chunks)],

@@ -22,9 +22,9 @@ from safetensors.numpy import load_file, save_file
 from hidream.v1 import server_info_pb2
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from tests.e2e.conftest import NarrowServer
-from tests.live_server import LiveServer, running_server
-from tests.refused_starts import refused_line, refused_line_here
-from tests.streams import follow, request
+from tests.support.live_server import LiveServer, running_server
+from tests.support.refused_starts import refused_line, refused_line_here
+from tests.support.streams import follow, request
 
 
 def test_a_port_in_use_is_told_before_anything_is_loaded(server: LiveServer) -> None:

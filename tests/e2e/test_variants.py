@@ -8,9 +8,9 @@ import grpc
 import pytest
 
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
-from tests.checkpoints import write_variant
-from tests.live_server import LiveServer, running_server
-from tests.streams import follow, request
+from tests.support.checkpoints import write_variant
+from tests.support.live_server import LiveServer, running_server
+from tests.support.streams import follow, request
 
 
 @pytest.mark.parametrize(("variant", "steps", "shift"), [("dev", 28, 6.0), ("fast", 16, 3.0)])

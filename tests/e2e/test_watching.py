@@ -12,7 +12,7 @@ from google.rpc import code_pb2, error_details_pb2
 
 from hidream.v1 import image_gen_pb2, job_pb2
 from tests.e2e.conftest import NarrowServer
-from tests.job_calls import (
+from tests.support.job_calls import (
     LONG_STEPS,
     Stub,
     cancel,
@@ -29,8 +29,8 @@ from tests.job_calls import (
     wait_for_state,
     watch,
 )
-from tests.live_server import LiveServer, wait_until
-from tests.streams import follow, is_progress, read_until, request
+from tests.support.live_server import LiveServer, wait_until
+from tests.support.streams import follow, is_progress, read_until, request
 
 RUNNING, FAILED = job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STATE_FAILED
 

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from hidream.v1 import image_gen_pb2, job_pb2
-from tests.job_calls import Stub, cancel, drawn, events, get, read_stream, running, submit, watch
+from tests.support.job_calls import Stub, cancel, drawn, events, get, read_stream, running, submit, watch
 
 QUEUED, RUNNING = job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STATE_RUNNING
 SUCCEEDED, CANCELLED = job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_CANCELLED

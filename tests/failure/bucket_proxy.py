@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from tests.s3_server import S3Server
+from tests.support.s3_server import S3Server
 
 HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding"}
 

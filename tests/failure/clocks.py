@@ -1,4 +1,4 @@
-"""The wall clock of one server, which the test steps (`tests/faults/stepped_clock.py`)."""
+"""The wall clock of one server, which the test steps (`tests/support/faults/stepped_clock.py`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import struct
 from pathlib import Path
 
-FAULTS_FOLDER = Path(__file__).parent.parent / "faults"
+FAULTS_FOLDER = Path(__file__).parents[1] / "support" / "faults"
 
 
 class SteppedClock:

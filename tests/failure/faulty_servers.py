@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tests.failure.clocks import SteppedClock
 from tests.failure.tcp_proxy import TcpProxy, running_proxy
-from tests.live_server import LiveServer, running_server
-from tests.postgres import PostgresServer
+from tests.support.live_server import LiveServer, running_server
+from tests.support.postgres import PostgresServer
 
 ONE_THREAD = ("--devices", "0", "--threads-per-rank", "1")
 LEASE_SECONDS = 2.0

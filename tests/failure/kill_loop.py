@@ -22,8 +22,8 @@ import grpc
 import typer
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, image_pb2, job_pb2
-from tests.live_server import LiveServer, running_server, wait_until
-from tests.postgres import running_postgres
+from tests.support.live_server import LiveServer, running_server, wait_until
+from tests.support.postgres import running_postgres
 
 END_SECONDS = 240.0
 MAX_SECONDS_TO_KILL = 6.0

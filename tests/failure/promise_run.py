@@ -30,7 +30,7 @@ from tests.failure.fault_schedule import Fault, FaultSchedule
 from tests.failure.faulty_servers import FaultyServer
 from tests.failure.history import ENDS, FinalJob, History, OpenStream
 from tests.failure.promises import SILENT_SECONDS, Breach, breaches, count_by_rule
-from tests.live_server import wait_until
+from tests.support.live_server import wait_until
 
 NUM_CALLERS = 6
 MAX_THREADS = 300

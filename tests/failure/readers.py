@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, job_pb2
-from tests.live_server import wait_until
-from tests.streams import request
+from tests.support.live_server import wait_until
+from tests.support.streams import request
 
 NEWS_SECONDS = 10.0
 """A stream goes on or ends within 2 s of its server's waking; five times as long on busy cores."""

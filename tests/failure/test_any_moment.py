@@ -13,8 +13,8 @@ import pytest_asyncio
 from hidream_grpc.engine.group.config import GroupTimeouts
 from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.errors import RankDiedError
-from tests.faulty_ranks import children_of_zygote, send, until_busy
-from tests.rank_groups import admission, draw, group_config, picture, plan, until
+from tests.support.faulty_ranks import children_of_zygote, send, until_busy
+from tests.support.rank_groups import admission, draw, group_config, picture, plan, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -13,9 +13,9 @@ import pytest
 from tests.failure.bucket_proxy import BucketProxy, running_bucket_proxy
 from tests.failure.faulty_servers import ONE_THREAD
 from tests.failure.readers import readers
-from tests.job_calls import LONG_STEPS
-from tests.live_server import LiveServer, running_server, wait_until
-from tests.s3_server import BUCKET, S3Server, running_s3_server
+from tests.support.job_calls import LONG_STEPS
+from tests.support.live_server import LiveServer, running_server, wait_until
+from tests.support.s3_server import BUCKET, S3Server, running_s3_server
 
 PUT_SECONDS = 1.5
 GRACE_SECONDS = 1.0

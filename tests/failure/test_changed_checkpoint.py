@@ -21,9 +21,9 @@ from hidream_grpc.errors import RankDiedError
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.checkpoint.fingerprint import fingerprint_of
 from hidream_grpc.model.parallel.layout import Layout
-from tests.live_server import LiveServer, running_server, wait_until
-from tests.rank_groups import draw, group_config, picture
-from tests.streams import Stream, follow, read_until, request
+from tests.support.live_server import LiveServer, running_server, wait_until
+from tests.support.rank_groups import draw, group_config, picture
+from tests.support.streams import Stream, follow, read_until, request
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

@@ -12,9 +12,9 @@ import pytest
 from hidream.v1 import job_pb2
 from tests.failure.faulty_servers import FaultyServer, server_on_sqlite, servers_on_postgres
 from tests.failure.readers import readers
-from tests.job_calls import Stub, downloaded, drawn, get, listed
-from tests.live_server import wait_until
-from tests.postgres import PostgresServer
+from tests.support.job_calls import Stub, downloaded, drawn, get, listed
+from tests.support.live_server import wait_until
+from tests.support.postgres import PostgresServer
 
 HOUR_SECONDS = 3600.0
 NUM_RETAINED_JOBS = 3

@@ -12,8 +12,8 @@ import pytest
 
 from hidream.v1 import image_gen_pb2
 from tests.failure.faulty_servers import FaultyServer, server_on_sqlite
-from tests.job_calls import WAIT_SECONDS, Stub, delete, drawn, get
-from tests.streams import request
+from tests.support.job_calls import WAIT_SECONDS, Stub, delete, drawn, get
+from tests.support.streams import request
 
 MAX_MESSAGES = 1000
 """More than an image of 64×64 has pieces: a stream that brings as many has no end."""

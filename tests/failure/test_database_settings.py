@@ -13,9 +13,9 @@ import pytest
 
 from hidream.v1 import image_gen_pb2, job_pb2
 from tests.failure.faulty_servers import FaultyServer, server_on_postgres
-from tests.job_calls import LONG_STEPS, Stub, get, submission, submit, wait_for_state
-from tests.live_server import wait_until
-from tests.postgres import PostgresServer
+from tests.support.job_calls import LONG_STEPS, Stub, get, submission, submit, wait_for_state
+from tests.support.live_server import wait_until
+from tests.support.postgres import PostgresServer
 
 NUM_SUBMITTERS = 16
 NUM_SUBMISSIONS = 64

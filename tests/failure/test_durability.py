@@ -10,7 +10,7 @@ import pytest
 
 from hidream.v1 import image_gen_pb2
 from tests.failure.kill_loop import LONG_STEPS, KillLoop, downloaded, flags_of, job_request
-from tests.live_server import running_server, wait_until
+from tests.support.live_server import running_server, wait_until
 
 NUM_KILLS = 2
 

@@ -16,10 +16,10 @@ from hidream_grpc.jobs.store.changes import ChangeKind, Subscription
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.failure.faulty_servers import ONE_THREAD
 from tests.failure.tcp_proxy import running_proxy
-from tests.job_calls import get, is_accepted, submit, wait_for_state
-from tests.job_stores import StoreDatabase, added, eventually, ids, new_job
-from tests.live_server import running_server, wait_until
-from tests.postgres import PostgresServer, running_postgres
+from tests.support.job_calls import get, is_accepted, submit, wait_for_state
+from tests.support.job_stores import StoreDatabase, added, eventually, ids, new_job
+from tests.support.live_server import running_server, wait_until
+from tests.support.postgres import PostgresServer, running_postgres
 
 HEAL_SECONDS = 10.0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.live_server import running_server, wait_until
+from tests.support.live_server import running_server, wait_until
 
 # What the first process of a container is to orphans; an exec keeps it, and children do not inherit it.
 ADOPT_ORPHANS = """

@@ -13,7 +13,7 @@ import grpc
 from google.rpc import code_pb2, error_details_pb2
 
 from hidream.v1 import job_pb2, server_info_pb2
-from tests.job_calls import (
+from tests.support.job_calls import (
     WAIT_SECONDS,
     Stub,
     downloaded,
@@ -28,9 +28,9 @@ from tests.job_calls import (
     submit_batch,
     watch,
 )
-from tests.live_server import LiveServer, running_server, wait_until
-from tests.small_disks import fill, small_disk
-from tests.streams import read_until
+from tests.support.live_server import LiveServer, running_server, wait_until
+from tests.support.small_disks import fill, small_disk
+from tests.support.streams import read_until
 
 DISK_BYTES = 8 << 20
 NUM_STEPS = 100

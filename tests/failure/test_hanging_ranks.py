@@ -18,8 +18,8 @@ import pytest_asyncio
 from hidream_grpc.engine.group.config import GroupTimeouts
 from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.errors import LossCause, RankDiedError
-from tests.faulty_ranks import LOOP, WAIT_FOR_EVER, children_of_zygote, faults, send, until_busy
-from tests.rank_groups import admission, draw, group_config, is_alive, picture, plan, until
+from tests.support.faulty_ranks import LOOP, WAIT_FOR_EVER, children_of_zygote, faults, send, until_busy
+from tests.support.rank_groups import admission, draw, group_config, is_alive, picture, plan, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -15,10 +15,10 @@ from hidream_grpc.engine.group import rank_group
 from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.errors import InsufficientMemoryError, RankDiedError
 from hidream_grpc.model.parallel.layout import Layout
-from tests.checkpoints import write_promised, write_tiny_checkpoint
-from tests.faulty_ranks import Devices, faults, send
-from tests.rank_groups import draw, group_config, picture
-from tests.refused_starts import refused_line
+from tests.support.checkpoints import write_promised, write_tiny_checkpoint
+from tests.support.faulty_ranks import Devices, faults, send
+from tests.support.rank_groups import draw, group_config, picture
+from tests.support.refused_starts import refused_line
 
 
 @pytest.fixture(autouse=True)

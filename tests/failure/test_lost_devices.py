@@ -18,9 +18,9 @@ from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.requests import EngineEvent, RequestRestarted, StepFinished
 from hidream_grpc.errors import DeviceFailedError, RankDiedError, RestartRequestedError, StartupError
 from hidream_grpc.model.parallel.layout import Layout
-from tests.faulty_ranks import Devices, faults, send
-from tests.rank_engine import running_engine
-from tests.rank_groups import draw, group_config, picture, until
+from tests.support.faulty_ranks import Devices, faults, send
+from tests.support.rank_engine import running_engine
+from tests.support.rank_groups import draw, group_config, picture, until
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

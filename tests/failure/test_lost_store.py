@@ -12,8 +12,8 @@ from grpc_status import rpc_status
 
 from hidream.v1 import image_gen_pb2, job_pb2, server_info_pb2
 from tests.failure.kill_loop import LONG_STEPS, downloaded, job_request
-from tests.live_server import running_server, wait_until
-from tests.postgres import running_postgres
+from tests.support.live_server import running_server, wait_until
+from tests.support.postgres import running_postgres
 
 WAIT_SECONDS = 90.0
 

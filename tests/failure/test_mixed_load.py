@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from hidream.v1 import image_gen_pb2
-from tests.job_calls import (
+from tests.support.job_calls import (
     WAIT_SECONDS,
     Stub,
     cancel,
@@ -28,9 +28,9 @@ from tests.job_calls import (
     submit_batch,
     watch,
 )
-from tests.live_server import LiveServer, running_server, wait_until
-from tests.postgres import running_postgres
-from tests.streams import request
+from tests.support.live_server import LiveServer, running_server, wait_until
+from tests.support.postgres import running_postgres
+from tests.support.streams import request
 
 NUM_CALLERS = 8
 NUM_CALLS = 40

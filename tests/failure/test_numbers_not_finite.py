@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Tokenizer
 
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
-from tests.checkpoints import write_spoilt
-from tests.job_calls import downloaded, drawn, events, get, refusal, submission, submit_batch
-from tests.live_server import LiveServer, running_server
-from tests.streams import follow, request
+from tests.support.checkpoints import write_spoilt
+from tests.support.job_calls import downloaded, drawn, events, get, refusal, submission, submit_batch
+from tests.support.live_server import LiveServer, running_server
+from tests.support.streams import follow, request
 
 NAN, HUGE = "star", "triangle"
 GOOD: dict[str, Any] = {"prompt": "a red circle", "seed": 5, "num_inference_steps": 4}

@@ -18,10 +18,10 @@ from tests.failure.faulty_servers import (
     servers_on_postgres,
 )
 from tests.failure.readers import readers, wait_for_news
-from tests.job_calls import LONG_STEPS, Stub, get, submission, submit, wait_for_state
-from tests.live_server import wait_until
-from tests.postgres import PostgresServer
-from tests.streams import request
+from tests.support.job_calls import LONG_STEPS, Stub, get, submission, submit, wait_for_state
+from tests.support.live_server import wait_until
+from tests.support.postgres import PostgresServer
+from tests.support.streams import request
 
 LONG_PAUSE_SECONDS = 3 * LEASE_SECONDS
 LOCK_SECONDS = 10.0

@@ -14,8 +14,8 @@ from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.protocol.messages import PlanDone, StepPlan
 from hidream_grpc.engine.requests import RequestFailed, RequestFinished, RequestRestarted
 from hidream_grpc.errors import JobInternalError, OutOfDeviceMemoryError
-from tests.rank_engine import RankEngine, running_engine
-from tests.rank_groups import group_config, little_memory, no_memory_kept, picture
+from tests.support.rank_engine import RankEngine, running_engine
+from tests.support.rank_groups import group_config, little_memory, no_memory_kept, picture
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -16,10 +16,10 @@ from hidream_grpc.errors import ConfigurationError, StoreUnusableError
 from hidream_grpc.jobs.store.changes import ChangeKind
 from hidream_grpc.jobs.store.postgresql import MAX_TRANSACTIONS
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.job_stores import StoreDatabase, added, ids, new_job
-from tests.pgbouncer import Pooler, running_pooler
-from tests.postgres import PostgresServer
-from tests.refused_starts import refused_line_here
+from tests.support.job_stores import StoreDatabase, added, ids, new_job
+from tests.support.pgbouncer import Pooler, running_pooler
+from tests.support.postgres import PostgresServer
+from tests.support.refused_starts import refused_line_here
 
 PASSWORD = "p@ss/w:ö%rd?#"
 

@@ -19,8 +19,8 @@ from tests.failure.fault_schedule import bucket_faults, folder_faults, server_fa
 from tests.failure.faulty_servers import server_on_sqlite, servers_on_postgres
 from tests.failure.promise_run import PromiseRun, Setup
 from tests.failure.promises import shown
-from tests.postgres import PostgresServer
-from tests.s3_server import BUCKET, running_s3_server
+from tests.support.postgres import PostgresServer
+from tests.support.s3_server import BUCKET, running_s3_server
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import pytest_asyncio
 from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.protocol.messages import PlanDone
 from hidream_grpc.model.parameters import GenerationParameters
-from tests.rank_groups import admission, draw, group_config, picture, plan
+from tests.support.rank_groups import admission, draw, group_config, picture, plan
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -21,7 +21,7 @@ from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.protocol.messages import Decode
 from hidream_grpc.errors import RankDiedError, StartupError
 from hidream_grpc.logs import LogConfig
-from tests.rank_groups import (
+from tests.support.rank_groups import (
     admission,
     decode,
     draw,
@@ -285,7 +285,7 @@ async def test_a_model_that_cannot_be_loaded_is_one_line_and_leaves_nothing(tmp_
 
 async def test_no_process_outlives_a_killed_server() -> None:
     server = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.busy_rank_group", stdout=asyncio.subprocess.PIPE
+        sys.executable, "-m", "tests.support.busy_rank_group", stdout=asyncio.subprocess.PIPE
     )
     try:
         assert server.stdout is not None

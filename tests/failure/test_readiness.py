@@ -13,9 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hidream.v1 import job_pb2
 from tests.failure.faulty_servers import ONE_THREAD, FaultyServer, server_on_postgres
-from tests.job_calls import LONG_STEPS, downloaded, get, is_accepted, submit, wait_for_state
-from tests.live_server import LiveServer, check_health, running_server
-from tests.postgres import PostgresServer
+from tests.support.job_calls import LONG_STEPS, downloaded, get, is_accepted, submit, wait_for_state
+from tests.support.live_server import LiveServer, check_health, running_server
+from tests.support.postgres import PostgresServer
 
 OUTAGE_SECONDS = 1.0
 WAIT_SECONDS = 30.0

@@ -12,8 +12,8 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from hidream.v1 import job_pb2
-from tests.live_server import LiveServer, running_server, wait_until
-from tests.streams import Stream, follow, read_until, request
+from tests.support.live_server import LiveServer, running_server, wait_until
+from tests.support.streams import Stream, follow, read_until, request
 
 
 @pytest.fixture(scope="module")

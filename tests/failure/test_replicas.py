@@ -13,9 +13,9 @@ import pytest
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, job_pb2
 from tests.failure.kill_loop import LONG_STEPS, downloaded, job_request
-from tests.live_server import LiveServer, running_server, wait_until
-from tests.postgres import PostgresServer, running_postgres
-from tests.streams import follow, is_progress, read_until, request
+from tests.support.live_server import LiveServer, running_server, wait_until
+from tests.support.postgres import PostgresServer, running_postgres
+from tests.support.streams import follow, is_progress, read_until, request
 
 WAIT_SECONDS = 60.0
 

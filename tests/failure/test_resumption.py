@@ -22,8 +22,8 @@ from hidream_grpc.engine.requests import (
     StepFinished,
 )
 from hidream_grpc.model.snapshot_format import PackedTensor, SnapshotIdentity, pack, unpack
-from tests.rank_engine import RankEngine, running_engine
-from tests.rank_groups import group_config, picture
+from tests.support.rank_engine import RankEngine, running_engine
+from tests.support.rank_groups import group_config, picture
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -15,9 +15,9 @@ import pytest
 from hidream.v1 import job_pb2
 from tests.failure.faulty_servers import FaultyServer, server_on_postgres, servers_on_postgres
 from tests.failure.readers import readers
-from tests.job_calls import LONG_STEPS, Stub, cancel, drawn, get
-from tests.live_server import wait_until
-from tests.postgres import PostgresServer
+from tests.support.job_calls import LONG_STEPS, Stub, cancel, drawn, get
+from tests.support.live_server import wait_until
+from tests.support.postgres import PostgresServer
 
 GRACE_SECONDS = 1.0
 END_SECONDS = GRACE_SECONDS + 5.0

@@ -17,8 +17,8 @@ import grpc
 import pytest
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc
-from tests.live_server import STOP_TIMEOUT_SECONDS, wait_until, wait_until_serving
-from tests.streams import follow, request
+from tests.support.live_server import STOP_TIMEOUT_SECONDS, wait_until, wait_until_serving
+from tests.support.streams import follow, request
 
 PIPE_BYTES = 4096
 NUM_CALLS = 1200

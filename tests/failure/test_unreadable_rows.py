@@ -14,9 +14,9 @@ from grpc_status import rpc_status
 from hidream.v1 import job_pb2
 from tests.failure.faulty_servers import FaultyServer, servers_on_postgres
 from tests.failure.readers import NEWS_SECONDS, StreamReader, readers
-from tests.job_calls import Stub, cancel, drawn, get, listed, running, submit, wait_for_state
-from tests.live_server import wait_until
-from tests.postgres import PostgresServer
+from tests.support.job_calls import Stub, cancel, drawn, get, listed, running, submit, wait_for_state
+from tests.support.live_server import wait_until
+from tests.support.postgres import PostgresServer
 
 CHANGES = {
     "an unknown state": "state = 'PAUSED'",

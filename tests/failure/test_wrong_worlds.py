@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.postgres import PostgresServer
-from tests.refused_starts import refused_line, refused_line_here
-from tests.small_disks import small_disk
+from tests.support.postgres import PostgresServer
+from tests.support.refused_starts import refused_line, refused_line_here
+from tests.support.small_disks import small_disk
 
 LISTEN = ("--listen", "127.0.0.1:0")
 

@@ -26,7 +26,7 @@ from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import parse_layout
 from hidream_grpc.model.pipeline import HiDreamModel
-from tests.denoising import parameters
+from tests.support.denoising import parameters
 
 # Not square, so with a padding token; two samples, as one image with guidance has.
 NAMED = StepShape(width=64, height=96, num_samples=2)

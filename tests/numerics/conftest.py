@@ -8,8 +8,8 @@ import pytest
 
 from hidream_grpc.devices.base import open_device
 from hidream_grpc.model.pipeline import HiDreamModel
-from tests.checkpoints import write_tiny_checkpoint, write_variant
-from tests.torch_threads import one_thread
+from tests.support.checkpoints import write_tiny_checkpoint, write_variant
+from tests.support.torch_threads import one_thread
 
 __all__ = ["one_thread"]
 

@@ -10,9 +10,9 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from tests.checkpoints import write_reshaped, write_tiny_checkpoint
 from tests.numerics.rank_worlds import Drawing, Drawn, RankWorlds
 from tests.numerics.test_layouts import CASES, LAYOUTS, SHAPES, largest_error, relative_error
+from tests.support.checkpoints import write_reshaped, write_tiny_checkpoint
 
 DTYPES = ("float64", "float32", "bfloat16")
 

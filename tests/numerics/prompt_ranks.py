@@ -33,8 +33,8 @@ from hidream_grpc.model.pipeline import HiDreamModel
 from hidream_grpc.model.prompts.encoding import EMPTY_PROMPT
 from hidream_grpc.model.prompts.text_encoders import TextEncoder, TextEncoders
 from hidream_grpc.model.transformer.conditioning import Conditioning
-from tests.denoising import parameters
-from tests.rank_groups import admission
+from tests.support.denoising import parameters
+from tests.support.rank_groups import admission
 
 TIMEOUT_SECONDS = 60.0
 

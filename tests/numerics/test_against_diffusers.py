@@ -19,9 +19,9 @@ from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.pipeline import HiDreamModel
 from hidream_grpc.model.prompts.text_encoders import PromptEmbeds, TextEncoders
-from tests.checkpoints import LLAMA_LAYERS_READ
-from tests.denoising import denoise, parameters
 from tests.numerics.conftest import LoadModel
+from tests.support.checkpoints import LLAMA_LAYERS_READ
+from tests.support.denoising import denoise, parameters
 
 # float32, latents of magnitude 1. The loops differ in nothing but the order of some sums: the pipeline
 # runs Llama's attention in another kernel, to get attention maps that it then throws away.

@@ -10,8 +10,8 @@ import torch
 
 from hidream_grpc.model.denoising.state import DenoisingState, StepBatch
 from hidream_grpc.model.pipeline import HiDreamModel
-from tests.denoising import denoise, parameters, take_step
 from tests.numerics.conftest import LoadModel
+from tests.support.denoising import denoise, parameters, take_step
 
 # float32, latents of magnitude 1: matrix products of other heights sum in another order.
 BATCHING_TOLERANCE = 2e-5

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from hidream_grpc.model.parallel.planner import parse_layout
-from tests.checkpoints import write_reshaped
 from tests.numerics.compiled_ranks import OF_THE_NAMED_SHAPE, CompiledRank, Step
+from tests.support.checkpoints import write_reshaped
 
 LAYOUT = "tp=2"
 NUM_BLOCKS = 2

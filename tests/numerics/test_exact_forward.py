@@ -27,7 +27,7 @@ from hidream_grpc.model.transformer.model import (
 )
 from hidream_grpc.model.transformer.patches import TokenGrid
 from hidream_grpc.model.weights import load_share
-from tests.checkpoints import write_reshaped
+from tests.support.checkpoints import write_reshaped
 
 TOLERANCE = 1e-10
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import write_reshaped
 from tests.numerics.rank_worlds import Case, Drawing, Drawn, RankWorlds
+from tests.support.checkpoints import write_reshaped
 
 # Without rounding that could flip a token's experts, final latents agree to this, relative.
 FLOAT64_TOLERANCE = 1e-8

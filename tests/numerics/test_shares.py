@@ -22,7 +22,7 @@ from hidream_grpc.model.parallel.planner import parse_layout
 from hidream_grpc.model.parallel.shards import parameter_slices
 from hidream_grpc.model.transformer.model import HiDreamTransformer
 from hidream_grpc.model.weights import SafetensorsFolder, load_share
-from tests.checkpoints import write_promised, write_reshaped
+from tests.support.checkpoints import write_promised, write_reshaped
 
 TOLERANCE = 1.05
 

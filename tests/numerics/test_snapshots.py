@@ -16,9 +16,9 @@ from hidream_grpc.model.denoising.state import DenoisingState
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.pipeline import HiDreamModel
 from hidream_grpc.model.snapshot_format import SnapshotIdentity, unpack
-from tests.checkpoints import SCHEDULERS
-from tests.denoising import denoise, parameters, take_step
 from tests.numerics.conftest import LoadModel
+from tests.support.checkpoints import SCHEDULERS
+from tests.support.denoising import denoise, parameters, take_step
 
 NUM_STEPS = 5
 VARIANTS = sorted(SCHEDULERS)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hidream_grpc.model.decoding.vae import ImageDecoding, decode_in_slices
-from tests.autoencoders import latents_of, small_vae
+from tests.support.autoencoders import latents_of, small_vae
 
 VAES: dict[str, dict[str, object]] = {
     "as released": {"mid_block_add_attention": True, "use_post_quant_conv": False},

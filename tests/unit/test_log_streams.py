@@ -15,7 +15,7 @@ import pytest
 
 from hidream_grpc import log_streams
 from hidream_grpc.log_streams import MAX_HELD_BYTES, DroppingWriter, dropping_stream
-from tests.live_server import wait_until
+from tests.support.live_server import wait_until
 
 LINE = b"x" * 1023 + b"\n"
 NUM_HELD = MAX_HELD_BYTES // len(LINE)

@@ -22,7 +22,7 @@ from hidream_grpc.settings import (
     flag_name,
     load_settings,
 )
-from tests.file_names import ODD_FILE_NAMES
+from tests.support.file_names import ODD_FILE_NAMES
 
 # Adding or renaming a flag changes what operators have in their scripts.
 FLAGS = {

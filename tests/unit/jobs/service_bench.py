@@ -32,8 +32,8 @@ from hidream_grpc.jobs.watching.events import (
     JobEvent,
 )
 from hidream_grpc.model.parameters import GenerationParameters
-from tests.job_stores import MODEL, eventually
-from tests.snapshots import CHECKPOINT_FINGERPRINT
+from tests.support.job_stores import MODEL, eventually
+from tests.support.snapshots import CHECKPOINT_FINGERPRINT
 
 LIMITS = RequestLimits(
     max_prompt_tokens=128,

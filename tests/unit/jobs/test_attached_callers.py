@@ -12,7 +12,7 @@ from hidream_grpc.jobs.job import CancelReason, Job
 from hidream_grpc.jobs.replicas import attached_callers
 from hidream_grpc.jobs.replicas.attached_callers import AttachedCallers
 from hidream_grpc.jobs.store.records import AttachedCall
-from tests.job_stores import eventually, new_job
+from tests.support.job_stores import eventually, new_job
 
 CALL = AttachedCall("call", "replica")
 LEFT = CancelReason.CALLER_LEFT

@@ -13,7 +13,7 @@ from hidream_grpc.jobs import counts
 from hidream_grpc.jobs.counts import JobCounts
 from hidream_grpc.jobs.job import JobState
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.job_stores import MODEL, added, eventually, new_job
+from tests.support.job_stores import MODEL, added, eventually, new_job
 
 
 class CountedStore(SqlJobStore):

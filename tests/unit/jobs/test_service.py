@@ -39,7 +39,7 @@ from hidream_grpc.jobs.watching.events import (
     Queued,
     Succeeded,
 )
-from tests.job_stores import eventually
+from tests.support.job_stores import eventually
 from tests.unit.jobs.service_bench import (
     DATA,
     EXECUTION,

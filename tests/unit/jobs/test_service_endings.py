@@ -22,8 +22,8 @@ from hidream_grpc.jobs.job import JobState, StoredImage
 from hidream_grpc.jobs.retention.retention import RetentionLimits
 from hidream_grpc.jobs.watching.events import Failed, ImagePart, Restarted
 from hidream_grpc.model.parameters import GenerationParameters
-from tests.job_stores import claimed, eventually
-from tests.snapshots import packed_snapshot
+from tests.support.job_stores import claimed, eventually
+from tests.support.snapshots import packed_snapshot
 from tests.unit.jobs.service_bench import DATA, TIMEOUT_SECONDS, Bench, bench_in, draw, submission, until
 
 

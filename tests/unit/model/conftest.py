@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import write_tiny_checkpoint
-from tests.torch_threads import one_thread
+from tests.support.checkpoints import write_tiny_checkpoint
+from tests.support.torch_threads import one_thread
 
 __all__ = ["one_thread"]
 

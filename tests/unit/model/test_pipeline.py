@@ -23,8 +23,8 @@ from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.pipeline import HiDreamModel
 from hidream_grpc.model.prompts.encoding import EMPTY_PROMPT, MAX_CACHED_PROMPTS
 from hidream_grpc.model.prompts.text_encoders import TextEncoders
-from tests.checkpoints import write_spoilt
-from tests.denoising import denoise, parameters, take_step
+from tests.support.checkpoints import write_spoilt
+from tests.support.denoising import denoise, parameters, take_step
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_loading_and_drawing_write_nothing_to_the_terminal(tiny_checkpoint: Path
         "import sys; from pathlib import Path\n"
         "from hidream_grpc.devices.base import open_device\n"
         "from hidream_grpc.model.pipeline import HiDreamModel\n"
-        "from tests.denoising import denoise, parameters\n"
+        "from tests.support.denoising import denoise, parameters\n"
         "model = HiDreamModel.from_pretrained(Path(sys.argv[1]), None, open_device('cpu', 0))\n"
         "state = denoise(model, parameters('word ' * 300))\n"
         "model.decode(state, 0), model.preview(state)\n"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from hidream_grpc.engine.group.proc_stat import ProcessLook, look_at, zombie_children
-from tests.live_server import wait_until
+from tests.support.live_server import wait_until
 
 
 @contextmanager

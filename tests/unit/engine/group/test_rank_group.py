@@ -9,7 +9,7 @@ import pytest
 from hidream_grpc.engine.group import rank_group
 from hidream_grpc.engine.group.rank_group import MAX_RECOVERY_TRIES, RankGroup
 from hidream_grpc.errors import InsufficientMemoryError
-from tests.rank_groups import group_config
+from tests.support.rank_groups import group_config
 
 
 class PlayedProcesses:

@@ -11,8 +11,8 @@ from hidream_grpc.engine.protocol.messages import Admission, DecodedImage
 from hidream_grpc.engine.rank.decoding import RunningDecode
 from hidream_grpc.model.decoding.images import encode_image
 from hidream_grpc.model.decoding.vae import ImageDecoding
-from tests.autoencoders import latents_of, small_vae
-from tests.denoising import parameters
+from tests.support.autoencoders import latents_of, small_vae
+from tests.support.denoising import parameters
 
 SIZE = (8, 8)
 

@@ -12,7 +12,7 @@ from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.pipeline import HiDreamModel
-from tests.rank_groups import admission, picture, plan
+from tests.support.rank_groups import admission, picture, plan
 
 # Far beyond what a caller may ask for: 32 bits do not hold the squares of such latents.
 OVERFLOWING_GUIDANCE = 1e25

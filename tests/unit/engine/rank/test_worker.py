@@ -25,7 +25,7 @@ from hidream_grpc.model.checkpoint.fingerprint import fingerprint_of
 from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.pipeline import HiDreamModel
-from tests.torch_threads import one_thread
+from tests.support.torch_threads import one_thread
 
 __all__ = ["one_thread"]
 

@@ -25,7 +25,7 @@ from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.jobs.watching.events import JobEvent, JobFeed, Progressed, Restarted, Started, Succeeded
 from hidream_grpc.jobs.watching.feeds import JobFeeds
 from hidream_grpc.jobs.watching.queue_positions import QueuePositions
-from tests.job_stores import MODEL, OWNER, added, claimed, eventually, finished, new_job, started
+from tests.support.job_stores import MODEL, OWNER, added, claimed, eventually, finished, new_job, started
 
 TIMEOUT_SECONDS = 10.0
 

@@ -18,7 +18,7 @@ from hidream_grpc.errors import (
 from hidream_grpc.jobs.job import JobState
 from hidream_grpc.jobs.store import rows
 from hidream_grpc.jobs.store.rows import job_of, label_digest, new_row
-from tests.job_stores import new_job
+from tests.support.job_stores import new_job
 
 ERRORS: tuple[HiDreamError, ...] = (
     DeadlineExceededError("j1"),

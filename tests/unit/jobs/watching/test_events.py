@@ -23,7 +23,7 @@ from hidream_grpc.jobs.watching.events import (
     Restarted,
     Started,
 )
-from tests.job_stores import new_job
+from tests.support.job_stores import new_job
 
 END = Cancelled(CancelReason.REQUESTED, JobCancelledError("j"))
 

@@ -17,7 +17,7 @@ from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.jobs.watching.events import JobEvent, Queued
 from hidream_grpc.jobs.watching.feeds import JobFeeds
 from hidream_grpc.jobs.watching.queue_positions import QueuePositions
-from tests.job_stores import MODEL, OWNER, added, claimed, eventually, new_job
+from tests.support.job_stores import MODEL, OWNER, added, claimed, eventually, new_job
 
 TIMEOUT_SECONDS = 10.0
 

@@ -14,7 +14,7 @@ from hidream_grpc.jobs.job import CancelReason, Job, JobState
 from hidream_grpc.jobs.store import changes as store_changes
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.jobs.watching.state_changes import StateChanges
-from tests.job_stores import OWNER, StoreDatabase, added, claimed, finished, new_job
+from tests.support.job_stores import OWNER, StoreDatabase, added, claimed, finished, new_job
 
 CLOSING = NotServingError("going away", 1.0)
 TIMEOUT_SECONDS = 10.0

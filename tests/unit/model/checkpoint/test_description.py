@@ -15,7 +15,7 @@ from hidream_grpc.model.checkpoint.description import GenerationDefaults, descri
 from hidream_grpc.model.checkpoint.sizes import ImageSize
 from hidream_grpc.model.checkpoint.tokenizers.prompt_tokens import PromptTokenCounter
 from hidream_grpc.model.checkpoint.variants import Variant
-from tests.checkpoints import MAX_TOKENS_OF_T5, write_variant
+from tests.support.checkpoints import MAX_TOKENS_OF_T5, write_variant
 
 MODEL_FLAG = "-m/--model-path"
 EXTRA_FLAG = "-e/--extra-model-path"

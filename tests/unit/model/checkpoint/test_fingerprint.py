@@ -13,7 +13,7 @@ from hidream_grpc.errors import ModelNotFoundError
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.checkpoint.description import describe_checkpoint
 from hidream_grpc.model.checkpoint.fingerprint import fingerprint_of, tokenizer_fingerprint_of
-from tests.checkpoints import write_variant
+from tests.support.checkpoints import write_variant
 
 Change = Callable[[Path], object]
 

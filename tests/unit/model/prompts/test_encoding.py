@@ -15,7 +15,7 @@ from hidream_grpc.model.prompts.encoding import (
 )
 from hidream_grpc.model.prompts.text_encoders import TextEncoders
 from hidream_grpc.model.transformer.conditioning import Conditioning
-from tests.denoising import parameters
+from tests.support.denoising import parameters
 
 
 @pytest.fixture

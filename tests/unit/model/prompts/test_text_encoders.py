@@ -13,7 +13,7 @@ from hidream_grpc.devices.cpu import CpuDevice
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName, text_encoder_files
 from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.prompts.text_encoders import PromptEmbeds, TextEncoders
-from tests.checkpoints import LLAMA_LAYERS_READ
+from tests.support.checkpoints import LLAMA_LAYERS_READ
 
 GIB = 1024**3
 

@@ -10,7 +10,7 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.checkpoint.tokenizers.prompt_tokens import PromptTokenCounter
-from tests.checkpoints import MAX_TOKENS_OF_T5
+from tests.support.checkpoints import MAX_TOKENS_OF_T5
 
 TOKENIZERS: dict[str, tuple[Any, str]] = {
     "CLIP-L": (CLIPTokenizer, "tokenizer"),

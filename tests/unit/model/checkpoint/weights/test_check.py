@@ -21,7 +21,7 @@ from hidream_grpc.model.checkpoint.description import describe_checkpoint
 from hidream_grpc.model.checkpoint.text_encoders import text_encoder_files
 from hidream_grpc.model.loading import load_module
 from hidream_grpc.model.pipeline import HiDreamModel
-from tests.unfinished_downloads import leave_pointer, unlink_target
+from tests.support.unfinished_downloads import leave_pointer, unlink_target
 
 MODEL_FLAG = "-m/--model-path"
 EXTRA_FLAG = "-e/--extra-model-path"

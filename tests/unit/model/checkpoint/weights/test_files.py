@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from hidream_grpc.errors import ModelNotFoundError
 from hidream_grpc.model.checkpoint.weights.files import Library, num_weights, read_tensors, weight_files
-from tests.unfinished_downloads import halve, leave_part, leave_pointer, unlink_target
+from tests.support.unfinished_downloads import halve, leave_part, leave_pointer, unlink_target
 
 FLAG = "-m/--model-path"
 SINGLE = "diffusion_pytorch_model.safetensors"

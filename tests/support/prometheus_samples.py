@@ -6,7 +6,7 @@ import urllib.request
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.live_server import LiveServer
+from tests.support.live_server import LiveServer
 
 
 class Samples(dict[tuple[str, frozenset[tuple[str, str]]], float]):

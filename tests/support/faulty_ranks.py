@@ -1,4 +1,4 @@
-"""Ranks that hang, and devices that cannot be opened: see `tests/faults/sitecustomize.py`."""
+"""Ranks that hang, and devices that cannot be opened: see `tests/support/faults/sitecustomize.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from hidream_grpc.engine.group.rank_group import RankGroup
-from tests.rank_groups import until
+from tests.support.rank_groups import until
 
 LOOP = signal.SIGUSR1
 WAIT_FOR_EVER = signal.SIGUSR2

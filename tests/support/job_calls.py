@@ -12,7 +12,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, image_pb2, job_pb2
-from tests.live_server import wait_until
+from tests.support.live_server import wait_until
 
 LONG_STEPS = 150
 WAIT_SECONDS = 60.0

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import trustme
 
-from tests.live_server import wait_until
-from tests.postgres import PostgresServer
+from tests.support.live_server import wait_until
+from tests.support.postgres import PostgresServer
 
-FOLDER = Path(__file__).parents[1] / ".cache" / "pgbouncer"
+FOLDER = Path(__file__).parents[2] / ".cache" / "pgbouncer"
 START_SECONDS = 20.0
 SETTINGS = """
 [databases]

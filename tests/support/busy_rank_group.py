@@ -9,7 +9,7 @@ import asyncio
 import json
 
 from hidream_grpc.engine.group.rank_group import RankGroup
-from tests.rank_groups import admission, group_config, picture, plan
+from tests.support.rank_groups import admission, group_config, picture, plan
 
 
 async def main() -> None:
