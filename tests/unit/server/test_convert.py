@@ -6,7 +6,6 @@ import pytest
 from google.rpc import code_pb2
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.unit.server.test_validation import LIMITS
 
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
 from hidream_grpc.errors import DeadlineExceededError, OutOfDeviceMemoryError
@@ -26,6 +25,7 @@ from hidream_grpc.jobs.watching import events
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 from hidream_grpc.server import convert
 from hidream_grpc.server.checks.generation import RequestValidator
+from tests.unit.server.checks.test_generation import LIMITS
 
 PARAMETERS = GenerationParameters(
     prompt="a red circle",

@@ -6,13 +6,13 @@ import dataclasses
 from typing import Any, cast
 
 import pytest
-from tests.unit.server.test_validation import DEFAULTS, LIMITS, count_words
 
 from hidream.v1 import image_gen_pb2, image_pb2
 from hidream_grpc.errors import InvalidRequestError, ModelNotServedError
 from hidream_grpc.jobs.job import ModelIdentity
 from hidream_grpc.jobs.replicas.membership import LiveModel
 from hidream_grpc.server.checks.models import ModelChoice, requested_model, requested_model_of_all
+from tests.unit.server.checks.test_generation import DEFAULTS, LIMITS, count_words
 
 DEV = ModelIdentity("HiDream-I1-Dev", "dev", "0123456789abcdef")
 FULL = ModelIdentity("HiDream-I1-Full", "full", "fedcba9876543210")

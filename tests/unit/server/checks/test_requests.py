@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import cast
 
 import pytest
-from tests.unit.server.test_validation import LIMITS
 
 from hidream.v1 import image_gen_pb2
 from hidream_grpc.errors import FieldViolation, InvalidRequestError
 from hidream_grpc.jobs.limits import RequestLimits
 from hidream_grpc.server.checks.models import ModelChoice
 from hidream_grpc.server.checks.requests import MAX_RETRIED_REQUESTS, RequestChecks
+from tests.unit.server.checks.test_generation import LIMITS
 
 
 class RefusingModels:
