@@ -1,6 +1,6 @@
 """Work that runs beside what serves callers: nothing of it fails unseen, and its loops go on.
 
-Torch-free; belongs to the event loop's thread.
+Belongs to the event loop's thread.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory that processes of this host may take, in a container as on a machine. Torch-free."""
+"""Memory that processes of this host may take, in a container as on a machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engine tells whoever counts. Frozen, torch-free."""
+"""What the engine tells whoever counts. Frozen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the engine takes from the layer above, and what it tells it. Frozen, torch-free."""
+"""What the engine takes from the layer above, and what it tells it. Frozen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model needs of memory in a layout, and whether that is there. Torch-free, pure."""
+"""What a model needs of memory in a layout, and whether that is there. Pure."""
 
 from __future__ import annotations
 

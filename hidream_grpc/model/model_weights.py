@@ -1,4 +1,4 @@
-"""How many weights the ranks of a layout hold, told from the headers of a checkpoint's files. Torch-free."""
+"""How many weights the ranks of a layout hold, told from the headers of a checkpoint's files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes of a snapshot: what a request in the middle of its denoising is, anywhere. Torch-free.
+"""The bytes of a snapshot: what a request in the middle of its denoising is, anywhere.
 
     version │ SHA-256 of what follows │ message of msgspec: whose it is, and its tensors as raw bytes
 

@@ -1,4 +1,4 @@
-"""What the zygote and its children write to stdout and stderr: the server passes it on. Torch-free.
+"""What the zygote and its children write to stdout and stderr: the server passes it on.
 
 They have no pipe of the operator's: one that nobody reads would stop a rank in the middle of a step.
 """

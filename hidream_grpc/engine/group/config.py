@@ -1,4 +1,4 @@
-"""What a rank group is made of. Torch-free."""
+"""What a rank group is made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a rank group for its socket and its pages of shared memory. Torch-free.
+"""The folder of a rank group for its socket and its pages of shared memory.
 
 A server that is killed leaves its folder. Who lives holds a lock on the folder itself, which the kernel gives
 free at any end, so the next server knows whose folder may go. It looks at none without the marker of a

@@ -1,4 +1,4 @@
-"""Where ranks knock: a Unix socket in a folder that only this user may enter. Torch-free."""
+"""Where ranks knock: a Unix socket in a folder that only this user may enter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where ranks that are starting wait until it is known that all of them have room. Torch-free."""
+"""Where ranks that are starting wait until it is known that all of them have room."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One plan on all ranks, and who is to blame when it does not come to its end. Torch-free."""
+"""One plan on all ranks, and who is to blame when it does not come to its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernel tells of a process that does not answer. Torch-free."""
+"""What the kernel tells of a process that does not answer."""
 
 from __future__ import annotations
 

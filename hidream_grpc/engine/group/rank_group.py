@@ -1,4 +1,4 @@
-"""Keeps a group of ranks alive: starts it, hands it plans, replaces who died, ends it. Torch-free.
+"""Keeps a group of ranks alive: starts it, hands it plans, replaces who died, ends it.
 
     start ─→ generation 1 ─ execute ─ execute ─ … ─→ RankDiedError ─→ recover ─→ generation 2 ─ …
 

@@ -1,4 +1,4 @@
-"""The server's end of one rank: its process, its socket, its pulse. Torch-free."""
+"""The server's end of one rank: its process, its socket, its pulse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes of a rank group: the zygote, its store and its ranks. Torch-free."""
+"""The processes of a rank group: the zygote, its store and its ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds processes that a signal has stopped, whatever they were at. Torch-free."""
+"""Finds processes that a signal has stopped, whatever they were at."""
 
 from __future__ import annotations
 

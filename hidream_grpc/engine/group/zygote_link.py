@@ -1,4 +1,4 @@
-"""The server's end of its zygote. Torch-free."""
+"""The server's end of its zygote."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frames between the server and the processes that it starts. Torch-free.
+"""Frames between the server and the processes that it starts.
 
 A frame is the length of its body (4 bytes, big endian) and the body: one message of
 `engine/protocol/messages.py` as msgpack. The server's side is asyncio, a child's side blocks. End of file

@@ -1,4 +1,4 @@
-"""A page of memory in which a rank says that it waits for the others. Torch-free.
+"""A page of memory in which a rank says that it waits for the others.
 
 A rank in a collective cannot answer, and is not to blame for it. It counts the collectives that it enters
 and leaves, in a file that both sides map; that costs it no system call.

@@ -1,4 +1,4 @@
-"""What a child process owes its parent on Linux. Torch-free."""
+"""What a child process owes its parent on Linux."""
 
 from __future__ import annotations
 

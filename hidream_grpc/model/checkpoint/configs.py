@@ -1,4 +1,4 @@
-"""The configurations of a checkpoint's components, and whether they fit together. Torch-free."""
+"""The configurations of a checkpoint's components, and whether they fit together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo checkpoint that ships with the package. Torch-free."""
+"""The demo checkpoint that ships with the package."""
 
 from __future__ import annotations
 

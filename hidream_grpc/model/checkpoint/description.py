@@ -1,4 +1,4 @@
-"""What a checkpoint is and whether it is whole, found out before anything is loaded. Torch-free."""
+"""What a checkpoint is and whether it is whole, found out before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HiDream-E1 edits pictures and draws none; its transformer is made like that of HiDream-I1. Torch-free."""
+"""HiDream-E1 edits pictures and draws none; its transformer is made like that of HiDream-I1."""
 
 from __future__ import annotations
 

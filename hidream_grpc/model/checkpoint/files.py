@@ -1,4 +1,4 @@
-"""The files of a checkpoint: where each part lies, what its configuration says. Torch-free."""
+"""The files of a checkpoint: where each part lies, what its configuration says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoint this is, whatever its folder is called: told from samples of its files. Torch-free."""
+"""Which checkpoint this is, whatever its folder is called: told from samples of its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the hub's client keeps downloads: its cache, and its folder in another one. Torch-free.
+"""How the hub's client keeps downloads: its cache, and its folder in another one.
 
 The cache is `models--OWNER--NAME/{blobs,snapshots}`: a snapshot is called by the 40 digits of its revision,
 and its files are links to blobs.

@@ -1,4 +1,4 @@
-"""Which image sizes a checkpoint can draw. Torch-free."""
+"""Which image sizes a checkpoint can draw."""
 
 from __future__ import annotations
 

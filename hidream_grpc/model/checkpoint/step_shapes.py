@@ -1,4 +1,4 @@
-"""The shapes of denoising steps that an operator names to have them compiled at boot. Torch-free."""
+"""The shapes of denoising steps that an operator names to have them compiled at boot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the configurations of a checkpoint say of its four text encoders. Torch-free."""
+"""What the configurations of a checkpoint say of its four text encoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which HiDream-I1 a checkpoint is: told by its noise scheduler. Torch-free."""
+"""Which HiDream-I1 a checkpoint is: told by its noise scheduler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pixels to the bytes of a file. Torch-free."""
+"""Pixels to the bytes of a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the ranks of a group share the work. Torch-free; validates itself.
+"""How the ranks of a group share the work. A layout validates itself.
 
     world rank = ((cfg × data parallel + data) × expert parallel + expert) × tensor parallel + tensor
 

@@ -1,4 +1,4 @@
-"""Which layout a number of devices gets, and whether one that was asked for can be. Torch-free."""
+"""Which layout a number of devices gets, and whether one that was asked for can be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rank holds which text encoder, and whether it fits the rank's device. Torch-free, pure."""
+"""Which rank holds which text encoder, and whether it fits the rank's device. Pure."""
 
 from __future__ import annotations
 

@@ -175,25 +175,6 @@ def test_loading_and_drawing_write_nothing_to_the_terminal(tiny_checkpoint: Path
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_what_the_server_imports_of_the_model_is_free_of_torch() -> None:
-    modules = ["checkpoint", "demo", "fingerprint", "images", "memory_requirements", "model_weights"]
-    modules += [
-        "parameters",
-        "placement",
-        "prompt_tokens",
-        "sizes",
-        "snapshot_format",
-        "text_encoder_files",
-        "variants",
-    ]
-    program = f"import sys, {', '.join(f'hidream_grpc.model.{module}' for module in modules)}\n"
-    program += "print([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert done.stdout == "[]\n"
-
-
 def test_a_loaded_model_has_its_weights_in_memory_and_not_in_its_files(own_checkpoint: Path) -> None:
     # In the dtype of the files, in which the libraries keep a mapping of them.
     model = HiDreamModel.from_pretrained(own_checkpoint, None, open_device("cpu", 0))

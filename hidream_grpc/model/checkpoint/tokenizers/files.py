@@ -1,4 +1,4 @@
-"""The files of a checkpoint's tokenizers, and whether they are whole. Torch-free."""
+"""The files of a checkpoint's tokenizers, and whether they are whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many tokens a prompt has, for each text encoder. Torch-free.
+"""How many tokens a prompt has, for each text encoder.
 
 The pipeline cuts what an encoder has no room for; this service refuses it, so it must count first.
 """

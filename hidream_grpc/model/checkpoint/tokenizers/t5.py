@@ -1,4 +1,4 @@
-"""T5's tokenizer from the file that SentencePiece wrote, where a checkpoint holds no other. Torch-free."""
+"""T5's tokenizer from the file that SentencePiece wrote, where a checkpoint holds no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether weights are what their configuration says, told from the headers of their files. Torch-free."""
+"""Whether weights are what their configuration says, told from the headers of their files."""
 
 from __future__ import annotations
 

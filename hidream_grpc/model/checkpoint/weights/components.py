@@ -1,4 +1,4 @@
-"""The components of a checkpoint that hold weights: where each lies, of which library it is. Torch-free."""
+"""The components of a checkpoint that hold weights: where each lies, of which library it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one reader of what holds a component's weights: which files, and the tensors in them. Torch-free."""
+"""The one reader of what holds a component's weights: which files, and the tensors in them."""
 
 from __future__ import annotations
 

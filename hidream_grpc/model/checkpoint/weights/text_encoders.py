@@ -1,4 +1,4 @@
-"""Which tensors the text encoders are made of, told from their configurations. Torch-free."""
+"""Which tensors the text encoders are made of, told from their configurations."""
 
 from __future__ import annotations
 

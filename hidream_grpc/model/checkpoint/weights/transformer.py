@@ -1,4 +1,4 @@
-"""Which tensors the transformer is made of, told from its configuration. Torch-free."""
+"""Which tensors the transformer is made of, told from its configuration."""
 
 from __future__ import annotations
 
