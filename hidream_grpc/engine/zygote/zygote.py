@@ -186,6 +186,8 @@ class Zygote:
 def import_what_ranks_need() -> None:
     """Import torch and the model's code into this process, and start no thread."""
     os.environ.update(SINGLE_THREADED)
+    import hidream_grpc.engine.rank.worker
+    import hidream_grpc.engine.zygote.store_host  # noqa: F401
 
     gc.collect()
     # Else the first collection in every child writes to, and so copies, every page of the imports.

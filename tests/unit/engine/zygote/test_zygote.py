@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -63,3 +65,16 @@ def test_a_zygote_that_the_system_lets_start_no_process_says_so_and_goes_on(
     assert refusals == [StartRefused(reason=f"cannot start a process: {os.strerror(errno.EAGAIN)}")] * 2
     server.close()
     zygote_end.close()
+
+
+def test_a_zygote_has_imported_all_of_a_rank_and_started_no_thread_before_it_forks() -> None:
+    # Otherwise the first rank waits for the imports, and no page of them is frozen for the others.
+    code = (
+        "import gc, sys; from hidream_grpc.engine.protocol.processes import num_threads;"
+        "from hidream_grpc.engine.zygote import zygote; zygote.import_what_ranks_need();"
+        "before = set(sys.modules); num_frozen = gc.get_freeze_count();"
+        "import hidream_grpc.engine.rank.worker, hidream_grpc.engine.zygote.store_host;"
+        "print(num_threads(), num_frozen > 100_000, 'torch' in before, set(sys.modules) - before)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
+    assert printed.split(maxsplit=3) == ["1", "True", "True", "set()\n"]
