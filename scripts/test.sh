@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Installs the test extra and runs the whole suite, two files at a time; or pytest with the arguments given.
+# --long: the whole suite with the tests that take long.
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$project"
 scripts/install.sh test
 scripts/install_go_tools.sh
 scripts/install_pgbouncer.sh
-if (($# == 0)); then
+if [[ $* == "" || $* == --long ]]; then
   # Tests of one file share servers. More workers would not help: each server computes too.
-  set -- -n 2 --dist loadfile --durations=25
+  set -- -n 2 --dist loadfile --no-loadscope-reorder --durations=25 "$@"
 fi
 exec .venv/bin/python -m pytest "$@"

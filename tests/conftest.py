@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from hidream.v1 import image_gen_pb2_grpc
 from tests.support.live_server import LiveServer, running_server
+
+UNIT_TESTS = Path(__file__).parent / "unit"
 
 # Servers that tests break on purpose are no news.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -17,10 +20,19 @@ settings.load_profile("shared cores")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests marked long too")
     group = parser.getgroup("promises", "the failure harness, tests/failure/test_promises.py")
     group.addoption("--promise-minutes", type=float, default=1.0, help="how long things fail in each run")
     group.addoption("--promise-seed", default="1", help="of what fails, and of what callers do")
     group.addoption("--promise-fault", action="append", default=[], help="a fault to play, or all of them")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+    # The many short files of tests/unit last: they let the workers end at about the same time.
+    items.sort(key=lambda item: item.path.is_relative_to(UNIT_TESTS))
 
 
 @pytest.fixture(scope="session")
