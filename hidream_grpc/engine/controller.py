@@ -12,13 +12,13 @@ from hidream_grpc.engine.admissions import Admissions
 from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.protocol.messages import JobFault, PlanDone, StepPlan
 from hidream_grpc.engine.recovery import bring_back, committed_snapshots
-from hidream_grpc.engine.reports import PromptReport, StepReport
 from hidream_grpc.engine.requests import (
     Backlog,
     EngineRequest,
     EngineState,
     ImageFinished,
     PreviewMade,
+    PromptReport,
     PromptsEncoded,
     RequestFailed,
     RequestFinished,
@@ -26,6 +26,7 @@ from hidream_grpc.engine.requests import (
     RequestStarted,
     SnapshotTaken,
     StepFinished,
+    StepReport,
 )
 from hidream_grpc.engine.running_request import RunningRequest, Snapshot
 from hidream_grpc.engine.scheduler import StepScheduler

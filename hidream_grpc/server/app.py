@@ -19,8 +19,7 @@ from hidream_grpc.background import BackgroundTasks, reason_of
 from hidream_grpc.engine.controller import Controller
 from hidream_grpc.engine.group.listener import check_temporary_folder
 from hidream_grpc.engine.group.rank_group import RankGroup
-from hidream_grpc.engine.reports import StepReport
-from hidream_grpc.engine.requests import EngineState
+from hidream_grpc.engine.requests import EngineState, StepReport
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
 from hidream_grpc.errors import (
     ConfigurationError,

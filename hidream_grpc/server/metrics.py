@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
-from hidream_grpc.engine.reports import PromptReport, StepReport
+from hidream_grpc.engine.requests import PromptReport, StepReport
 from hidream_grpc.errors import AddressInUseError, ConfigurationError
 from hidream_grpc.jobs.retention.retention import RemovalReason, RetentionReport
 

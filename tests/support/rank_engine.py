@@ -10,7 +10,6 @@ from typing import TypeVar
 
 from hidream_grpc.engine.controller import Controller
 from hidream_grpc.engine.group.rank_group import RankGroup
-from hidream_grpc.engine.reports import StepReport
 from hidream_grpc.engine.requests import (
     EngineEvent,
     EngineRequest,
@@ -19,6 +18,7 @@ from hidream_grpc.engine.requests import (
     RequestFailed,
     RequestFinished,
     StepFinished,
+    StepReport,
 )
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
 from hidream_grpc.model.parameters import GenerationParameters

@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from statistics import fmean, linear_regression
 from typing import Generic, TypeVar
 
-from hidream_grpc.engine.reports import StepReport
+from hidream_grpc.engine.requests import StepReport
 
 NUM_KEPT = 16
 """Of each kind, the newest: a change of the load shows within as many steps."""

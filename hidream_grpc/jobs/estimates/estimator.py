@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from hidream_grpc.engine.reports import StepReport
 from hidream_grpc.engine.requests import (
     EngineEvent,
     ImageFinished,
@@ -14,6 +13,7 @@ from hidream_grpc.engine.requests import (
     RequestFinished,
     RequestRestarted,
     StepFinished,
+    StepReport,
 )
 from hidream_grpc.jobs.estimates.durations import MeasuredDurations
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity, RemainingWork, foresee_ends, foresee_starts

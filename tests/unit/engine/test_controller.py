@@ -22,11 +22,11 @@ from hidream_grpc.engine.protocol.messages import (
     StepPlan,
     StepSnapshot,
 )
-from hidream_grpc.engine.reports import PromptReport
 from hidream_grpc.engine.requests import (
     EngineEvent,
     EngineRequest,
     ImageFinished,
+    PromptReport,
     RequestFailed,
     RequestFinished,
     RequestRestarted,

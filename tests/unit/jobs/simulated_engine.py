@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from hidream_grpc.engine.protocol.messages import Decode
-from hidream_grpc.engine.reports import StepReport
+from hidream_grpc.engine.requests import StepReport
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
 from hidream_grpc.jobs.estimates.durations import MeasuredDurations
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity, RemainingWork, foresee_ends, foresee_starts

@@ -8,7 +8,6 @@ from contextlib import aclosing
 
 import pytest
 
-from hidream_grpc.engine.reports import StepReport
 from hidream_grpc.engine.requests import (
     EngineRequest,
     EngineState,
@@ -17,6 +16,7 @@ from hidream_grpc.engine.requests import (
     RequestFailed,
     RequestRestarted,
     StepFinished,
+    StepReport,
 )
 from hidream_grpc.errors import (
     DeadlineExceededError,

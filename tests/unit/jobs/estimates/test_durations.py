@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hidream_grpc.engine.reports import StepReport
+from hidream_grpc.engine.requests import StepReport
 from hidream_grpc.jobs.estimates.durations import MAX_SHAPES, NUM_KEPT, MeasuredDurations
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from hidream_grpc.engine.reports import StepReport
 from hidream_grpc.engine.requests import (
     ImageFinished,
     PromptsEncoded,
     RequestFinished,
     RequestRestarted,
     StepFinished,
+    StepReport,
 )
 from hidream_grpc.jobs.estimates.estimator import KEPT_SECONDS, Outlook
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity

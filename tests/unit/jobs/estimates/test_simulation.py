@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hidream_grpc.engine.reports import StepReport
+from hidream_grpc.engine.requests import StepReport
 from hidream_grpc.jobs.estimates.durations import MeasuredDurations
 from hidream_grpc.jobs.estimates.simulation import (
     MAX_SIMULATED_JOBS,
