@@ -79,13 +79,13 @@ class JobService:
     ) -> None:
         self._store = tools.store
         self._artifacts = tools.artifacts
-        self._outlook = tools.outlook
+        self._estimator = tools.estimator
         self._limits = limits
         self._feeds = JobFeeds(self._store.clock.now)
         claim_limits = ClaimLimits(
             limits.max_running_jobs, limits.max_running_jobs_per_caller, model.identity.fingerprint
         )
-        self._positions = QueuePositions(self._store, self._feeds, self._outlook, claim_limits)
+        self._positions = QueuePositions(self._store, self._feeds, self._estimator, claim_limits)
         self._membership = Membership(self._store, model, policy.lease_seconds, self._lose_all)
         self.executor = JobExecutor(
             engine,
@@ -169,7 +169,7 @@ class JobService:
     @property
     def retry_after_seconds(self) -> float:
         """When a place in the queue is likely to be free."""
-        return max(MIN_RETRY_SECONDS, self._outlook.next_start_seconds or 0.0)
+        return max(MIN_RETRY_SECONDS, self._estimator.next_start_seconds or 0.0)
 
     async def join(self) -> None:
         """Register with the store, before anything is accepted; raises StoreUnavailableError."""

@@ -32,7 +32,7 @@ from hidream_grpc.errors import (
     StoreVersionError,
 )
 from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
-from hidream_grpc.jobs.estimates.estimator import Outlook
+from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity
 from hidream_grpc.jobs.execution.running_job import JobTools
 from hidream_grpc.jobs.folders import make_writable
@@ -124,7 +124,7 @@ async def _serve(settings: Settings, signals: Signals) -> None:
 
     def on_step(report: StepReport) -> None:
         metrics.observe_step(report)
-        outlook.observe_step(report)
+        estimator.observe_step(report)
 
     def capacity() -> EngineCapacity:
         return EngineCapacity(
@@ -135,14 +135,14 @@ async def _serve(settings: Settings, signals: Signals) -> None:
         )
 
     controller = Controller(group, scheduler, on_state, on_step, metrics.observe_prompts)
-    outlook = Outlook(capacity)
+    estimator = JobEstimator(capacity)
     data_directory = _data_directory(settings.data_dir)
     artifacts = ArtifactStore(settings.artifacts or data_directory / "artifacts")
     async with _open_store(settings.store, data_directory, signals) as store:
         tools = JobTools(
             store,
             artifacts,
-            outlook,
+            estimator,
             lambda: _execution(checkpoint, group),
             limits.chunk_bytes,
             ProgressTeller(store).tell,

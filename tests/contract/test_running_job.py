@@ -12,7 +12,7 @@ import pytest
 from hidream_grpc.engine.requests import RequestStarted, SnapshotTaken, StepFinished
 from hidream_grpc.errors import StoreUnavailableError
 from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
-from hidream_grpc.jobs.estimates.estimator import Outlook
+from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity
 from hidream_grpc.jobs.execution.running_job import JobTools, RunningJob
 from hidream_grpc.jobs.job import CancelReason, Execution, Job, StoredSnapshot
@@ -32,7 +32,7 @@ def tools_of(store: SqlJobStore, artifacts: ArtifactStore) -> JobTools:
     return JobTools(
         store=store,
         artifacts=artifacts,
-        outlook=Outlook(lambda: capacity),
+        estimator=JobEstimator(lambda: capacity),
         describe_execution=lambda: Execution("demo", "FlowMatchLCMScheduler", 3.0, "tp=1"),
         chunk_bytes=1024,
         tell_others=lambda job_id, event: None,

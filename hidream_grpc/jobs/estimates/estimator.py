@@ -16,7 +16,12 @@ from hidream_grpc.engine.requests import (
     StepReport,
 )
 from hidream_grpc.jobs.estimates.durations import MeasuredDurations
-from hidream_grpc.jobs.estimates.simulation import EngineCapacity, RemainingWork, foresee_ends, foresee_starts
+from hidream_grpc.jobs.estimates.simulation import (
+    EngineCapacity,
+    RemainingWork,
+    estimate_ends,
+    estimate_starts,
+)
 from hidream_grpc.jobs.job import Job
 
 KEPT_SECONDS = 0.1
@@ -44,7 +49,7 @@ class _View:
         return None if seconds is None else max(0.0, self._time + seconds - now)
 
 
-class Outlook:
+class JobEstimator:
     """Learns from what the engine reports, and foresees what it will do with the jobs that it has.
 
     Belongs to the event loop's thread. What was learnt goes with the process: the first steps of the next
@@ -62,8 +67,8 @@ class Outlook:
         self._durations = MeasuredDurations()
         self._running: dict[str, RemainingWork] = {}
         self._waiting: Sequence[RemainingWork] = ()
-        self._starts = _View(self._foresee_starts, clock)
-        self._ends = _View(self._foresee_ends, clock)
+        self._starts = _View(self._estimate_starts, clock)
+        self._ends = _View(self._estimate_ends, clock)
 
     def observe_step(self, report: StepReport) -> None:
         """Learn from a denoising step."""
@@ -128,8 +133,10 @@ class Outlook:
         self._starts.forget()
         self._ends.forget()
 
-    def _foresee_starts(self) -> Mapping[str, float]:
-        return foresee_starts(self._durations, self._capacity(), tuple(self._running.values()), self._waiting)
+    def _estimate_starts(self) -> Mapping[str, float]:
+        return estimate_starts(
+            self._durations, self._capacity(), tuple(self._running.values()), self._waiting
+        )
 
-    def _foresee_ends(self) -> Mapping[str, float]:
-        return foresee_ends(self._durations, self._capacity(), tuple(self._running.values()), self._waiting)
+    def _estimate_ends(self) -> Mapping[str, float]:
+        return estimate_ends(self._durations, self._capacity(), tuple(self._running.values()), self._waiting)

@@ -81,7 +81,7 @@ class RemainingWork:
         return self.width, self.height
 
 
-def foresee_starts(
+def estimate_starts(
     durations: MeasuredDurations,
     capacity: EngineCapacity,
     running: Sequence[RemainingWork],
@@ -105,13 +105,13 @@ def foresee_starts(
     return starts | _later_starts(durations, waiting, starts)
 
 
-def foresee_ends(
+def estimate_ends(
     durations: MeasuredDurations,
     capacity: EngineCapacity,
     running: Sequence[RemainingWork],
     waiting: Sequence[RemainingWork],
 ) -> dict[str, float]:
-    """Seconds until each running job ends, by job id; arguments as of `foresee_starts`.
+    """Seconds until each running job ends, by job id; arguments as of `estimate_starts`.
 
     Those that wait take the places of those that end.
     """

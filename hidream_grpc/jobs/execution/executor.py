@@ -121,7 +121,7 @@ class JobExecutor:
         while self._requests:
             running, request = self._requests.popleft()
             if running.is_running:
-                self._tools.outlook.note_taken(running.job)
+                self._tools.estimator.note_taken(running.job)
                 return request
         return None
 
@@ -207,7 +207,7 @@ class JobExecutor:
                 self._engine.cancel(running.claim_id)
                 if self._held.get(job_id) is running:
                     del self._held[job_id]
-                    self._tools.outlook.note_gone(job_id)
+                    self._tools.estimator.note_gone(job_id)
                 self._on_change(running.job)
                 self._wake.set()
 

@@ -40,7 +40,7 @@ from hidream_grpc.errors import (
     StoreUnavailableError,
 )
 from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
-from hidream_grpc.jobs.estimates.estimator import Outlook
+from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.execution.claim import ClaimState, StopReason, Storing
 from hidream_grpc.jobs.execution.snapshot_keeper import SnapshotKeeper
 from hidream_grpc.jobs.job import CancelReason, Execution, Job, JobState, Progress, StoredSnapshot
@@ -73,7 +73,7 @@ class JobTools:
 
     store: SqlJobStore
     artifacts: ArtifactStore
-    outlook: Outlook
+    estimator: JobEstimator
     describe_execution: Callable[[], Execution]
     chunk_bytes: int
     tell_others: Callable[[str, JobEvent], None]
@@ -138,7 +138,7 @@ class RunningJob:
 
     def tell(self, event: EngineEvent) -> None:
         """Take an event from the engine; in any state, without an effect once the claim is stopped."""
-        self._tools.outlook.observe(self.job.job_id, event)
+        self._tools.estimator.observe(self.job.job_id, event)
         if isinstance(event, SnapshotTaken):
             self._snapshots.take(event)
         else:
@@ -315,7 +315,7 @@ class RunningJob:
             # An attempt's first step is told when it has ended.
             self._denoise_start = when - step_seconds
         job = self.job
-        remaining_seconds = self._tools.outlook.remaining_seconds(job.job_id)
+        remaining_seconds = self._tools.estimator.remaining_seconds(job.job_id)
         total_steps = job.submission.parameters.num_inference_steps
         progress = Progress(step, total_steps, step_seconds, remaining_seconds)
         denoise_seconds = self._kept_denoise_seconds + when - self._denoise_start

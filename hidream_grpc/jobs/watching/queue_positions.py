@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from hidream_grpc.background import keep_doing
 from hidream_grpc.errors import HiDreamError
-from hidream_grpc.jobs.estimates.estimator import Outlook
+from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.execution.executor import ClaimLimits
 from hidream_grpc.jobs.job import Job
 from hidream_grpc.jobs.retrying import wait_at_most
@@ -24,11 +24,13 @@ REFRESH_SECONDS = 1.0
 class QueuePositions:
     """Tells those that wait, and knows the places of all."""
 
-    def __init__(self, store: SqlJobStore, feeds: JobFeeds, outlook: Outlook, limits: ClaimLimits) -> None:
+    def __init__(
+        self, store: SqlJobStore, feeds: JobFeeds, estimator: JobEstimator, limits: ClaimLimits
+    ) -> None:
         self._store = store
         self._limits = limits
         self._feeds = feeds
-        self._outlook = outlook
+        self._estimator = estimator
         self._places: Mapping[str, int] = {}
         self._waiting: Mapping[str, Job] = {}
         self._changed = asyncio.Event()
@@ -104,8 +106,8 @@ class QueuePositions:
             for of_model in orders.values()
             for place, job_id in enumerate(of_model, start=FIRST_PLACE)
         }
-        self._outlook.note_waiting(tuple(self._waiting.values()))
+        self._estimator.note_waiting(tuple(self._waiting.values()))
 
     def _place(self, job_id: str) -> Queued | None:
         position = self._places.get(job_id)
-        return None if position is None else Queued(position, self._outlook.wait_seconds(job_id))
+        return None if position is None else Queued(position, self._estimator.wait_seconds(job_id))

@@ -18,7 +18,7 @@ from hidream_grpc.engine.requests import (
     StepFinished,
 )
 from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
-from hidream_grpc.jobs.estimates.estimator import Outlook
+from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity
 from hidream_grpc.jobs.execution.running_job import JobTools
 from hidream_grpc.jobs.job import Execution, Job, JobState, ModelIdentity, Priority, Submission
@@ -88,7 +88,7 @@ class Bench:
         self.engine = engine
         self.store = tools.store
         self.artifacts = tools.artifacts
-        self.outlook = tools.outlook
+        self.estimator = tools.estimator
         self.directory = directory
 
     async def submit(self, what: Submission, owner: str = "", call_id: str = "") -> Job:
@@ -172,7 +172,9 @@ async def bench_in(
     tools = JobTools(
         store=store,
         artifacts=artifacts or ArtifactStore(directory / "artifacts"),
-        outlook=Outlook(lambda: EngineCapacity(limits.max_running_jobs, limits.max_pixels, num_ranks=1)),
+        estimator=JobEstimator(
+            lambda: EngineCapacity(limits.max_running_jobs, limits.max_pixels, num_ranks=1)
+        ),
         describe_execution=lambda: EXECUTION,
         chunk_bytes=limits.chunk_bytes,
         tell_others=lambda job_id, event: None,

@@ -10,7 +10,12 @@ from hidream_grpc.engine.protocol.messages import Decode
 from hidream_grpc.engine.requests import StepReport
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
 from hidream_grpc.jobs.estimates.durations import MeasuredDurations
-from hidream_grpc.jobs.estimates.simulation import EngineCapacity, RemainingWork, foresee_ends, foresee_starts
+from hidream_grpc.jobs.estimates.simulation import (
+    EngineCapacity,
+    RemainingWork,
+    estimate_ends,
+    estimate_starts,
+)
 from hidream_grpc.model.parameters import GenerationParameters
 
 SLICE_SECONDS = 0.05
@@ -78,11 +83,11 @@ class SimulatedEngine:
                 self.waiting.append(arriving.pop(0)[1])
             self._round()
 
-    def foresee_starts(self) -> dict[str, float]:
-        return foresee_starts(self.durations, self.capacity, *self._work())
+    def estimate_starts(self) -> dict[str, float]:
+        return estimate_starts(self.durations, self.capacity, *self._work())
 
-    def foresee_ends(self) -> dict[str, float]:
-        return foresee_ends(self.durations, self.capacity, *self._work())
+    def estimate_ends(self) -> dict[str, float]:
+        return estimate_ends(self.durations, self.capacity, *self._work())
 
     @property
     def wait_errors(self) -> list[float]:
@@ -119,8 +124,8 @@ class SimulatedEngine:
             self.ends[job_id] = self.seconds
             del self.running[job_id]
             self.scheduler.release(job_id)
-        self.waits += [Estimate(j, self.seconds, seconds) for j, seconds in self.foresee_starts().items()]
-        self.rests += [Estimate(j, self.seconds, seconds) for j, seconds in self.foresee_ends().items()]
+        self.waits += [Estimate(j, self.seconds, seconds) for j, seconds in self.estimate_starts().items()]
+        self.rests += [Estimate(j, self.seconds, seconds) for j, seconds in self.estimate_ends().items()]
 
     def _admit(self) -> bool:
         admitted = False

@@ -102,7 +102,7 @@ async def test_every_step_is_told_with_its_duration_and_the_time_that_is_left(be
                     remaining.append(progress.estimated_remaining_seconds)
                 if isinstance(event.body, Previewed):
                     break
-            bench.outlook.observe_step(StepReport(step / 10, 64, 64, num_samples=2))
+            bench.estimator.observe_step(StepReport(step / 10, 64, 64, num_samples=2))
     assert [seconds is None for seconds in remaining] == [True, False, False]
     assert remaining[-1] == 0
 
@@ -147,7 +147,7 @@ async def test_a_waiting_job_is_told_how_long_once_a_step_was_measured(bench: Be
     waiting = (await bench.submit(submission("waiting"))).job_id
     async with aclosing(bench.service.follow(None, waiting)) as events:
         assert (await anext(events)).body == Queued(1, None)
-        bench.outlook.observe_step(StepReport(0.5, 64, 64, num_samples=4))
+        bench.estimator.observe_step(StepReport(0.5, 64, 64, num_samples=4))
         requests[0].on_event(StepFinished(1, 0.5))
         body = (await anext(events)).body
     # Two or three steps are left of those that run.

@@ -14,7 +14,7 @@ from hidream_grpc.engine.requests import (
     StepFinished,
     StepReport,
 )
-from hidream_grpc.jobs.estimates.estimator import KEPT_SECONDS, Outlook
+from hidream_grpc.jobs.estimates.estimator import KEPT_SECONDS, JobEstimator
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity
 from hidream_grpc.jobs.job import Job, StoredSnapshot
 from tests.unit.jobs.service_bench import submission
@@ -36,15 +36,15 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def outlook(clock: Clock) -> Outlook:
+def estimator(clock: Clock) -> JobEstimator:
     """One job at a time; a step takes 1 s, an image 0.5 s, prompts 0.25 s."""
-    outlook = Outlook(lambda: EngineCapacity(1, 2**40, num_ranks=1), clock)
-    outlook.observe_step(StepReport(1.0, 64, 64, 2))
-    outlook.note_taken(job("measured"))
-    outlook.observe("measured", PromptsEncoded(0.25))
-    outlook.observe("measured", ImageFinished(0, b"", 0.5))
-    outlook.observe("measured", RequestFinished())
-    return outlook
+    estimator = JobEstimator(lambda: EngineCapacity(1, 2**40, num_ranks=1), clock)
+    estimator.observe_step(StepReport(1.0, 64, 64, 2))
+    estimator.note_taken(job("measured"))
+    estimator.observe("measured", PromptsEncoded(0.25))
+    estimator.observe("measured", ImageFinished(0, b"", 0.5))
+    estimator.observe("measured", RequestFinished())
+    return estimator
 
 
 def job(job_id: str) -> Job:
@@ -52,86 +52,88 @@ def job(job_id: str) -> Job:
 
 
 def test_nothing_is_said_before_anything_was_measured(clock: Clock) -> None:
-    outlook = Outlook(lambda: EngineCapacity(1, 2**40, num_ranks=1), clock)
-    outlook.note_taken(job("a"))
-    outlook.note_waiting([job("b")])
-    assert outlook.remaining_seconds("a") is None
-    assert outlook.wait_seconds("b") is None
+    estimator = JobEstimator(lambda: EngineCapacity(1, 2**40, num_ranks=1), clock)
+    estimator.note_taken(job("a"))
+    estimator.note_waiting([job("b")])
+    assert estimator.remaining_seconds("a") is None
+    assert estimator.wait_seconds("b") is None
 
 
-def test_a_running_job_has_its_steps_and_its_image_in_front_of_it(outlook: Outlook) -> None:
-    outlook.note_taken(job("a"))
-    outlook.observe("a", StepFinished(1, 1.0))
-    assert outlook.remaining_seconds("a") == pytest.approx(2 * 1.0 + 0.5)
+def test_a_running_job_has_its_steps_and_its_image_in_front_of_it(estimator: JobEstimator) -> None:
+    estimator.note_taken(job("a"))
+    estimator.observe("a", StepFinished(1, 1.0))
+    assert estimator.remaining_seconds("a") == pytest.approx(2 * 1.0 + 0.5)
 
 
-def test_jobs_wait_for_those_in_front_of_them(outlook: Outlook) -> None:
-    outlook.note_taken(job("a"))
-    outlook.observe("a", StepFinished(2, 1.0))
-    outlook.note_waiting([job("b"), job("c")])
-    assert outlook.wait_seconds("b") == pytest.approx(1.5)
-    assert outlook.wait_seconds("c") == pytest.approx(1.5 + 0.25 + 3 * 1.0 + 0.5)
+def test_jobs_wait_for_those_in_front_of_them(estimator: JobEstimator) -> None:
+    estimator.note_taken(job("a"))
+    estimator.observe("a", StepFinished(2, 1.0))
+    estimator.note_waiting([job("b"), job("c")])
+    assert estimator.wait_seconds("b") == pytest.approx(1.5)
+    assert estimator.wait_seconds("c") == pytest.approx(1.5 + 0.25 + 3 * 1.0 + 0.5)
 
 
-def test_a_job_that_leaves_shortens_the_wait_of_those_behind_at_once(outlook: Outlook) -> None:
-    outlook.note_taken(job("a"))
-    outlook.note_waiting([job("b")])
-    assert outlook.wait_seconds("b") == pytest.approx(3.5)
-    outlook.note_gone("a")
-    assert outlook.wait_seconds("b") == 0.0
+def test_a_job_that_leaves_shortens_the_wait_of_those_behind_at_once(estimator: JobEstimator) -> None:
+    estimator.note_taken(job("a"))
+    estimator.note_waiting([job("b")])
+    assert estimator.wait_seconds("b") == pytest.approx(3.5)
+    estimator.note_gone("a")
+    assert estimator.wait_seconds("b") == 0.0
 
 
-def test_a_caller_that_leaves_the_queue_shortens_the_wait_of_those_behind_at_once(outlook: Outlook) -> None:
-    outlook.note_taken(job("a"))
-    outlook.note_waiting([job("b"), job("c")])
-    far = outlook.wait_seconds("c")
-    outlook.note_waiting([job("c")])
-    near = outlook.wait_seconds("c")
+def test_a_caller_that_leaves_the_queue_shortens_the_wait_of_those_behind_at_once(
+    estimator: JobEstimator,
+) -> None:
+    estimator.note_taken(job("a"))
+    estimator.note_waiting([job("b"), job("c")])
+    far = estimator.wait_seconds("c")
+    estimator.note_waiting([job("c")])
+    near = estimator.wait_seconds("c")
     assert far is not None and near is not None and near < far
-    assert outlook.wait_seconds("b") is None
+    assert estimator.wait_seconds("b") is None
 
 
-def test_time_that_passes_between_two_looks_is_taken_off(outlook: Outlook, clock: Clock) -> None:
-    outlook.note_taken(job("a"))
-    assert outlook.remaining_seconds("a") == pytest.approx(3.5)
+def test_time_that_passes_between_two_looks_is_taken_off(estimator: JobEstimator, clock: Clock) -> None:
+    estimator.note_taken(job("a"))
+    assert estimator.remaining_seconds("a") == pytest.approx(3.5)
     clock.seconds += KEPT_SECONDS / 2
-    assert outlook.remaining_seconds("a") == pytest.approx(3.5 - KEPT_SECONDS / 2)
+    assert estimator.remaining_seconds("a") == pytest.approx(3.5 - KEPT_SECONDS / 2)
 
 
-def test_a_look_after_a_while_sees_what_was_done_meanwhile(outlook: Outlook, clock: Clock) -> None:
-    outlook.note_taken(job("a"))
-    assert outlook.remaining_seconds("a") == pytest.approx(3.5)
+def test_a_look_after_a_while_sees_what_was_done_meanwhile(estimator: JobEstimator, clock: Clock) -> None:
+    estimator.note_taken(job("a"))
+    assert estimator.remaining_seconds("a") == pytest.approx(3.5)
     # Slower than foreseen: one step took the time of three.
     clock.seconds += 3.0
-    outlook.note_taken(job("a"))
-    outlook.observe("a", StepFinished(1, 1.0))
-    assert outlook.remaining_seconds("a") == pytest.approx(2.5)
+    estimator.note_taken(job("a"))
+    estimator.observe("a", StepFinished(1, 1.0))
+    assert estimator.remaining_seconds("a") == pytest.approx(2.5)
 
 
-def test_what_comes_later_than_foreseen_is_due_now(outlook: Outlook, clock: Clock) -> None:
-    outlook.note_taken(job("a"))
-    outlook.observe("a", StepFinished(STEPS, 1.0))
-    outlook.observe("a", ImageFinished(0, b"", 0.5))
-    assert outlook.remaining_seconds("a") == 0.0
+def test_what_comes_later_than_foreseen_is_due_now(estimator: JobEstimator, clock: Clock) -> None:
+    estimator.note_taken(job("a"))
+    estimator.observe("a", StepFinished(STEPS, 1.0))
+    estimator.observe("a", ImageFinished(0, b"", 0.5))
+    assert estimator.remaining_seconds("a") == 0.0
     clock.seconds += KEPT_SECONDS / 2
-    assert outlook.remaining_seconds("a") == 0.0
+    assert estimator.remaining_seconds("a") == 0.0
 
 
-def test_a_job_that_lost_its_ranks_has_its_steps_in_front_of_it_again(outlook: Outlook) -> None:
-    outlook.note_taken(job("a"))
-    outlook.observe("a", StepFinished(2, 1.0))
-    assert outlook.remaining_seconds("a") == pytest.approx(1.5)
-    outlook.observe("a", RequestRestarted(2, "a rank died", resumed_from_step=1))
-    assert outlook.remaining_seconds("a") == pytest.approx(2.5)
+def test_a_job_that_lost_its_ranks_has_its_steps_in_front_of_it_again(estimator: JobEstimator) -> None:
+    estimator.note_taken(job("a"))
+    estimator.observe("a", StepFinished(2, 1.0))
+    assert estimator.remaining_seconds("a") == pytest.approx(1.5)
+    estimator.observe("a", RequestRestarted(2, "a rank died", resumed_from_step=1))
+    assert estimator.remaining_seconds("a") == pytest.approx(2.5)
 
 
-def test_a_job_that_goes_on_from_its_snapshot_has_the_rest_in_front_of_it(outlook: Outlook) -> None:
-    outlook.note_taken(replace(job("a"), snapshot=StoredSnapshot(1, 2)))
-    assert outlook.remaining_seconds("a") == pytest.approx(1.5)
+def test_a_job_that_goes_on_from_its_snapshot_has_the_rest_in_front_of_it(estimator: JobEstimator) -> None:
+    estimator.note_taken(replace(job("a"), snapshot=StoredSnapshot(1, 2)))
+    assert estimator.remaining_seconds("a") == pytest.approx(1.5)
 
 
-def test_a_place_in_the_queue_is_free_when_the_first_job_starts(outlook: Outlook) -> None:
-    assert outlook.next_start_seconds is None
-    outlook.note_taken(job("a"))
-    outlook.note_waiting([job("b"), job("c")])
-    assert outlook.next_start_seconds == pytest.approx(3.5)
+def test_a_place_in_the_queue_is_free_when_the_first_job_starts(estimator: JobEstimator) -> None:
+    assert estimator.next_start_seconds is None
+    estimator.note_taken(job("a"))
+    estimator.note_waiting([job("b"), job("c")])
+    assert estimator.next_start_seconds == pytest.approx(3.5)

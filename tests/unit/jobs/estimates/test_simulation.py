@@ -15,8 +15,8 @@ from hidream_grpc.jobs.estimates.simulation import (
     MAX_SIMULATED_JOBS,
     EngineCapacity,
     RemainingWork,
-    foresee_ends,
-    foresee_starts,
+    estimate_ends,
+    estimate_starts,
 )
 from tests.unit.jobs.simulated_engine import Request, SimulatedEngine, Times, median_error, request
 
@@ -84,7 +84,7 @@ def test_without_noise_jobs_start_and_end_within_two_turns_of_their_estimates(
     # They cost nothing, but each takes a round.
     engine.durations.note_image(512, 512, 0.0)
     engine.waiting = [request(n, width, steps, images) for n, (width, steps, images) in enumerate(jobs)]
-    starts = engine.foresee_starts()
+    starts = engine.estimate_starts()
     engine.run([])
     turn_seconds = sum(width**2 * images / SQUARE for width, _, images in jobs)
     assert starts.keys() == {rest.job_id for rest in engine.rests} == engine.ends.keys()
@@ -102,8 +102,8 @@ def test_every_job_has_an_estimate_and_none_starts_before_those_in_front_of_it(
     running, waiting = work[: min(num_running, max_running)], work[min(num_running, max_running) :]
     durations = measured()
     capacity = EngineCapacity(max_running, 4 * SQUARE, 2)
-    starts = foresee_starts(durations, capacity, running, waiting)
-    ends = foresee_ends(durations, capacity, running, waiting)
+    starts = estimate_starts(durations, capacity, running, waiting)
+    ends = estimate_ends(durations, capacity, running, waiting)
     assert list(starts) == [w.job_id for w in waiting]
     assert list(starts.values()) == sorted(starts.values())
     assert set(ends) == {w.job_id for w in running}
@@ -114,26 +114,26 @@ def test_nothing_is_foreseen_while_no_step_was_measured() -> None:
     capacity = EngineCapacity(1, SQUARE, 1)
     durations = MeasuredDurations()
     durations.note_image(512, 512, 1.0)
-    assert foresee_starts(durations, capacity, [work_of(0)], [work_of(1)]) == {}
-    assert foresee_ends(durations, capacity, [work_of(0)], [work_of(1)]) == {}
+    assert estimate_starts(durations, capacity, [work_of(0)], [work_of(1)]) == {}
+    assert estimate_ends(durations, capacity, [work_of(0)], [work_of(1)]) == {}
 
 
 def test_a_job_with_all_its_steps_behind_it_still_has_its_images_in_front() -> None:
-    ends = foresee_ends(measured(), EngineCapacity(1, SQUARE, 1), [work_of(0, steps=0, images=3)], [])
+    ends = estimate_ends(measured(), EngineCapacity(1, SQUARE, 1), [work_of(0, steps=0, images=3)], [])
     assert ends["job 0"] == pytest.approx(3 * 0.5)
 
 
 def test_images_are_shared_by_the_ranks() -> None:
     capacity = EngineCapacity(1, SQUARE, num_ranks=3)
-    ends = foresee_ends(measured(), capacity, [work_of(0, steps=0, images=3)], [])
+    ends = estimate_ends(measured(), capacity, [work_of(0, steps=0, images=3)], [])
     assert ends["job 0"] == pytest.approx(0.5)
 
 
 def test_a_running_job_counts_those_that_will_take_the_place_of_others() -> None:
     capacity = EngineCapacity(2, SQUARE, 1)
     running = [work_of(0, steps=1), work_of(1, steps=50)]
-    alone = foresee_ends(measured(), capacity, running, [])["job 1"]
-    beside_a_newcomer = foresee_ends(measured(), capacity, running, [work_of(2, steps=20)])["job 1"]
+    alone = estimate_ends(measured(), capacity, running, [])["job 1"]
+    beside_a_newcomer = estimate_ends(measured(), capacity, running, [work_of(2, steps=20)])["job 1"]
     assert beside_a_newcomer - alone == pytest.approx(20 * 1.0 + 0.5, rel=0.05)
 
 
@@ -141,7 +141,7 @@ def test_a_forward_with_room_left_is_filled_up_with_those_that_had_their_turn() 
     durations = MeasuredDurations()
     durations.note_step(StepReport(1.0, 512, 512, 1))
     running = [work_of(number, steps=10) for number in range(3)]
-    ends = foresee_ends(durations, EngineCapacity(3, 2 * SQUARE, 1), running, [])
+    ends = estimate_ends(durations, EngineCapacity(3, 2 * SQUARE, 1), running, [])
     # Thirty steps, two in each forward of two seconds.
     assert list(ends.values()) == pytest.approx([15 * 2.0] * 3)
 
@@ -149,19 +149,19 @@ def test_a_forward_with_room_left_is_filled_up_with_those_that_had_their_turn() 
 def test_a_caller_that_has_enough_running_is_passed_over() -> None:
     capacity = EngineCapacity(2, SQUARE, 1, max_running_jobs_of_caller=1)
     waiting = [work_of(1, caller="greedy"), work_of(2, caller="modest")]
-    starts = foresee_starts(measured(), capacity, [work_of(0, caller="greedy")], waiting)
+    starts = estimate_starts(measured(), capacity, [work_of(0, caller="greedy")], waiting)
     assert starts["job 2"] == 0.0
     assert starts["job 1"] > 0.0
 
 
 def test_a_job_that_finds_room_waits_for_nothing() -> None:
-    starts = foresee_starts(measured(), EngineCapacity(2, SQUARE, 1), [work_of(0)], [work_of(1)])
+    starts = estimate_starts(measured(), EngineCapacity(2, SQUARE, 1), [work_of(0)], [work_of(1)])
     assert starts == {"job 1": 0.0}
 
 
 def test_those_far_behind_follow_at_the_pace_of_those_in_front() -> None:
     waiting = [work_of(n) for n in range(4 * MAX_SIMULATED_JOBS)]
-    starts = foresee_starts(measured(), EngineCapacity(1, SQUARE, 1), [], waiting)
+    starts = estimate_starts(measured(), EngineCapacity(1, SQUARE, 1), [], waiting)
     assert starts[waiting[-1].job_id] == pytest.approx((len(waiting) - 1) * (10 * 1.0 + 0.5), rel=0.01)
 
 
@@ -176,7 +176,7 @@ def test_the_cost_of_a_long_queue_is_bounded() -> None:
     durations = Counting()
     durations.note_step(StepReport(1.0, 512, 512, 1))
     waiting = [work_of(n, width=(512, 768, 1024)[n % 3], steps=50) for n in range(500)]
-    foresee_starts(durations, EngineCapacity(16, 8 * SQUARE, 2), [], waiting)
+    estimate_starts(durations, EngineCapacity(16, 8 * SQUARE, 2), [], waiting)
     # Two events of a simulated job, one question for each size; and one for each job of the queue.
     assert durations.num_questions <= 2 * 3 * MAX_SIMULATED_JOBS + len(waiting)
 

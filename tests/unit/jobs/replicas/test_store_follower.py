@@ -13,7 +13,7 @@ import pytest
 
 from hidream_grpc.background import keep_doing
 from hidream_grpc.errors import JobNotFoundError, StoreUnavailableError
-from hidream_grpc.jobs.estimates.estimator import Outlook
+from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity
 from hidream_grpc.jobs.execution.executor import ClaimLimits
 from hidream_grpc.jobs.job import CancelReason, Job, Progress, claim_sequence
@@ -79,8 +79,8 @@ class Here:
         self.store = store
         self.feeds = JobFeeds(store.clock.now)
         self.executor = NotedExecutor()
-        outlook = Outlook(lambda: EngineCapacity(1, 1 << 20, num_ranks=1))
-        positions = QueuePositions(store, self.feeds, outlook, ClaimLimits(1, None, MODEL))
+        estimator = JobEstimator(lambda: EngineCapacity(1, 1 << 20, num_ranks=1))
+        positions = QueuePositions(store, self.feeds, estimator, ClaimLimits(1, None, MODEL))
         self.mirror = StoreMirror(store, self.feeds, cast(Any, self.executor), positions)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hidream_grpc.errors import StoreUnavailableError
-from hidream_grpc.jobs.estimates.estimator import Outlook
+from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity
 from hidream_grpc.jobs.execution.executor import ClaimLimits
 from hidream_grpc.jobs.job import CancelReason, Job, Priority
@@ -63,8 +63,8 @@ def positions(store: CountingStore, feeds: JobFeeds) -> QueuePositions:
 def positions_of(
     store: CountingStore, feeds: JobFeeds, max_running_jobs_of_caller: int | None = None
 ) -> QueuePositions:
-    outlook = Outlook(lambda: EngineCapacity(1, 1 << 20, num_ranks=1))
-    return QueuePositions(store, feeds, outlook, ClaimLimits(1, max_running_jobs_of_caller, MODEL))
+    estimator = JobEstimator(lambda: EngineCapacity(1, 1 << 20, num_ranks=1))
+    return QueuePositions(store, feeds, estimator, ClaimLimits(1, max_running_jobs_of_caller, MODEL))
 
 
 def numbers(places: Sequence[Queued | None]) -> list[int | None]:
