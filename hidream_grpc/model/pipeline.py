@@ -168,7 +168,7 @@ class HiDreamModel:
         Raises:
             Exception: the compiler's own, where it fails or is not there.
         """
-        with self._groups.rehearsal():
+        with self._groups.without_collectives():
             conditioning = self._prompt_encoder.blank()
             compile_blocks(
                 [*self._transformer.double_blocks, *self._transformer.single_blocks],

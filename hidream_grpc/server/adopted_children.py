@@ -12,7 +12,7 @@ import ctypes
 import os
 
 from hidream_grpc.background import keep_doing
-from hidream_grpc.engine.group.proc_stat import LOOK_SECONDS, zombie_children
+from hidream_grpc.engine.group.proc_stat import SAMPLE_INTERVAL_SECONDS, zombie_children
 
 _PR_GET_CHILD_SUBREAPER = 37  # linux/prctl.h
 
@@ -43,7 +43,9 @@ async def reap_adopted_children() -> None:
             _reap(pid)
         seen = zombies
 
-    await keep_doing("reap processes whose parents have ended", look, lambda: asyncio.sleep(LOOK_SECONDS))
+    await keep_doing(
+        "reap processes whose parents have ended", look, lambda: asyncio.sleep(SAMPLE_INTERVAL_SECONDS)
+    )
 
 
 def _reap(pid: int) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 SOCKET_NAME = "ranks"
-PAGE_PREFIX = "pulse-"
+PAGE_PREFIX = "collectives-"
 
 # Short, since a socket's path is.
 _PREFIX = "hidream."

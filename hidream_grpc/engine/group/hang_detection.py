@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class RankLook:
+class RankSample:
     """A rank that has not answered, at one moment.
 
     Attributes:
@@ -28,7 +28,7 @@ class RankLook:
     cpu_seconds: float
 
 
-class PlanWatch:
+class HangDetector:
     """One plan, or one joining, under way.
 
     Args:
@@ -41,60 +41,47 @@ class PlanWatch:
         self._may_all_wait = may_all_wait
         self._limit_seconds = limit_seconds
         self._cpu_limit_seconds = limit_seconds * num_threads
-        self._before: dict[int, RankLook] = {}
+        self._before: dict[int, RankSample] = {}
         self._first_cpu_seconds: dict[int, float] = {}
         self._idle_seconds: dict[int, float] = {}
 
-    def look(self, looks: Mapping[int, RankLook], elapsed_seconds: float) -> dict[int, str]:
-        """Take a look at all ranks that have not answered.
+    def observe(self, samples: Mapping[int, RankSample], elapsed_seconds: float) -> dict[int, str]:
+        """Take in a sample of all ranks that have not answered.
 
         Args:
-            looks: by rank.
-            elapsed_seconds: since the look before.
+            samples: by rank.
+            elapsed_seconds: since the sample before.
 
         Returns:
             Who hangs, and how that shows.
         """
-        for rank, look in looks.items():
+        for rank, sample in samples.items():
             before = self._before.get(rank)
-            self._first_cpu_seconds.setdefault(rank, look.cpu_seconds)
+            self._first_cpu_seconds.setdefault(rank, sample.cpu_seconds)
             self._idle_seconds[rank] = (
-                self._idle_seconds[rank] + elapsed_seconds if before and not _moves(look, before) else 0.0
+                self._idle_seconds[rank] + elapsed_seconds if before and not _moves(sample, before) else 0.0
             )
-        self._before = dict(looks)
-        suspects = [rank for rank, look in looks.items() if not look.is_waiting]
+        self._before = dict(samples)
+        suspects = [rank for rank, sample in samples.items() if not sample.is_waiting]
         if suspects:
-            return {rank: why for rank in suspects if (why := self._why(rank, looks[rank]))}
-        wait_for_ever = all(self._idle_seconds[rank] > self._limit_seconds for rank in looks)
+            return {rank: why for rank in suspects if (why := self._why(rank, samples[rank]))}
+        wait_for_ever = all(self._idle_seconds[rank] > self._limit_seconds for rank in samples)
         if wait_for_ever and not self._may_all_wait:
-            return dict.fromkeys(looks, "all ranks wait for each other")
+            return dict.fromkeys(samples, "all ranks wait for each other")
         return {}
 
-    def _why(self, rank: int, look: RankLook) -> str | None:
+    def _why(self, rank: int, sample: RankSample) -> str | None:
         if self._idle_seconds[rank] > self._limit_seconds:
             return f"does nothing since {self._idle_seconds[rank]:.0f} s"
-        cpu_seconds = look.cpu_seconds - self._first_cpu_seconds[rank]
+        cpu_seconds = sample.cpu_seconds - self._first_cpu_seconds[rank]
         if cpu_seconds > self._cpu_limit_seconds:
             return f"has computed for {cpu_seconds:.0f} s"
         return None
 
 
-def _moves(look: RankLook, before: RankLook) -> bool:
+def _moves(sample: RankSample, before: RankSample) -> bool:
     return (
-        look.is_runnable
-        or look.cpu_seconds > before.cpu_seconds
-        or look.num_collectives != before.num_collectives
+        sample.is_runnable
+        or sample.cpu_seconds > before.cpu_seconds
+        or sample.num_collectives != before.num_collectives
     )
-
-
-class StopWatch:
-    """Which processes are stopped, and not only for a moment."""
-
-    def __init__(self) -> None:
-        self._before: frozenset[int] = frozenset()
-
-    def look(self, stopped: frozenset[int]) -> frozenset[int]:
-        """Take a look; returns those that were stopped at the look before too."""
-        still_stopped = stopped & self._before
-        self._before = stopped
-        return still_stopped

@@ -96,9 +96,9 @@ class RankListener:
             self._folder = None
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._greetings.start(self._welcome(reader, writer), "greeting a rank")
+        self._greetings.start(self._accept(reader, writer), "greeting a rank")
 
-    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         channel = AsyncChannel[Event](reader, writer, Event)
         peer_pid = _peer_pid(writer.get_extra_info("socket"))
         try:

@@ -9,8 +9,8 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from hidream_grpc.background import keep_doing
-from hidream_grpc.engine.group.hang_detection import PlanWatch
-from hidream_grpc.engine.group.proc_stat import LOOK_SECONDS
+from hidream_grpc.engine.group.hang_detection import HangDetector
+from hidream_grpc.engine.group.proc_stat import SAMPLE_INTERVAL_SECONDS
 from hidream_grpc.engine.group.rank_link import RankLink
 from hidream_grpc.engine.protocol.messages import PlanDone, StepPlan
 from hidream_grpc.errors import LossCause, RankDiedError
@@ -18,19 +18,19 @@ from hidream_grpc.errors import LossCause, RankDiedError
 DEATH_NOTICE_SECONDS = 1.0
 """A survivor may report the broken group before the news of the death that broke it is here."""
 
-BLAME = (LossCause.OUT_OF_MEMORY, LossCause.FAULT, LossCause.OUTSIDE)
+CAUSE_PRECEDENCE = (LossCause.OUT_OF_MEMORY, LossCause.FAULT, LossCause.OUTSIDE)
 """Of several ranks that left: which one tells why, the first of these."""
 
 
 async def run_plan(
-    ranks: Sequence[RankLink], plan: StepPlan, watch: PlanWatch, loss: asyncio.Event
+    ranks: Sequence[RankLink], plan: StepPlan, detector: HangDetector, loss: asyncio.Event
 ) -> tuple[PlanDone, ...]:
     """Have all ranks do a plan, and kill those that hang.
 
     Args:
         ranks: of the group.
         plan: to do.
-        watch: of this plan.
+        detector: of this plan's hangs.
         loss: is set when a process of the group is gone.
 
     Returns:
@@ -40,17 +40,17 @@ async def run_plan(
         RankDiedError: a rank is gone, or left the group; the one to blame among those that said so.
     """
     running = {rank: asyncio.create_task(rank.run(plan)) for rank in ranks}
-    watching = asyncio.create_task(watch_ranks(running, watch))
+    watching = asyncio.create_task(watch_ranks(running, detector))
     try:
         await asyncio.wait(running.values(), return_when=asyncio.FIRST_EXCEPTION)
         failures = _failures(running)
         if not failures:
             return tuple(task.result() for task in running.values())
-        await _wait_for_blame(running, loss)
+        await _wait_for_cause(running, loss)
     finally:
         for task in (watching, *running.values()):
             task.cancel()
-    raise min(_failures(running), key=lambda failure: BLAME.index(failure.cause))
+    raise min(_failures(running), key=lambda failure: CAUSE_PRECEDENCE.index(failure.cause))
 
 
 async def notice(loss: asyncio.Event) -> None:
@@ -60,26 +60,26 @@ async def notice(loss: asyncio.Event) -> None:
             await loss.wait()
 
 
-async def watch_ranks(running: Mapping[RankLink, asyncio.Future[Any]], watch: PlanWatch) -> NoReturn:
+async def watch_ranks(running: Mapping[RankLink, asyncio.Future[Any]], detector: HangDetector) -> NoReturn:
     """Look at the ranks that have not answered, and kill those that hang, until this task is cancelled."""
-    looked_at = time.monotonic()
+    sampled_at = time.monotonic()
 
     async def look() -> None:
-        nonlocal looked_at
+        nonlocal sampled_at
         now = time.monotonic()
         # Who was frozen together with the ranks, or starved, must not take that time for theirs.
-        elapsed_seconds, looked_at = min(now - looked_at, 2 * LOOK_SECONDS), now
+        elapsed_seconds, sampled_at = min(now - sampled_at, 2 * SAMPLE_INTERVAL_SECONDS), now
         unanswered = {rank.rank: rank for rank, task in running.items() if not task.done()}
-        looks = {number: look for number, rank in unanswered.items() if (look := rank.look())}
-        hanging = watch.look(looks, elapsed_seconds)
-        await asyncio.gather(*(unanswered[rank].condemn(f"hung: {why}") for rank, why in hanging.items()))
+        samples = {number: sample for number, rank in unanswered.items() if (sample := rank.sample())}
+        hanging = detector.observe(samples, elapsed_seconds)
+        await asyncio.gather(*(unanswered[rank].kill_hung(f"hung: {why}") for rank, why in hanging.items()))
 
-    # Most plans end before the first look.
-    await asyncio.sleep(LOOK_SECONDS)
-    await keep_doing("look for ranks that hang", look, lambda: asyncio.sleep(LOOK_SECONDS))
+    # Most plans end before the first sample.
+    await asyncio.sleep(SAMPLE_INTERVAL_SECONDS)
+    await keep_doing("look for ranks that hang", look, lambda: asyncio.sleep(SAMPLE_INTERVAL_SECONDS))
 
 
-async def _wait_for_blame(running: Mapping[RankLink, asyncio.Task[PlanDone]], loss: asyncio.Event) -> None:
+async def _wait_for_cause(running: Mapping[RankLink, asyncio.Task[PlanDone]], loss: asyncio.Event) -> None:
     """Who only noticed that the group broke may say so before it is known who broke it."""
     noticed = asyncio.create_task(notice(loss))
     answers = asyncio.create_task(asyncio.wait(running.values()))

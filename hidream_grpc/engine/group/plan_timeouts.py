@@ -14,7 +14,7 @@ LIMIT_FACTOR = 10.0
 _Kind = tuple[int, int, int]
 
 
-class PlanLimits:
+class PlanTimeouts:
     """Ten times the longest of the latest plans that held about as much work.
 
     About as much: prompts to encode, pixels of the step and pixels of the images that ranks decode, each

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-LOOK_SECONDS = 1.0
+SAMPLE_INTERVAL_SECONDS = 1.0
 """How often the watchdog looks at processes; some hundred microseconds each."""
 
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -16,7 +16,7 @@ _STATE, _USER_TICKS, _SYSTEM_TICKS = 0, 11, 12
 
 
 @dataclass(frozen=True, slots=True)
-class ProcessLook:
+class ProcessSample:
     """A process at one moment.
 
     Attributes:
@@ -30,7 +30,7 @@ class ProcessLook:
     cpu_seconds: float
 
 
-def look_at(pid: int) -> ProcessLook | None:
+def sample_process(pid: int) -> ProcessSample | None:
     """Look at a process; None when it is gone.
 
     Raises:
@@ -46,7 +46,7 @@ def look_at(pid: int) -> ProcessLook | None:
     for thread in threads:
         with suppress(FileNotFoundError, ProcessLookupError):
             states.add(_stat_fields(thread)[_STATE])
-    return ProcessLook(
+    return ProcessSample(
         is_stopped=fields[_STATE] in {"T", "t"},
         is_runnable=bool(states & {"R", "D"}),
         cpu_seconds=(int(fields[_USER_TICKS]) + int(fields[_SYSTEM_TICKS])) / _TICKS_PER_SECOND,

@@ -16,10 +16,10 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from hidream_grpc.engine.group.config import GroupConfig
-from hidream_grpc.engine.group.hang_detection import PlanWatch
+from hidream_grpc.engine.group.hang_detection import HangDetector
 from hidream_grpc.engine.group.placement import GroupPlacement, Placement
 from hidream_grpc.engine.group.plan_execution import notice, run_plan
-from hidream_grpc.engine.group.plan_timeouts import PlanLimits
+from hidream_grpc.engine.group.plan_timeouts import PlanTimeouts
 from hidream_grpc.engine.group.rank_processes import CannotJoinError, RankProcesses
 from hidream_grpc.engine.protocol.messages import Loaded, PlanDone, StepPlan
 from hidream_grpc.errors import (
@@ -60,7 +60,9 @@ class RankGroup:
         self.num_restarts = 0
         self._config = config
         self._placement = GroupPlacement(config.devices, config.layout, config.smaller_layouts)
-        self._limits = PlanLimits(config.timeouts.min_plan_seconds, config.timeouts.collective_seconds)
+        self._plan_timeouts = PlanTimeouts(
+            config.timeouts.min_plan_seconds, config.timeouts.collective_seconds
+        )
         self._processes = RankProcesses(config)
         self._full_layout_wanted = False
 
@@ -137,12 +139,12 @@ class RankGroup:
         if self._processes.loss.is_set():
             raise self._loss_error()
         started = time.monotonic()
-        watch = PlanWatch(self._limits.start(plan), self._config.threads_per_rank)
+        detector = HangDetector(self._plan_timeouts.start(plan), self._config.threads_per_rank)
         try:
-            answers = await run_plan(self._processes.ranks, plan, watch, self._processes.loss)
+            answers = await run_plan(self._processes.ranks, plan, detector, self._processes.loss)
         except RankDiedError as failure:
             raise self._processes.find_loss() or failure from None
-        self._limits.done(answers, time.monotonic() - started)
+        self._plan_timeouts.done(answers, time.monotonic() - started)
         return answers
 
     async def snapshot_of(self, claim_id: str, step: int) -> bytes | None:
@@ -263,7 +265,7 @@ class RankGroup:
         for tries_left in reversed(range(MAX_RECOVERY_TRIES)):
             try:
                 await self._processes.start_missing(self.placement)
-                await self._processes.join_next_generation(self._limits.longest_seconds)
+                await self._processes.join_next_generation(self._plan_timeouts.longest_seconds)
             except DeviceFailedError as error:
                 if tries_left == 0 or error.took_too_long:
                     raise
@@ -288,7 +290,7 @@ class RankGroup:
                 logger.warning("starting again what died: %s", error)
             else:
                 break
-        self._limits.next_generation()
+        self._plan_timeouts.next_generation()
         logger.info(
             "%d ranks joined generation %d, layout %s",
             *(self.world_size, self.generation, self.placement.layout),

@@ -1,4 +1,4 @@
-"""The server's end of one rank: its process, its socket, its pulse."""
+"""The server's end of one rank: its process, its socket, its counter of collectives."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from hidream_grpc.background import BackgroundTasks
 from hidream_grpc.devices.base import DeviceMemory
-from hidream_grpc.engine.group.hang_detection import RankLook
+from hidream_grpc.engine.group.hang_detection import RankSample
 from hidream_grpc.engine.group.listener import RankListener
-from hidream_grpc.engine.group.proc_stat import look_at
-from hidream_grpc.engine.group.zygote_link import ChildProcess, Verdict, ZygoteLink
+from hidream_grpc.engine.group.proc_stat import sample_process
+from hidream_grpc.engine.group.zygote_link import ChildProcess, KillReason, ZygoteLink
 from hidream_grpc.engine.protocol.channel import AsyncChannel, FrameError
-from hidream_grpc.engine.protocol.collective_counter import PulseReader
+from hidream_grpc.engine.protocol.collective_counter import CollectiveCounterReader
 from hidream_grpc.engine.protocol.messages import (
     DeviceOpened,
     Event,
@@ -68,7 +68,7 @@ class RankLink:
         child: ChildProcess,
         channel: AsyncChannel[Event],
         zygote: ZygoteLink,
-        pulse: PulseReader,
+        counter: CollectiveCounterReader,
     ) -> None:
         self.rank = rank
         self.child = child
@@ -79,7 +79,7 @@ class RankLink:
         self._oom_kills = OomKills()
         self._channel = channel
         self._zygote = zygote
-        self._pulse = pulse
+        self._counter = counter
         self._generation = 0
         self._when_lost: Callable[[], None] | None = None
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
@@ -100,7 +100,7 @@ class RankLink:
 
         Args:
             rank: to start.
-            make_load: its first command, by the path of its pulse.
+            make_load: its first command, by the path of the page in which it counts its collectives.
             may_load: returns when it may load its weights, by the memory of its device.
             timeout_seconds: until it has loaded, less what it waits in `may_load`: the ranks that it waits
                 for have limits of their own.
@@ -116,23 +116,22 @@ class RankLink:
         """
         child: ChildProcess | None = None
         link: RankLink | None = None
-        pulse = PulseReader(listener.folder)
+        counter = CollectiveCounterReader(listener.folder)
         oom_kills = OomKills()
         try:
             child = await zygote.start_rank(rank)
             async with asyncio.timeout(timeout_seconds) as limit:
                 channel = await listener.connection_of(child)
                 if channel is None:
-                    end = _end_of(child, oom_kills)
-                    raise RankDiedError((rank,), end.reason, end.cause)
-                link = cls(rank, child, channel, zygote, pulse)
-                await link._load(make_load(pulse.path), may_load, limit)
+                    raise RankDiedError((rank,), *_loss_of(child, oom_kills))
+                link = cls(rank, child, channel, zygote, counter)
+                await link._load(make_load(counter.path), may_load, limit)
         except BaseException as error:
             if link is not None:
                 await link.end()
             elif child is not None:
                 await zygote.kill(child)
-            pulse.close()
+            counter.close()
             if isinstance(error, TimeoutError):
                 reason = f"rank {rank} did not load within {timeout_seconds:g} s"
                 raise DeviceFailedError((rank,), reason, took_too_long=True) from None
@@ -143,7 +142,7 @@ class RankLink:
                 raise DeviceFailedError((rank,), f"rank {rank} cannot load: {error.reason}") from None
             raise
         finally:
-            pulse.forget_file()
+            counter.forget_file()
         return link
 
     async def join(self, command: JoinGroup, timeout_seconds: float) -> None:
@@ -163,9 +162,9 @@ class RankLink:
                         case GroupBroken(generation=command.generation, reason=reason):
                             raise RankDiedError((self.rank,), reason)
         except TimeoutError:
-            verdict = Verdict(f"did not join within {timeout_seconds:g} s", LossCause.OUTSIDE)
-            await self._zygote.condemn(self.child, verdict)
-            raise RankDiedError((self.rank,), verdict.reason) from None
+            kill_reason = KillReason(f"did not join within {timeout_seconds:g} s", LossCause.OUTSIDE)
+            await self._zygote.kill_hung(self.child, kill_reason)
+            raise RankDiedError((self.rank,), kill_reason.reason) from None
 
     async def run(self, plan: StepPlan) -> PlanDone:
         """Have the rank do its share of a plan.
@@ -196,22 +195,22 @@ class RankLink:
                     if (given_id, given_step) == (claim_id, step):
                         return data
 
-    def look(self) -> RankLook | None:
+    def sample(self) -> RankSample | None:
         """How it is now; None when it is gone."""
-        process = look_at(self.child.pid)
+        process = sample_process(self.child.pid)
         if process is None:
             return None
-        pulse = self._pulse.read()
-        return RankLook(
-            is_waiting=pulse.is_waiting,
-            num_collectives=pulse.num_entered + pulse.num_left,
+        counts = self._counter.read()
+        return RankSample(
+            is_waiting=counts.is_waiting,
+            num_collectives=counts.num_entered + counts.num_left,
             is_runnable=process.is_runnable,
             cpu_seconds=process.cpu_seconds,
         )
 
-    async def condemn(self, reason: str) -> None:
+    async def kill_hung(self, reason: str) -> None:
         """Kill the rank, which hangs at its work."""
-        await self._zygote.condemn(self.child, Verdict(reason, LossCause.FAULT))
+        await self._zygote.kill_hung(self.child, KillReason(reason, LossCause.FAULT))
 
     def watch(self, when_lost: Callable[[], None]) -> None:
         """Call back once when the rank is lost, or now when it is."""
@@ -225,7 +224,7 @@ class RankLink:
         await self._channel.send(Leave())
         await self._zygote.kill(self.child, grace_seconds)
         await asyncio.wait((self._reader,))
-        self._pulse.close()
+        self._counter.close()
 
     async def _load(
         self, load: Load, may_load: Callable[[DeviceMemory], Awaitable[None]], limit: asyncio.Timeout
@@ -289,8 +288,7 @@ class RankLink:
             await self._zygote.kill(self.child, EXIT_SECONDS)
             await self._channel.close()
             if self.loss is None:
-                end = _end_of(self.child, self._oom_kills)
-                self.loss, self.loss_cause = end.reason, end.cause
+                self.loss, self.loss_cause = _loss_of(self.child, self._oom_kills)
         finally:
             self.loss = self.loss or "lost"
             self._events.put_nowait(None)
@@ -310,6 +308,8 @@ async def _stopped(limit: asyncio.Timeout) -> AsyncIterator[None]:
         limit.reschedule(clock() + left_seconds)
 
 
-def _end_of(child: ChildProcess, oom_kills: OomKills) -> Verdict:
-    """Why a process that is gone ended."""
-    return child.verdict or Verdict(child.end, cause_of_exit(child.exited.result(), oom_kills))
+def _loss_of(child: ChildProcess, oom_kills: OomKills) -> tuple[str, LossCause]:
+    """How a process that is gone ended, in words, and what caused it."""
+    if child.kill_reason is not None:
+        return child.kill_reason.reason, child.kill_reason.cause
+    return child.end, cause_of_exit(child.exited.result(), oom_kills)

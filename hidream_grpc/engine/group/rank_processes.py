@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from hidream_grpc.devices.base import DeviceMemory
 from hidream_grpc.devices.host_memory import host_memory
 from hidream_grpc.engine.group.config import GroupConfig
-from hidream_grpc.engine.group.hang_detection import PlanWatch
+from hidream_grpc.engine.group.hang_detection import HangDetector
 from hidream_grpc.engine.group.listener import RankListener
 from hidream_grpc.engine.group.memory_gate import MemoryGate
 from hidream_grpc.engine.group.placement import Placement
-from hidream_grpc.engine.group.plan_execution import BLAME, watch_ranks
+from hidream_grpc.engine.group.plan_execution import CAUSE_PRECEDENCE, watch_ranks
 from hidream_grpc.engine.group.rank_link import RankLink
 from hidream_grpc.engine.group.zygote_link import ChildProcess, ZygoteLink
 from hidream_grpc.engine.protocol.messages import JoinGroup, Load, PrepareZygote
@@ -125,8 +125,8 @@ class RankProcesses:
         }
         # A new rank warms up.
         survivors = {rank: task for rank, task in joining.items() if rank.has_worked}
-        watch = PlanWatch(limit_seconds, self._config.threads_per_rank, may_all_wait=True)
-        watching = asyncio.create_task(watch_ranks(survivors, watch))
+        detector = HangDetector(limit_seconds, self._config.threads_per_rank, may_all_wait=True)
+        watching = asyncio.create_task(watch_ranks(survivors, detector))
         try:
             # Every answer is waited for: the next try finds all survivors ready.
             outcomes = await asyncio.gather(*joining.values(), return_exceptions=True)
@@ -156,7 +156,7 @@ class RankProcesses:
             return RankDiedError(ranks, f"their zygote was lost: {self.zygote.loss}")
         if dead := [rank for rank in self.ranks if rank.loss is not None]:
             reasons = sorted({rank.loss for rank in dead if rank.loss is not None})
-            cause = min((rank.loss_cause for rank in dead), key=BLAME.index)
+            cause = min((rank.loss_cause for rank in dead), key=CAUSE_PRECEDENCE.index)
             return RankDiedError(tuple(rank.rank for rank in dead), ", ".join(reasons), cause)
         if self.store is not None and self.store.exited.done():
             return RankDiedError((), f"the store was lost: {self.store.end}")
@@ -185,7 +185,7 @@ class RankProcesses:
     ) -> RankDiedError | DeviceFailedError | InsufficientMemoryError | None:
         """Returns a failure instead of raising it, so that the ranks beside it go on loading."""
 
-        def make_load(pulse_path: Path) -> Load:
+        def make_load(counter_path: Path) -> Load:
             return Load(
                 model_path=self._config.model_path,
                 extra_model_path=self._config.extra_model_path,
@@ -195,7 +195,7 @@ class RankProcesses:
                 local_index=placement.devices.local_index(rank),
                 num_threads=self._config.threads_per_rank,
                 compile_shapes=self._config.compile_shapes,
-                pulse_path=pulse_path,
+                counter_path=counter_path,
                 log=self._config.log,
             )
 

@@ -7,25 +7,36 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import NoReturn
 
 from hidream_grpc.background import keep_doing
-from hidream_grpc.engine.group.hang_detection import StopWatch
-from hidream_grpc.engine.group.proc_stat import LOOK_SECONDS, look_at
+from hidream_grpc.engine.group.proc_stat import SAMPLE_INTERVAL_SECONDS, sample_process
+
+
+class StoppedProcessDetector:
+    """Tells processes that stay stopped from those that are stopped for a moment."""
+
+    def __init__(self) -> None:
+        self._before: frozenset[int] = frozenset()
+
+    def observe(self, stopped: frozenset[int]) -> frozenset[int]:
+        """Take in which processes are stopped now; returns those that were stopped the time before too."""
+        still_stopped = stopped & self._before
+        self._before = stopped
+        return still_stopped
 
 
 async def watch_for_stops(
     pids: Callable[[], Iterable[int]], on_stopped: Callable[[frozenset[int]], Awaitable[None]]
 ) -> NoReturn:
-    """Look at processes until cancelled, through any failure to look.
+    """Sample processes until cancelled, through any failure to do so.
 
     Args:
-        pids: gives the processes to look at.
-        on_stopped: called with those that were stopped at two looks in a row.
+        pids: gives the processes to sample.
+        on_stopped: called with those that were stopped in two samples in a row.
     """
-    watch = StopWatch()
+    detector = StoppedProcessDetector()
 
     async def look() -> None:
-        looks = {pid: look_at(pid) for pid in pids()}
-        await on_stopped(
-            watch.look(frozenset(pid for pid, look in looks.items() if look and look.is_stopped))
-        )
+        samples = {pid: sample_process(pid) for pid in pids()}
+        stopped = frozenset(pid for pid, sample in samples.items() if sample and sample.is_stopped)
+        await on_stopped(detector.observe(stopped))
 
-    await keep_doing("look for stopped processes", look, lambda: asyncio.sleep(LOOK_SECONDS))
+    await keep_doing("look for stopped processes", look, lambda: asyncio.sleep(SAMPLE_INTERVAL_SECONDS))

@@ -39,7 +39,7 @@ STOPPED = "stopped by a signal, and killed by the watchdog"
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class KillReason:
     """Why the server had a process killed, and whether its work was to blame."""
 
     reason: str
@@ -54,18 +54,18 @@ class ChildProcess:
         pid: of the process.
         exited: resolves once the process is gone, with its exit code, or minus its signal's number.
         store_port: on the loopback interface; 0 for a rank.
-        verdict: set before the server has it killed for hanging.
+        kill_reason: set before the server has it killed for hanging.
     """
 
     pid: int
     exited: asyncio.Future[int]
     store_port: int
-    verdict: Verdict | None = None
+    kill_reason: KillReason | None = None
 
     @property
     def end(self) -> str:
         """How it ended, in words; only once it is gone."""
-        return self.verdict.reason if self.verdict else describe_exit(self.exited.result())
+        return self.kill_reason.reason if self.kill_reason else describe_exit(self.exited.result())
 
 
 class ZygoteLink:
@@ -173,10 +173,10 @@ class ZygoteLink:
             self._give_up(f"did not report the end of process {child.pid}")
         return await asyncio.shield(child.exited)
 
-    async def condemn(self, child: ChildProcess, verdict: Verdict) -> None:
+    async def kill_hung(self, child: ChildProcess, reason: KillReason) -> None:
         """Kill a child that hangs, and have all who wait for it know why."""
-        child.verdict = child.verdict or verdict
-        logger.warning("killing process %d: %s", child.pid, child.verdict.reason)
+        child.kill_reason = child.kill_reason or reason
+        logger.warning("killing process %d: %s", child.pid, child.kill_reason.reason)
         await self.kill(child)
 
     async def stop(self) -> None:
@@ -225,8 +225,8 @@ class ZygoteLink:
             self._give_up(STOPPED)
             return
         children = [self._children[pid] for pid in stopped if pid in self._children]
-        verdict = Verdict(STOPPED, LossCause.OUTSIDE)
-        await asyncio.gather(*(self.condemn(child, verdict) for child in children))
+        reason = KillReason(STOPPED, LossCause.OUTSIDE)
+        await asyncio.gather(*(self.kill_hung(child, reason) for child in children))
 
     async def _read(self) -> None:
         try:

@@ -19,7 +19,7 @@ _COUNTERS = struct.Struct("=QQ")  # collectives entered, collectives left
 
 
 @dataclass(frozen=True, slots=True)
-class Pulse:
+class CollectiveCounts:
     """What a rank has counted."""
 
     num_entered: int
@@ -31,7 +31,7 @@ class Pulse:
         return self.num_entered > self.num_left
 
 
-class PulseReader:
+class CollectiveCounterReader:
     """The server's end.
 
     Args:
@@ -47,9 +47,9 @@ class PulseReader:
         finally:
             os.close(descriptor)
 
-    def read(self) -> Pulse:
+    def read(self) -> CollectiveCounts:
         """What the rank has counted up to now."""
-        return Pulse(*_COUNTERS.unpack(self._page[: _COUNTERS.size]))
+        return CollectiveCounts(*_COUNTERS.unpack(self._page[: _COUNTERS.size]))
 
     def forget_file(self) -> None:
         """Remove the file; a rank that has mapped it goes on counting."""
@@ -60,7 +60,7 @@ class PulseReader:
         self._page.close()
 
 
-class PulseWriter:
+class CollectiveCounterWriter:
     """The rank's end.
 
     Args:

@@ -17,7 +17,7 @@ from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -95,7 +95,7 @@ class Load(_Message, frozen=True):
     """First command of a rank: open the device, then, at `LoadWeights`, load the weights and compile.
 
     A checkpoint of another fingerprint is refused: the server has described this one to its callers.
-    pulse_path is the page in which the rank says that it waits for others, see
+    counter_path is the page in which the rank says that it waits for others, see
     `engine/protocol/collective_counter.py`.
     """
 
@@ -107,7 +107,7 @@ class Load(_Message, frozen=True):
     local_index: int
     num_threads: int
     compile_shapes: tuple[StepShape, ...]
-    pulse_path: Path
+    counter_path: Path
     log: LogConfig
 
 

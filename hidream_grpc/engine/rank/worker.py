@@ -23,7 +23,7 @@ from setproctitle import setproctitle
 from hidream_grpc.devices.base import Device, open_device
 from hidream_grpc.devices.faults import is_device_fault, is_out_of_memory
 from hidream_grpc.engine.protocol.channel import BlockingChannel
-from hidream_grpc.engine.protocol.collective_counter import PulseWriter
+from hidream_grpc.engine.protocol.collective_counter import CollectiveCounterWriter
 from hidream_grpc.engine.protocol.messages import (
     Command,
     DeviceFacts,
@@ -194,7 +194,7 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
             if not isinstance(channel.receive(), LoadWeights):
                 return
             started = time.monotonic()
-            groups = ParallelGroups(load.layout, rank, PulseWriter(load.pulse_path))
+            groups = ParallelGroups(load.layout, rank, CollectiveCounterWriter(load.counter_path))
             model = HiDreamModel.from_pretrained(
                 load.model_path, load.extra_model_path, device, groups, load.checkpoint_fingerprint
             )

@@ -76,14 +76,14 @@ class Zygote:
         while True:
             for key, _events in self._selector.select():
                 if isinstance(key.data, _Child):
-                    self._bury(key.data)
+                    self._reap(key.data)
                     continue
                 command = self._channel.receive()
                 if command is None:
                     return
-                self._obey(command)
+                self._handle(command)
 
-    def _obey(self, command: ZygoteCommand) -> None:
+    def _handle(self, command: ZygoteCommand) -> None:
         match command:
             case StartRank() | StartStore():
                 self._start(command)
@@ -109,7 +109,7 @@ class Zygote:
             from hidream_grpc.engine.rank.worker import work
 
             pid = self._fork(lambda: work(self._socket_path, rank))
-        self._adopt(pid)
+        self._register(pid)
         self._channel.send(ProcessStarted(pid=pid))
 
     def _start_store(self) -> None:
@@ -124,7 +124,7 @@ class Zygote:
                 from hidream_grpc.engine.zygote.store_host import host_store
 
                 pid = self._fork(lambda: host_store(listener))
-        self._adopt(pid)
+        self._register(pid)
         self._channel.send(ProcessStarted(pid=pid, store_port=store_port))
 
     def _may_fork(self) -> bool:
@@ -165,7 +165,7 @@ class Zygote:
         command_line = [sys.executable, "-m", module, *arguments, str(self._pid)]
         return os.posix_spawn(sys.executable, command_line, os.environ)
 
-    def _adopt(self, pid: int) -> None:
+    def _register(self, pid: int) -> None:
         try:
             child = _Child(pid, os.pidfd_open(pid))
         except OSError:
@@ -175,7 +175,7 @@ class Zygote:
         self._children[pid] = child
         self._selector.register(child.pidfd, selectors.EVENT_READ, child)
 
-    def _bury(self, child: _Child) -> None:
+    def _reap(self, child: _Child) -> None:
         _pid, status = os.waitpid(child.pid, 0)
         self._selector.unregister(child.pidfd)
         os.close(child.pidfd)

@@ -62,7 +62,7 @@ class Axis:
         self.index = self.ranks.index(rank)
         self._on_wait = on_wait
         self._group: dist.ProcessGroup | None = None
-        self._is_rehearsing = False
+        self._skips_collectives = False
 
     @property
     def size(self) -> int:
@@ -160,9 +160,9 @@ class Axis:
         """Let go of the group, which is about to be destroyed."""
         self._group = None
 
-    def rehearse(self, is_rehearsing: bool) -> None:
-        """See `ParallelGroups.rehearsal`."""
-        self._is_rehearsing = is_rehearsing
+    def skip_collectives(self, skips: bool) -> None:
+        """See `ParallelGroups.without_collectives`."""
+        self._skips_collectives = skips
 
     # A compiled graph lives as long as its rank, a group one generation: no graph may hold one.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -170,7 +170,7 @@ class Axis:
         self, doing: str, exchange: Callable[..., object], result: Tensor, *inputs: Tensor, **options: object
     ) -> None:
         """Have one of torch's collectives fill `result`."""
-        if self._is_rehearsing:
+        if self._skips_collectives:
             result.zero_()
             return
         flat = [tensor.contiguous().view(-1) for tensor in inputs]
@@ -239,15 +239,15 @@ class ParallelGroups:
             axis.disconnect()
 
     @contextmanager
-    def rehearsal(self) -> Iterator[None]:
+    def without_collectives(self) -> Iterator[None]:
         """Let all collectives inside give zeros of the right shape, without a group and other ranks."""
         for axis in self._axes():
-            axis.rehearse(True)
+            axis.skip_collectives(True)
         try:
             yield
         finally:
             for axis in self._axes():
-                axis.rehearse(False)
+                axis.skip_collectives(False)
 
     def _axes(self) -> tuple[Axis, ...]:
         return self.tensor, self.expert, self.model, self.samples, self.world

@@ -15,7 +15,7 @@ from hidream_grpc.server import adopted_children
 
 if sys.argv[1] == "subreaper":
     assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0
-adopted_children.LOOK_SECONDS = 0.1
+adopted_children.SAMPLE_INTERVAL_SECONDS = 0.1
 
 
 async def main():

@@ -28,16 +28,16 @@ def folder_of_a_killed_server(parent: Path) -> Path:
     script = """
 import os, signal
 from hidream_grpc.engine.group.folder import GroupFolder
-from hidream_grpc.engine.protocol.collective_counter import PulseReader
+from hidream_grpc.engine.protocol.collective_counter import CollectiveCounterReader
 folder = GroupFolder()
 (folder.path / "ranks").touch()
-PulseReader(folder.path)
+CollectiveCounterReader(folder.path)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     environment = {**os.environ, "TMPDIR": str(parent)}
     killed = subprocess.run([sys.executable, "-c", script], env=environment, timeout=60)
     assert killed.returncode == -signal.SIGKILL
-    (folder,) = (path for path in parent.iterdir() if list(path.glob("pulse-*")))
+    (folder,) = (path for path in parent.iterdir() if list(path.glob("collectives-*")))
     return folder
 
 
@@ -91,7 +91,7 @@ def test_a_folder_without_the_marker_of_a_server_stays_whatever_its_name(tmp_pat
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["notes", "ranks.old", "pulse-of-mine"])
+@pytest.mark.parametrize("name", ["notes", "ranks.old", "collectives-of-mine"])
 @pytest.mark.parametrize("is_folder", [True, False], ids=["folder", "file"])
 def test_what_no_server_makes_keeps_its_folder_with_all_in_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, is_folder: bool

@@ -38,13 +38,13 @@ async def test_only_this_user_may_knock_and_nothing_is_left_after(tmp_path: Path
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("knocks_first", [True, False], ids=["known after", "known before"])
-async def test_a_rank_finds_whoever_waits_for_it(listener: RankListener, knocks_first: bool) -> None:
-    if not knocks_first:
+@pytest.mark.parametrize("connects_first", [True, False], ids=["known after", "known before"])
+async def test_a_rank_finds_whoever_waits_for_it(listener: RankListener, connects_first: bool) -> None:
+    if not connects_first:
         waiting = asyncio.create_task(listener.connection_of(child(os.getpid())))
     rank = await asyncio.to_thread(BlockingChannel[Command].connect, listener.socket_path, Command)
     rank.send(Hello(rank=0, pid=os.getpid()))
-    if knocks_first:
+    if connects_first:
         waiting = asyncio.create_task(listener.connection_of(child(os.getpid())))
     channel = await asyncio.wait_for(waiting, 10)
     assert channel is not None

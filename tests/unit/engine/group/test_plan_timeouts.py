@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from hidream_grpc.engine.group.plan_timeouts import NUM_RECENT_PLANS, PlanLimits
+from hidream_grpc.engine.group.plan_timeouts import NUM_RECENT_PLANS, PlanTimeouts
 from hidream_grpc.engine.protocol.messages import (
     Admission,
     Decode,
@@ -20,9 +20,9 @@ _plan_ids = itertools.count(1)
 
 
 @pytest.fixture
-def limits() -> PlanLimits:
+def limits() -> PlanTimeouts:
     """In a generation whose first plan is done."""
-    limits = PlanLimits(MIN_SECONDS, UNKNOWN_SECONDS)
+    limits = PlanTimeouts(MIN_SECONDS, UNKNOWN_SECONDS)
     assert run(limits, plan(), 50.0) == UNKNOWN_SECONDS
     return limits
 
@@ -38,7 +38,7 @@ def admit(claim_id: str, side: int = 64) -> Admission:
     return Admission(claim_id=claim_id, job_id=claim_id, request_id=claim_id, parameters=parameters)
 
 
-def run(limits: PlanLimits, to_run: StepPlan, seconds: float, **answer: object) -> float:
+def run(limits: PlanTimeouts, to_run: StepPlan, seconds: float, **answer: object) -> float:
     """Have a plan take so long; its limit."""
     limit = limits.start(to_run)
     done = PlanDone(plan_id=to_run.plan_id, encode_seconds=0.0, step_seconds=0.0, **answer)  # type: ignore[arg-type]
@@ -46,7 +46,7 @@ def run(limits: PlanLimits, to_run: StepPlan, seconds: float, **answer: object) 
     return limit
 
 
-def test_the_limit_is_ten_times_the_longest_of_the_latest_plans_of_its_kind(limits: PlanLimits) -> None:
+def test_the_limit_is_ten_times_the_longest_of_the_latest_plans_of_its_kind(limits: PlanTimeouts) -> None:
     run(limits, plan(admissions=(admit("a"),)), 1.0)
     assert run(limits, plan(step_claims=("a",)), 2.0) == UNKNOWN_SECONDS
     assert run(limits, plan(step_claims=("a",)), 1.0) == 20.0
@@ -57,12 +57,12 @@ def test_the_limit_is_ten_times_the_longest_of_the_latest_plans_of_its_kind(limi
     assert run(limits, plan(step_claims=("a",)), 0.7) == 10.0
 
 
-def test_no_limit_is_too_short_for_a_busy_machine(limits: PlanLimits) -> None:
+def test_no_limit_is_too_short_for_a_busy_machine(limits: PlanTimeouts) -> None:
     run(limits, plan(), 0.001)
     assert run(limits, plan(), 0.001) == MIN_SECONDS
 
 
-def test_other_work_has_limits_of_its_own(limits: PlanLimits) -> None:
+def test_other_work_has_limits_of_its_own(limits: PlanTimeouts) -> None:
     run(limits, plan(admissions=(admit("small"), admit("large", 256))), 1.0)
     run(limits, plan(step_claims=("small",)), 1.0)
     assert run(limits, plan(step_claims=("large",)), 1.0) == UNKNOWN_SECONDS
@@ -70,7 +70,7 @@ def test_other_work_has_limits_of_its_own(limits: PlanLimits) -> None:
     assert run(limits, plan(step_claims=("small",)), 1.0) == 10.0
 
 
-def test_an_image_is_work_until_it_is_decoded(limits: PlanLimits) -> None:
+def test_an_image_is_work_until_it_is_decoded(limits: PlanTimeouts) -> None:
     run(limits, plan(admissions=(admit("a"),)), 1.0)
     run(limits, plan(), 0.1)
     decode = Decode(claim_id="a", image_index=0, rank=0)
@@ -83,7 +83,7 @@ def test_an_image_is_work_until_it_is_decoded(limits: PlanLimits) -> None:
 
 
 @pytest.mark.parametrize("how", ["released", "failed", "group lost"])
-def test_a_request_that_is_gone_is_no_work(limits: PlanLimits, how: str) -> None:
+def test_a_request_that_is_gone_is_no_work(limits: PlanTimeouts, how: str) -> None:
     run(limits, plan(), 0.1)
     run(limits, plan(admissions=(admit("a"),)), 1.0)
     run(limits, plan(decodes=(Decode(claim_id="a", image_index=0, rank=0),)), 30.0)
@@ -98,14 +98,14 @@ def test_a_request_that_is_gone_is_no_work(limits: PlanLimits, how: str) -> None
     assert run(limits, plan(), 0.1) == MIN_SECONDS
 
 
-def test_the_first_plan_of_a_generation_may_warm_up_and_teaches_nothing(limits: PlanLimits) -> None:
+def test_the_first_plan_of_a_generation_may_warm_up_and_teaches_nothing(limits: PlanTimeouts) -> None:
     run(limits, plan(), 0.1)
     limits.next_generation()
     assert run(limits, plan(), 100.0) == UNKNOWN_SECONDS
     assert run(limits, plan(), 0.1) == MIN_SECONDS
 
 
-def test_a_rank_that_is_to_join_may_end_the_longest_plan_first(limits: PlanLimits) -> None:
+def test_a_rank_that_is_to_join_may_end_the_longest_plan_first(limits: PlanTimeouts) -> None:
     assert limits.longest_seconds == UNKNOWN_SECONDS
     run(limits, plan(), 0.1)
     assert limits.longest_seconds == MIN_SECONDS

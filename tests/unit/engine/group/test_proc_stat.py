@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from hidream_grpc.engine.group.proc_stat import ProcessLook, look_at, zombie_children
+from hidream_grpc.engine.group.proc_stat import ProcessSample, sample_process, zombie_children
 from tests.support.live_server import wait_until
 
 
@@ -21,13 +21,13 @@ def process(code: str) -> Iterator[subprocess.Popen[bytes]]:
         child.communicate()
 
 
-def wait_until_it(child: subprocess.Popen[bytes], looks: Callable[[ProcessLook], bool]) -> None:
-    wait_until(lambda: (look := look_at(child.pid)) is not None and looks(look), 20, "it looks so")
+def wait_until_it(child: subprocess.Popen[bytes], is_so: Callable[[ProcessSample], bool]) -> None:
+    wait_until(lambda: (sample := sample_process(child.pid)) is not None and is_so(sample), 20, "it is so")
 
 
 def test_a_process_that_computes_is_runnable_and_uses_its_cpu() -> None:
     with process("while True: pass") as child:
-        wait_until_it(child, lambda look: look.is_runnable and look.cpu_seconds > 0.1)
+        wait_until_it(child, lambda sample: sample.is_runnable and sample.cpu_seconds > 0.1)
 
 
 def test_a_process_that_computes_in_another_thread_is_runnable_too() -> None:
@@ -40,24 +40,24 @@ def test_a_process_that_computes_in_another_thread_is_runnable_too() -> None:
         )
     )
     with process(code) as child:
-        wait_until_it(child, lambda look: look.is_runnable and look.cpu_seconds > 0.5)
+        wait_until_it(child, lambda sample: sample.is_runnable and sample.cpu_seconds > 0.5)
 
 
 def test_a_process_that_waits_is_not_runnable() -> None:
     with process("input()") as child:
-        wait_until_it(child, lambda look: not look.is_runnable and not look.is_stopped)
+        wait_until_it(child, lambda sample: not sample.is_runnable and not sample.is_stopped)
 
 
 def test_a_stopped_process_is_seen() -> None:
     with process("while True: pass") as child:
         child.send_signal(signal.SIGSTOP)
-        wait_until_it(child, lambda look: look.is_stopped and not look.is_runnable)
+        wait_until_it(child, lambda sample: sample.is_stopped and not sample.is_runnable)
 
 
-def test_a_process_that_is_gone_has_no_look() -> None:
+def test_a_process_that_is_gone_has_no_sample() -> None:
     with process("") as child:
         child.wait()
-        assert look_at(child.pid) is None
+        assert sample_process(child.pid) is None
 
 
 def test_zombies_are_the_children_that_have_ended_of_any_thread() -> None:

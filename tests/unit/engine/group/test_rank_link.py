@@ -17,7 +17,7 @@ from hidream_grpc.engine.group.memory_gate import MemoryGate
 from hidream_grpc.engine.group.rank_link import RankLink
 from hidream_grpc.engine.group.zygote_link import ChildProcess, ZygoteLink
 from hidream_grpc.engine.protocol.channel import AsyncChannel
-from hidream_grpc.engine.protocol.collective_counter import PulseReader
+from hidream_grpc.engine.protocol.collective_counter import CollectiveCounterReader
 from hidream_grpc.engine.protocol.messages import (
     DeviceFacts,
     DeviceOpened,
@@ -61,7 +61,7 @@ async def test_a_rank_whose_messages_cannot_be_taken_is_lost_and_killed_and_the_
 ) -> None:
     child = ChildProcess(4711, asyncio.get_running_loop().create_future(), 0)
     channel, zygote = cast(AsyncChannel[Event], BrokenChannel()), cast(ZygoteLink, Zygote())
-    link = RankLink(0, child, channel, zygote, PulseReader(tmp_path))
+    link = RankLink(0, child, channel, zygote, CollectiveCounterReader(tmp_path))
     is_lost = asyncio.Event()
     link.watch(is_lost.set)
     async with asyncio.timeout(10):

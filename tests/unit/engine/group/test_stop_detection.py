@@ -14,24 +14,24 @@ from typing import cast
 import pytest
 
 from hidream_grpc.engine.group import plan_execution, proc_stat, stop_detection
-from hidream_grpc.engine.group.hang_detection import PlanWatch, RankLook
+from hidream_grpc.engine.group.hang_detection import HangDetector, RankSample
 from hidream_grpc.engine.group.plan_execution import watch_ranks
-from hidream_grpc.engine.group.proc_stat import look_at
+from hidream_grpc.engine.group.proc_stat import sample_process
 from hidream_grpc.engine.group.rank_link import RankLink
-from hidream_grpc.engine.group.stop_detection import watch_for_stops
+from hidream_grpc.engine.group.stop_detection import StoppedProcessDetector, watch_for_stops
 
 NUM_FAILURES = 3
 
 
 @pytest.fixture(autouse=True)
-def looking_often(monkeypatch: pytest.MonkeyPatch) -> None:
+def sampling_often(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (stop_detection, plan_execution):
-        monkeypatch.setattr(module, "LOOK_SECONDS", 0.02)
+        monkeypatch.setattr(module, "SAMPLE_INTERVAL_SECONDS", 0.02)
 
 
 @pytest.fixture(autouse=True)
 def no_file_descriptors_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first looks find no free file descriptor."""
+    """The first samples find no free file descriptor."""
     failures = [OSError(errno.EMFILE, os.strerror(errno.EMFILE)) for _ in range(NUM_FAILURES)]
     stat_fields = proc_stat._stat_fields
 
@@ -67,6 +67,14 @@ async def until(found: asyncio.Event, watching: Awaitable[object]) -> None:
             await task
 
 
+def test_a_process_is_stopped_when_two_samples_in_a_row_say_so() -> None:
+    detector = StoppedProcessDetector()
+    assert detector.observe(frozenset({1, 2})) == frozenset()
+    assert detector.observe(frozenset({2, 3})) == frozenset({2})
+    assert detector.observe(frozenset()) == frozenset()
+    assert detector.observe(frozenset({2, 3})) == frozenset()
+
+
 async def test_a_stopped_process_is_found_after_looks_that_failed_and_the_log_says_that_once(
     stopped_process: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -89,15 +97,15 @@ class StoppedRank:
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self.is_condemned = asyncio.Event()
+        self.is_killed = asyncio.Event()
 
-    def look(self) -> RankLook | None:
-        process = look_at(self._pid)
+    def sample(self) -> RankSample | None:
+        process = sample_process(self._pid)
         assert process is not None
-        return RankLook(False, 0, process.is_runnable, process.cpu_seconds)
+        return RankSample(False, 0, process.is_runnable, process.cpu_seconds)
 
-    async def condemn(self, _reason: str) -> None:
-        self.is_condemned.set()
+    async def kill_hung(self, _reason: str) -> None:
+        self.is_killed.set()
 
 
 async def test_a_rank_that_hangs_is_found_after_looks_that_failed_and_the_log_says_that_once(
@@ -105,8 +113,8 @@ async def test_a_rank_that_hangs_is_found_after_looks_that_failed_and_the_log_sa
 ) -> None:
     rank = StoppedRank(stopped_process)
     plan = asyncio.get_running_loop().create_future()
-    watch = PlanWatch(limit_seconds=0.1, num_threads=1)
-    await until(rank.is_condemned, watch_ranks({cast(RankLink, rank): plan}, watch))
+    detector = HangDetector(limit_seconds=0.1, num_threads=1)
+    await until(rank.is_killed, watch_ranks({cast(RankLink, rank): plan}, detector))
     assert caplog.messages == [
         "cannot look for ranks that hang: [Errno 24] Too many open files; trying again"
     ]

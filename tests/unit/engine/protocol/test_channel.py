@@ -124,7 +124,7 @@ async def test_messages_cross_in_both_directions_and_in_order(pair: Pair) -> Non
         local_index=3,
         num_threads=2,
         compile_shapes=(StepShape(width=1024, height=768, num_samples=2),),
-        pulse_path=Path("pulse"),
+        counter_path=Path("collectives"),
         log=LogConfig(level="DEBUG", format="json", file=Path("a.log")),
     )
     await pair.server.send(load)

@@ -14,7 +14,7 @@ import torch
 
 from hidream_grpc.devices.cpu import CpuDevice
 from hidream_grpc.engine.protocol.channel import BlockingChannel
-from hidream_grpc.engine.protocol.collective_counter import PulseReader
+from hidream_grpc.engine.protocol.collective_counter import CollectiveCounterReader
 from hidream_grpc.engine.protocol.messages import Command, DeviceOpened, Load, LoadFailed, LoadWeights
 from hidream_grpc.engine.rank import worker
 from hidream_grpc.log_streams import drain_streams
@@ -75,7 +75,7 @@ def failure_of(model_path: Path, folder: Path, compile_shapes: tuple[StepShape, 
         local_index=0,
         num_threads=1,
         compile_shapes=compile_shapes,
-        pulse_path=PulseReader(folder).path,
+        counter_path=CollectiveCounterReader(folder).path,
         log=LogConfig(file=folder / "log"),
     )
     with pytest.raises(SystemExit):
