@@ -272,10 +272,10 @@ class HiDreamModel:
                     latents=latents,
                     time_and_prompt=batch.time_and_prompt[list(rows.model)],
                     conditioning=tuple(batch.conditioning[row] for row in rows.own),
-                    real_samples=rows.real_samples,
+                    unpadded_samples=rows.unpadded_samples,
                 )
             )
-        return -gather_rows(latents[: rows.num_real], batch.num_samples, self._groups)
+        return -gather_rows(latents[: rows.num_unpadded], batch.num_samples, self._groups)
 
     @torch.inference_mode()
     def advance(self, states: Sequence[DenoisingState], batch: StepBatch, noise_prediction: Tensor) -> None:

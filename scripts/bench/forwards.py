@@ -148,7 +148,7 @@ def exact_forward(
             latents=inputs.latents,
             time_and_prompt=transformer.embed_timesteps(timesteps) + pooled,
             conditioning=conditioning,
-            real_samples=None,
+            unpadded_samples=None,
         )
     )
     return velocity

@@ -58,13 +58,13 @@ class RoutedExperts(nn.Module):
         self.gate_and_up = nn.Parameter(torch.empty(shape), requires_grad=False)
         self.down = nn.Parameter(torch.empty(shape[0], width, len(self._hidden)), requires_grad=False)
 
-    def forward(self, tokens: Tensor, real_samples: tuple[int, ...] | None) -> Tensor:
+    def forward(self, tokens: Tensor, unpadded_samples: tuple[int, ...] | None) -> Tensor:
         """What the active experts make of each token, weighted and summed.
 
         Args:
             tokens: of this rank's samples; B and T are the same on every rank of the expert axis.
-            real_samples: which samples count, of those of all ranks of the expert axis one after
-                another; None for all. The others only fill up B.
+            unpadded_samples: indices of the samples that are not padding, of those of all ranks of the
+                expert axis one after another; None for all.
 
         Returns:
             (B, T, D), this rank's part of the sum over the tensor axis.
@@ -76,11 +76,11 @@ class RoutedExperts(nn.Module):
             return self._route(tokens.flatten(0, 1)).view_as(tokens)
         num_tokens = tokens.shape[1]
         everywhere = self._expert_axis.all_gather(tokens).flatten(0, 1)
-        real = everywhere if real_samples is None else everywhere[list(real_samples)]
-        routed = self._route(real.flatten(0, 1)).view(-1, num_tokens, tokens.shape[-1])
-        if real_samples is not None:
+        unpadded = everywhere if unpadded_samples is None else everywhere[list(unpadded_samples)]
+        routed = self._route(unpadded.flatten(0, 1)).view(-1, num_tokens, tokens.shape[-1])
+        if unpadded_samples is not None:
             everywhere = torch.zeros_like(everywhere)
-            everywhere[list(real_samples)] = routed
+            everywhere[list(unpadded_samples)] = routed
             routed = everywhere
         return self._expert_axis.reduce_scatter(routed.view(self._expert_axis.size, *tokens.shape))
 

@@ -15,17 +15,17 @@ class RowDivision:
     """The rows of one step as one rank sees them.
 
     Attributes:
-        own: rows that this rank computes; as many as any rank of its expert axis has, so that some may
-            be there only to fill up.
-        num_real: how many of them count; they come first.
+        own: rows that this rank computes, padded with repeated ones to as many as any rank of its expert
+            axis has.
+        num_unpadded: rows of `own` that are not padding; they come first.
         model: `own` of all ranks of the expert axis, in its order.
-        real_samples: which entries of `model` count; None for all.
+        unpadded_samples: indices of the entries of `model` that are not padding; None for all.
     """
 
     own: tuple[int, ...]
-    num_real: int
+    num_unpadded: int
     model: tuple[int, ...]
-    real_samples: tuple[int, ...] | None
+    unpadded_samples: tuple[int, ...] | None
 
 
 def divide_rows(num_rows: int, groups: ParallelGroups) -> RowDivision:
@@ -40,15 +40,15 @@ def divide_rows(num_rows: int, groups: ParallelGroups) -> RowDivision:
     shares = [share(num_rows, first_group + index, samples.size) for index in range(num_expert_ranks)]
     longest = max(shares, key=len)
     # A rank without enough rows computes one twice: it would wait for the others anyway.
-    filled = [(*rows, *longest[len(rows) :]) for rows in shares]
-    real = [
+    padded = [(*rows, *longest[len(rows) :]) for rows in shares]
+    unpadded = [
         position * len(longest) + index for position, rows in enumerate(shares) for index in range(len(rows))
     ]
     return RowDivision(
-        own=filled[groups.expert.index],
-        num_real=len(shares[groups.expert.index]),
-        model=tuple(row for rows in filled for row in rows),
-        real_samples=None if len(real) == num_expert_ranks * len(longest) else tuple(real),
+        own=padded[groups.expert.index],
+        num_unpadded=len(shares[groups.expert.index]),
+        model=tuple(row for rows in padded for row in rows),
+        unpadded_samples=None if len(unpadded) == num_expert_ranks * len(longest) else tuple(unpadded),
     )
 
 
@@ -56,7 +56,7 @@ def gather_rows(own: Tensor, num_rows: int, groups: ParallelGroups) -> Tensor:
     """Put together the rows that `divide_rows` divided.
 
     Args:
-        own: (`num_real`, ...), this rank's.
+        own: (`num_unpadded`, ...), this rank's.
         num_rows: of the step.
         groups: of this rank.
 

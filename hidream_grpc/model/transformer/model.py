@@ -55,14 +55,14 @@ class RankRows:
         time_and_prompt: (B of all ranks of the expert axis, D), timestep embedding plus pooled prompt
             of each sample, in the order of the axis.
         conditioning: of this rank's samples.
-        real_samples: which samples of all ranks of the expert axis are not there only to fill up; None
+        unpadded_samples: indices of the samples of all ranks of the expert axis that are not padding; None
             for all.
     """
 
     latents: Tensor
     time_and_prompt: Tensor
     conditioning: tuple[Conditioning, ...]
-    real_samples: tuple[int, ...] | None
+    unpadded_samples: tuple[int, ...] | None
 
 
 class HiDreamTransformer(nn.Module):
@@ -149,12 +149,12 @@ class HiDreamTransformer(nn.Module):
         for block, block_llama, modulation in zip(
             self.double_blocks, llama[:num_double], modulations[:num_double], strict=True
         ):
-            image, text = block(image, text, block_llama, modulation, grid, rows.real_samples)
+            image, text = block(image, text, block_llama, modulation, grid, rows.unpadded_samples)
         hidden = torch.cat((image, text), dim=1)
         for block, block_llama, modulation in zip(
             self.single_blocks, llama[num_double:], modulations[num_double:-1], strict=True
         ):
-            hidden = block(hidden, block_llama, modulation, grid, rows.real_samples)
+            hidden = block(hidden, block_llama, modulation, grid, rows.unpadded_samples)
 
         shift, scale = modulations[-1].chunk(2, dim=-1)
         (output,) = self.final_linear(_modulated(hidden[:, :num_image], shift, scale))
@@ -190,7 +190,7 @@ class DoubleBlock(nn.Module):
         llama: Tensor,
         modulation: Tensor,
         grid: TokenGrid,
-        real_samples: tuple[int, ...] | None,
+        unpadded_samples: tuple[int, ...] | None,
     ) -> tuple[Tensor, Tensor]:
         """(B, N, D) and (B, T, D) to the same; llama: (B, L, D); modulation: (B, 1, 12 D)."""
         image_modulation, text_modulation = modulation.chunk(2, dim=-1)
@@ -202,7 +202,7 @@ class DoubleBlock(nn.Module):
         text = torch.addcmul(text, gate_t, of_text)
         partial = torch.cat(
             (
-                self.ff_i(_modulated(image, ff_shift, ff_scale), real_samples),
+                self.ff_i(_modulated(image, ff_shift, ff_scale), unpadded_samples),
                 self.ff_t(_modulated(text, ff_shift_t, ff_scale_t)),
             ),
             dim=1,
@@ -227,13 +227,13 @@ class SingleBlock(nn.Module):
         llama: Tensor,
         modulation: Tensor,
         grid: TokenGrid,
-        real_samples: tuple[int, ...] | None,
+        unpadded_samples: tuple[int, ...] | None,
     ) -> Tensor:
         """(B, N + T, D) to the same; llama: (B, L, D); modulation: (B, 1, 6 D)."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.chunk(6, dim=-1)
         (attended,) = self.attn1([_modulated(hidden, shift, scale)], _modulated(llama, shift, scale), grid)
         hidden = torch.addcmul(hidden, gate, attended)
-        partial = self.ff_i(_modulated(hidden, ff_shift, ff_scale), real_samples)
+        partial = self.ff_i(_modulated(hidden, ff_shift, ff_scale), unpadded_samples)
         return torch.addcmul(hidden, ff_gate, self._axis.all_reduce(partial))
 
 
@@ -324,9 +324,9 @@ class MixtureOfExperts(nn.Module):
             grouped_linear=device.grouped_linear,
         )
 
-    def forward(self, tokens: Tensor, real_samples: tuple[int, ...] | None) -> Tensor:
+    def forward(self, tokens: Tensor, unpadded_samples: tuple[int, ...] | None) -> Tensor:
         """(B, tokens, D) to the same."""
-        routed: Tensor = self.experts(tokens, real_samples)
+        routed: Tensor = self.experts(tokens, unpadded_samples)
         shared: Tensor = self.shared_experts(tokens)
         return routed + shared
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from hidream_grpc.engine.protocol.collective_counter import (
-    CollectiveCounts,
     CollectiveCounterReader,
     CollectiveCounterWriter,
+    CollectiveCounts,
 )
 
 

@@ -21,7 +21,7 @@ def test_every_row_counts_once_in_the_order_of_the_ranks(layout: Layout, num_row
     for tensor_index in range(layout.tensor_parallel):
         ranks = range(tensor_index, layout.world_size, layout.tensor_parallel)
         divisions = [divide_rows(num_rows, ParallelGroups(layout, rank)) for rank in ranks]
-        counted = [row for division in divisions for row in division.own[: division.num_real]]
+        counted = [row for division in divisions for row in division.own[: division.num_unpadded]]
         assert counted == list(range(num_rows))
 
 
@@ -32,9 +32,11 @@ def test_ranks_that_share_experts_have_equally_many_rows(layout: Layout, num_row
         division = divide_rows(num_rows, groups)
         others = [divide_rows(num_rows, ParallelGroups(layout, other)) for other in groups.expert.ranks]
         assert division.model == tuple(row for other in others for row in other.own)
-        real = range(len(division.model)) if division.real_samples is None else division.real_samples
-        assert [division.model[sample] for sample in real] == [
-            row for other in others for row in other.own[: other.num_real]
+        unpadded = (
+            range(len(division.model)) if division.unpadded_samples is None else division.unpadded_samples
+        )
+        assert [division.model[sample] for sample in unpadded] == [
+            row for other in others for row in other.own[: other.num_unpadded]
         ]
 
 
