@@ -11,7 +11,7 @@ from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
 from hidream_grpc.model.model_weights import ModelWeights
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import LAYOUT_FLAG, ModelDivisions, allowed_layouts, plan_layout
-from hidream_grpc.model.prompts.placement import activation_reserve_bytes, fits
+from hidream_grpc.model.prompts.assignment import activation_reserve_bytes, fits
 
 _GB = 1e9
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName, text_encoder_files
 from hidream_grpc.model.checkpoint.weights.files import Library, StoredTensor, num_weights, read_tensors
 from hidream_grpc.model.parallel.layout import Layout
-from hidream_grpc.model.prompts.placement import place
+from hidream_grpc.model.prompts.assignment import assign_to_ranks
 
 # Parts of the names of the transformer's tensors. All others are on every rank.
 _DIVIDED_BY_MODEL = (".experts.", "caption_projection.", ".adaLN_modulation.")
@@ -43,7 +43,7 @@ class ModelWeights:
 
     def text_encoders_of(self, layout: Layout) -> list[dict[TextEncoderName, int]]:
         """The text encoders of each rank, the largest first."""
-        owners = place(self.text_encoders, layout.world_size)
+        owners = assign_to_ranks(self.text_encoders, layout.world_size)
         names = sorted(owners, key=lambda name: -self.text_encoders[name])
         return [
             {name: self.text_encoders[name] for name in names if owners[name] == rank}

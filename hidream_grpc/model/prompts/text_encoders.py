@@ -29,7 +29,7 @@ from hidream_grpc.model.checkpoint.files import MAX_SEQUENCE_LENGTH, MODEL_PATH_
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderFiles, TextEncoderName, text_encoder_files
 from hidream_grpc.model.loading import load_module, load_tokenizer, loading
 from hidream_grpc.model.parallel.groups import Axis
-from hidream_grpc.model.prompts.placement import activation_reserve_bytes, fits, place
+from hidream_grpc.model.prompts.assignment import activation_reserve_bytes, fits, assign_to_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class TextEncoders:
         """
         files = text_encoder_files(model_path, extra_model_path, len(llama_layers))
         sizes_bytes = {name: f.num_parameters * device.dtype.itemsize for name, f in files.items()}
-        owners = place(sizes_bytes, world.size)
+        owners = assign_to_ranks(sizes_bytes, world.size)
         # The largest first: on the device it saves most.
         names = sorted(
             (name for name in files if owners[name] == world.index), key=sizes_bytes.__getitem__, reverse=True

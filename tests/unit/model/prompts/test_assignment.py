@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hidream_grpc.devices.base import DeviceMemory
-from hidream_grpc.model.prompts.placement import activation_reserve_bytes, fits, place
+from hidream_grpc.model.prompts.assignment import activation_reserve_bytes, fits, assign_to_ranks
 
 GB = 10**9
 # Of the released model in bfloat16.
@@ -30,7 +30,7 @@ TRANSFORMER_AND_VAE_BYTES = 34_300_000_000
 def test_the_released_models_encoders_are_spread_over_the_ranks(
     world_size: int, expected: dict[str, int]
 ) -> None:
-    assert place(RELEASED_BYTES, world_size) == expected
+    assert assign_to_ranks(RELEASED_BYTES, world_size) == expected
 
 
 @given(
@@ -38,13 +38,13 @@ def test_the_released_models_encoders_are_spread_over_the_ranks(
     st.integers(1, 9),
     st.randoms(),
 )
-def test_every_rank_comes_to_the_same_placement_in_whatever_order_it_lists_the_encoders(
+def test_every_rank_comes_to_the_same_assignment_in_whatever_order_it_lists_the_encoders(
     sizes_bytes: dict[str, int], world_size: int, random: object
 ) -> None:
     shuffled = list(sizes_bytes.items())
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    ranks = place(sizes_bytes, world_size)
-    assert place(dict(shuffled), world_size) == ranks
+    ranks = assign_to_ranks(sizes_bytes, world_size)
+    assert assign_to_ranks(dict(shuffled), world_size) == ranks
     assert ranks.keys() == sizes_bytes.keys()
     loads = [sum(sizes_bytes[name] for name in ranks if ranks[name] == rank) for rank in range(world_size)]
     # No rank could give one away and be better off.

@@ -13,7 +13,7 @@ _RESERVE_FRACTION = 8
 _Name = TypeVar("_Name", bound=str)
 
 
-def place(sizes_bytes: Mapping[_Name, int], world_size: int) -> dict[_Name, int]:
+def assign_to_ranks(sizes_bytes: Mapping[_Name, int], world_size: int) -> dict[_Name, int]:
     """Spread components over ranks that are equally full: the largest first, onto the emptiest rank.
 
     Every rank comes to the same result from the same sizes.
