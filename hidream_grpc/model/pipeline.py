@@ -28,7 +28,7 @@ from hidream_grpc.model.decoding.images import encode_image
 from hidream_grpc.model.decoding.preview import LatentPreview
 from hidream_grpc.model.decoding.vae import ImageDecoding
 from hidream_grpc.model.denoising.schedulers import new_scheduler, scheduler_step
-from hidream_grpc.model.denoising.snapshots import Snapshot
+from hidream_grpc.model.denoising.snapshots import StateSnapshot
 from hidream_grpc.model.denoising.state import DenoisingState, StepBatch
 from hidream_grpc.model.loading import load_scheduler, load_vae, loading, quieten_libraries
 from hidream_grpc.model.parallel.groups import ParallelGroups
@@ -242,10 +242,10 @@ class HiDreamModel:
         """
         state = self.begin(parameters, encoded)
         identity = SnapshotIdentity(parameters, self.fingerprint)
-        Snapshot.from_bytes(snapshot, identity, self._device.torch_device).put_into(state)
+        StateSnapshot.from_bytes(snapshot, identity, self._device.torch_device).put_into(state)
         return state
 
-    def pack_snapshot(self, snapshot: Snapshot, parameters: GenerationParameters) -> bytes:
+    def pack_snapshot(self, snapshot: StateSnapshot, parameters: GenerationParameters) -> bytes:
         """The bytes of a snapshot of a request, which `restore` reads; waits for the device."""
         return snapshot.to_bytes(SnapshotIdentity(parameters, self.fingerprint))
 

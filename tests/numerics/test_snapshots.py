@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hidream_grpc.errors import SnapshotError
-from hidream_grpc.model.denoising.snapshots import Snapshot
+from hidream_grpc.model.denoising.snapshots import StateSnapshot
 from hidream_grpc.model.denoising.state import DenoisingState
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.pipeline import HiDreamModel
@@ -36,7 +36,7 @@ def after_steps(model: HiDreamModel, request: GenerationParameters, num_steps: i
 
 
 def packed(model: HiDreamModel, state: DenoisingState) -> bytes:
-    return model.pack_snapshot(Snapshot.of(state), state.parameters)
+    return model.pack_snapshot(StateSnapshot.of(state), state.parameters)
 
 
 @pytest.mark.parametrize("step", range(1, NUM_STEPS + 1))
@@ -67,7 +67,7 @@ def test_a_snapshot_of_latents_that_are_not_finite_is_refused(model_of: LoadMode
 def test_a_snapshot_stays_as_it_was_when_the_request_goes_on(variant: str, model_of: LoadModel) -> None:
     model, request = model_of(variant), request_of_two()
     state = after_steps(model, request, 2)
-    snapshot = Snapshot.of(state)
+    snapshot = StateSnapshot.of(state)
     before = model.pack_snapshot(snapshot, request)
     for _ in range(NUM_STEPS - 2):
         take_step(model, [state])
@@ -76,17 +76,17 @@ def test_a_snapshot_stays_as_it_was_when_the_request_goes_on(variant: str, model
 
 def test_a_snapshot_holds_values_of_the_models_own_dtype(model_of: LoadModel) -> None:
     request = request_of_two()
-    snapshot = Snapshot.of(after_steps(model_of("full"), request, 2))
+    snapshot = StateSnapshot.of(after_steps(model_of("full"), request, 2))
     halved = in_half_precision(snapshot)
     identity = SnapshotIdentity(request, "0" * 16)
-    read = Snapshot.from_bytes(halved.to_bytes(identity), identity, torch.device("cpu"))
+    read = StateSnapshot.from_bytes(halved.to_bytes(identity), identity, torch.device("cpu"))
     assert read.latents.dtype == torch.bfloat16
     assert torch.equal(read.latents, halved.latents)
 
 
-def in_half_precision(snapshot: Snapshot) -> Snapshot:
+def in_half_precision(snapshot: StateSnapshot) -> StateSnapshot:
     latents = snapshot.latents.to(torch.bfloat16)
-    return Snapshot(snapshot.step, latents, snapshot.history, snapshot.generator_states)
+    return StateSnapshot(snapshot.step, latents, snapshot.history, snapshot.generator_states)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_snapshot_of_another_checkpoint_is_refused(model_of: LoadModel) -> Non
 
 def test_a_snapshot_of_a_device_of_another_precision_is_refused(model_of: LoadModel) -> None:
     model, request = model_of("full"), request_of_two()
-    halved = in_half_precision(Snapshot.of(after_steps(model, request, 2)))
+    halved = in_half_precision(StateSnapshot.of(after_steps(model, request, 2)))
     with pytest.raises(SnapshotError, match=r"are .+ of torch.bfloat16, not .+ of torch.float32"):
         model.restore(request, model.pack_snapshot(halved, request))
 
@@ -126,7 +126,7 @@ def test_a_snapshot_of_another_scheduler_is_refused(
     change: dict[str, Any], reason: str, model_of: LoadModel
 ) -> None:
     model, request = model_of("full"), request_of_two()
-    snapshot = Snapshot.of(after_steps(model, request, 2))
+    snapshot = StateSnapshot.of(after_steps(model, request, 2))
     other = replace(snapshot, history=replace(snapshot.history, **change))
     with pytest.raises(SnapshotError, match=reason):
         model.restore(request, model.pack_snapshot(other, request))
@@ -134,7 +134,7 @@ def test_a_snapshot_of_another_scheduler_is_refused(
 
 def test_a_snapshot_of_another_kind_of_generator_is_refused(model_of: LoadModel) -> None:
     model, request = model_of("full"), request_of_two()
-    snapshot = Snapshot.of(after_steps(model, request, 2))
+    snapshot = StateSnapshot.of(after_steps(model, request, 2))
     other = replace(snapshot, generator_states=(torch.zeros(8, dtype=torch.uint8),) * 2)
     with pytest.raises(SnapshotError, match="generator"):
         model.restore(request, model.pack_snapshot(other, request))

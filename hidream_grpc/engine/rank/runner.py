@@ -26,7 +26,7 @@ from hidream_grpc.engine.protocol.messages import (
 )
 from hidream_grpc.engine.rank.decoding import RunningDecode
 from hidream_grpc.errors import JobInternalError, NonFiniteError, OutOfDeviceMemoryError, SnapshotError
-from hidream_grpc.model.denoising.snapshots import Snapshot
+from hidream_grpc.model.denoising.snapshots import StateSnapshot
 from hidream_grpc.model.denoising.state import DenoisingState, StepBatch, have_finite_latents
 from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.pipeline import HiDreamModel
@@ -43,14 +43,14 @@ class _RunningJob:
     admission: Admission
     state: DenoisingState
     # Before its latest step, which counts only once every rank has done it.
-    before: Snapshot | None = None
+    before: StateSnapshot | None = None
 
-    def after_step(self, step: int) -> Snapshot | None:
+    def after_step(self, step: int) -> StateSnapshot | None:
         """The job as it was then, as far back as it is known."""
         # First, since a step that failed half-way left the state between two steps.
         if self.before is not None and self.before.step == step:
             return self.before
-        return Snapshot.of(self.state) if self.state.step == step else None
+        return StateSnapshot.of(self.state) if self.state.step == step else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +167,7 @@ class Runner:
             return 0.0
         started = time.monotonic()
         for job in jobs:
-            job.before = Snapshot.of(job.state)
+            job.before = StateSnapshot.of(job.state)
         states = [job.state for job in jobs]
         batch = StepBatch.collect(states)
         self._model.advance(states, batch, self._model.predict(batch))
@@ -198,7 +198,7 @@ class Runner:
             yield StepSnapshot(
                 claim_id=job.admission.claim_id,
                 step=job.state.step,
-                data=self._model.pack_snapshot(Snapshot.of(job.state), job.admission.parameters),
+                data=self._model.pack_snapshot(StateSnapshot.of(job.state), job.admission.parameters),
                 snapshot_seconds=time.monotonic() - started,
             )
 

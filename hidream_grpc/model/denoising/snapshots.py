@@ -20,7 +20,7 @@ from hidream_grpc.model.snapshot_format import (
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class StateSnapshot:
     """What `HiDreamModel.advance` changes of a state; later steps leave a snapshot as it is.
 
     It refers to the state's tensors, which no step writes to, so taking one costs microseconds. Prompts
@@ -39,7 +39,7 @@ class Snapshot:
     generator_states: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, state: DenoisingState) -> Snapshot:
+    def of(cls, state: DenoisingState) -> StateSnapshot:
         """The state as it is now."""
         return cls(
             step=state.step,
@@ -87,7 +87,7 @@ class Snapshot:
         )
 
     @classmethod
-    def from_bytes(cls, data: bytes, identity: SnapshotIdentity, device: torch.device) -> Snapshot:
+    def from_bytes(cls, data: bytes, identity: SnapshotIdentity, device: torch.device) -> StateSnapshot:
         """Read what `to_bytes` gave for the same request, on this device.
 
         Raises:

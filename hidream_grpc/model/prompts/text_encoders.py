@@ -29,7 +29,7 @@ from hidream_grpc.model.checkpoint.files import MAX_SEQUENCE_LENGTH, MODEL_PATH_
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderFiles, TextEncoderName, text_encoder_files
 from hidream_grpc.model.loading import load_module, load_tokenizer, loading
 from hidream_grpc.model.parallel.groups import Axis
-from hidream_grpc.model.prompts.assignment import activation_reserve_bytes, fits, assign_to_ranks
+from hidream_grpc.model.prompts.assignment import activation_reserve_bytes, assign_to_ranks, fits
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hidream_grpc.devices.base import DeviceMemory
-from hidream_grpc.model.prompts.assignment import activation_reserve_bytes, fits, assign_to_ranks
+from hidream_grpc.model.prompts.assignment import activation_reserve_bytes, assign_to_ranks, fits
 
 GB = 10**9
 # Of the released model in bfloat16.
