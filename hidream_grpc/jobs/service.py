@@ -22,7 +22,7 @@ from hidream_grpc.jobs.job import CancelReason, Job, JobState, Submission, claim
 from hidream_grpc.jobs.limits import RequestLimits
 from hidream_grpc.jobs.replicas.attached_callers import AttachedCallers
 from hidream_grpc.jobs.replicas.membership import LiveModel, Membership
-from hidream_grpc.jobs.replicas.store_follower import StoreMirror
+from hidream_grpc.jobs.replicas.store_follower import StoreFollower
 from hidream_grpc.jobs.retention.housekeeping import Housekeeping
 from hidream_grpc.jobs.retention.removal import remove_job
 from hidream_grpc.jobs.retention.retention import Retention, RetentionLimits, RetentionReport
@@ -99,7 +99,7 @@ class JobService:
         )
         self._closed = asyncio.Event()
         self._callers = AttachedCallers(self._store, self._closed, self._on_cancelled)
-        self._mirror = StoreMirror(self._store, self._feeds, self.executor, self._positions)
+        self._follower = StoreFollower(self._store, self._feeds, self.executor, self._positions)
         self._orphans = OrphanedFiles(self._store, self._artifacts)
         retention = Retention(
             policy.retention, self._store, self._artifacts, self._feeds.has_readers, observe_retention
@@ -168,7 +168,7 @@ class JobService:
 
     @property
     def retry_after_seconds(self) -> float:
-        """When a place in the queue is likely to be free."""
+        """Seconds until a place in the queue is likely to be free."""
         return max(MIN_RETRY_SECONDS, self._estimator.next_start_seconds or 0.0)
 
     async def join(self) -> None:
@@ -183,7 +183,7 @@ class JobService:
                     keep_doing("show that this server lives", self._membership.beat, self._membership.pause)
                 )
             for work in (
-                self._mirror,
+                self._follower,
                 self.executor,
                 self._positions,
                 self._housekeeping,
@@ -252,10 +252,10 @@ class JobService:
     ) -> tuple[Job, ...]:
         """Accept all requests or none; what is returned survives every process.
 
-        A caller that is cancelled meanwhile leaves what is accepted then, as `leave` says.
+        A caller that is cancelled meanwhile leaves what is accepted then, as `detach` says.
 
         Args:
-            call_id: of a caller that stays with the job until it calls `leave`; empty for one that does not.
+            call_id: of a caller that stays with the job until it calls `detach`; empty for one that does not.
             refusal: why the requests cannot become new jobs; they can still find those that they became.
 
         Raises:
@@ -270,7 +270,7 @@ class JobService:
         call = AttachedCall(call_id, self._membership.replica_id) if call_id else None
         accepting = self._intake.accept(submissions, owner, self.retry_after_seconds, call, refusal)
         try:
-            accepted = await self._calls.finish(accepting, if_left=partial(self._leave_early, call_id))
+            accepted = await self._calls.finish(accepting, if_left=partial(self._detach_early, call_id))
         except StoreUnavailableError:
             if call is not None:
                 self._callers.forget(call)
@@ -296,11 +296,11 @@ class JobService:
         page = await self._store.list(owner, states, labels, page_size, page_token)
         return replace(page, jobs=tuple(map(self._newest, page.jobs)))
 
-    async def places(self, jobs: Sequence[Job]) -> Sequence[Queued | None]:
+    async def queue_positions(self, jobs: Sequence[Job]) -> Sequence[Queued | None]:
         """Where each of the jobs waits; None for one that does not."""
         waiting = [job.job_id for job in jobs if job.state is JobState.QUEUED]
-        places = dict(zip(waiting, await self._positions.places(waiting), strict=True))
-        return [places.get(job.job_id) for job in jobs]
+        positions = dict(zip(waiting, await self._positions.of(waiting), strict=True))
+        return [positions.get(job.job_id) for job in jobs]
 
     async def follow(
         self, owner: str | None, job_id: str, after_sequence: int = 0
@@ -317,10 +317,10 @@ class JobService:
                 if self.executor.job(job_id) is None:
                     feed.sync(job)
                     if job.state is JobState.QUEUED:
-                        # A reader who comes back has seen places that were told by another process.
+                        # A reader who comes back has seen positions that were published by another process.
                         highest = claim_sequence(job.claim_number, MAX_RESUMED_COUNTER)
                         feed.continue_after(min(after_sequence, highest))
-                        await self._positions.tell(job_id, feed)
+                        await self._positions.publish_to(job_id, feed)
                 async for event in feed.follow(after_sequence):
                     yield event
             finally:
@@ -346,9 +346,9 @@ class JobService:
         self._on_cancelled(job)
         return job
 
-    def leave(self, job_id: str, call_id: str, reason: CancelReason | None) -> None:
+    def detach(self, job_id: str, call_id: str, reason: CancelReason | None) -> None:
         """Note that a caller of `submit` goes; with a reason the job stops if it was the last one."""
-        self._callers.leave(job_id, AttachedCall(call_id, self._membership.replica_id), reason)
+        self._callers.detach(job_id, AttachedCall(call_id, self._membership.replica_id), reason)
 
     async def delete(self, owner: str | None, job_id: str) -> None:
         """Remove a job that has ended, and its images; raises JobNotFoundError or JobNotEndedError."""
@@ -380,10 +380,10 @@ class JobService:
     def _tell_readiness(self) -> None:
         self._observe_readiness(self.is_ready)
 
-    def _leave_early(self, call_id: str, jobs: Sequence[Job]) -> None:
+    def _detach_early(self, call_id: str, jobs: Sequence[Job]) -> None:
         for job in jobs:
             if call_id and not job.submission.is_detached:
-                self.leave(job.job_id, call_id, CancelReason.CALLER_LEFT)
+                self.detach(job.job_id, call_id, CancelReason.CALLER_LEFT)
 
     async def _wait_for_end(self, job_id: str) -> None:
         async with contextlib.aclosing(self.follow(None, job_id)) as events:
@@ -413,7 +413,7 @@ class JobService:
             self._housekeeping.note_end()
         elif self.executor.job(job.job_id) is None:
             # What becomes of it now is told by its row.
-            self._mirror.outdate(job.job_id)
+            self._follower.outdate(job.job_id)
         self._positions.notify()
         self._changed.set()
 

@@ -38,7 +38,7 @@ from hidream_grpc.jobs.execution.running_job import JobTools
 from hidream_grpc.jobs.folders import make_writable
 from hidream_grpc.jobs.job import Execution, ModelIdentity
 from hidream_grpc.jobs.replicas.membership import LiveModel
-from hidream_grpc.jobs.replicas.messages import ProgressTeller
+from hidream_grpc.jobs.replicas.messages import ReplicaPublisher
 from hidream_grpc.jobs.retention.retention import RetentionLimits
 from hidream_grpc.jobs.service import JobService, StorePolicy
 from hidream_grpc.jobs.store.store import SqlJobStore
@@ -145,7 +145,7 @@ async def _serve(settings: Settings, signals: Signals) -> None:
             estimator,
             lambda: _execution(checkpoint, group),
             limits.chunk_bytes,
-            ProgressTeller(store).tell,
+            ReplicaPublisher(store).publish,
             checkpoint.fingerprint,
         )
         model = LiveModel(

@@ -107,8 +107,8 @@ def image_info(image: StoredImage) -> image_pb2.ImageInfo:
     )
 
 
-def job(value: Job, place: events.Queued | None = None) -> job_pb2.Job:
-    """A job as it is at one moment; place is where it waits."""
+def job(value: Job, position: events.Queued | None = None) -> job_pb2.Job:
+    """A job as it is at one moment; position is where it waits, None where it does not."""
     submission = value.submission
     message = job_pb2.Job(
         job_id=value.job_id,
@@ -135,10 +135,10 @@ def job(value: Job, place: events.Queued | None = None) -> job_pb2.Job:
         message.start_time.CopyFrom(timestamp(value.start_time))
     if value.end_time is not None:
         message.end_time.CopyFrom(timestamp(value.end_time))
-    if place is not None:
-        message.queue_position = place.queue_position
-        if place.estimated_wait_seconds is not None:
-            message.estimated_wait.CopyFrom(duration(place.estimated_wait_seconds))
+    if position is not None:
+        message.queue_position = position.queue_position
+        if position.estimated_wait_seconds is not None:
+            message.estimated_wait.CopyFrom(duration(position.estimated_wait_seconds))
     return message
 
 
@@ -146,8 +146,8 @@ def job_event(event: events.JobEvent, image_data: bytes = b"") -> job_pb2.JobEve
     """One event; image_data are the bytes of an ImagePart."""
     message = job_pb2.JobEvent(sequence=event.sequence, time=timestamp(event.time))
     match event.body:
-        case events.Queued() as place:
-            message.queued.CopyFrom(queued(place))
+        case events.Queued() as position:
+            message.queued.CopyFrom(queued(position))
         case events.Started(parameters, applied, queue_seconds):
             message.started.spec.CopyFrom(image_spec(parameters))
             message.started.execution.CopyFrom(execution(applied))

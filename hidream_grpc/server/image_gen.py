@@ -79,7 +79,7 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
             finally:
                 # Without a reason the job goes on: a caller whose stream broke tries again.
                 if call_id and not has_ended:
-                    self._jobs.leave(job.job_id, call_id, reason)
+                    self._jobs.detach(job.job_id, call_id, reason)
 
     async def SubmitJob(  # noqa: N802
         self, request: image_gen_pb2.SubmitJobRequest, context: Context
@@ -187,7 +187,7 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         return self._streams.opened(current_call().caller, self._jobs.retry_after_seconds)
 
     async def _shown(self, jobs: Sequence[Job]) -> list[job_pb2.Job]:
-        return list(map(convert.job, jobs, await self._jobs.places(jobs)))
+        return list(map(convert.job, jobs, await self._jobs.queue_positions(jobs)))
 
     async def _job(self, job: Job) -> job_pb2.Job:
         (shown,) = await self._shown([job])

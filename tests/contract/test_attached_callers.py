@@ -18,7 +18,7 @@ ELSEWHERE = AttachedCall("call-2", "replica-2")
 LEFT = CancelReason.CALLER_LEFT
 
 
-async def called(store: SqlJobStore, call: AttachedCall, request_id: str = "r1") -> Job:
+async def attached(store: SqlJobStore, call: AttachedCall, request_id: str = "r1") -> Job:
     """The job of a request that a caller waits for at a replica that lives."""
     await joined(store, call.replica_id)
     (job,) = await store.add([new_job(request_id=request_id)], ROOMY, call)
@@ -26,8 +26,8 @@ async def called(store: SqlJobStore, call: AttachedCall, request_id: str = "r1")
 
 
 async def test_a_job_that_waits_ends_when_its_last_caller_leaves(store: SqlJobStore) -> None:
-    job = await called(store, HERE)
-    cancelled = await store.leave(job.job_id, HERE, LEFT)
+    job = await attached(store, HERE)
+    cancelled = await store.detach(job.job_id, HERE, LEFT)
     assert cancelled is not None
     assert (cancelled.state, cancelled.cancel_reason) == (JobState.CANCELLED, LEFT)
     assert (await store.get(OWNER, job.job_id)).state is JobState.CANCELLED
@@ -37,10 +37,10 @@ async def test_a_job_that_waits_ends_when_its_last_caller_leaves(store: SqlJobSt
 async def test_a_job_that_runs_is_to_be_stopped_when_its_last_caller_leaves(
     store: SqlJobStore, other: SqlJobStore
 ) -> None:
-    job = await called(store, HERE)
+    job = await attached(store, HERE)
     (mine,) = await claimed(other, "replica-2")
     await other.save(started(mine))
-    cancelled = await store.leave(job.job_id, HERE, CancelReason.DEADLINE)
+    cancelled = await store.detach(job.job_id, HERE, CancelReason.DEADLINE)
     assert cancelled is not None
     assert (cancelled.state, cancelled.cancel_reason) == (JobState.RUNNING, CancelReason.DEADLINE)
     (claim,) = await other.held("replica-2")
@@ -50,12 +50,12 @@ async def test_a_job_that_runs_is_to_be_stopped_when_its_last_caller_leaves(
 async def test_a_caller_at_another_replica_that_lives_keeps_the_job(
     store: SqlJobStore, other: SqlJobStore
 ) -> None:
-    job = await called(store, HERE)
-    assert (await called(other, ELSEWHERE)).job_id == job.job_id
-    assert await store.leave(job.job_id, HERE, LEFT) is None
+    job = await attached(store, HERE)
+    assert (await attached(other, ELSEWHERE)).job_id == job.job_id
+    assert await store.detach(job.job_id, HERE, LEFT) is None
     kept = await store.get(OWNER, job.job_id)
     assert (kept.state, kept.cancel_reason) == (JobState.QUEUED, None)
-    cancelled = await other.leave(job.job_id, ELSEWHERE, LEFT)
+    cancelled = await other.detach(job.job_id, ELSEWHERE, LEFT)
     assert cancelled is not None
     assert cancelled.state is JobState.CANCELLED
 
@@ -63,10 +63,10 @@ async def test_a_caller_at_another_replica_that_lives_keeps_the_job(
 async def test_a_caller_at_a_replica_that_was_removed_as_dead_does_not_keep_the_job(
     store: SqlJobStore, other: SqlJobStore
 ) -> None:
-    job = await called(store, HERE)
-    await called(other, ELSEWHERE)
+    job = await attached(store, HERE)
+    await attached(other, ELSEWHERE)
     await store.remove_replica("replica-2")
-    cancelled = await store.leave(job.job_id, HERE, LEFT)
+    cancelled = await store.detach(job.job_id, HERE, LEFT)
     assert cancelled is not None
     assert cancelled.state is JobState.CANCELLED
 
@@ -74,55 +74,55 @@ async def test_a_caller_at_a_replica_that_was_removed_as_dead_does_not_keep_the_
 async def test_a_replica_that_was_taken_for_dead_and_comes_back_still_has_its_callers(
     store: SqlJobStore, other: SqlJobStore
 ) -> None:
-    job = await called(store, HERE)
-    await called(other, ELSEWHERE)
+    job = await attached(store, HERE)
+    await attached(other, ELSEWHERE)
     await store.remove_replica("replica-2")
     await other.join("replica-3", "{}", before="replica-2")
-    assert await store.leave(job.job_id, HERE, LEFT) is None
-    cancelled = await other.leave(job.job_id, AttachedCall("call-2", "replica-3"), LEFT)
+    assert await store.detach(job.job_id, HERE, LEFT) is None
+    cancelled = await other.detach(job.job_id, AttachedCall("call-2", "replica-3"), LEFT)
     assert cancelled is not None
 
 
 async def test_a_caller_that_leaves_without_a_reason_leaves_the_job_and_counts_no_more(
     store: SqlJobStore,
 ) -> None:
-    job = await called(store, HERE)
-    await called(store, ELSEWHERE)
-    assert await store.leave(job.job_id, HERE, None) is None
+    job = await attached(store, HERE)
+    await attached(store, ELSEWHERE)
+    assert await store.detach(job.job_id, HERE, None) is None
     assert (await store.get(OWNER, job.job_id)).state is JobState.QUEUED
-    assert await store.leave(job.job_id, ELSEWHERE, LEFT) is not None
+    assert await store.detach(job.job_id, ELSEWHERE, LEFT) is not None
 
 
 async def test_leaving_twice_is_leaving_once(store: SqlJobStore) -> None:
-    job = await called(store, HERE)
-    await called(store, ELSEWHERE)
+    job = await attached(store, HERE)
+    await attached(store, ELSEWHERE)
     for _ in range(2):
-        assert await store.leave(job.job_id, HERE, LEFT) is None
+        assert await store.detach(job.job_id, HERE, LEFT) is None
     assert (await store.get(OWNER, job.job_id)).state is JobState.QUEUED
 
 
 async def test_a_job_that_has_ended_stays_as_it_is_when_its_caller_leaves(store: SqlJobStore) -> None:
-    job = await called(store, HERE)
+    job = await attached(store, HERE)
     done = await finished(store, (await claimed(store))[0])
-    await store.leave(job.job_id, HERE, LEFT)
+    await store.detach(job.job_id, HERE, LEFT)
     assert await store.get(OWNER, job.job_id) == done
-    assert await called(store, ELSEWHERE) == done
+    assert await attached(store, ELSEWHERE) == done
 
 
 async def test_a_job_with_callers_can_be_deleted_and_is_unknown_to_those_that_leave_it_then(
     store: SqlJobStore,
 ) -> None:
-    job = await called(store, HERE)
+    job = await attached(store, HERE)
     await finished(store, (await claimed(store))[0])
     await store.delete(OWNER, job.job_id)
     with pytest.raises(JobNotFoundError):
-        await store.leave(job.job_id, HERE, LEFT)
+        await store.detach(job.job_id, HERE, LEFT)
 
 
 async def test_a_job_that_nobody_waits_for_is_not_stopped_by_callers_of_another(store: SqlJobStore) -> None:
     (detached,) = await added(store, new_job())
-    job = await called(store, HERE)
-    await store.leave(job.job_id, HERE, LEFT)
+    job = await attached(store, HERE)
+    await store.detach(job.job_id, HERE, LEFT)
     assert (await store.get(OWNER, detached.job_id)).state is JobState.QUEUED
 
 
@@ -140,27 +140,27 @@ async def test_a_retry_that_comes_while_the_caller_before_it_leaves_is_never_los
     for number in range(60):
         before = AttachedCall(f"before {number}", "replica-1")
         retry = AttachedCall(f"retry {number}", "replica-2")
-        job = await called(store, before, f"r{number}")
+        job = await attached(store, before, f"r{number}")
         if runs:
             await claimed(store)
 
-        async def leave(job: Job = job, before: AttachedCall = before) -> None:
+        async def detach(job: Job = job, before: AttachedCall = before) -> None:
             await after_a_moment()
-            await store.leave(job.job_id, before, LEFT)
+            await store.detach(job.job_id, before, LEFT)
 
         async def try_again(number: int = number, retry: AttachedCall = retry) -> Job:
             await after_a_moment()
             (accepted,) = await other.add([new_job(request_id=f"r{number}")], ROOMY, retry)
             return accepted
 
-        _, accepted = await asyncio.gather(leave(), try_again())
+        _, accepted = await asyncio.gather(detach(), try_again())
         kept = await store.get(OWNER, accepted.job_id)
         # One that runs and is to be stopped ends soon, and whoever accepts requests then tries again.
         is_to_be_stopped = runs and accepted.cancel_reason is not None
         assert is_to_be_stopped or (accepted.cancel_reason, kept.cancel_reason) == (None, None), number
         assert not accepted.state.has_ended, number
         assert not kept.state.has_ended, number
-        await store.leave(accepted.job_id, retry, LEFT)
+        await store.detach(accepted.job_id, retry, LEFT)
         if runs:
             for claim in await store.held("replica-1"):
                 held = await store.get(OWNER, claim.job_id)

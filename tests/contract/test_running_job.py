@@ -35,7 +35,7 @@ def tools_of(store: SqlJobStore, artifacts: ArtifactStore) -> JobTools:
         estimator=JobEstimator(lambda: capacity),
         describe_execution=lambda: Execution("demo", "FlowMatchLCMScheduler", 3.0, "tp=1"),
         chunk_bytes=1024,
-        tell_others=lambda job_id, event: None,
+        publish_to_replicas=lambda job_id, event: None,
         checkpoint_fingerprint=CHECKPOINT_FINGERPRINT,
     )
 
@@ -49,11 +49,11 @@ async def test_a_place_that_is_told_while_a_row_is_written_hides_no_event(
         (job,) = await claimed(store)
         feed = JobFeed()
         running = RunningJob(job, feed, tools_of(store, ArtifactStore(tmp_path / "artifacts")))
-        feed.tell_first_place()
+        feed.publish_first_position()
         write = store.save
 
         async def save(saved: Job) -> None:
-            feed.tell_place(Queued(2))
+            feed.publish_position(Queued(2))
             await write(saved)
 
         monkeypatch.setattr(store, "save", save)

@@ -187,7 +187,7 @@ class JobExecutor:
         running = RunningJob(job, feed, self._tools)
         self._held[job_id] = running
         # Whoever is taken at once has had a place, too.
-        feed.tell_first_place()
+        feed.publish_first_position()
         if reason := self._early_cancels.get(job_id):
             running.cancel(reason)
         if self._is_closed:

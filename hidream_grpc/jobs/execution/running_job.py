@@ -67,7 +67,7 @@ class JobTools:
 
     Attributes:
         chunk_bytes: of the parts in which images are told.
-        tell_others: hears of what no row tells, for the readers of other replicas.
+        publish_to_replicas: hears of what no row tells, for the readers of other replicas.
         checkpoint_fingerprint: a snapshot of another checkpoint is refused.
     """
 
@@ -76,7 +76,7 @@ class JobTools:
     estimator: JobEstimator
     describe_execution: Callable[[], Execution]
     chunk_bytes: int
-    tell_others: Callable[[str, JobEvent], None]
+    publish_to_replicas: Callable[[str, JobEvent], None]
     checkpoint_fingerprint: str
 
 
@@ -330,7 +330,7 @@ class RunningJob:
         self._tell(Restarted(attempt, event.reason, event.resumed_from_step))
 
     def _tell(self, body: Progressed | Restarted) -> None:
-        self._tools.tell_others(self.job.job_id, self._feed.publish(body))
+        self._tools.publish_to_replicas(self.job.job_id, self._feed.publish(body))
 
     async def _add_image(self, event: ImageFinished) -> None:
         job = self.job

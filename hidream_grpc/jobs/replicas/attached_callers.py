@@ -35,20 +35,20 @@ class AttachedCallers:
         self._on_cancelled = on_cancelled
         self._tasks = BackgroundTasks()
 
-    def leave(self, job_id: str, call: AttachedCall, reason: CancelReason | None) -> None:
+    def detach(self, job_id: str, call: AttachedCall, reason: CancelReason | None) -> None:
         """Note that a caller waits no more, and with a reason stop the job if it was the last one."""
         if not self._closed.is_set():
-            self._tasks.start(self._leave(job_id, call, reason), f"let a caller of job {job_id} go")
+            self._tasks.start(self._detach(job_id, call, reason), f"let a caller of job {job_id} go")
 
     def forget(self, call: AttachedCall) -> None:
         """Note that a caller does not wait, whose call may have been written though its answer was lost."""
-        self._tasks.start(self._store.detach(call.call_id), "forget a caller whose answer was lost")
+        self._tasks.start(self._store.forget_call(call.call_id), "forget a caller whose answer was lost")
 
-    async def _leave(self, job_id: str, call: AttachedCall, reason: CancelReason | None) -> None:
+    async def _detach(self, job_id: str, call: AttachedCall, reason: CancelReason | None) -> None:
         outage = Outage(logger, f"note that a caller of job {job_id} left")
         while not self._closed.is_set():
             try:
-                if (job := await self._store.leave(job_id, call, reason)) is not None:
+                if (job := await self._store.detach(job_id, call, reason)) is not None:
                     self._on_cancelled(job)
                 return
             except JobNotFoundError:

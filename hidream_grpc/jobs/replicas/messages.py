@@ -16,11 +16,11 @@ from hidream_grpc.jobs.watching.events import JobEvent, Progressed, Restarted
 
 logger = logging.getLogger(__name__)
 
-TOLD_SECONDS = 0.25
+PUBLISH_INTERVAL_SECONDS = 0.25
 """How often progress is told to other replicas, for each job."""
 
 
-class Told(msgspec.Struct, frozen=True, tag="told"):
+class RelayedEvent(msgspec.Struct, frozen=True, tag="relayed"):
     """An event of a job that is drawn elsewhere: one of the two."""
 
     sequence: int
@@ -29,7 +29,7 @@ class Told(msgspec.Struct, frozen=True, tag="told"):
     restarted: Restarted | None = None
 
     @classmethod
-    def of(cls, event: JobEvent) -> Told:
+    def of(cls, event: JobEvent) -> RelayedEvent:
         """Of progress or a restart."""
         if isinstance(event.body, Restarted):
             return cls(event.sequence, event.time, restarted=event.body)
@@ -42,10 +42,10 @@ class Told(msgspec.Struct, frozen=True, tag="told"):
         return None if body is None else JobEvent(self.sequence, self.time, body)
 
 
-_decoder = msgspec.json.Decoder(Told)
+_decoder = msgspec.json.Decoder(RelayedEvent)
 
 
-def decode(payload: bytes) -> Told | None:
+def decode(payload: bytes) -> RelayedEvent | None:
     """A message; None for one that only another version of the service knows."""
     try:
         return _decoder.decode(payload)
@@ -54,7 +54,7 @@ def decode(payload: bytes) -> Told | None:
         return None
 
 
-class ProgressTeller:
+class ReplicaPublisher:
     """Tells other replicas, where there can be any, of progress now and then, and of every restart.
 
     It does not wait for the store; what is told while that is lost is lost.
@@ -63,21 +63,27 @@ class ProgressTeller:
     def __init__(self, store: SqlJobStore) -> None:
         self._store = store
         self._tasks = BackgroundTasks()
-        self._told: dict[str, float] = {}
+        self._publish_times: dict[str, float] = {}
 
-    def tell(self, job_id: str, event: JobEvent) -> None:
+    def publish(self, job_id: str, event: JobEvent) -> None:
         """Pass an event on, unless progress was passed on just now."""
         if not self._store.is_shared:
             return
         now = time.monotonic()
         is_progress = isinstance(event.body, Progressed)
-        if is_progress and now - self._told.get(job_id, -math.inf) < TOLD_SECONDS:
+        if is_progress and now - self._publish_times.get(job_id, -math.inf) < PUBLISH_INTERVAL_SECONDS:
             return
-        self._told = {other: told for other, told in self._told.items() if now - told < TOLD_SECONDS}
-        self._told[job_id] = now
-        self._tasks.start(self._publish(job_id, msgspec.json.encode(Told.of(event))), "tell other replicas")
+        self._publish_times = {
+            other: then
+            for other, then in self._publish_times.items()
+            if now - then < PUBLISH_INTERVAL_SECONDS
+        }
+        self._publish_times[job_id] = now
+        self._tasks.start(
+            self._send(job_id, msgspec.json.encode(RelayedEvent.of(event))), "publish to other replicas"
+        )
 
-    async def _publish(self, job_id: str, payload: bytes) -> None:
+    async def _send(self, job_id: str, payload: bytes) -> None:
         try:
             await self._store.publish(job_id, payload)
         except HiDreamError as error:

@@ -18,7 +18,7 @@ from hidream_grpc.jobs.watching.queue_positions import QueuePositions
 logger = logging.getLogger(__name__)
 
 
-class StoreMirror:
+class StoreFollower:
     """Follows the changes of the store for feeds, executor and positions."""
 
     def __init__(
@@ -49,19 +49,19 @@ class StoreMirror:
         outage = Outage(logger, "follow the changes of the store")
         async for change in changes:
             try:
-                self._note(change)
+                self._receive(change)
                 outage.note_success()
             except Exception as error:
                 # Whatever it is: what comes after it must be heard.
                 outage.note_failure(error)
                 self._everything_changed()
 
-    def _note(self, change: Change) -> None:
+    def _receive(self, change: Change) -> None:
         job_id = change.job_id
         match change.kind:
             case ChangeKind.PUBLISHED:
-                if (told := decode(change.payload)) and (event := told.event()):
-                    self._pass_on(job_id, event)
+                if (relayed := decode(change.payload)) and (event := relayed.event()):
+                    self._relay(job_id, event)
                 return
             case ChangeKind.CANCEL_REQUESTED:
                 # Its reason is in the row; it may be claimed here at this moment, without a feed.
@@ -92,7 +92,7 @@ class StoreMirror:
         self._held_back.setdefault(job_id, [])
         self._is_outdated.set()
 
-    def _pass_on(self, job_id: str, event: JobEvent) -> None:
+    def _relay(self, job_id: str, event: JobEvent) -> None:
         if self._feeds.get(job_id) is None:
             return
         if (held_back := self._held_back.get(job_id)) is not None:

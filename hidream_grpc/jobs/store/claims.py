@@ -131,7 +131,7 @@ async def release(connection: AsyncConnection, job: Job, now: float) -> Job:
     return released
 
 
-async def leave(connection: AsyncConnection, job_number: int, call: AttachedCall) -> bool:
+async def detach(connection: AsyncConnection, job_number: int, call: AttachedCall) -> bool:
     """Note that a caller waits no more; returns whether it was the last one that waited."""
     await connection.execute(queries.detach(call.call_id))
     return (await connection.execute(queries.num_attached(job_number))).scalar_one() == 0

@@ -191,7 +191,7 @@ class SqlJobStore:
         Args:
             new_jobs: QUEUED, of one owner, with job ids of their own.
             limits: of what waits afterwards, for the same model; jobs that were there do not count as new.
-            attached_call: a caller that waits for the job, where there is one; see `leave`.
+            attached_call: a caller that waits for the job, where there is one; see `detach`.
             refusal: why none of the jobs can be new; they can still stand for those that are there.
 
         Returns:
@@ -302,7 +302,7 @@ class SqlJobStore:
         return job
 
     @_uninterrupted
-    async def leave(self, job_id: str, call: AttachedCall, reason: CancelReason | None) -> Job | None:
+    async def detach(self, job_id: str, call: AttachedCall, reason: CancelReason | None) -> Job | None:
         """Note that a caller waits no more; with a reason the job is cancelled if it was the last.
 
         Returns:
@@ -313,7 +313,7 @@ class SqlJobStore:
         """
         async with self._database.write() as connection:
             row = await _row(connection, None, job_id, for_update=True)
-            is_last = await claims.leave(connection, row.number, call)
+            is_last = await claims.detach(connection, row.number, call)
             if not is_last or reason is None:
                 return None
             job, changes = await self._cancel(connection, row, reason)
@@ -321,7 +321,7 @@ class SqlJobStore:
         return job
 
     @_uninterrupted
-    async def detach(self, call_id: str) -> None:
+    async def forget_call(self, call_id: str) -> None:
         """Note that a caller waits no more for whatever it waited for, if it did; nothing is cancelled."""
         async with self._database.write() as connection:
             await connection.execute(queries.detach(call_id))

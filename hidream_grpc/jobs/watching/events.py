@@ -24,7 +24,7 @@ from hidream_grpc.jobs.job import (
 )
 from hidream_grpc.model.parameters import GenerationParameters
 
-FIRST_PLACE = 1
+FIRST_POSITION = 1
 """In the queue: next."""
 MIN_NEWS_SECONDS = 1.0
 MIN_NEWS_SHARE = 0.25
@@ -162,14 +162,14 @@ class JobFeed:
         self._last_sequence = max(self._last_sequence, sequence)
 
     def reserve_sequence(self) -> int:
-        """Of an event, or an image's first part, that is told once it is durable: no place may take it."""
+        """Take the sequence of an event, or an image's first part, that is published once durable."""
         self._is_waiting = False
         return self._next_sequence()
 
     def publish(self, body: Body) -> JobEvent:
         """Make an event known; an older one of its kind is forgotten."""
-        is_place = isinstance(body, Queued)
-        sequence = self._last_sequence + 1 if is_place else self._next_sequence()
+        is_position = isinstance(body, Queued)
+        sequence = self._last_sequence + 1 if is_position else self._next_sequence()
         event = JobEvent(sequence, self._clock(), body)
         self.put(event)
         return event
@@ -187,17 +187,17 @@ class JobFeed:
         self.continue_after(event.sequence)
         self._wake_readers()
 
-    def tell_place(self, place: Queued) -> None:
-        """Make a place in the queue known, unless the job has started or the newest says much the same."""
-        told = self._newest_place()
-        if self._is_waiting and (told is None or place.is_news(told[0], self._clock() - told[1])):
-            self.publish(place)
+    def publish_position(self, position: Queued) -> None:
+        """Make a position in the queue known, unless the job has started or the newest says much the same."""
+        told = self._newest_position()
+        if self._is_waiting and (told is None or position.is_news(told[0], self._clock() - told[1])):
+            self.publish(position)
 
-    def tell_first_place(self) -> None:
+    def publish_first_position(self) -> None:
         """Make known that the job is next, where that is not known yet: whoever is taken was."""
-        told = self._newest_place()
-        if self._is_waiting and (told is None or told[0].queue_position != FIRST_PLACE):
-            self.publish(Queued(FIRST_PLACE))
+        told = self._newest_position()
+        if self._is_waiting and (told is None or told[0].queue_position != FIRST_POSITION):
+            self.publish(Queued(FIRST_POSITION))
 
     def sync(self, job: Job) -> None:
         """Make known what the job's row tells and is not known yet; nothing happens with an older row."""
@@ -252,10 +252,10 @@ class JobFeed:
                 await changed.wait()
 
     def _next_sequence(self) -> int:
-        """Of anything but a place: the first number of a claim is for one that is told by another process."""
+        """The next sequence of anything but a position: the first of a claim is left to a position."""
         return max(self._last_sequence, claim_sequence(self._claim_number, 0)) + 1
 
-    def _newest_place(self) -> tuple[Queued, float] | None:
+    def _newest_position(self) -> tuple[Queued, float] | None:
         """What was told since the job began to wait, and when."""
         event, started = self._newest.get(Queued), self._newest.get(Started)
         if event is None or (started is not None and event.sequence < started.sequence):

@@ -12,7 +12,7 @@ from hidream_grpc.jobs.execution.executor import ClaimLimits
 from hidream_grpc.jobs.job import Job
 from hidream_grpc.jobs.retrying import wait_at_most
 from hidream_grpc.jobs.store.store import SqlJobStore
-from hidream_grpc.jobs.watching.events import FIRST_PLACE, JobFeed, Queued
+from hidream_grpc.jobs.watching.events import FIRST_POSITION, JobFeed, Queued
 from hidream_grpc.jobs.watching.feeds import JobFeeds
 
 PAUSE_SECONDS = 0.1
@@ -22,7 +22,7 @@ REFRESH_SECONDS = 1.0
 
 
 class QueuePositions:
-    """Tells those that wait, and knows the places of all."""
+    """Tells those that wait, and knows the positions of all."""
 
     def __init__(
         self, store: SqlJobStore, feeds: JobFeeds, estimator: JobEstimator, limits: ClaimLimits
@@ -31,7 +31,7 @@ class QueuePositions:
         self._limits = limits
         self._feeds = feeds
         self._estimator = estimator
-        self._places: Mapping[str, int] = {}
+        self._positions: Mapping[str, int] = {}
         self._waiting: Mapping[str, Job] = {}
         self._changed = asyncio.Event()
         self._reading = asyncio.Lock()
@@ -41,31 +41,31 @@ class QueuePositions:
         """Say that the queue has changed."""
         self._changed.set()
 
-    async def places(self, job_ids: Collection[str]) -> list[Queued | None]:
+    async def of(self, job_ids: Collection[str]) -> list[Queued | None]:
         """Where each of the jobs waits; None for one that does not.
 
         Raises:
             StoreUnavailableError: the queue cannot be read.
         """
-        if not self._places.keys() >= set(job_ids):
+        if not self._positions.keys() >= set(job_ids):
             await self._refresh()
-        return [self._place(job_id) for job_id in job_ids]
+        return [self._position(job_id) for job_id in job_ids]
 
-    async def tell(self, job_id: str, feed: JobFeed) -> None:
-        """Tell the readers of a job that waits its place, whatever becomes of it meanwhile."""
+    async def publish_to(self, job_id: str, feed: JobFeed) -> None:
+        """Tell the readers of a job that waits its position, whatever becomes of it meanwhile."""
         try:
-            (place,) = await self.places([job_id])
+            (position,) = await self.of([job_id])
         except HiDreamError:
             # It is told when the queue can be read again.
             return
-        if place is None:
+        if position is None:
             # Somebody took it meanwhile.
-            feed.tell_first_place()
+            feed.publish_first_position()
         else:
-            feed.tell_place(place)
+            feed.publish_position(position)
 
     async def run(self) -> None:
-        """Keep the places up to date until cancelled."""
+        """Keep the positions up to date until cancelled."""
         await keep_doing("read the queue", self._refresh_changed, self._pause)
 
     async def _refresh_changed(self) -> None:
@@ -74,7 +74,7 @@ class QueuePositions:
 
     async def _pause(self) -> None:
         await asyncio.sleep(PAUSE_SECONDS)
-        if self._places:
+        if self._positions:
             await wait_at_most(self._changed, REFRESH_SECONDS)
         else:
             await self._changed.wait()
@@ -88,9 +88,9 @@ class QueuePositions:
                 await self._read()
                 self._num_reads += 1
         for job_id in self._feeds.job_ids:
-            feed, place = self._feeds.get(job_id), self._place(job_id)
-            if feed is not None and place is not None:
-                feed.tell_place(place)
+            feed, position = self._feeds.get(job_id), self._position(job_id)
+            if feed is not None and position is not None:
+                feed.publish_position(position)
 
     async def _read(self) -> None:
         own_model = self._limits.model_fingerprint
@@ -101,13 +101,13 @@ class QueuePositions:
         known = {**self._waiting, **found}
         self._waiting = {job_id: known[job_id] for job_id in order if job_id in known}
         # Each model has a queue of its own.
-        self._places = {
-            job_id: place
+        self._positions = {
+            job_id: position
             for of_model in orders.values()
-            for place, job_id in enumerate(of_model, start=FIRST_PLACE)
+            for position, job_id in enumerate(of_model, start=FIRST_POSITION)
         }
         self._estimator.note_waiting(tuple(self._waiting.values()))
 
-    def _place(self, job_id: str) -> Queued | None:
-        position = self._places.get(job_id)
+    def _position(self, job_id: str) -> Queued | None:
+        position = self._positions.get(job_id)
         return None if position is None else Queued(position, self._estimator.wait_seconds(job_id))

@@ -177,7 +177,7 @@ async def bench_in(
         ),
         describe_execution=lambda: EXECUTION,
         chunk_bytes=limits.chunk_bytes,
-        tell_others=lambda job_id, event: None,
+        publish_to_replicas=lambda job_id, event: None,
         checkpoint_fingerprint=CHECKPOINT_FINGERPRINT,
     )
     service = JobService(

@@ -129,7 +129,9 @@ async def test_each_waiting_job_is_told_when_its_position_changes(bench: Bench) 
         return event.body.queue_position
 
     assert [await position(job_id) for job_id in (first, second, third)] == [1, 2, 3]
-    assert [place and place.queue_position for place in await bench.service.places(jobs)] == [1, 2, 3]
+    assert [
+        position and position.queue_position for position in await bench.service.queue_positions(jobs)
+    ] == [1, 2, 3]
     async with aclosing(bench.service.follow(None, third)) as events:
         assert (await anext(events)).body == Queued(3)
         draw(running)
@@ -317,8 +319,8 @@ async def test_a_caller_that_leaves_stops_its_job_unless_another_caller_stays(be
     assert (await bench.submit(submission("called"), call_id="called 2")).job_id == called.job_id
     async with aclosing(bench.service.follow(None, watched.job_id)) as events:
         await anext(events)
-        bench.service.leave(called.job_id, "called 1", CancelReason.CALLER_LEFT)
-        bench.service.leave(watched.job_id, "watched 1", CancelReason.CALLER_LEFT)
+        bench.service.detach(called.job_id, "called 1", CancelReason.CALLER_LEFT)
+        bench.service.detach(watched.job_id, "watched 1", CancelReason.CALLER_LEFT)
         await bench.ended(watched.job_id, JobState.CANCELLED)
         assert await bench.run() == called.job_id
 
@@ -328,9 +330,9 @@ async def test_a_running_job_that_its_last_caller_leaves_takes_no_further_step(b
     await bench.submit(submission(), call_id="call 2")
     request = await bench.take()
     await bench.state(job.job_id, JobState.RUNNING)
-    bench.service.leave(job.job_id, "call 2", CancelReason.CALLER_LEFT)
+    bench.service.detach(job.job_id, "call 2", CancelReason.CALLER_LEFT)
     request.on_event(StepFinished(1, 0.1))
-    bench.service.leave(job.job_id, "call 1", CancelReason.DEADLINE)
+    bench.service.detach(job.job_id, "call 1", CancelReason.DEADLINE)
     end = await bench.end(job.job_id)
     assert isinstance(end, Cancelled)
     assert (end.reason, type(end.error)) == (CancelReason.DEADLINE, DeadlineExceededError)
@@ -340,8 +342,8 @@ async def test_a_running_job_that_its_last_caller_leaves_takes_no_further_step(b
 async def test_a_caller_that_leaves_without_a_reason_leaves_its_job_to_its_retry(bench: Bench) -> None:
     job = await bench.submit(submission("retried"), call_id="call 1")
     other = await bench.submit(submission("other"), call_id="call 2")
-    bench.service.leave(job.job_id, "call 1", None)
-    bench.service.leave(other.job_id, "call 2", CancelReason.CALLER_LEFT)
+    bench.service.detach(job.job_id, "call 1", None)
+    bench.service.detach(other.job_id, "call 2", CancelReason.CALLER_LEFT)
     await bench.ended(other.job_id, JobState.CANCELLED)
     assert (await bench.submit(submission("retried"), call_id="call 3")).job_id == job.job_id
     assert await bench.run() == job.job_id

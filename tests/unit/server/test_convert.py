@@ -172,8 +172,8 @@ def test_estimates_are_absent_while_the_server_cannot_tell() -> None:
 
 
 def test_a_waiting_job_tells_its_place_and_how_long_it_waits() -> None:
-    place = events.Queued(3, 1.5)
-    for message in (event(place).queued, convert.job(JOB, place)):
+    position = events.Queued(3, 1.5)
+    for message in (event(position).queued, convert.job(JOB, position)):
         assert message.queue_position == 3
         assert message.estimated_wait.ToMilliseconds() == 1500
     assert convert.job(JOB).queue_position == 0

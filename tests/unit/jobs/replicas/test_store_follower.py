@@ -18,8 +18,8 @@ from hidream_grpc.jobs.estimates.simulation import EngineCapacity
 from hidream_grpc.jobs.execution.executor import ClaimLimits
 from hidream_grpc.jobs.job import CancelReason, Job, Progress, claim_sequence
 from hidream_grpc.jobs.replicas import messages, store_follower
-from hidream_grpc.jobs.replicas.messages import ProgressTeller
-from hidream_grpc.jobs.replicas.store_follower import StoreMirror
+from hidream_grpc.jobs.replicas.messages import ReplicaPublisher
+from hidream_grpc.jobs.replicas.store_follower import StoreFollower
 from hidream_grpc.jobs.store.changes import ChangeKind
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.jobs.watching.events import JobEvent, JobFeed, Progressed, Restarted, Started, Succeeded
@@ -73,7 +73,7 @@ class NotedExecutor:
 
 
 class Here:
-    """One replica's view: its feeds, and its mirror at work."""
+    """One replica's view: its feeds, and its follower at work."""
 
     def __init__(self, store: SharedStore) -> None:
         self.store = store
@@ -81,7 +81,7 @@ class Here:
         self.executor = NotedExecutor()
         estimator = JobEstimator(lambda: EngineCapacity(1, 1 << 20, num_ranks=1))
         positions = QueuePositions(store, self.feeds, estimator, ClaimLimits(1, None, MODEL))
-        self.mirror = StoreMirror(store, self.feeds, cast(Any, self.executor), positions)
+        self.follower = StoreFollower(store, self.feeds, cast(Any, self.executor), positions)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ async def here(tmp_path: Path) -> AsyncIterator[Here]:
     store = SharedStore(f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}")
     await store.open()
     here = Here(store)
-    work = asyncio.create_task(here.mirror.run())
+    work = asyncio.create_task(here.follower.run())
     await asyncio.sleep(0)
     yield here
     work.cancel()
@@ -127,12 +127,12 @@ async def test_what_another_replica_draws_is_told_from_its_start_to_its_end(here
 
 async def test_progress_that_overtakes_the_row_is_told_after_what_the_row_says(here: Here) -> None:
     (job,) = await added(here.store, new_job())
-    teller = ProgressTeller(here.store)
+    publisher = ReplicaPublisher(here.store)
     with here.feeds.used(job.job_id, is_reader=True) as feed:
         (claim,) = await claimed(here.store, "another")
         here.store.may_read.clear()
         await here.store.save(started(claim))
-        teller.tell(job.job_id, progressed(claim, 5, step=1))
+        publisher.publish(job.job_id, progressed(claim, 5, step=1))
         reading = asyncio.create_task(events(feed, 2))
         await asyncio.sleep(0.05)
         assert not reading.done()
@@ -146,15 +146,15 @@ async def test_progress_that_overtakes_the_row_is_told_after_what_the_row_says(h
 async def test_progress_is_told_now_and_then_and_every_restart(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(messages, "TOLD_SECONDS", 3600.0)
+    monkeypatch.setattr(messages, "PUBLISH_INTERVAL_SECONDS", 3600.0)
     (job,) = await added(here.store, new_job())
-    teller = ProgressTeller(here.store)
+    publisher = ReplicaPublisher(here.store)
     with here.store.subscribe() as changes:
         for step in (1, 2, 3):
-            teller.tell(job.job_id, progressed(job, step, step))
+            publisher.publish(job.job_id, progressed(job, step, step))
         for attempt in (2, 3):
-            teller.tell(job.job_id, JobEvent(9 + attempt, time.time(), Restarted(attempt, "lost", 1)))
-        teller.tell("another", progressed(job, 4, 4))
+            publisher.publish(job.job_id, JobEvent(9 + attempt, time.time(), Restarted(attempt, "lost", 1)))
+        publisher.publish("another", progressed(job, 4, 4))
         async with asyncio.timeout(TIMEOUT_SECONDS):
             told = [await anext(changes) for _ in range(4)]
     assert {change.kind for change in told} == {ChangeKind.PUBLISHED}
@@ -227,7 +227,7 @@ async def test_what_only_another_version_says_is_passed_over(here: Here) -> None
         for payload in (
             b'{"type":"new","what":1}',
             b"not even JSON",
-            b'{"type":"told","sequence":1,"time":2}',
+            b'{"type":"relayed","sequence":1,"time":2}',
         ):
             await here.store.publish(job.job_id, payload)
         (claim,) = await claimed(here.store, "another")

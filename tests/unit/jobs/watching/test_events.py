@@ -196,25 +196,25 @@ def test_a_restart_takes_back_the_progress_of_the_attempt_that_was_lost() -> Non
 
 def test_a_job_that_is_taken_has_been_first_and_is_told_so_once() -> None:
     feed = JobFeed()
-    feed.tell_place(Queued(2, 5.0))
-    feed.tell_first_place()
-    feed.tell_first_place()
+    feed.publish_position(Queued(2, 5.0))
+    feed.publish_first_position()
+    feed.publish_first_position()
     assert bodies(rest(feed)) == [Queued(1)]
     assert rest(feed)[0].sequence == 2
 
 
-def test_no_place_is_told_once_a_job_is_to_start_and_again_when_it_is_given_back() -> None:
+def test_no_position_is_told_once_a_job_is_to_start_and_again_when_it_is_given_back() -> None:
     feed = JobFeed()
-    feed.tell_place(Queued(1))
+    feed.publish_position(Queued(1))
     sequence = feed.reserve_sequence()
-    feed.tell_place(Queued(2))
+    feed.publish_position(Queued(2))
     execution = Execution("demo", "FlowMatchLCMScheduler", 3.0, "tp=1")
     running = replace(JOB.started(execution, 1.0), started_sequence=sequence, last_sequence=sequence)
     feed.sync(running)
-    feed.tell_place(Queued(2))
+    feed.publish_position(Queued(2))
     assert [type(body) for body in bodies(rest(feed))] == [Queued, Started]
     feed.sync(running.requeued())
-    feed.tell_place(Queued(1))
+    feed.publish_position(Queued(1))
     assert bodies(rest(feed))[-1] == Queued(1)
 
 
@@ -229,7 +229,7 @@ def test_a_row_that_is_older_than_what_is_known_changes_nothing() -> None:
 def test_what_was_said_already_is_not_said_again() -> None:
     feed = JobFeed()
     for position in (3, 3, 2, 2):
-        feed.tell_place(Queued(position))
+        feed.publish_position(Queued(position))
     (event,) = rest(feed)
     assert (event.body, event.sequence) == (Queued(2), 2)
 
@@ -292,9 +292,9 @@ def test_who_comes_between_the_claim_and_the_start_of_a_job_is_told_that_it_star
     drawing, elsewhere = JobFeed(), JobFeed()
     if was_followed_before:
         drawing.sync(JOB)
-        drawing.tell_first_place()
+        drawing.publish_first_position()
     drawing.sync(claimed)
-    drawing.tell_first_place()
+    drawing.publish_first_position()
     started_sequence = drawing.reserve_sequence()
     started = replace(
         claimed.started(Execution("demo", "FlowMatchLCMScheduler", 3.0, "tp=1"), JOB.create_time + 1),
@@ -302,7 +302,7 @@ def test_who_comes_between_the_claim_and_the_start_of_a_job_is_told_that_it_star
         last_sequence=started_sequence,
     )
     elsewhere.sync(claimed)
-    elsewhere.tell_first_place()
-    (place,) = rest(elsewhere)
+    elsewhere.publish_first_position()
+    (first,) = rest(elsewhere)
     elsewhere.sync(started)
-    assert [type(body) for body in bodies(rest(elsewhere, place.sequence))] == [Started]
+    assert [type(body) for body in bodies(rest(elsewhere, first.sequence))] == [Started]

@@ -67,16 +67,16 @@ def positions_of(
     return QueuePositions(store, feeds, estimator, ClaimLimits(1, max_running_jobs_of_caller, MODEL))
 
 
-def numbers(places: Sequence[Queued | None]) -> list[int | None]:
-    return [None if place is None else place.queue_position for place in places]
+def numbers(answers: Sequence[Queued | None]) -> list[int | None]:
+    return [None if position is None else position.queue_position for position in answers]
 
 
 async def test_any_number_of_askers_read_the_queue_twice_at_most(
     store: CountingStore, positions: QueuePositions
 ) -> None:
     jobs = await added(store, *(new_job() for _ in range(30)))
-    asked = await asyncio.gather(*(positions.places([job.job_id]) for job in jobs))
-    assert [numbers(places) for places in asked] == [[place] for place in range(1, 31)]
+    asked = await asyncio.gather(*(positions.of([job.job_id]) for job in jobs))
+    assert [numbers(answer) for answer in asked] == [[position] for position in range(1, 31)]
     # The second is for those who asked while the first was being read.
     assert store.num_reads <= 2
     assert store.num_jobs_read == 30
@@ -86,19 +86,19 @@ async def test_a_job_that_waits_is_read_once_however_often_the_queue_is(
     store: CountingStore, positions: QueuePositions
 ) -> None:
     first = await added(store, *(new_job() for _ in range(10)))
-    await positions.places([job.job_id for job in first])
+    await positions.of([job.job_id for job in first])
     second = await added(store, new_job())
-    assert numbers(await positions.places([job.job_id for job in (*first, *second)])) == list(range(1, 12))
+    assert numbers(await positions.of([job.job_id for job in (*first, *second)])) == list(range(1, 12))
     assert store.num_jobs_read == 11
 
 
-async def test_what_does_not_wait_has_no_place(store: CountingStore, positions: QueuePositions) -> None:
+async def test_what_does_not_wait_has_no_position(store: CountingStore, positions: QueuePositions) -> None:
     ended, waits = await added(store, new_job(), new_job())
     await store.request_cancel(OWNER, ended.job_id, CancelReason.REQUESTED)
-    assert numbers(await positions.places([ended.job_id, waits.job_id, "unknown"])) == [None, 1, None]
+    assert numbers(await positions.of([ended.job_id, waits.job_id, "unknown"])) == [None, 1, None]
 
 
-async def test_a_caller_at_its_limit_of_running_jobs_has_its_place_behind_those_that_may_run(
+async def test_a_caller_at_its_limit_of_running_jobs_has_its_position_behind_those_that_may_run(
     store: CountingStore, feeds: JobFeeds
 ) -> None:
     jobs = await added(
@@ -110,11 +110,11 @@ async def test_a_caller_at_its_limit_of_running_jobs_has_its_place_behind_those_
     (running,) = await claimed(store)
     assert running.job_id == jobs[0].job_id
     waiting = [job.job_id for job in jobs[1:]]
-    assert numbers(await positions_of(store, feeds).places(waiting)) == [1, 2]
-    assert numbers(await positions_of(store, feeds, max_running_jobs_of_caller=1).places(waiting)) == [2, 1]
+    assert numbers(await positions_of(store, feeds).of(waiting)) == [1, 2]
+    assert numbers(await positions_of(store, feeds, max_running_jobs_of_caller=1).of(waiting)) == [2, 1]
 
 
-async def test_who_waits_is_told_each_new_place_also_after_the_store_was_lost(
+async def test_who_waits_is_told_each_new_position_also_after_the_store_was_lost(
     store: CountingStore, feeds: JobFeeds, positions: QueuePositions
 ) -> None:
     ahead, waits = await added(store, new_job(), new_job())
@@ -123,13 +123,13 @@ async def test_who_waits_is_told_each_new_place_also_after_the_store_was_lost(
     async def read(events: AsyncIterator[JobEvent]) -> None:
         async for event in events:
             assert isinstance(event.body, Queued)
-            # The same place is told again when the wait has changed.
+            # The same position is told again when the wait has changed.
             if told[-1:] != [event.body.queue_position]:
                 told.append(event.body.queue_position)
 
-    async def has_been_told(*places: int) -> None:
+    async def has_been_told(*positions: int) -> None:
         async def is_told() -> bool:
-            return told == list(places)
+            return told == list(positions)
 
         await eventually(is_told)
 
