@@ -16,6 +16,7 @@ from hidream_grpc.errors import HiDreamError
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.5
+"""Between two tries of anything that is retried."""
 
 Result = TypeVar("Result")
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from hidream_grpc.background import Outage
+from hidream_grpc.background import RETRY_SECONDS, Outage
 from hidream_grpc.engine.requests import (
     EngineEvent,
     EngineRequest,
@@ -36,15 +36,13 @@ from hidream_grpc.errors import (
     JobInternalError,
     SnapshotError,
     StorageFullError,
-    StoreFullError,
-    StoreUnavailableError,
 )
 from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
 from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.execution.claim import ClaimState, StopReason, Storing
 from hidream_grpc.jobs.execution.snapshot_keeper import SnapshotKeeper
 from hidream_grpc.jobs.job import CancelReason, Execution, Job, JobState, Progress, StoredSnapshot
-from hidream_grpc.jobs.retrying import wait_at_most
+from hidream_grpc.jobs.retrying import TRANSIENT_ERRORS, wait_at_most
 from hidream_grpc.jobs.store.claims import Saved
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.jobs.watching.events import JobEvent, JobFeed, Previewed, Progressed, Restarted
@@ -53,10 +51,8 @@ from hidream_grpc.model.snapshot_format import SnapshotIdentity, unpack
 logger = logging.getLogger(__name__)
 
 LOST_SERVER = "the server that drew it ended"
-RETRY_SECONDS = 0.5
 GIVE_BACK_SECONDS = 1.5
 """How long the store is tried for a job that is given back; then other replicas take it as lost."""
-TRANSIENT_ERRORS = (StoreUnavailableError, StoreFullError, ArtifactUnavailableError)
 
 Result = TypeVar("Result")
 
