@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from hidream_grpc.devices import kernels
-from hidream_grpc.devices.base import CPU, Device, DeviceMemory
+from hidream_grpc.devices.device import Device
+from hidream_grpc.devices.device_types import CPU, DeviceMemory
 from hidream_grpc.devices.host_memory import colon_separated, host_memory
 
 

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from hidream_grpc.devices import kernels
-from hidream_grpc.devices.base import CUDA, Device, DeviceMemory
 from hidream_grpc.devices.determinism import use_deterministic_kernels
+from hidream_grpc.devices.device import Device
+from hidream_grpc.devices.device_types import CUDA, DeviceMemory
 
 # Libraries that allocate outside torch's allocator report it in words only.
 _OUT_OF_MEMORY_TEXTS = (

@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hidream_grpc.devices.base import CPU, CUDA, NPU, DeviceType
+from hidream_grpc.devices.device_types import CPU, CUDA, DEVICE_TYPES, NPU, DeviceType
 from hidream_grpc.errors import ConfigurationError, DeviceUnavailableError
 
 _logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-DEVICE_TYPES = {device_type.name: device_type for device_type in (NPU, CUDA, CPU)}
-"""By name, in the order in which `auto` looks for them."""
 
 MAX_DEVICE_INDEX = 1023
 """Far above any machine; keeps a mistyped range from becoming a million ranks."""

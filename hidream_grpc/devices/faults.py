@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from hidream_grpc.devices.base import Device
+from hidream_grpc.devices.device import Device
 
 
 def is_out_of_memory(error: BaseException, device: Device) -> bool:

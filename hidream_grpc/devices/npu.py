@@ -13,8 +13,9 @@ import torch_npu
 from torch import Tensor
 
 from hidream_grpc.devices import kernels
-from hidream_grpc.devices.base import NPU, Device, DeviceMemory
 from hidream_grpc.devices.determinism import use_deterministic_kernels
+from hidream_grpc.devices.device import Device
+from hidream_grpc.devices.device_types import NPU, DeviceMemory
 
 # What torch_npu's allocators say, and CANN's code for the same: some raise a plain RuntimeError with it.
 _OUT_OF_MEMORY_TEXTS = ("NPU out of memory", "EL0004")

@@ -14,7 +14,7 @@ import transformers
 from diffusers import AutoencoderKL, SchedulerMixin
 from torch import nn
 
-from hidream_grpc.devices.base import Device
+from hidream_grpc.devices.device import Device
 from hidream_grpc.devices.faults import is_device_fault
 from hidream_grpc.errors import HiDreamError, ModelNotFoundError
 from hidream_grpc.logs import NOT_ON_TERMINAL

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from hidream_grpc.devices.base import CPU, DeviceMemory, DeviceType
+from hidream_grpc.devices.device_types import CPU, DeviceMemory, DeviceType
 from hidream_grpc.errors import InsufficientMemoryError
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
 from hidream_grpc.model.model_weights import ModelWeights

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, SchedulerMixin
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hidream_grpc.devices.base import Device
+from hidream_grpc.devices.device import Device
 from hidream_grpc.errors import ModelNotFoundError, NonFiniteError
 from hidream_grpc.model.checkpoint.files import MODEL_PATH_FLAG, TransformerConfig, read_json
 from hidream_grpc.model.checkpoint.fingerprint import fingerprint_of, unchanged_checkpoint

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from hidream_grpc.devices.base import Device
+from hidream_grpc.devices.device import Device
 from hidream_grpc.model.checkpoint.weights.files import Library, read_tensors
 from hidream_grpc.model.parallel.shards import TensorSlice, parameter_slices
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hidream_grpc.devices.base import CPU
 from hidream_grpc.devices.detect import DeviceSelection, detect, parse_devices, select_devices
+from hidream_grpc.devices.device_types import CPU
 from hidream_grpc.devices.host_memory import host_memory
 from hidream_grpc.engine.group.config import GroupConfig, GroupTimeouts
 from hidream_grpc.logs import LogConfig

@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 import typer
 
-from hidream_grpc.devices.base import Device, open_device
+from hidream_grpc.devices.device import Device, open_device
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.checkpoint.description import describe_checkpoint
 from hidream_grpc.model.checkpoint.step_shapes import StepShape, parse_step_shapes

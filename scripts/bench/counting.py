@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from hidream_grpc.devices import kernels
-from hidream_grpc.devices.base import DeviceMemory
+from hidream_grpc.devices.device_types import DeviceMemory
 from hidream_grpc.model.parallel.groups import Axis, ParallelGroups
 
 

@@ -23,7 +23,7 @@ import typer
 from diffusers import HiDreamImageTransformer2DModel
 from torch import Tensor
 
-from hidream_grpc.devices.base import Device, open_device
+from hidream_grpc.devices.device import Device, open_device
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.loading import quieten_libraries
 from hidream_grpc.model.parallel.groups import ParallelGroups

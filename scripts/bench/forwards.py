@@ -11,7 +11,7 @@ import torch
 from diffusers import HiDreamImageTransformer2DModel
 from torch import Tensor, nn
 
-from hidream_grpc.devices.base import Device
+from hidream_grpc.devices.device import Device
 from hidream_grpc.model.checkpoint.files import TransformerConfig
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.transformer.conditioning import Conditioning

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import torch
 
-from hidream_grpc.devices.base import open_device
+from hidream_grpc.devices.device import open_device
 
 Value = str | int | float | None
 

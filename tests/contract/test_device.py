@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hidream_grpc.devices.base import Device, DeviceType, open_device
-from hidream_grpc.devices.detect import DEVICE_TYPES, detect
+from hidream_grpc.devices.detect import detect
+from hidream_grpc.devices.device import Device, open_device
+from hidream_grpc.devices.device_types import DEVICE_TYPES, DeviceType
 from hidream_grpc.errors import DeviceUnavailableError
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from hidream_grpc.devices.base import DeviceMemory
+from hidream_grpc.devices.device_types import DeviceMemory
 from hidream_grpc.engine.group import rank_group
 from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.errors import InsufficientMemoryError, RankDiedError

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from hidream_grpc.devices.base import CPU
 from hidream_grpc.devices.detect import select_devices
+from hidream_grpc.devices.device_types import CPU
 from hidream_grpc.engine.group import rank_group
 from hidream_grpc.engine.group.config import GroupTimeouts
 from hidream_grpc.engine.group.rank_group import RankGroup

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from hidream_grpc.devices.base import StartMethod
+from hidream_grpc.devices.device_types import StartMethod
 from hidream_grpc.engine.group.config import GroupTimeouts
 from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.protocol.messages import Decode

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
-from hidream_grpc.devices.base import open_device
+from hidream_grpc.devices.device import open_device
 from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.denoising.state import StepBatch
 from hidream_grpc.model.parallel.groups import ParallelGroups

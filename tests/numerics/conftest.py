@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hidream_grpc.devices.base import open_device
+from hidream_grpc.devices.device import open_device
 from hidream_grpc.model.pipeline import HiDreamModel
 from tests.support.checkpoints import write_tiny_checkpoint, write_variant
 from tests.support.torch_threads import one_thread

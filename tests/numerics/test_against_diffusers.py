@@ -11,8 +11,8 @@ import torch
 from diffusers import HiDreamImagePipeline
 from diffusers.schedulers import scheduling_flow_match_lcm
 
-from hidream_grpc.devices.base import open_device
 from hidream_grpc.devices.cpu import CpuDevice
+from hidream_grpc.devices.device import open_device
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.denoising.state import DenoisingState
 from hidream_grpc.model.parallel.groups import Axis

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import HiDreamImageTransformer2DModel
 
-from hidream_grpc.devices.base import open_device
+from hidream_grpc.devices.device import open_device
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from scripts.bench.counting import counted_flops

@@ -13,8 +13,8 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from hidream_grpc.devices.base import CPU
 from hidream_grpc.devices.detect import select_devices
+from hidream_grpc.devices.device_types import CPU
 from hidream_grpc.engine.group.config import GroupConfig, GroupTimeouts
 from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.protocol.messages import Admission, Decode, DecodedImage, StepPlan

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from hidream_grpc.devices.base import StartMethod
 from hidream_grpc.devices.detect import DeviceSelection
+from hidream_grpc.devices.device_types import StartMethod
 from hidream_grpc.engine.group.memory_gate import MemoryCheck
 from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.checkpoint.step_shapes import StepShape

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from hidream_grpc.background import BackgroundTasks
-from hidream_grpc.devices.base import DeviceMemory
+from hidream_grpc.devices.device_types import DeviceMemory
 from hidream_grpc.engine.group.hang_detection import RankSample
 from hidream_grpc.engine.group.listener import RankListener
 from hidream_grpc.engine.group.proc_stat import sample_process

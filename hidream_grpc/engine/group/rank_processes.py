@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hidream_grpc.devices.base import DeviceMemory
+from hidream_grpc.devices.device_types import DeviceMemory
 from hidream_grpc.devices.host_memory import host_memory
 from hidream_grpc.engine.group.config import GroupConfig
 from hidream_grpc.engine.group.hang_detection import HangDetector

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from hidream_grpc.devices.base import StartMethod
+from hidream_grpc.devices.device_types import StartMethod
 from hidream_grpc.errors import LossCause
 from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.checkpoint.step_shapes import StepShape

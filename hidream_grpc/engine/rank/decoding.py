@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 from numpy.typing import NDArray
 
-from hidream_grpc.devices.base import Device
+from hidream_grpc.devices.device import Device
 from hidream_grpc.engine.protocol.messages import Admission, DecodedImage
 from hidream_grpc.model.decoding.images import encode_image
 from hidream_grpc.model.decoding.vae import ImageDecoding

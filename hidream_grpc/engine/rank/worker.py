@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from setproctitle import setproctitle
 
-from hidream_grpc.devices.base import Device, open_device
+from hidream_grpc.devices.device import Device, open_device
 from hidream_grpc.devices.faults import is_device_fault, is_out_of_memory
 from hidream_grpc.engine.protocol.channel import BlockingChannel
 from hidream_grpc.engine.protocol.collective_counter import CollectiveCounterWriter

@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from setproctitle import setproctitle
 
-from hidream_grpc.devices.base import StartMethod
+from hidream_grpc.devices.device_types import StartMethod
 from hidream_grpc.engine.protocol.channel import BlockingChannel
 from hidream_grpc.engine.protocol.messages import (
     KillProcess,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from hidream_grpc.devices.base import DeviceType
+from hidream_grpc.devices.device_types import DeviceType
 from hidream_grpc.errors import ConfigurationError
 from hidream_grpc.model.checkpoint.sizes import ImageSize, SizeLimits
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from hidream_grpc.devices.base import DeviceMemory
+from hidream_grpc.devices.device_types import DeviceMemory
 
 _MIN_RESERVE_BYTES = 4 * 1024**3
 _RESERVE_FRACTION = 8

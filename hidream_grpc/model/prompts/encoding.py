@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hidream_grpc.devices.base import Device
+from hidream_grpc.devices.device import Device
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
 from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.prompts.text_encoders import PromptEmbeds, TextEncoders

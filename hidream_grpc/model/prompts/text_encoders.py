@@ -23,7 +23,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from hidream_grpc.devices.base import CPU, Device, open_device
+from hidream_grpc.devices.device import Device, open_device
+from hidream_grpc.devices.device_types import CPU
 from hidream_grpc.errors import NonFiniteError
 from hidream_grpc.model.checkpoint.files import MAX_SEQUENCE_LENGTH, MODEL_PATH_FLAG, llama_flag
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderFiles, TextEncoderName, text_encoder_files

@@ -26,7 +26,7 @@ from diffusers.models.transformers.transformer_hidream_image import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hidream_grpc.devices.base import Device
+from hidream_grpc.devices.device import Device
 from hidream_grpc.model.checkpoint.files import TransformerConfig
 from hidream_grpc.model.checkpoint.weights.transformer import modulations, swiglu_units
 from hidream_grpc.model.parallel.experts import RoutedExperts

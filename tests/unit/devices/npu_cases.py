@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.backend_registration import rename_privateuse1_backend
 
-from hidream_grpc.devices.base import NPU, open_device
+from hidream_grpc.devices.device import open_device
+from hidream_grpc.devices.device_types import NPU
 from tests.unit.devices.npu_stand_in import TOTAL_BYTES, NpuRuntime
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hidream_grpc.devices.base import CUDA
 from hidream_grpc.devices.cuda import CudaDevice
+from hidream_grpc.devices.device_types import CUDA
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hidream_grpc.devices.base import CPU, CUDA, NPU, DeviceType
 from hidream_grpc.devices.detect import (
     MAX_DEVICE_INDEX,
     Machine,
@@ -18,6 +17,7 @@ from hidream_grpc.devices.detect import (
     parse_devices,
     select_devices,
 )
+from hidream_grpc.devices.device_types import CPU, CUDA, NPU, DeviceType
 from hidream_grpc.errors import ConfigurationError, DeviceUnavailableError
 
 MakeMachine = Callable[..., Machine]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hidream_grpc.devices.base import CPU, CUDA, NPU, DeviceMemory, DeviceType
+from hidream_grpc.devices.device_types import CPU, CUDA, NPU, DeviceMemory, DeviceType
 from hidream_grpc.errors import InsufficientMemoryError
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
 from hidream_grpc.model.memory_requirements import MemoryRequirements

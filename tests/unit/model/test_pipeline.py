@@ -12,7 +12,7 @@ import torch
 from diffusers import HiDreamImagePipeline
 from PIL import Image
 
-from hidream_grpc.devices.base import open_device
+from hidream_grpc.devices.device import open_device
 from hidream_grpc.errors import CheckpointChangedError, ModelNotFoundError
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.checkpoint.fingerprint import fingerprint_of
@@ -158,7 +158,7 @@ def test_the_demo_model_draws_the_size_asked_for() -> None:
 def test_loading_and_drawing_write_nothing_to_the_terminal(tiny_checkpoint: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
-        "from hidream_grpc.devices.base import open_device\n"
+        "from hidream_grpc.devices.device import open_device\n"
         "from hidream_grpc.model.pipeline import HiDreamModel\n"
         "from tests.support.denoising import denoise, parameters\n"
         "model = HiDreamModel.from_pretrained(Path(sys.argv[1]), None, open_device('cpu', 0))\n"

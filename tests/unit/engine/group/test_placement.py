@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from hidream_grpc.devices.base import CPU
 from hidream_grpc.devices.detect import select_devices
+from hidream_grpc.devices.device_types import CPU
 from hidream_grpc.engine.group.placement import GroupPlacement
 from hidream_grpc.model.parallel.layout import Layout
 

@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 
-from hidream_grpc.devices.base import DeviceMemory
+from hidream_grpc.devices.device_types import DeviceMemory
 from hidream_grpc.engine.group.listener import RankListener
 from hidream_grpc.engine.group.memory_gate import MemoryGate
 from hidream_grpc.engine.group.rank_link import RankLink

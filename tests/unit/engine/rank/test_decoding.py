@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from hidream_grpc.devices.base import open_device
+from hidream_grpc.devices.device import open_device
 from hidream_grpc.engine.protocol.messages import Admission, DecodedImage
 from hidream_grpc.engine.rank.decoding import RunningDecode
 from hidream_grpc.model.decoding.images import encode_image

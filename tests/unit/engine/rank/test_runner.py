@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hidream_grpc.devices.base import open_device
+from hidream_grpc.devices.device import open_device
 from hidream_grpc.engine.protocol.messages import Decode, JobFault, PlanDone, StepPlan
 from hidream_grpc.engine.rank.runner import Runner
 from hidream_grpc.errors import NonFiniteError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hidream_grpc.devices.base import StartMethod
+from hidream_grpc.devices.device_types import StartMethod
 from hidream_grpc.engine.protocol.channel import BlockingChannel
 from hidream_grpc.engine.protocol.messages import (
     StartRank,

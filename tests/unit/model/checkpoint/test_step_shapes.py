@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from hidream_grpc.devices.base import CPU, CUDA, NPU, DeviceType
+from hidream_grpc.devices.device_types import CPU, CUDA, NPU, DeviceType
 from hidream_grpc.errors import ConfigurationError
 from hidream_grpc.model.checkpoint.sizes import SizeLimits
 from hidream_grpc.model.checkpoint.step_shapes import StepShape, choose_compile_shapes, parse_step_shapes

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hidream_grpc.devices.base import DeviceType
-from hidream_grpc.devices.detect import DEVICE_TYPES
+from hidream_grpc.devices.device_types import DEVICE_TYPES, DeviceType
 from hidream_grpc.errors import ConfigurationError
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import (

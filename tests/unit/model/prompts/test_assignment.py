@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hidream_grpc.devices.base import DeviceMemory
+from hidream_grpc.devices.device_types import DeviceMemory
 from hidream_grpc.model.prompts.assignment import activation_reserve_bytes, assign_to_ranks, fits
 
 GB = 10**9

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection, LlamaModel, T5EncoderModel
 
-from hidream_grpc.devices.base import DeviceMemory
 from hidream_grpc.devices.cpu import CpuDevice
+from hidream_grpc.devices.device_types import DeviceMemory
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName, text_encoder_files
 from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.prompts.text_encoders import PromptEmbeds, TextEncoders

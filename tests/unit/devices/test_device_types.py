@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hidream_grpc.devices.base import CPU, CUDA, NPU, DeviceType, StartMethod, open_device
+from hidream_grpc.devices.device import open_device
+from hidream_grpc.devices.device_types import CPU, CUDA, NPU, DeviceType, StartMethod
 
 
 @pytest.mark.parametrize(
