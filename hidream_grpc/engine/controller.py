@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from functools import partial
 
 from hidream_grpc.engine.admissions import Admissions
 from hidream_grpc.engine.group.rank_group import RankGroup
@@ -62,16 +63,14 @@ class Controller:
         self,
         group: RankGroup,
         scheduler: StepScheduler,
-        on_state: Callable[[EngineState], None],
-        on_step: Callable[[StepReport], None],
-        on_prompts: Callable[[PromptReport], None],
+        step_observers: Sequence[Callable[[StepReport], None]],
+        prompt_observers: Sequence[Callable[[PromptReport], None]],
     ) -> None:
         self.num_lost_steps = 0
         self._group = group
         self._scheduler = scheduler
-        self._on_state = on_state
-        self._on_step = on_step
-        self._on_prompts = on_prompts
+        self._step_observers = step_observers
+        self._prompt_observers = prompt_observers
         self._strikes = Strikes()
         self._pace = SnapshotPace()
         self._active: dict[str, RunningRequest] = {}
@@ -99,13 +98,13 @@ class Controller:
             StartupError: the ranks said why they cannot start.
         """
         try:
-            self._on_state(EngineState.STARTING)
+            _set_state(backlog, EngineState.STARTING)
             await self._group.start()
-            self._on_state(EngineState.SERVING)
+            _set_state(backlog, EngineState.SERVING)
             while True:
                 await self._round(backlog)
         finally:
-            self._on_state(EngineState.STOPPED)
+            _set_state(backlog, EngineState.STOPPED)
             await self._group.stop()
 
     async def _round(self, backlog: Backlog) -> None:
@@ -125,7 +124,7 @@ class Controller:
             lost = loss
         else:
             return
-        await self._recover(lost, plan, at_work)
+        await self._recover(backlog, lost, plan, at_work)
 
     # --- planning ---------------------------------------------------------------------------------
 
@@ -201,7 +200,9 @@ class Controller:
         if plan.admissions:
             # Every rank counts the same prompts.
             counts = answers[0]
-            self._on_prompts(PromptReport(counts.num_prompt_cache_hits, counts.num_prompt_cache_misses))
+            prompts = PromptReport(counts.num_prompt_cache_hits, counts.num_prompt_cache_misses)
+            for observe in self._prompt_observers:
+                observe(prompts)
         encode_seconds = max(answer.encode_seconds for answer in answers)
         for admission in plan.admissions:
             if active := self._active.get(admission.claim_id):
@@ -247,16 +248,16 @@ class Controller:
                 active.request.on_event(PreviewMade(step, previews[claim_id]))
         if stepped:
             parameters = self._active[stepped[0]].request.parameters
-            self._on_step(
-                StepReport(
-                    step_seconds=step_seconds,
-                    width=parameters.width,
-                    height=parameters.height,
-                    num_samples=num_samples,
-                    snapshot_seconds=self._apply_snapshot(answers),
-                    round_seconds=self._plain_round_seconds(plan),
-                )
+            report = StepReport(
+                step_seconds=step_seconds,
+                width=parameters.width,
+                height=parameters.height,
+                num_samples=num_samples,
+                snapshot_seconds=self._apply_snapshot(answers),
+                round_seconds=self._plain_round_seconds(plan),
             )
+            for observe in self._step_observers:
+                observe(report)
 
     def _plain_round_seconds(self, plan: StepPlan) -> float | None:
         """How long the round has taken, if it was for a step alone."""
@@ -315,10 +316,12 @@ class Controller:
         self._judge(suspects, OUT_OF_MEMORY_REASON, LossCause.OUT_OF_MEMORY, was_alone=at_work == suspects)
         await self._resume((claim_id,), OUT_OF_MEMORY_REASON)
 
-    async def _recover(self, loss: RankDiedError, plan: StepPlan | None, at_work: dict[str, int]) -> None:
+    async def _recover(
+        self, backlog: Backlog, loss: RankDiedError, plan: StepPlan | None, at_work: dict[str, int]
+    ) -> None:
         """Bring the group back, however long it takes, and let the running requests go on."""
         logger.warning("the rank group was lost: %s", loss)
-        self._on_state(EngineState.RECOVERING)
+        _set_state(backlog, EngineState.RECOVERING)
         if plan is not None and loss.cause is LossCause.OUT_OF_MEMORY:
             self._scheduler.lower_limit(plan.step_claims)
             logger.warning("a step may hold %d pixels from now on", self._scheduler.max_step_pixels)
@@ -329,7 +332,7 @@ class Controller:
         self._admissions.forget_all()
         is_back = False
         while not is_back:
-            await bring_back(self._group, self._on_state, self._keep_snapshots)
+            await bring_back(self._group, partial(_set_state, backlog), self._keep_snapshots)
             try:
                 await self._resume(tuple(self._active), str(loss))
                 is_back = True
@@ -338,7 +341,7 @@ class Controller:
         if loss.cause is not LossCause.OUT_OF_MEMORY:
             with self._rise_logged():
                 self._scheduler.lift_limit()
-        self._on_state(EngineState.SERVING)
+        _set_state(backlog, EngineState.SERVING)
 
     @contextmanager
     def _rise_logged(self) -> Iterator[None]:
@@ -395,6 +398,11 @@ class Controller:
         self._scheduler.restart(claim_id, active.resume_step)
         self._admissions.ask(claim_id)
         active.request.on_event(RequestRestarted(active.attempt, reason, active.resume_step))
+
+
+def _set_state(backlog: Backlog, state: EngineState) -> None:
+    logger.info("the engine is %s", state)
+    backlog.set_engine_state(state)
 
 
 def _is_out_of_memory(fault: JobFault) -> bool:

@@ -172,3 +172,6 @@ class Backlog(Protocol):
 
     def take(self) -> EngineRequest | None:
         """Remove and return the request that is next, or None when none waits."""
+
+    def set_engine_state(self, state: EngineState) -> None:
+        """Note whether the rank group can work; called at every change."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from hidream_grpc.background import keep_doing
-from hidream_grpc.engine.requests import EngineState
+from hidream_grpc.engine.requests import EngineRequest, EngineState
 from hidream_grpc.errors import HiDreamError, NotServingError, RequestError, StoreUnavailableError
 from hidream_grpc.jobs.artifacts.image_reader import ImageReader
 from hidream_grpc.jobs.artifacts.orphans import OrphanedFiles
@@ -62,9 +62,9 @@ class StorePolicy:
 
 
 class JobService:
-    """Every call about jobs. Belongs to the event loop's thread; `run` must run meanwhile.
+    """Every call about jobs, and the engine's backlog.
 
-    It is the engine's backlog through its executor.
+    Belongs to the event loop's thread; `run` must run meanwhile.
     """
 
     def __init__(
@@ -170,6 +170,10 @@ class JobService:
     def retry_after_seconds(self) -> float:
         """Seconds until a place in the queue is likely to be free."""
         return max(MIN_RETRY_SECONDS, self._estimator.next_start_seconds or 0.0)
+
+    def take(self) -> EngineRequest | None:
+        """Remove and return the request that is next, or None when none waits: the engine asks."""
+        return self.executor.take()
 
     async def join(self) -> None:
         """Register with the store, before anything is accepted; raises StoreUnavailableError."""

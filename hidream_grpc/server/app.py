@@ -19,7 +19,6 @@ from hidream_grpc.background import BackgroundTasks, reason_of
 from hidream_grpc.engine.controller import Controller
 from hidream_grpc.engine.group.listener import check_temporary_folder
 from hidream_grpc.engine.group.rank_group import RankGroup
-from hidream_grpc.engine.requests import EngineState, StepReport
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
 from hidream_grpc.errors import (
     ConfigurationError,
@@ -118,14 +117,6 @@ async def _serve(settings: Settings, signals: Signals) -> None:
     metrics = Metrics()
     health = HealthServicer()
 
-    def on_state(state: EngineState) -> None:
-        logger.info("the engine is %s", state)
-        jobs.set_engine_state(state)
-
-    def on_step(report: StepReport) -> None:
-        metrics.observe_step(report)
-        estimator.observe_step(report)
-
     def capacity() -> EngineCapacity:
         return EngineCapacity(
             max_running_jobs=limits.max_running_jobs,
@@ -134,8 +125,13 @@ async def _serve(settings: Settings, signals: Signals) -> None:
             max_running_jobs_of_caller=limits.max_running_jobs_per_caller,
         )
 
-    controller = Controller(group, scheduler, on_state, on_step, metrics.observe_prompts)
     estimator = JobEstimator(capacity)
+    controller = Controller(
+        group,
+        scheduler,
+        step_observers=(metrics.observe_step, estimator.observe_step),
+        prompt_observers=(metrics.observe_prompts,),
+    )
     data_directory = _data_directory(settings.data_dir)
     artifacts = ArtifactStore(settings.artifacts or data_directory / "artifacts")
     async with _open_store(settings.store, data_directory, signals) as store:
@@ -195,7 +191,7 @@ async def _serve(settings: Settings, signals: Signals) -> None:
         with _told_as_start_errors(settings.store):
             await signals.unless_ended(jobs.join())
         work = asyncio.create_task(jobs.run())
-        engine = asyncio.create_task(controller.run(jobs.executor))
+        engine = asyncio.create_task(controller.run(jobs))
         async with contextlib.AsyncExitStack() as ending:
             # Each of these happens even if one of them fails, the last one first.
             ending.push_async_callback(_end, engine, work)

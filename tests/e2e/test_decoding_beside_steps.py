@@ -17,6 +17,7 @@ from hidream_grpc.engine.protocol.messages import Decode, DecodedImage, JobFault
 from hidream_grpc.engine.requests import (
     EngineEvent,
     EngineRequest,
+    EngineState,
     ImageFinished,
     RequestFinished,
     StepFinished,
@@ -159,6 +160,9 @@ class TwoRequests:
     def take(self) -> EngineRequest | None:
         return self._waiting.popleft() if self._waiting else None
 
+    def set_engine_state(self, state: EngineState) -> None:
+        pass
+
     def _request(self, job_id: str, parameters: GenerationParameters) -> EngineRequest:
         return EngineRequest(job_id, job_id, "", parameters, lambda event: self._note(job_id, event))
 
@@ -174,9 +178,8 @@ async def test_the_controller_keeps_a_request_stepping_while_another_ones_large_
     controller = Controller(
         RankGroup(group_config(1)),
         StepScheduler(limits),
-        on_state=lambda _state: None,
-        on_step=lambda _report: None,
-        on_prompts=lambda _report: None,
+        step_observers=(),
+        prompt_observers=(),
     )
     running = asyncio.create_task(controller.run(requests))
     await requests.large_has_ended.wait()

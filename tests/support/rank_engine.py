@@ -43,9 +43,8 @@ class RankEngine:
         self.controller = Controller(
             group,
             self.scheduler,
-            on_state=self._on_state,
-            on_step=self.reports.append,
-            on_prompts=lambda _report: None,
+            step_observers=(self.reports.append,),
+            prompt_observers=(),
         )
         self.is_serving = asyncio.Event()
         self.has_failed = asyncio.Event()
@@ -104,7 +103,7 @@ class RankEngine:
         assert not self.events(job_id, RequestFailed)
         return [e.data for e in sorted(self.events(job_id, ImageFinished), key=lambda e: e.image_index)]
 
-    def _on_state(self, state: EngineState) -> None:
+    def set_engine_state(self, state: EngineState) -> None:
         if state is EngineState.SERVING:
             self.is_serving.set()
         else:

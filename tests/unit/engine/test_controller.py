@@ -25,6 +25,7 @@ from hidream_grpc.engine.protocol.messages import (
 from hidream_grpc.engine.requests import (
     EngineEvent,
     EngineRequest,
+    EngineState,
     ImageFinished,
     PromptReport,
     RequestFailed,
@@ -153,10 +154,12 @@ class Service:
         self.controller = Controller(
             cast(RankGroup, ranks),
             self.scheduler,
-            on_state=lambda _state: None,
-            on_step=lambda _report: None,
-            on_prompts=self.prompts.append,
+            step_observers=(),
+            prompt_observers=(self.prompts.append,),
         )
+
+    def set_engine_state(self, state: EngineState) -> None:
+        pass
 
     def take(self) -> EngineRequest | None:
         return self._waiting.popleft() if self._waiting else None
