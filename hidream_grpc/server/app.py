@@ -53,10 +53,7 @@ from hidream_grpc.server.checks.requests import RequestChecks
 from hidream_grpc.server.health import IMAGE_GEN, HealthServicer
 from hidream_grpc.server.image_gen import ImageGenServicer
 from hidream_grpc.server.info import ServerDescription
-from hidream_grpc.server.interceptors.authentication import AuthenticationInterceptor
-from hidream_grpc.server.interceptors.errors import ErrorInterceptor
-from hidream_grpc.server.interceptors.observation import ObservationInterceptor
-from hidream_grpc.server.interceptors.parsing import ParsingInterceptor
+from hidream_grpc.server.interceptors import CallInterceptor
 from hidream_grpc.server.limits import request_defaults, request_limits
 from hidream_grpc.server.listening import bind, grpc_server
 from hidream_grpc.server.memory import return_freed_buffers
@@ -174,13 +171,8 @@ async def _serve(settings: Settings, signals: Signals) -> None:
         checks = RequestChecks(ModelChoice(jobs, count_tokens), limits)
         servicer = ImageGenServicer(jobs, checks, limits, describe_server)
 
-        interceptors = (
-            ObservationInterceptor(metrics),
-            ErrorInterceptor(),
-            AuthenticationInterceptor(None if tokens is None else tokens.caller_of),
-            ParsingInterceptor(),
-        )
-        server = grpc_server(limits, interceptors)
+        interceptor = CallInterceptor(metrics, None if tokens is None else tokens.caller_of)
+        server = grpc_server(limits, interceptor)
         image_gen_pb2_grpc.add_ImageGenServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         reflection.enable_server_reflection((IMAGE_GEN, HEALTH, reflection.SERVICE_NAME), server)

@@ -17,12 +17,10 @@ OTHER_CALLS_OF_A_CONNECTION = 100
 """Calls that one connection may have open beside as many streams as the server has."""
 
 
-def grpc_server(
-    limits: RequestLimits, interceptors: tuple[grpc.aio.ServerInterceptor, ...]
-) -> grpc.aio.Server:
+def grpc_server(limits: RequestLimits, interceptor: grpc.aio.ServerInterceptor) -> grpc.aio.Server:
     """A server that listens nowhere yet."""
     return grpc.aio.server(
-        interceptors=interceptors,
+        interceptors=(interceptor,),
         options=(
             # With it a second server would share the port without a word.
             ("grpc.so_reuseport", 0),
