@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from hidream_grpc.engine.controller import Controller
+from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.requests import PromptReport, StepReport
+from hidream_grpc.engine.scheduler import StepScheduler
 from hidream_grpc.errors import AddressInUseError, ConfigurationError
 from hidream_grpc.jobs.retention.retention import RemovalReason, RetentionReport
+from hidream_grpc.jobs.service import JobService
 
 _CALL_BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 _STEP_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 30)
@@ -91,28 +94,29 @@ class Metrics:
             self._removed_jobs.labels(reason.value).inc(num_removed)
 
     def watch(
-        self,
-        num_queued: Callable[[], float],
-        num_running: Callable[[], float],
-        num_rank_restarts: Callable[[], float],
-        num_layout_devices: Callable[[], float],
-        num_lost_steps: Callable[[], float],
-        max_step_pixels: Callable[[], float],
-        is_serving: Callable[[], float],
+        self, jobs: JobService, group: RankGroup, controller: Controller, scheduler: StepScheduler
     ) -> None:
-        """Read these whenever Prometheus asks."""
+        """Read what these know whenever Prometheus asks."""
         for name, text, read in (
-            ("hidream_queued_jobs", "Jobs that wait.", num_queued),
-            ("hidream_running_jobs", "Jobs that are being drawn.", num_running),
-            ("hidream_rank_restarts", "Rank processes replaced since the start.", num_rank_restarts),
-            ("hidream_layout_devices", "Devices of the layout that serves.", num_layout_devices),
-            ("hidream_lost_steps", "Steps that jobs took again after a loss of ranks.", num_lost_steps),
+            ("hidream_queued_jobs", "Jobs that wait.", lambda: jobs.num_queued),
+            ("hidream_running_jobs", "Jobs that are being drawn.", lambda: jobs.num_running),
+            (
+                "hidream_rank_restarts",
+                "Rank processes replaced since the start.",
+                lambda: group.num_restarts,
+            ),
+            ("hidream_layout_devices", "Devices of the layout that serves.", lambda: group.world_size),
+            (
+                "hidream_lost_steps",
+                "Steps that jobs took again after a loss of ranks.",
+                lambda: controller.num_lost_steps,
+            ),
             (
                 "hidream_max_step_pixels",
                 "What one step may hold; less after a lack.",
-                max_step_pixels,
+                lambda: scheduler.max_step_pixels,
             ),
-            ("hidream_serving", "1 while requests are taken.", is_serving),
+            ("hidream_serving", "1 while requests are taken.", lambda: jobs.is_ready),
         ):
             Gauge(name, text, registry=self.registry).set_function(read)
 

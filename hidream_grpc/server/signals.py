@@ -36,9 +36,10 @@ class Signals:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_end)
+        self.on_hangup(_do_nothing)
 
     def on_hangup(self, act: Callable[[], None]) -> None:
-        """Do this at every SIGHUP."""
+        """Do this at every SIGHUP from now on; before, one has no effect."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, act)
 
     async def unless_ended(self, start: Coroutine[Any, Any, None]) -> None:
@@ -60,6 +61,10 @@ class Signals:
 
     def _on_end(self) -> None:
         (self.second if self.first.is_set() else self.first).set()
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def end_within(seconds: float) -> None:

@@ -12,7 +12,7 @@ from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
-from hidream_grpc.server.app import take_all_devices
+from hidream_grpc.server.lifecycle import take_all_devices
 
 MAX_STEP_PIXELS = 1 << 20
 

@@ -1,0 +1,231 @@
+"""From the operator's settings to the frozen values that each layer takes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from hidream_grpc.devices.detect import DeviceSelection, detect, parse_devices, select_devices
+from hidream_grpc.devices.device_types import CPU
+from hidream_grpc.devices.host_memory import host_memory
+from hidream_grpc.engine.group.config import GroupConfig, GroupTimeouts
+from hidream_grpc.engine.scheduler import BatchLimits
+from hidream_grpc.errors import ConfigurationError
+from hidream_grpc.jobs.folders import make_writable
+from hidream_grpc.jobs.limits import MAX_TORCH_SEED, RequestDefaults, RequestLimits
+from hidream_grpc.jobs.retention.retention import RetentionLimits
+from hidream_grpc.jobs.service import StorePolicy
+from hidream_grpc.jobs.store.url import STORE_FLAG
+from hidream_grpc.logs import LogConfig
+from hidream_grpc.model.checkpoint.description import CheckpointDescription
+from hidream_grpc.model.checkpoint.sizes import MAX_PREVIEW_SIDE_PIXELS
+from hidream_grpc.model.checkpoint.step_shapes import choose_compile_shapes
+from hidream_grpc.model.memory_requirements import MemoryRequirements
+from hidream_grpc.model.model_weights import read_model_weights
+from hidream_grpc.model.parallel.layout import Layout
+from hidream_grpc.model.parallel.planner import LAYOUT_FLAG, ModelDivisions, choose_layout, smaller_layouts
+from hidream_grpc.server.model_folders import ModelFolders
+from hidream_grpc.settings import Settings
+
+MAX_REQUEST_ID_BYTES = 128
+MAX_LABELS = 32
+MAX_LABEL_BYTES = 128
+
+DATA_DIR_FLAG = "--data-dir"
+
+
+@dataclass(frozen=True, slots=True)
+class DrainTimes:
+    """How long a server that was asked to end still does what.
+
+    Attributes:
+        delay_seconds: it takes new calls: load balancers send some until their next health check.
+        grace_seconds: jobs that run may end, and be read.
+    """
+
+    delay_seconds: float
+    grace_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLocations:
+    """Where jobs and images are kept.
+
+    Attributes:
+        jobs: the file of a SQLite database, or the URL of a PostgreSQL one.
+        jobs_flag: what an operator sets to have another one.
+        artifacts: a folder or the URL of a bucket.
+    """
+
+    jobs: Path | str
+    jobs_flag: str
+    artifacts: Path | str
+
+
+# --- engine ---------------------------------------------------------------------------------------
+
+
+def group_config(settings: Settings, folders: ModelFolders, checkpoint: CheckpointDescription) -> GroupConfig:
+    """The ranks that the settings ask for.
+
+    Raises:
+        StartupError: a device, a layout or a shape that cannot be, or has no room.
+    """
+    divisions = ModelDivisions(checkpoint.num_attention_heads, checkpoint.num_routed_experts)
+    devices, layout = _plan(settings, divisions)
+    device_type = devices.device_type
+    requirements = MemoryRequirements(
+        read_model_weights(folders.model, folders.extra_model), divisions, device_type
+    )
+    if device_type is CPU:
+        # The memory of other devices is known when a rank has opened them, before it loads.
+        host = host_memory()
+        requirements.check(layout, dict.fromkeys(range(layout.world_size), host), host)
+    cores_per_rank = len(os.sched_getaffinity(0)) // layout.world_size
+    return GroupConfig(
+        model_path=folders.model,
+        extra_model_path=folders.extra_model,
+        checkpoint_fingerprint=checkpoint.fingerprint,
+        devices=devices,
+        layout=layout,
+        smaller_layouts=smaller_layouts(layout, divisions),
+        start_method=device_type.start_method,
+        check_memory=requirements.check,
+        # Proven on gloo; an experiment where the backend holds state in the device.
+        replace=settings.replace or ("one" if device_type.backend == "gloo" else "all"),
+        threads_per_rank=settings.threads_per_rank or max(1, cores_per_rank),
+        compile_shapes=choose_compile_shapes(settings.compile_shapes, device_type, checkpoint.size_limits),
+        timeouts=GroupTimeouts(
+            load_seconds=settings.load_timeout_seconds,
+            collective_seconds=settings.collective_timeout_seconds,
+        ),
+        log=LogConfig(settings.log_level, settings.log_format, settings.log_file),
+    )
+
+
+def _plan(settings: Settings, divisions: ModelDivisions) -> tuple[DeviceSelection, Layout]:
+    """The devices that the ranks may use, and how these share the work; the layout may leave some idle."""
+    device_type = detect(settings.device_type)
+    named = parse_devices(settings.devices) if settings.devices is not None else None
+    layout = choose_layout(
+        settings.layout,
+        num_devices=len(named) if named is not None else None,
+        default=device_type.default_layout,
+        divisions=divisions,
+    )
+    if named is not None:
+        return select_devices(device_type, named), layout
+    return select_devices(device_type, tuple(range(layout.world_size)), LAYOUT_FLAG), layout
+
+
+def batch_limits(settings: Settings) -> BatchLimits:
+    """How much one step may hold."""
+    return BatchLimits(
+        max_running_requests=settings.max_running_jobs, max_step_pixels=settings.max_step_pixels
+    )
+
+
+# --- requests -------------------------------------------------------------------------------------
+
+
+def request_limits(settings: Settings, checkpoint: CheckpointDescription) -> RequestLimits:
+    """What requests are checked against."""
+    return RequestLimits(
+        max_prompt_tokens=checkpoint.max_prompt_tokens,
+        max_prompt_bytes=settings.max_prompt_bytes,
+        size_multiple=checkpoint.size_limits.size_multiple,
+        min_side_pixels=checkpoint.size_limits.min_side_pixels,
+        max_pixels=checkpoint.size_limits.max_pixels,
+        max_num_inference_steps=settings.max_num_inference_steps,
+        max_guidance_scale=settings.max_guidance_scale,
+        max_num_images=settings.max_num_images,
+        # Image i is generated from seed + i.
+        max_seed=MAX_TORCH_SEED - (settings.max_num_images - 1),
+        max_queued_jobs=settings.max_queued_jobs,
+        max_running_jobs=settings.max_running_jobs,
+        max_streams=settings.max_streams,
+        max_request_id_bytes=MAX_REQUEST_ID_BYTES,
+        max_labels=MAX_LABELS,
+        max_label_bytes=MAX_LABEL_BYTES,
+        max_receive_message_bytes=settings.max_receive_message_bytes,
+        chunk_bytes=settings.chunk_bytes,
+        max_preview_side_pixels=MAX_PREVIEW_SIDE_PIXELS,
+        max_queued_jobs_per_caller=settings.max_queued_jobs_per_caller,
+        max_running_jobs_per_caller=settings.max_running_jobs_per_caller,
+        max_pixel_steps_per_minute_per_caller=settings.max_pixel_steps_per_minute_per_caller,
+        max_streams_per_caller=settings.max_streams_per_caller,
+    )
+
+
+def request_defaults(limits: RequestLimits, checkpoint: CheckpointDescription) -> RequestDefaults:
+    """The checkpoint's defaults, as far as the operator's limits allow them."""
+    return RequestDefaults(
+        width=checkpoint.defaults.width,
+        height=checkpoint.defaults.height,
+        num_inference_steps=min(checkpoint.defaults.num_inference_steps, limits.max_num_inference_steps),
+        guidance_scale=min(checkpoint.defaults.guidance_scale, limits.max_guidance_scale),
+    )
+
+
+# --- stores ---------------------------------------------------------------------------------------
+
+
+def store_policy(settings: Settings) -> StorePolicy:
+    """How the server deals with the store and with the files."""
+    return StorePolicy(
+        lease_seconds=settings.lease_seconds,
+        retention=RetentionLimits(
+            retention_seconds=settings.retention_seconds,
+            max_retained_jobs=settings.max_retained_jobs,
+            max_retained_bytes=settings.max_retained_bytes,
+            is_dry_run=settings.retention_dry_run,
+        ),
+        orphan_sweep_seconds=settings.orphan_sweep_seconds,
+        max_outage_seconds=settings.store_outage_seconds,
+    )
+
+
+def store_locations(settings: Settings) -> StoreLocations:
+    """Where jobs and images are kept; the folder of those that have no other place is made.
+
+    Raises:
+        ConfigurationError: there is no such folder that can be written to.
+    """
+    directory = _data_directory(settings.data_dir)
+    return StoreLocations(
+        jobs=settings.store or directory / "jobs.sqlite",
+        jobs_flag=DATA_DIR_FLAG if settings.store is None else STORE_FLAG,
+        artifacts=settings.artifacts or directory / "artifacts",
+    )
+
+
+def _data_directory(data_dir: Path | None) -> Path:
+    """The folder of jobs and images: what was accepted must be found again after a restart."""
+    directory = (data_dir or _home_of_data() / "hidream-grpc").absolute()
+    try:
+        make_writable(directory)
+    except OSError as error:
+        raise ConfigurationError(DATA_DIR_FLAG, f"cannot write to {directory}: {error.strerror}") from None
+    return directory
+
+
+def _home_of_data() -> Path:
+    # The XDG specification has an empty one mean none, and a relative one be wrong.
+    if data_home := os.environ.get("XDG_DATA_HOME"):
+        return _absolute(Path(data_home), "XDG_DATA_HOME")
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = None
+    if home is None or os.environ.get("HOME") == "":
+        reason = "must name a folder, since neither XDG_DATA_HOME nor HOME is set"
+        raise ConfigurationError(DATA_DIR_FLAG, reason)
+    return _absolute(home, "HOME") / ".local" / "share"
+
+
+def _absolute(folder: Path, variable: str) -> Path:
+    if not folder.is_absolute():
+        reason = f"{str(folder)!r} is no absolute path; name one, or give {DATA_DIR_FLAG}"
+        raise ConfigurationError(variable, reason)
+    return folder
