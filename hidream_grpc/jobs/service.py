@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -246,6 +247,38 @@ class JobService:
         """Accept a request, or follow up on the one of this owner that has its request id."""
         (job,) = await self.submit_all([submission], owner, call_id, refusal)
         return job
+
+    @contextlib.asynccontextmanager
+    async def attended(
+        self,
+        submission: Submission,
+        owner: str,
+        refusal: RequestError | None,
+        leaving_reason: Callable[[], CancelReason],
+    ) -> AsyncIterator[Job]:
+        """Submit a job whose caller stays with it: when its last caller leaves, the job stops.
+
+        A caller leaves when the block is cancelled or closed before the job has ended. A job whose submission
+        is detached goes on then, and so does one whose stream broke: its caller tries again.
+
+        Args:
+            leaving_reason: called when the caller leaves, for why it does.
+
+        Raises:
+            HiDreamError: what `submit_all` raises.
+        """
+        call_id = "" if submission.is_detached else uuid.uuid4().hex
+        job = await self.submit(submission, owner, call_id, refusal)
+        reason = None
+        with self._feeds.used(job.job_id, is_reader=False) as feed:
+            try:
+                yield job
+            except (asyncio.CancelledError, GeneratorExit):
+                reason = leaving_reason()
+                raise
+            finally:
+                if call_id and not feed.has_ended:
+                    self.detach(job.job_id, call_id, reason)
 
     async def submit_all(
         self,

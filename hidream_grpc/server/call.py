@@ -6,6 +6,8 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from hidream_grpc.jobs.job import CancelReason
+
 # grpc cancels the handler of a call a little before its deadline by our clock.
 DEADLINE_MARGIN_SECONDS = 0.1
 
@@ -32,6 +34,10 @@ class Call:
     def deadline_has_passed(self) -> bool:
         """Whether a call that ends now ends because of its deadline."""
         return self.deadline is not None and time.monotonic() > self.deadline - DEADLINE_MARGIN_SECONDS
+
+    def leaving_reason(self) -> CancelReason:
+        """Why a caller that leaves now does so."""
+        return CancelReason.DEADLINE if self.deadline_has_passed else CancelReason.CALLER_LEFT
 
 
 _current_call: ContextVar[Call] = ContextVar("current_call")

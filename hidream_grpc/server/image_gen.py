@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, aclosing
 from typing import Any, TypeAlias
@@ -59,27 +57,16 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
             checked = await self._checks.one(request, call.caller, context.time_remaining())
             (submission,) = checked.submissions
             call.request_id = submission.request_id
-            call_id = "" if submission.is_detached else uuid.uuid4().hex
-            job = await self._jobs.submit(submission, call.owner, call_id, checked.refusal)
-            call.job_id = job.job_id
-            has_ended, reason = False, None
-            try:
+            attended = self._jobs.attended(submission, call.owner, checked.refusal, call.leaving_reason)
+            async with attended as job:
+                call.job_id = job.job_id
                 reader = self._jobs.image_reader(job.job_id)
                 async with aclosing(self._jobs.follow(call.owner, job.job_id)) as events:
                     async for event in events:
-                        has_ended = event.is_last
                         if isinstance(event.body, Failed | Cancelled):
                             raise event.body.error
                         message = await _message(event, reader)
                         yield image_gen_pb2.GenerateResponse(job_id=job.job_id, event=message)
-            except (asyncio.CancelledError, GeneratorExit):
-                is_late = call.deadline_has_passed
-                reason = CancelReason.DEADLINE if is_late else CancelReason.CALLER_LEFT
-                raise
-            finally:
-                # Without a reason the job goes on: a caller whose stream broke tries again.
-                if call_id and not has_ended:
-                    self._jobs.detach(job.job_id, call_id, reason)
 
     async def SubmitJob(  # noqa: N802
         self, request: image_gen_pb2.SubmitJobRequest, context: Context

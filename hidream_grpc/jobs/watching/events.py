@@ -157,6 +157,11 @@ class JobFeed:
         self._closing_error: HiDreamError | None = None
         self._changed = asyncio.Event()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the end of the job is known here."""
+        return self._has_ended
+
     def continue_after(self, sequence: int) -> None:
         """Give later events greater sequences than this one."""
         self._last_sequence = max(self._last_sequence, sequence)

@@ -349,6 +349,32 @@ async def test_a_caller_that_leaves_without_a_reason_leaves_its_job_to_its_retry
     assert await bench.run() == job.job_id
 
 
+class StreamBrokeError(Exception):
+    """What ends a stream that nobody left."""
+
+
+@pytest.mark.parametrize("is_detached", [False, True], ids=["attached", "detached"])
+@pytest.mark.parametrize("ending", [asyncio.CancelledError, GeneratorExit, StreamBrokeError])
+async def test_an_attended_job_stops_when_its_caller_leaves_but_not_when_its_stream_breaks(
+    bench: Bench, ending: type[BaseException], is_detached: bool
+) -> None:
+    what = submission(is_detached=is_detached)
+    with pytest.raises(ending):
+        async with bench.service.attended(what, "", None, lambda: CancelReason.DEADLINE) as job:
+            raise ending
+    if is_detached or ending is StreamBrokeError:
+        assert await bench.run() == job.job_id
+    else:
+        assert (await bench.ended(job.job_id, JobState.CANCELLED)).cancel_reason is CancelReason.DEADLINE
+
+
+async def test_an_attended_job_that_has_ended_is_not_stopped(bench: Bench) -> None:
+    async with bench.service.attended(submission(), "", None, lambda: CancelReason.CALLER_LEFT) as job:
+        await bench.run()
+    ended = await bench.service.get(None, job.job_id)
+    assert (ended.state, ended.cancel_reason) == (JobState.SUCCEEDED, None)
+
+
 async def test_a_caller_that_goes_while_its_job_is_accepted_leaves_none_that_is_drawn(bench: Bench) -> None:
     await busy(bench)
     for name, is_detached in (("awaited", False), ("detached", True)):
