@@ -7,14 +7,21 @@ import inspect
 import logging
 import os
 import sys
-from typing import Annotated, Any, NoReturn
+import textwrap
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from hidream_grpc.errors import ConfigurationError, HiDreamError, StartupError
 from hidream_grpc.logs import LogConfig, configure_logging, log_unforeseen, one_line, place_of
 from hidream_grpc.server.app import serve
 from hidream_grpc.settings import Settings, describe_unknown_variables, flag_name, load_settings
+from hidream_grpc.settings_help import help_of, help_words, type_words
+
+if TYPE_CHECKING:
+    from typer._click import Context as ClickContext
+    from typer._click import HelpFormatter
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +34,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # Tables of rich cut long names.
+    rich_markup_mode=None,
 )
 
 _SHORT_FLAGS = {
@@ -37,13 +46,42 @@ _SHORT_FLAGS = {
 }
 
 
+class _ServeCommand(TyperCommand):
+    """The command whose help lists its flags by group, with whole names on a terminal of any width."""
+
+    def format_options(self, ctx: ClickContext, formatter: HelpFormatter) -> None:
+        """Write one section for each group, in the order of the flags."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(ctx):
+            if (record := option.get_help_record(ctx)) is not None:
+                groups.setdefault(getattr(option, "rich_help_panel", None) or "Other", []).append(record)
+        indent = " " * 8
+        for group, records in groups.items():
+            with formatter.section(group):
+                for names, words in records:
+                    # The formatter itself would break `--data-dir` at its hyphens.
+                    lines = textwrap.fill(
+                        words,
+                        formatter.width,
+                        initial_indent=indent,
+                        subsequent_indent=indent,
+                        break_long_words=False,
+                        break_on_hyphens=False,
+                    )
+                    formatter.write(f"  {names}\n{lines}\n")
+
+
 def _flags() -> list[inspect.Parameter]:
     """One optional flag for each setting, so that the two cannot differ; `Settings` reads the values."""
     parameters = []
     for name, field in Settings.model_fields.items():
-        names = [flag_name(name), *([_SHORT_FLAGS[name]] if name in _SHORT_FLAGS else [])]
-        default = "" if field.default is None else f" [default: {field.default}]"
-        option = typer.Option(*names, help=f"{field.description}{default}", show_default=False)
+        option = typer.Option(
+            *(flag for flag in (_SHORT_FLAGS.get(name), flag_name(name)) if flag),
+            metavar=type_words(field),
+            help=help_words(field),
+            show_default=False,
+            rich_help_panel=help_of(field).group,
+        )
         parameters.append(
             inspect.Parameter(
                 name,
@@ -58,7 +96,8 @@ def _flags() -> list[inspect.Parameter]:
 def _serve_command(config: str | None = None, **flags: Any) -> None:
     """Load the model once, then serve until SIGTERM.
 
-    Every flag is also an environment variable HIDREAM_<NAME>, and a key of the --config file.
+    A setting is a flag (--max-num-images 4), an environment variable (HIDREAM_MAX_NUM_IMAGES=4) or a key
+    of the --config file (max_num_images=4). A flag goes before a variable, a variable before the file.
     """
     try:
         settings = load_settings({k: v for k, v in flags.items() if v is not None}, config)
@@ -89,7 +128,9 @@ def _configure_logging(settings: Settings) -> None:
         raise ConfigurationError("--log-file", reason) from None
 
 
-_config_option = typer.Option("--config", help="TOML file with any of these settings", show_default=False)
+_config_option = typer.Option(
+    "--config", metavar="PATH", help="TOML file with any of these settings", show_default=False
+)
 _serve_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     [
         *_flags(),
@@ -101,7 +142,7 @@ _serve_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         ),
     ]
 )
-app.command("serve")(_serve_command)
+app.command("serve", cls=_ServeCommand, context_settings={"max_content_width": 100})(_serve_command)
 
 
 @app.callback()

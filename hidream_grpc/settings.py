@@ -22,6 +22,7 @@ from pydantic_settings import (
 
 from hidream_grpc.engine.group.config import GroupTimeouts
 from hidream_grpc.errors import ConfigurationError
+from hidream_grpc.settings_help import INT64_MAX, Group, Help
 
 ENVIRONMENT_PREFIX = "HIDREAM_"
 VARIABLES_OF_CLIENTS = frozenset({"HIDREAM_ADDRESS", "HIDREAM_CA_FILE", "HIDREAM_TLS", "HIDREAM_TOKEN"})
@@ -64,132 +65,203 @@ class Settings(BaseSettings):
 
     model_path: Annotated[
         PathSetting | None,
-        Field(description="HiDream-I1 in diffusers format; the built-in demo model when absent"),
+        Help(Group.MODEL, "folder of HiDream-I1, in diffusers format", "the built-in demo model"),
     ] = None
     extra_model_path: Annotated[
-        PathSetting | None, Field(description="Llama-3.1-8B-Instruct, where the checkpoint holds none")
+        PathSetting | None,
+        Help(Group.MODEL, "folder of Llama-3.1-8B-Instruct", "text_encoder_4 of the model folder"),
     ] = None
-    device_type: Annotated[str, Field(description="auto, npu, cuda or cpu")] = "auto"
+
+    device_type: Annotated[
+        str, Help(Group.DEVICES, "auto, npu, cuda or cpu; auto takes the first of these that is present")
+    ] = "auto"
     devices: Annotated[
-        str | None, Field(description="one rank each, such as 0,1,2,3 or 0-3; on a CPU any numbers")
+        str | None,
+        Help(
+            Group.DEVICES,
+            "one rank each: 0,1,2,3 or 0-3; on a CPU any numbers, one a rank",
+            "the first ones, as many as the layout has ranks",
+        ),
     ] = None
     layout: Annotated[
         str | None,
-        Field(description="how the ranks share the work, such as tp=4,ep=2; planned when absent"),
+        Help(
+            Group.DEVICES,
+            "how the ranks share the work: tp=4,ep=2",
+            "planned from --devices; without them cfg=2 on npu, tp=1 on cuda and cpu",
+        ),
     ] = None
     threads_per_rank: Annotated[
-        int | None, Field(ge=1, le=1024, description="CPU threads of each rank; cores ÷ ranks when absent")
+        int | None, Help(Group.DEVICES, "CPU threads of each rank", "cores ÷ ranks"), Field(ge=1, le=1024)
     ] = None
     compile_shapes: Annotated[
         str | None,
-        Field(description="steps to compile for at boot, width x height x samples: 1024x1024x2,768x1360x2"),
+        Help(
+            Group.DEVICES,
+            "steps to compile at the start, width x height x samples: 1024x1024x2,768x1360x2",
+            "none are compiled",
+        ),
     ] = None
     replace: Annotated[
         Literal["one", "all"] | None,
-        Field(description="which ranks to start anew when one dies: all on npu and cuda, one on cpu"),
+        Help(
+            Group.DEVICES,
+            "which ranks are started again when one dies",
+            "all on npu and cuda, one on cpu",
+        ),
     ] = None
-    load_timeout_seconds: Annotated[Seconds, Field(description="time for a rank to load and compile")] = (
-        _TIMEOUTS.load_seconds
-    )
+    load_timeout_seconds: Annotated[
+        Seconds, Help(Group.DEVICES, "time that a rank may take to load and compile the model")
+    ] = _TIMEOUTS.load_seconds
     collective_timeout_seconds: Annotated[
-        Seconds, Field(description="time for the ranks to exchange a step's results")
+        Seconds, Help(Group.DEVICES, "time that the ranks may take to exchange the results of a step")
     ] = _TIMEOUTS.collective_seconds
 
-    listen: Annotated[str, Field(description="HOST:PORT to serve gRPC on; port 0 takes a free one")] = (
+    listen: Annotated[str, Help(Group.LISTENING, "HOST:PORT to serve gRPC on; port 0 takes a free one")] = (
         "0.0.0.0:8088"
     )
-    tokens_file: Annotated[
-        PathSetting | None,
-        Field(description="callers, a name and a bearer token a line; everybody may call when absent"),
-    ] = None
     metrics_port: Annotated[
-        int | None, Field(ge=0, le=65_535, description="port for Prometheus; none when absent")
+        int | None,
+        Help(Group.LISTENING, "port of the metrics for Prometheus; 0 takes a free one", "no metrics"),
+        Field(ge=0, le=65_535),
     ] = None
+    drain_delay_seconds: Annotated[
+        Seconds,
+        Help(Group.LISTENING, "time after SIGTERM in which health says NOT_SERVING and calls are accepted"),
+    ] = 0
+    grace_seconds: Annotated[
+        Seconds, Help(Group.LISTENING, "time after SIGTERM in which running jobs may end")
+    ] = 60
+
     data_dir: Annotated[
         PathSetting | None,
-        Field(description="folder of jobs and images; $XDG_DATA_HOME/hidream-grpc when absent"),
+        Help(
+            Group.JOBS,
+            "folder of the jobs and images; one server uses it at a time",
+            "$XDG_DATA_HOME/hidream-grpc, else ~/.local/share/hidream-grpc",
+        ),
     ] = None
     store: Annotated[
         str | None,
-        Field(description="postgresql://… shared by replicas; SQLite in --data-dir when absent"),
+        Help(
+            Group.JOBS,
+            "database that replicas share: postgresql://USER:PASSWORD@HOST/DATABASE",
+            "SQLite in --data-dir",
+        ),
     ] = None
     store_outage_seconds: Annotated[
         float,
-        Field(ge=0.1, le=3600, description="health waits so long for a store that refuses everything"),
+        Help(Group.JOBS, "how long the store may refuse what a job needs before health says NOT_SERVING"),
+        Field(ge=0.1, le=3600),
     ] = 10.0
     lease_seconds: Annotated[
-        float, Field(ge=1, le=3600, description="after so long without news another replica takes a job")
+        float,
+        Help(Group.JOBS, "with PostgreSQL, silence of a replica after which another takes its jobs"),
+        Field(ge=1, le=3600),
     ] = 15.0
+    retention_seconds: Annotated[
+        Seconds, Help(Group.JOBS, "how long a job that has ended is kept, with its images")
+    ] = 3600
+    max_retained_jobs: Annotated[
+        PositiveInt, Help(Group.JOBS, "jobs that have ended and are kept; beyond it the oldest are removed")
+    ] = 1000
+    retention_dry_run: Annotated[bool, Help(Group.JOBS, "log which jobs would be removed, and keep them")] = (
+        False
+    )
 
     artifacts: Annotated[
         str | None,
-        Field(description="s3://BUCKET/PREFIX or file:///FOLDER for images; in --data-dir when absent"),
+        Help(
+            Group.IMAGES,
+            "where images are stored: s3://BUCKET/PREFIX or file:///FOLDER",
+            "a folder in --data-dir",
+        ),
     ] = None
+    max_retained_bytes: Annotated[
+        int | None,
+        Help(
+            Group.IMAGES,
+            "bytes of the images of jobs that have ended; beyond it the oldest are removed",
+            "any number",
+        ),
+        Field(ge=1),
+    ] = None
+    orphan_sweep_seconds: Annotated[
+        float,
+        Help(Group.IMAGES, "interval at which files that belong to no job are removed"),
+        Field(ge=1, le=86_400),
+    ] = 600.0
 
-    max_queued_jobs: Annotated[int, Field(ge=1, le=1_000_000, description="jobs that may wait")] = 64
-    max_running_jobs: Annotated[int, Field(ge=1, le=1024, description="jobs drawn at the same time")] = 16
+    max_queued_jobs: Annotated[int, Help(Group.LIMITS, "jobs that may wait"), Field(ge=1, le=1_000_000)] = 64
+    max_running_jobs: Annotated[
+        int, Help(Group.LIMITS, "jobs that may run at the same time"), Field(ge=1, le=1024)
+    ] = 16
+    max_step_pixels: Annotated[
+        int,
+        Help(Group.LIMITS, "width × height × samples of one forward of the transformer"),
+        Field(ge=4096),
+    ] = 8 * 1024 * 1024
+    max_streams: Annotated[
+        int, Help(Group.LIMITS, "streams that may be open at the same time"), Field(ge=1, le=100_000)
+    ] = 1000
+    max_num_images: Annotated[int, Help(Group.LIMITS, "images of one request"), Field(ge=1, le=64)] = 8
+    max_num_inference_steps: Annotated[
+        int, Help(Group.LIMITS, "steps of one request"), Field(ge=1, le=1000)
+    ] = 150
+    max_guidance_scale: Annotated[
+        float, Help(Group.LIMITS, "guidance scale of one request"), Field(gt=0, le=100)
+    ] = 20.0
+    max_prompt_bytes: Annotated[int, Help(Group.LIMITS, "bytes of a prompt"), Field(ge=16, le=65_536)] = 4096
+    max_receive_message_bytes: Annotated[
+        int, Help(Group.LIMITS, "bytes of a request message"), Field(ge=16_384, le=64 * 1024 * 1024)
+    ] = 1024 * 1024
+    chunk_bytes: Annotated[
+        int, Help(Group.LIMITS, "image bytes in one message"), Field(ge=1024, le=2 * 1024 * 1024)
+    ] = 128 * 1024
+
+    tokens_file: Annotated[
+        PathSetting | None,
+        Help(
+            Group.CALLERS,
+            "file with the name and the bearer token of a caller in each line",
+            "anybody may call",
+        ),
+    ] = None
     max_queued_jobs_per_caller: Annotated[
         int | None,
-        Field(ge=1, le=1_000_000, description="jobs of one caller that may wait; as all when absent"),
+        Help(Group.CALLERS, "jobs of one caller that may wait", "as --max-queued-jobs"),
+        Field(ge=1, le=1_000_000),
     ] = None
     max_running_jobs_per_caller: Annotated[
         int | None,
-        Field(ge=1, le=1024, description="jobs of one caller drawn at the same time; as all when absent"),
+        Help(Group.CALLERS, "jobs of one caller that may run at the same time", "as --max-running-jobs"),
+        Field(ge=1, le=1024),
     ] = None
     max_pixel_steps_per_minute_per_caller: Annotated[
         int | None,
-        Field(
-            ge=1,
-            le=2**63 - 1,
-            description="width × height × steps × images that one caller may ask for within any minute; "
-            "any number when absent",
+        Help(
+            Group.CALLERS,
+            "width × height × steps × images that one caller may ask for within a minute",
+            "any number",
         ),
+        Field(ge=1, le=INT64_MAX),
     ] = None
-    max_step_pixels: Annotated[
-        int, Field(ge=4096, description="width × height × samples of one forward of the transformer")
-    ] = 8 * 1024 * 1024
-    max_streams: Annotated[int, Field(ge=1, le=100_000, description="streams open at the same time")] = 1000
     max_streams_per_caller: Annotated[
-        int, Field(ge=1, le=100_000, description="streams of one caller open at the same time")
+        int,
+        Help(Group.CALLERS, "streams of one caller that may be open at the same time"),
+        Field(ge=1, le=100_000),
     ] = 200
-    max_num_images: Annotated[int, Field(ge=1, le=64, description="images of one request")] = 8
-    max_num_inference_steps: Annotated[int, Field(ge=1, le=1000, description="steps of one request")] = 150
-    max_guidance_scale: Annotated[float, Field(gt=0, le=100, description="largest guidance scale")] = 20.0
-    max_prompt_bytes: Annotated[int, Field(ge=16, le=65_536, description="bytes of a prompt")] = 4096
-    max_receive_message_bytes: Annotated[
-        int, Field(ge=16_384, le=64 * 1024 * 1024, description="bytes of a request message")
-    ] = 1024 * 1024
-    chunk_bytes: Annotated[
-        int, Field(ge=1024, le=2 * 1024 * 1024, description="image bytes in one message")
-    ] = 128 * 1024
-
-    retention_seconds: Annotated[
-        Seconds, Field(description="how long a job that has ended is kept, with its images")
-    ] = 3600
-    max_retained_jobs: Annotated[PositiveInt, Field(description="jobs that have ended, kept at most")] = 1000
-    max_retained_bytes: Annotated[
-        PositiveInt | None,
-        Field(description="images of jobs that have ended, kept at most; any number of bytes when absent"),
-    ] = None
-    retention_dry_run: Annotated[
-        bool, Field(description="log which jobs would be removed (true or false), and keep them")
-    ] = False
-    orphan_sweep_seconds: Annotated[
-        float,
-        Field(
-            ge=1, le=86_400, description="between two looks for files that no job names, which are removed"
-        ),
-    ] = 600.0
-    grace_seconds: Annotated[Seconds, Field(description="time for accepted jobs to end on SIGTERM")] = 60
-    drain_delay_seconds: Annotated[
-        Seconds, Field(description="time to take new calls after health says NOT_SERVING on SIGTERM")
-    ] = 0
 
     log_level: Annotated[
-        Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(description="least severe level that is logged")
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"],
+        Help(Group.LOGGING, "least severe level that is logged"),
     ] = "INFO"
-    log_format: Annotated[Literal["text", "json"], Field(description="lines or JSON objects")] = "text"
-    log_file: Annotated[PathSetting | None, Field(description="also append the log to this file")] = None
+    log_format: Annotated[
+        Literal["text", "json"], Help(Group.LOGGING, "lines of text, or a JSON object a line")
+    ] = "text"
+    log_file: Annotated[
+        PathSetting | None, Help(Group.LOGGING, "file to append the log to, beside stderr", "stderr alone")
+    ] = None
 
     @field_validator("*", mode="before")
     @classmethod

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from hidream_grpc.settings import (
     flag_name,
     load_settings,
 )
+from hidream_grpc.settings_help import help_of
 from tests.support.file_names import ODD_FILE_NAMES
 
 # Adding or renaming a flag changes what operators have in their scripts.
@@ -85,16 +89,87 @@ def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(ENVIRONMENT_PREFIX + name.upper(), raising=False)
 
 
-def test_these_are_all_flags_of_the_serve_command() -> None:
-    result = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+def help_of_serve(columns: int = 80) -> str:
+    result = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": str(columns)})
     assert result.exit_code == 0
-    text = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout)
-    assert set(re.findall(r"(?m)(?<=[\s│])--?[a-z][a-z-]*(?=[\s,])", text)) == FLAGS
+    return result.stdout
 
 
-def test_every_setting_has_a_flag_and_a_description() -> None:
+def entries_of_help(columns: int = 80) -> dict[str, str]:
+    """What stands under each flag of the help, in one line, by the line with its names and its type."""
+    entries = re.findall(r"(?m)^  (-.*)\n((?: {8}.*\n)+)", help_of_serve(columns))
+    return {names: " ".join(text.split()) for names, text in entries}
+
+
+@pytest.mark.parametrize("columns", [20, 80, 200])
+def test_these_are_all_flags_of_the_serve_command_on_a_terminal_of_any_width(columns: int) -> None:
+    names = [name for line in entries_of_help(columns) for name in re.findall(r"--?[a-z][a-z-]*", line)]
+    assert sorted(names) == sorted(FLAGS)
+
+
+def test_the_help_without_a_terminal_cuts_nothing() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    command = [sys.executable, "-m", "hidream_grpc", "serve", "--help"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert "  --max-pixel-steps-per-minute-per-caller INTEGER\n" in ended.stdout
+    assert "…" not in ended.stdout
+
+
+def test_the_help_has_these_groups() -> None:
+    groups = re.findall(r"(?m)^([A-Z]\w+):$", help_of_serve())
+    assert groups == [
+        "Model",
+        "Devices",
+        "Listening",
+        "Jobs",
+        "Images",
+        "Limits",
+        "Callers",
+        "Logging",
+        "Other",
+    ]
+
+
+@pytest.mark.parametrize("columns", [20, 80, 200])
+def test_every_default_stands_in_the_help(columns: int) -> None:
+    entries = {names.split()[-2]: text for names, text in entries_of_help(columns).items() if " " in names}
+    for name, field in Settings.model_fields.items():
+        shown = re.search(r"default: (.*)\]$", entries[flag_name(name)])
+        assert shown is not None, name
+        if field.default is None:
+            assert shown[1] == help_of(field).when_absent
+        else:
+            assert getattr(load_settings({name: shown[1]}, None), name) == field.default
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (
+            "-m, --model-path PATH",
+            "folder of HiDream-I1, in diffusers format [default: the built-in demo model]",
+        ),
+        (
+            "--replace one|all",
+            "which ranks are started again when one dies [default: all on npu and cuda, one on cpu]",
+        ),
+        (
+            "--retention-dry-run true|false",
+            "log which jobs would be removed, and keep them [default: false]",
+        ),
+        ("--max-num-images INTEGER", "images of one request [1 to 64; default: 8]"),
+        ("--max-guidance-scale NUMBER", "guidance scale of one request [above 0, at most 100; default: 20]"),
+    ],
+)
+def test_the_help_says_the_type_the_range_and_the_default(names: str, text: str) -> None:
+    assert entries_of_help()[names] == text
+
+
+def test_every_setting_has_a_flag_and_a_meaning() -> None:
     assert {flag_name(name) for name in Settings.model_fields} <= FLAGS
-    assert all(field.description for field in Settings.model_fields.values())
+    for name, field in Settings.model_fields.items():
+        assert help_of(field).meaning
+        assert (help_of(field).when_absent is None) == (field.default is not None), name
 
 
 def test_every_limit_that_an_operator_sets_for_requests_is_shown_to_callers() -> None:
