@@ -10,7 +10,7 @@ from hidream_grpc.settings import Settings, flag_name, variable_name
 from hidream_grpc.settings_help import default_words, help_of, range_words, type_words
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
-MARK = "<!-- What follows is written by `python -m scripts.configuration`. -->\n"
+MARK = "<!-- What follows is written by `scripts/generate`. -->\n"
 
 
 def tables() -> str:
@@ -41,7 +41,7 @@ def main() -> None:
     written = text.partition(MARK)[0] + MARK + tables()
     if sys.argv[1:] == ["--check"]:
         if text != written:
-            sys.exit(f"{PAGE.name} is not what Settings says: run python -m scripts.configuration")
+            sys.exit(f"{PAGE.name} is not what Settings says: run scripts/generate")
     else:
         PAGE.write_text(written, encoding="utf-8")
 

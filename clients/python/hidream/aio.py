@@ -1,18 +1,17 @@
-"""The client for asyncio: `hidream.client`, awaited."""
+"""The client for asyncio. `scripts/generate` derives `hidream.client` from this file."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TypeVar, Unpack
+from typing import Self, TypeVar, Unpack
 
 import grpc
-from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from hidream.connection import DEFAULT_ADDRESS, SERVICE_NAME, Tls, call_metadata, channel_options
+from hidream.connection import DEFAULT_ADDRESS, SERVICE_NAME, AsyncConnection, Tls, call_metadata
 from hidream.downloads import Download
-from hidream.errors import EventLoopError, translated_errors
+from hidream.errors import translated_errors
 from hidream.events import Event, EventReader, ImageFinished
 from hidream.health import HealthStatus, ServingWait, health_request, health_status
 from hidream.images import Image
@@ -28,71 +27,40 @@ from hidream.requests import (
     watch_jobs_request,
 )
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2, server_info_pb2
-from hidream.v1.image_gen_pb2_grpc import ImageGenStub
 from hidream.watching import AllJobsWatch, JobChange, JobWatch
-
-if TYPE_CHECKING:
-    # Only the types tell the awaited stub from the other one.
-    from hidream.v1.image_gen_pb2_grpc import ImageGenAsyncStub
 
 _RequestT = TypeVar("_RequestT")
 _ResponseT = TypeVar("_ResponseT")
 _ItemT = TypeVar("_ItemT")
 
 
-class _Connection:
-    """A channel, and the event loop that it belongs to from its creation on."""
-
-    def __init__(self, address: str, tls: Tls | None) -> None:
-        self.loop = asyncio.get_running_loop()
-        options = channel_options(tls)
-        self.channel = (
-            grpc.aio.secure_channel(address, tls.credentials(), options)
-            if tls
-            else grpc.aio.insecure_channel(address, options)
-        )
-        self.image_gen = ImageGenStub(self.channel)
-        self.health = HealthStub(self.channel)
-
-
 class AsyncClient:
-    """One connection to a server, of one event loop. Close it, or use it in an `async with`.
+    """One connection to a server. Tasks may share it; close it, or use it in `async with`.
 
-    It may be made where no event loop runs, as at the top of a module: it belongs to the loop of its first
-    call. A call in another loop raises EventLoopError, until the first loop, or the client in it, was closed;
-    then it connects anew. Arguments, results and other errors are those of `hidream.client.Client`.
+    With asyncio: it may be made where no event loop runs, as at the top of a module, and belongs to the
+    loop of its first call. A call in another loop raises EventLoopError, until the first loop, or the
+    client in it, was closed; then it connects anew.
+
+    Every method raises the errors of `hidream.errors`. `timeout_seconds` is the deadline of the
+    whole call, which travels to the server; None is none.
     """
 
     def __init__(
         self, address: str = DEFAULT_ADDRESS, *, token: str | None = None, tls: Tls | None = None
     ) -> None:
-        self._address = address
-        self._tls = tls
+        """Connects when it is first used.
+
+        Args:
+            address: `host:port`, or any other target that gRPC knows.
+            token: bearer token, for servers that ask for one. Without `tls` it travels unencrypted.
+            tls: encrypts the connection.
+        """
+        self._connection = AsyncConnection(address, tls)
         self._metadata = call_metadata(token)
-        self._connection: _Connection | None = None
-
-    @property
-    def _image_gen(self) -> ImageGenAsyncStub:
-        return self._connected().image_gen
-
-    @property
-    def _health(self) -> HealthStub:
-        return self._connected().health
-
-    def _connected(self) -> _Connection:
-        """The connection of the running loop, opened by its first call."""
-        if self._connection is None or self._connection.loop.is_closed():
-            # Calls of a loop that was closed have ended with it; the channel is closed when it is dropped.
-            self._connection = _Connection(self._address, self._tls)
-        elif self._connection.loop is not asyncio.get_running_loop():
-            raise EventLoopError
-        return self._connection
 
     async def close(self) -> None:
         """Close the connection; calls that are under way are cancelled. May be called twice."""
-        if self._connection is not None:
-            connection, self._connection = self._connected(), None
-            await connection.channel.close()
+        await self._connection.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -103,10 +71,18 @@ class AsyncClient:
     def generate(
         self, prompt: str, *, timeout_seconds: float | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[Event]:
-        """As `Client.generate`. Cancelling the task that waits for an event cancels the call too.
+        """Draw images and follow the job: every event as it happens, `Succeeded` last.
 
-        Who leaves early and goes on closes it, by `aclose()` or `contextlib.aclosing`: Python
-        closes an abandoned asynchronous generator only some time later.
+        The call starts with the first event that is asked for. Closing the generator, or leaving
+        it, cancels the call, and so the job unless `detached` is set.
+
+        With asyncio: cancelling the task that waits for an event cancels the call too. Code that leaves early
+        and goes on closes the generator, by `aclose()` or `contextlib.aclosing`: Python closes an abandoned
+        asynchronous generator only some time later.
+
+        Raises:
+            ServerError: the request was refused, or the job failed.
+            StreamError: the images did not arrive as they were sent.
         """
         return self._follow(generate_request(prompt, **options), timeout_seconds)
 
@@ -115,7 +91,9 @@ class AsyncClient:
     ) -> AsyncGenerator[Event]:
         reader = EventReader()
         with translated_errors():
-            call = self._image_gen.Generate(request, timeout=timeout_seconds, metadata=self._metadata)
+            call = self._connection.image_gen.Generate(
+                request, timeout=timeout_seconds, metadata=self._metadata
+            )
             try:
                 async for response in call:
                     event = reader.read(response.job_id, response.event)
@@ -128,7 +106,7 @@ class AsyncClient:
     async def draw(
         self, prompt: str, *, timeout_seconds: float | None = None, **options: Unpack[GenerateOptions]
     ) -> list[Image]:
-        """As `Client.draw`."""
+        """Draw images and wait for them, in the order of their index. Raises what `generate` does."""
         events = self.generate(prompt, timeout_seconds=timeout_seconds, **options)
         images = [event.image async for event in events if isinstance(event, ImageFinished)]
         return sorted(images, key=lambda image: image.index)
@@ -136,10 +114,12 @@ class AsyncClient:
     async def submit(
         self, prompt: str, *, timeout_seconds: float | None = None, **options: Unpack[SubmitOptions]
     ) -> job_pb2.Job:
-        """As `Client.submit`."""
+        """Queue a job and return it at once. What was returned survives a restart of the server."""
         request = submit_request(prompt, **options)
         with translated_errors():
-            return await self._image_gen.SubmitJob(request, timeout=timeout_seconds, metadata=self._metadata)
+            return await self._connection.image_gen.SubmitJob(
+                request, timeout=timeout_seconds, metadata=self._metadata
+            )
 
     async def batch(
         self,
@@ -147,19 +127,29 @@ class AsyncClient:
         *,
         timeout_seconds: float | None = None,
     ) -> list[job_pb2.Job]:
-        """As `Client.batch`."""
+        """Queue many jobs, all or none, and return them in the order of the requests.
+
+        Args:
+            requests: made by `hidream.requests.submit_request`.
+            timeout_seconds: deadline of the call; None is none.
+
+        Raises:
+            InvalidArgumentError: the fields of its violations begin with `requests[i].`.
+        """
         request = image_gen_pb2.BatchSubmitJobsRequest(requests=requests)
         with translated_errors():
-            answer = await self._image_gen.BatchSubmitJobs(
+            answer = await self._connection.image_gen.BatchSubmitJobs(
                 request, timeout=timeout_seconds, metadata=self._metadata
             )
         return list(answer.jobs)
 
     async def status(self, job_id: str, *, timeout_seconds: float | None = None) -> job_pb2.Job:
-        """As `Client.status`."""
+        """Return a job as it is now."""
         request = image_gen_pb2.GetJobRequest(job_id=job_id)
         with translated_errors():
-            return await self._image_gen.GetJob(request, timeout=timeout_seconds, metadata=self._metadata)
+            return await self._connection.image_gen.GetJob(
+                request, timeout=timeout_seconds, metadata=self._metadata
+            )
 
     async def list_page(
         self,
@@ -170,15 +160,25 @@ class AsyncClient:
         page_token: str = "",
         timeout_seconds: float | None = None,
     ) -> image_gen_pb2.ListJobsResponse:
-        """As `Client.list_page`."""
+        """Return one page of the caller's jobs, newest first.
+
+        Args:
+            states: only jobs in one of these; empty is all.
+            labels: only jobs that carry all of these, with these values.
+            page_size: 0 is the server's default.
+            page_token: `next_page_token` of the page before.
+            timeout_seconds: deadline of the call; None is none.
+        """
         request = list_request(states, labels, page_size, page_token)
         with translated_errors():
-            return await self._image_gen.ListJobs(request, timeout=timeout_seconds, metadata=self._metadata)
+            return await self._connection.image_gen.ListJobs(
+                request, timeout=timeout_seconds, metadata=self._metadata
+            )
 
     async def list_jobs(
         self, *, states: Iterable[JobStateName] = (), labels: Mapping[str, str] = NO_LABELS
     ) -> AsyncGenerator[job_pb2.Job]:
-        """As `Client.list_jobs`."""
+        """Yield all of the caller's jobs that match, newest first; pages are fetched as they are read."""
         states = tuple(states)
         page = await self.list_page(states=states, labels=labels)
         for job in page.jobs:
@@ -189,8 +189,17 @@ class AsyncClient:
                 yield job
 
     def watch(self, job_id: str, policy: ReconnectPolicy = DEFAULT_POLICY) -> AsyncGenerator[Event]:
-        """As `Client.watch`."""
-        return self._resuming(lambda: self._image_gen.WatchJob, JobWatch(job_id, policy))
+        """Follow a job to its end: the same events as `generate`, from its current state on.
+
+        When the connection is lost, or the server restarts, the stream goes on behind the last event: nothing
+        that matters is missed, and nothing comes twice. Leaving the stream does not touch the job.
+
+        Raises:
+            ServerError: there is no such job, it failed or was cancelled, or no server answered for
+                `policy.reconnect_seconds`.
+            StreamError: the images did not arrive as they were sent.
+        """
+        return self._resuming(lambda: self._connection.image_gen.WatchJob, JobWatch(job_id, policy))
 
     def watch_all(
         self,
@@ -199,29 +208,49 @@ class AsyncClient:
         labels: Mapping[str, str] = NO_LABELS,
         policy: ReconnectPolicy = DEFAULT_POLICY,
     ) -> AsyncGenerator[JobChange]:
-        """As `Client.watch_all`."""
+        """Yield every change of state of the caller's jobs, those that match now first, without end.
+
+        Args:
+            states: only jobs in one of these, and those that leave them; empty is all.
+            labels: only jobs that carry all of these, with these values.
+            policy: what to do when the connection is lost.
+        """
         request = watch_jobs_request(states, labels)
-        return self._resuming(lambda: self._image_gen.WatchJobs, AllJobsWatch(request, policy))
+        return self._resuming(lambda: self._connection.image_gen.WatchJobs, AllJobsWatch(request, policy))
 
     async def cancel(self, job_id: str, *, timeout_seconds: float | None = None) -> job_pb2.Job:
-        """As `Client.cancel`."""
+        """Stop a job at its next step, and return it as it is then; one that has ended stays as it is."""
         request = image_gen_pb2.CancelJobRequest(job_id=job_id)
         with translated_errors():
-            return await self._image_gen.CancelJob(request, timeout=timeout_seconds, metadata=self._metadata)
+            return await self._connection.image_gen.CancelJob(
+                request, timeout=timeout_seconds, metadata=self._metadata
+            )
 
     async def delete(self, job_id: str, *, timeout_seconds: float | None = None) -> None:
-        """As `Client.delete`."""
+        """Delete a job that has ended, and its images; FailedPreconditionError if it has not."""
         request = image_gen_pb2.DeleteJobRequest(job_id=job_id)
         with translated_errors():
-            await self._image_gen.DeleteJob(request, timeout=timeout_seconds, metadata=self._metadata)
+            await self._connection.image_gen.DeleteJob(
+                request, timeout=timeout_seconds, metadata=self._metadata
+            )
 
     async def download(
         self, job_id: str, path: Path, image_index: int = 0, policy: ReconnectPolicy = DEFAULT_POLICY
     ) -> image_pb2.ImageInfo:
-        """As `Client.download`."""
+        """Write one finished image into a file, which appears whole or not at all.
+
+        What arrived before the connection was lost, or the process ended, is kept beside the file
+        and not asked for again, unless the server has lost the image. The SHA-256 is checked at the end.
+
+        Raises:
+            ServerError: there is no such image, it is not finished (FailedPreconditionError), or no
+                server answered for `policy.reconnect_seconds`.
+            BrokenImageError: the bytes are not those announced.
+            OSError: the file cannot be written.
+        """
         job = await self.status(job_id, timeout_seconds=policy.timeout_seconds)
         with Download(job, image_index, path, policy) as download:
-            async for _ in self._resuming(lambda: self._image_gen.DownloadImage, download):
+            async for _ in self._resuming(lambda: self._connection.image_gen.DownloadImage, download):
                 pass
             return download.save()
 
@@ -245,29 +274,33 @@ class AsyncClient:
                 call.cancel()
 
     async def info(self, *, timeout_seconds: float | None = None) -> server_info_pb2.ServerInfo:
-        """As `Client.info`."""
+        """Describe the server: model, devices, load, versions, defaults and every limit."""
         request = image_gen_pb2.GetServerInfoRequest()
         with translated_errors():
-            return await self._image_gen.GetServerInfo(
+            return await self._connection.image_gen.GetServerInfo(
                 request, timeout=timeout_seconds, metadata=self._metadata
             )
 
     async def health(
         self, *, timeout_seconds: float | None = None, service: str = SERVICE_NAME
     ) -> HealthStatus:
-        """As `Client.health`."""
+        """Say whether the server takes requests; `service` "" asks for the server as a whole."""
         with translated_errors():
             return health_status(
-                await self._health.Check(
+                await self._connection.health.Check(
                     health_request(service), timeout=timeout_seconds, metadata=self._metadata
                 )
             )
 
     async def wait_until_serving(self, timeout_seconds: float, *, service: str = SERVICE_NAME) -> None:
-        """As `Client.wait_until_serving`."""
+        """Return as soon as the server takes requests; it may not even have started yet.
+
+        Raises:
+            NotServingError: it did not in this time.
+        """
         wait = ServingWait(timeout_seconds)
         while True:
-            call = self._health.Watch(
+            call = self._connection.health.Watch(
                 health_request(service),
                 timeout=wait.remaining_seconds(),
                 wait_for_ready=True,

@@ -1,16 +1,15 @@
-"""The client for ordinary code. `hidream.aio` is the same for asyncio."""
+"""The client for ordinary code. `scripts/generate` derives it from `hidream.aio`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Self, TypeVar, Unpack
 
 import grpc
-from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from hidream.connection import DEFAULT_ADDRESS, SERVICE_NAME, Tls, call_metadata, channel_options
+from hidream.connection import DEFAULT_ADDRESS, SERVICE_NAME, Connection, Tls, call_metadata
 from hidream.downloads import Download
 from hidream.errors import translated_errors
 from hidream.events import Event, EventReader, ImageFinished
@@ -28,7 +27,6 @@ from hidream.requests import (
     watch_jobs_request,
 )
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2, server_info_pb2
-from hidream.v1.image_gen_pb2_grpc import ImageGenStub
 from hidream.watching import AllJobsWatch, JobChange, JobWatch
 
 _RequestT = TypeVar("_RequestT")
@@ -37,7 +35,7 @@ _ItemT = TypeVar("_ItemT")
 
 
 class Client:
-    """One connection to a server. Threads may share it; close it, or use it in a `with`.
+    """One connection to a server. Threads may share it; close it, or use it in `with`.
 
     Every method raises the errors of `hidream.errors`. `timeout_seconds` is the deadline of the
     whole call, which travels to the server; None is none.
@@ -53,19 +51,12 @@ class Client:
             token: bearer token, for servers that ask for one. Without `tls` it travels unencrypted.
             tls: encrypts the connection.
         """
-        options = channel_options(tls)
-        self._channel = (
-            grpc.secure_channel(address, tls.credentials(), options)
-            if tls
-            else grpc.insecure_channel(address, options)
-        )
+        self._connection = Connection(address, tls)
         self._metadata = call_metadata(token)
-        self._image_gen = ImageGenStub(self._channel)
-        self._health = HealthStub(self._channel)
 
     def close(self) -> None:
         """Close the connection; calls that are under way are cancelled. May be called twice."""
-        self._channel.close()
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -76,7 +67,7 @@ class Client:
     def generate(
         self, prompt: str, *, timeout_seconds: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Generator[Event]:
-        """Draw images and follow it: every event as it happens, `Succeeded` last.
+        """Draw images and follow the job: every event as it happens, `Succeeded` last.
 
         The call starts with the first event that is asked for. Closing the generator, or leaving
         it, cancels the call, and so the job unless `detached` is set.
@@ -92,7 +83,9 @@ class Client:
     ) -> Generator[Event]:
         reader = EventReader()
         with translated_errors():
-            call = self._image_gen.Generate(request, timeout=timeout_seconds, metadata=self._metadata)
+            call = self._connection.image_gen.Generate(
+                request, timeout=timeout_seconds, metadata=self._metadata
+            )
             try:
                 for response in call:
                     event = reader.read(response.job_id, response.event)
@@ -116,7 +109,9 @@ class Client:
         """Queue a job and return it at once. What was returned survives a restart of the server."""
         request = submit_request(prompt, **options)
         with translated_errors():
-            return self._image_gen.SubmitJob(request, timeout=timeout_seconds, metadata=self._metadata)
+            return self._connection.image_gen.SubmitJob(
+                request, timeout=timeout_seconds, metadata=self._metadata
+            )
 
     def batch(
         self,
@@ -128,23 +123,25 @@ class Client:
 
         Args:
             requests: made by `hidream.requests.submit_request`.
-            timeout_seconds: as everywhere.
+            timeout_seconds: deadline of the call; None is none.
 
         Raises:
             InvalidArgumentError: the fields of its violations begin with `requests[i].`.
         """
         request = image_gen_pb2.BatchSubmitJobsRequest(requests=requests)
         with translated_errors():
-            answer = self._image_gen.BatchSubmitJobs(
+            answer = self._connection.image_gen.BatchSubmitJobs(
                 request, timeout=timeout_seconds, metadata=self._metadata
             )
         return list(answer.jobs)
 
     def status(self, job_id: str, *, timeout_seconds: float | None = None) -> job_pb2.Job:
-        """A job as it is now."""
+        """Return a job as it is now."""
         request = image_gen_pb2.GetJobRequest(job_id=job_id)
         with translated_errors():
-            return self._image_gen.GetJob(request, timeout=timeout_seconds, metadata=self._metadata)
+            return self._connection.image_gen.GetJob(
+                request, timeout=timeout_seconds, metadata=self._metadata
+            )
 
     def list_page(
         self,
@@ -155,42 +152,46 @@ class Client:
         page_token: str = "",
         timeout_seconds: float | None = None,
     ) -> image_gen_pb2.ListJobsResponse:
-        """One page of the caller's jobs, newest first.
+        """Return one page of the caller's jobs, newest first.
 
         Args:
             states: only jobs in one of these; empty is all.
             labels: only jobs that carry all of these, with these values.
             page_size: 0 is the server's default.
             page_token: `next_page_token` of the page before.
-            timeout_seconds: as everywhere.
+            timeout_seconds: deadline of the call; None is none.
         """
         request = list_request(states, labels, page_size, page_token)
         with translated_errors():
-            return self._image_gen.ListJobs(request, timeout=timeout_seconds, metadata=self._metadata)
+            return self._connection.image_gen.ListJobs(
+                request, timeout=timeout_seconds, metadata=self._metadata
+            )
 
     def list_jobs(
         self, *, states: Iterable[JobStateName] = (), labels: Mapping[str, str] = NO_LABELS
     ) -> Generator[job_pb2.Job]:
-        """All of the caller's jobs that match, newest first, fetched a page at a time as they are read."""
+        """Yield all of the caller's jobs that match, newest first; pages are fetched as they are read."""
         states = tuple(states)
         page = self.list_page(states=states, labels=labels)
-        yield from page.jobs
+        for job in page.jobs:
+            yield job
         while page.next_page_token:
             page = self.list_page(states=states, labels=labels, page_token=page.next_page_token)
-            yield from page.jobs
+            for job in page.jobs:
+                yield job
 
     def watch(self, job_id: str, policy: ReconnectPolicy = DEFAULT_POLICY) -> Generator[Event]:
         """Follow a job to its end: the same events as `generate`, from its current state on.
 
-        When the connection is lost, or the server restarts, it goes on behind the last event:
-        nothing is missed that matters, and nothing comes twice. Leaving it does not touch the job.
+        When the connection is lost, or the server restarts, the stream goes on behind the last event: nothing
+        that matters is missed, and nothing comes twice. Leaving the stream does not touch the job.
 
         Raises:
             ServerError: there is no such job, it failed or was cancelled, or no server answered for
                 `policy.reconnect_seconds`.
             StreamError: the images did not arrive as they were sent.
         """
-        return self._resuming(self._image_gen.WatchJob, JobWatch(job_id, policy))
+        return self._resuming(lambda: self._connection.image_gen.WatchJob, JobWatch(job_id, policy))
 
     def watch_all(
         self,
@@ -199,7 +200,7 @@ class Client:
         labels: Mapping[str, str] = NO_LABELS,
         policy: ReconnectPolicy = DEFAULT_POLICY,
     ) -> Generator[JobChange]:
-        """Every change of state of the caller's jobs, those that match now first; it does not end.
+        """Yield every change of state of the caller's jobs, those that match now first, without end.
 
         Args:
             states: only jobs in one of these, and those that leave them; empty is all.
@@ -207,19 +208,21 @@ class Client:
             policy: what to do when the connection is lost.
         """
         request = watch_jobs_request(states, labels)
-        return self._resuming(self._image_gen.WatchJobs, AllJobsWatch(request, policy))
+        return self._resuming(lambda: self._connection.image_gen.WatchJobs, AllJobsWatch(request, policy))
 
     def cancel(self, job_id: str, *, timeout_seconds: float | None = None) -> job_pb2.Job:
         """Stop a job at its next step, and return it as it is then; one that has ended stays as it is."""
         request = image_gen_pb2.CancelJobRequest(job_id=job_id)
         with translated_errors():
-            return self._image_gen.CancelJob(request, timeout=timeout_seconds, metadata=self._metadata)
+            return self._connection.image_gen.CancelJob(
+                request, timeout=timeout_seconds, metadata=self._metadata
+            )
 
     def delete(self, job_id: str, *, timeout_seconds: float | None = None) -> None:
         """Delete a job that has ended, and its images; FailedPreconditionError if it has not."""
         request = image_gen_pb2.DeleteJobRequest(job_id=job_id)
         with translated_errors():
-            self._image_gen.DeleteJob(request, timeout=timeout_seconds, metadata=self._metadata)
+            self._connection.image_gen.DeleteJob(request, timeout=timeout_seconds, metadata=self._metadata)
 
     def download(
         self, job_id: str, path: Path, image_index: int = 0, policy: ReconnectPolicy = DEFAULT_POLICY
@@ -237,17 +240,17 @@ class Client:
         """
         job = self.status(job_id, timeout_seconds=policy.timeout_seconds)
         with Download(job, image_index, path, policy) as download:
-            for _ in self._resuming(self._image_gen.DownloadImage, download):
+            for _ in self._resuming(lambda: self._connection.image_gen.DownloadImage, download):
                 pass
             return download.save()
 
     def _resuming(
         self,
-        method: grpc.UnaryStreamMultiCallable[_RequestT, _ResponseT],
+        method: Callable[[], grpc.UnaryStreamMultiCallable[_RequestT, _ResponseT]],
         stream: ResumableStream[_RequestT, _ResponseT, _ItemT],
     ) -> Generator[_ItemT]:
         while not stream.is_over:
-            call = method(stream.request(), timeout=stream.timeout_seconds(), metadata=self._metadata)
+            call = method()(stream.request(), timeout=stream.timeout_seconds(), metadata=self._metadata)
             try:
                 for response in call:
                     stream.answered()
@@ -264,13 +267,17 @@ class Client:
         """Describe the server: model, devices, load, versions, defaults and every limit."""
         request = image_gen_pb2.GetServerInfoRequest()
         with translated_errors():
-            return self._image_gen.GetServerInfo(request, timeout=timeout_seconds, metadata=self._metadata)
+            return self._connection.image_gen.GetServerInfo(
+                request, timeout=timeout_seconds, metadata=self._metadata
+            )
 
     def health(self, *, timeout_seconds: float | None = None, service: str = SERVICE_NAME) -> HealthStatus:
-        """Whether the server takes requests. `service` "" asks for the server as a whole."""
+        """Say whether the server takes requests; `service` "" asks for the server as a whole."""
         with translated_errors():
             return health_status(
-                self._health.Check(health_request(service), timeout=timeout_seconds, metadata=self._metadata)
+                self._connection.health.Check(
+                    health_request(service), timeout=timeout_seconds, metadata=self._metadata
+                )
             )
 
     def wait_until_serving(self, timeout_seconds: float, *, service: str = SERVICE_NAME) -> None:
@@ -281,7 +288,7 @@ class Client:
         """
         wait = ServingWait(timeout_seconds)
         while True:
-            call = self._health.Watch(
+            call = self._connection.health.Watch(
                 health_request(service),
                 timeout=wait.remaining_seconds(),
                 wait_for_ready=True,
