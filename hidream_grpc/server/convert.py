@@ -5,21 +5,10 @@ from __future__ import annotations
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from hidream.v1 import image_pb2, job_pb2
-from hidream_grpc.jobs.job import Execution, Job, Priority, Progress, StoredImage, Timings
+from hidream_grpc.jobs.job import Execution, Job, Progress, StoredImage, Timings
 from hidream_grpc.jobs.watching import events
-from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
+from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.server.status import to_status
-
-_OUTPUT_FORMATS = {
-    OutputFormat.PNG: image_pb2.OUTPUT_FORMAT_PNG,
-    OutputFormat.JPEG: image_pb2.OUTPUT_FORMAT_JPEG,
-    OutputFormat.WEBP: image_pb2.OUTPUT_FORMAT_WEBP,
-}
-_PRIORITIES = {
-    Priority.LOW: job_pb2.PRIORITY_LOW,
-    Priority.NORMAL: job_pb2.PRIORITY_NORMAL,
-    Priority.HIGH: job_pb2.PRIORITY_HIGH,
-}
 
 
 def duration(seconds: float) -> duration_pb2.Duration:
@@ -47,7 +36,7 @@ def image_spec(parameters: GenerationParameters) -> image_pb2.ImageSpec:
         guidance_scale=parameters.guidance_scale,
         num_images=parameters.num_images,
         seed=parameters.seed,
-        output_format=_OUTPUT_FORMATS[parameters.output_format],
+        output_format=image_pb2.OutputFormat.Value(f"OUTPUT_FORMAT_{parameters.output_format.name}"),
     )
     if parameters.output_format.has_quality:
         spec.quality = parameters.quality
@@ -117,7 +106,7 @@ def job(value: Job, position: events.Queued | None = None) -> job_pb2.Job:
         spec=image_spec(submission.parameters),
         timings=timings(value.timings),
         images=[image_info(image) for image in value.images],
-        priority=_PRIORITIES[submission.priority],
+        priority=job_pb2.Priority.Value(f"PRIORITY_{submission.priority.name}"),
         labels=submission.labels,
         create_time=timestamp(value.create_time),
     )

@@ -24,7 +24,7 @@ def hidream(address: str, *arguments: str, folder: Path | None = None) -> subpro
     )
 
 
-def test_generate_writes_the_picture_and_shows_every_step(server: LiveServer, tmp_path: Path) -> None:
+def test_generate_writes_the_image_and_shows_every_step(server: LiveServer, tmp_path: Path) -> None:
     result = hidream(server.address, "generate", PROMPT, "--seed", "7", *SMALL, folder=tmp_path)
     assert (result.returncode, result.stdout) == (0, "hidream_7.png\n")
     for step in range(1, 4):

@@ -50,7 +50,7 @@ def long_job(server: LiveServer) -> Iterator[str]:
 
 @pytest.fixture
 def drawn_job(server: LiveServer) -> str:
-    """A job that has drawn two pictures."""
+    """A job that has drawn two images."""
     job_id = submitted(server, *SMALL, "--images", "2")
     assert answer(server.address, "watch", job_id, "--quiet") == "SUCCEEDED"
     return job_id
@@ -61,7 +61,7 @@ def test_submit_prints_the_id_under_which_status_finds_the_job(server: LiveServe
     rows = dict(line.split(maxsplit=1) for line in answer(server.address, "status", job_id).splitlines())
     assert rows["job"] == job_id
     assert rows["prompt"] == PROMPT
-    assert rows["picture"].startswith("64×64, 3 steps")
+    assert rows["images"].startswith("64×64, 3 steps")
     assert rows["labels"] == label
     assert rows["priority"] == "HIGH"
 
@@ -178,7 +178,7 @@ def test_a_download_goes_on_where_an_earlier_one_broke_off(
             server.address, "download", drawn_job, "--index", "1", "--out", "1.png", "--json", folder=tmp_path
         )
     )
-    # One picture of several, named without a pattern, has its index behind the name.
+    # One image of several, named without a pattern, has its index behind the name.
     path = tmp_path / "1_1.png"
     whole = path.read_bytes()
     assert (len(whole), info["index"]) == (int(info["size_bytes"]), 1)
@@ -193,7 +193,7 @@ def test_a_download_goes_on_where_an_earlier_one_broke_off(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_every_picture_that_was_asked_for_is_downloaded_or_missed(
+def test_every_image_that_was_asked_for_is_downloaded_or_missed(
     server: LiveServer, drawn_job: str, tmp_path: Path
 ) -> None:
     result = hidream(server.address, "download", drawn_job, "--index", "1", "--index", "2", folder=tmp_path)
@@ -202,7 +202,7 @@ def test_every_picture_that_was_asked_for_is_downloaded_or_missed(
     assert [file.name for file in tmp_path.iterdir()] == ["hidream_8.png"]
 
 
-def test_a_picture_that_is_not_finished_is_not_downloaded(
+def test_an_image_that_is_not_finished_is_not_downloaded(
     server: LiveServer, long_job: str, tmp_path: Path
 ) -> None:
     result = hidream(server.address, "download", long_job, folder=tmp_path)

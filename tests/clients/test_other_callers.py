@@ -58,7 +58,7 @@ def test_grpcurl_describes_the_contract(
     assert line in described.stdout, described.stderr
 
 
-def test_grpcurl_draws_the_picture_that_the_python_client_draws(
+def test_grpcurl_draws_the_image_that_the_python_client_draws(
     server: LiveServer, client: Client, go_tools: GoTools
 ) -> None:
     spec = {"prompt": PROMPT, "width": 64, "height": 64, "num_inference_steps": 2, "seed": "5"}
@@ -102,7 +102,7 @@ def test_grpc_health_probe_fails_for_a_service_that_is_not_there(
     assert probed.returncode != 0
 
 
-def test_the_go_program_writes_the_picture_that_the_python_client_draws(
+def test_the_go_program_writes_the_image_that_the_python_client_draws(
     server: LiveServer, client: Client, go_tools: GoTools, tmp_path: Path
 ) -> None:
     out = tmp_path / "picture.png"

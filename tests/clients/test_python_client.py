@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 3, "s
 LONG: dict[str, Any] = {**SMALL, "num_inference_steps": 150, "num_images": 4}
 
 
-def check_picture(image: Image, width: int, height: int, file_format: str) -> None:
+def check_image(image: Image, width: int, height: int, file_format: str) -> None:
     assert hashlib.sha256(image.data).digest() == image.sha256
     assert (image.width, image.height) == (width, height)
     with PIL.Image.open(io.BytesIO(image.data)) as picture:
@@ -37,18 +37,18 @@ def wait_for_one_more_cancelled_job(client: Client, num_cancelled: int) -> None:
     wait_until(lambda: client.info().jobs.cancelled == num_cancelled + 1, 30, "the job is cancelled")
 
 
-def test_a_picture_has_the_size_and_format_asked_for(client: Client) -> None:
+def test_an_image_has_the_size_and_format_asked_for(client: Client) -> None:
     [image] = client.draw(
         PROMPT, **{**SMALL, "width": 96, "num_inference_steps": 1}, output_format="WEBP", quality=80
     )
-    check_picture(image, 96, 64, "WEBP")
+    check_image(image, 96, 64, "WEBP")
     assert image.mime_type == "image/webp"
 
 
-def test_several_pictures_come_in_order_each_with_its_seed(client: Client) -> None:
+def test_several_images_come_in_order_each_with_its_seed(client: Client) -> None:
     images = client.draw(PROMPT, **SMALL, num_images=3)
     for index, image in enumerate(images):
-        check_picture(image, 64, 64, "PNG")
+        check_image(image, 64, 64, "PNG")
         assert (image.index, image.seed) == (index, 11 + index)
     assert len({image.sha256 for image in images}) == 3
 
@@ -107,7 +107,7 @@ async def test_the_same_seed_gives_the_same_bytes_through_both_clients(server: L
             return client.draw(PROMPT, **SMALL)
 
     [elsewhere] = await asyncio.to_thread(draw)
-    check_picture(first, 64, 64, "PNG")
+    check_image(first, 64, 64, "PNG")
     assert first == again == elsewhere
 
 
@@ -138,7 +138,7 @@ async def test_events_tell_every_step_to_asyncio_too(server: LiveServer) -> None
         check_story([event async for event in client.generate(PROMPT, **SMALL)])
 
 
-def test_previews_are_small_pictures_of_each_step(client: Client) -> None:
+def test_previews_are_small_images_of_each_step(client: Client) -> None:
     previews = [
         event for event in client.generate(PROMPT, **SMALL, preview=True) if isinstance(event, events.Preview)
     ]

@@ -30,10 +30,10 @@ from hidream.options import (
     Steps,
     Timeout,
 )
-from hidream.pictures import SavedPictures, output_pattern, picked_format
+from hidream.saved_images import SavedImages, output_pattern, picked_format
 from hidream.terminal import ProgressBar, info_table
 
-_HELP = """Draws pictures with a hidream-grpc server.
+_HELP = """Draws images with a hidream-grpc server.
 
 Paths and answers go to stdout, everything else to stderr. Exit codes: 0 it worked; 1 it failed;
 2 the command line or the request is wrong, one line a violation; 3 the server is unreachable, not
@@ -60,7 +60,7 @@ def generate(
         typer.Option(
             "--out",
             "-o",
-            help="File, pattern with {seed} and {index}, or folder. Without a pattern several pictures "
+            help="File, pattern with {seed} and {index}, or folder. Without a pattern several images "
             "get their index behind the name. Default: hidream_{seed}.png.",
         ),
     ] = None,
@@ -75,13 +75,13 @@ def generate(
     ] = None,
     quality: Quality = None,
     preview: Annotated[
-        bool, typer.Option("--preview", help="After each step write NAME.preview.jpg beside the picture.")
+        bool, typer.Option("--preview", help="After each step write NAME.preview.jpg beside the image.")
     ] = False,
     model: Model = None,
     quiet: Quiet = False,
     timeout: NoTimeout = None,
 ) -> None:
-    """Draw what a prompt says, and print the path of each picture."""
+    """Draw what a prompt says, and print the path of each image."""
     size = size or Size()
     file_format = picked_format(out, file_format)
     pattern = output_pattern(out, file_format)
@@ -102,11 +102,11 @@ def generate(
     )
     # Closing the events cancels the job when anything here fails, an interrupt included.
     with closing(events), ProgressBar(is_shown=not quiet) as bar:
-        pictures = SavedPictures(pattern, images or 1)
+        saved = SavedImages(pattern, images or 1)
         for event in events:
             bar.show(event)
-            pictures.take(event)
-    for path in pictures.paths:
+            saved.take(event)
+    for path in saved.paths:
         typer.echo(path)
 
 

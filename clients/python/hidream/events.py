@@ -66,7 +66,7 @@ class Progress(JobEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview(JobEvent):
-    """A small picture of the unfinished image 0 after a step; `data` is a file of `mime_type`."""
+    """A small preview of the unfinished image 0 after a step; `data` is a file of `mime_type`."""
 
     step: int
     mime_type: str

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and where the pictures of a request go."""
+"""Files that appear whole or not at all, and where the images of a request go."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import cast
 
 from hidream.images import Image
 from hidream.requests import OutputFormat
@@ -24,13 +25,7 @@ class ImageFileFormat(StrEnum):
     @property
     def output_format(self) -> OutputFormat:
         """The same, as a request names it."""
-        match self:
-            case ImageFileFormat.PNG:
-                return "PNG"
-            case ImageFileFormat.JPEG:
-                return "JPEG"
-            case ImageFileFormat.WEBP:
-                return "WEBP"
+        return cast(OutputFormat, self.name)
 
     @property
     def suffix(self) -> str:
@@ -61,11 +56,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class OutputPattern:
-    """Where each picture of one request goes.
+    """Where each image of one request goes.
 
     Attributes:
-        pattern: a file; `{seed}` and `{index}` in its name stand for those of each picture. Without
-            either, several pictures get their index behind the name.
+        pattern: a file; `{seed}` and `{index}` in its name stand for those of each image. Without
+            either, several images get their index behind the name.
     """
 
     pattern: Path
@@ -94,14 +89,14 @@ class OutputPattern:
         return cls(path)
 
     def path_of(self, image: Image | image_pb2.ImageInfo, num_images: int) -> Path:
-        """Where one picture of several goes."""
+        """Return where one image of several goes."""
         stem, suffix = self.pattern.stem, self.pattern.suffix
         if num_images > 1 and "{seed}" not in stem and "{index}" not in stem:
             stem += "_{index}"
         return self.pattern.with_name(_fill(stem + suffix, image.seed, image.index))
 
     def preview_path(self, seed: int) -> Path:
-        """Where the small picture of the unfinished image 0 goes, beside the finished ones."""
+        """Return where the preview of the unfinished image 0 goes, beside the finished ones."""
         return self.pattern.with_name(f"{_fill(self.pattern.stem, seed, 0)}.preview.jpg")
 
 

@@ -60,7 +60,7 @@ def cancel(client: Client, job_ids: JobIds, as_json: AsJson = False, timeout: Ti
 
 @connected
 def delete(client: Client, job_ids: JobIds, as_json: AsJson = False, timeout: Timeout = 10.0) -> None:
-    """Delete jobs that have ended, and their pictures, and print the id of each."""
+    """Delete jobs that have ended, and their images, and print the id of each."""
     for job_id in job_ids:
         client.delete(job_id, timeout_seconds=timeout)
         typer.echo(message_json_line(job_pb2.Job(job_id=job_id)) if as_json else job_id)

@@ -55,7 +55,7 @@ def _job_rows(job: job_pb2.Job) -> Iterator[tuple[str, str]]:
     yield "prompt", " ".join(spec.prompt.split())
     yield "negative", " ".join(spec.negative_prompt.split())
     yield (
-        "picture",
+        "images",
         f"{spec.width}×{spec.height}, {spec.num_inference_steps} steps, guidance {spec.guidance_scale:g}, "
         f"seed {spec.seed}, {spec.num_images} image{'s' if spec.num_images > 1 else ''}",
     )

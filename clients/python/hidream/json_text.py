@@ -26,7 +26,7 @@ def message_json_line(message: Message) -> str:
 
 
 def event_json_line(event: Event) -> str:
-    """One event on one line: its kind, and its fields without the bytes of pictures."""
+    """One event on one line: its kind, and its fields without the bytes of images."""
     kind = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
     return json.dumps({"event": kind, **_fields(event)}, ensure_ascii=False)
 

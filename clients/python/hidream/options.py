@@ -15,7 +15,7 @@ from hidream.requests import JobStateName
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Width and height of a picture, in pixels."""
+    """Width and height of an image, in pixels."""
 
     width: int | None = None
     height: int | None = None
@@ -78,7 +78,7 @@ CaFile = Annotated[
 
 # What to draw.
 Prompt = Annotated[str, typer.Argument(help="What to draw.", show_default=False)]
-Seed = Annotated[int | None, typer.Option(help="Of the first picture. Default: a random one.")]
+Seed = Annotated[int | None, typer.Option(help="Of the first image. Default: a random one.")]
 SizeOption = Annotated[
     Size | None, typer.Option(parser=Size.parse, metavar="WIDTHxHEIGHT", help="In pixels.")
 ]
@@ -87,7 +87,7 @@ Guidance = Annotated[
     float | None, typer.Option(help="How closely to follow the prompt; 1 or less is not at all.")
 ]
 Negative = Annotated[str | None, typer.Option(help="What to keep away from.")]
-Images = Annotated[int | None, typer.Option(help="How many pictures; each is drawn from the next seed.")]
+Images = Annotated[int | None, typer.Option(help="How many images; each is drawn from the next seed.")]
 Quality = Annotated[int | None, typer.Option(help="Of JPEG and WebP, 1 to 100.")]
 Model = Annotated[
     str | None, typer.Option(help="Which model draws, one that `hidream info` names. Default: the server's.")

@@ -36,7 +36,7 @@ class SubmitOptions(TypedDict, total=False):
         output_format: file format of the images.
         quality: of JPEG and WebP, 1 to 100.
         request_id: a name for this request, so that a retry does not draw twice.
-        preview: also send a small picture after each step.
+        preview: also send a small preview of image 0 after each step.
         priority: which jobs go first when several wait.
         labels: free labels, to find the job again.
         model: name of the model that is to draw, one of `info().live_models`; the server's own when absent.

@@ -25,8 +25,8 @@ from hidream.options import (
     labels_by_key,
     state_names,
 )
-from hidream.pictures import SavedPictures, output_pattern, picked_format
 from hidream.reconnecting import DEFAULT_RECONNECT_SECONDS, ReconnectPolicy
+from hidream.saved_images import SavedImages, output_pattern, picked_format
 from hidream.terminal import ProgressBar
 from hidream.v1 import image_pb2
 
@@ -52,7 +52,7 @@ def watch(
 ) -> None:
     """Follow a job to its end, or every change of all jobs; neither is touched.
 
-    A server that restarts meanwhile is waited for. With --out the pictures are written and their
+    A server that restarts meanwhile is waited for. With --out the images are written and their
     paths printed, otherwise the state in which the job ends.
     """
     if job_id is None:
@@ -62,7 +62,7 @@ def watch(
         return
     if state or label:
         raise typer.BadParameter("--state and --label are for watching all jobs", param_hint="JOB_ID")
-    pictures = None if out is None else _pictures(client, job_id, out, timeout)
+    saved = None if out is None else _saved_images(client, job_id, out, timeout)
     with ProgressBar(is_shown=not (quiet or as_json)) as bar:
         policy = ReconnectPolicy(timeout, reconnect, bar.show_connection_lost)
         with closing(client.watch(job_id, policy)) as events:
@@ -70,17 +70,17 @@ def watch(
                 bar.show(event)
                 if as_json:
                     typer.echo(event_json_line(event))
-                if pictures:
-                    pictures.take(event)
+                if saved:
+                    saved.take(event)
     if as_json:
         return
-    for line in pictures.paths if pictures else ["SUCCEEDED"]:
+    for line in saved.paths if saved else ["SUCCEEDED"]:
         typer.echo(line)
 
 
-def _pictures(client: Client, job_id: str, out: str, timeout_seconds: float | None) -> SavedPictures:
+def _saved_images(client: Client, job_id: str, out: str, timeout_seconds: float | None) -> SavedImages:
     spec = client.status(job_id, timeout_seconds=timeout_seconds).spec
-    return SavedPictures(output_pattern(out, picked_format(out, _format(spec))), spec.num_images, spec.seed)
+    return SavedImages(output_pattern(out, picked_format(out, _format(spec))), spec.num_images, spec.seed)
 
 
 def _watch_all(
@@ -102,16 +102,16 @@ def download(
     client: Client,
     job_id: JobId,
     index: Annotated[
-        list[int] | None, typer.Option(help="Which picture, from 0; several times. Default: all of them.")
+        list[int] | None, typer.Option(help="Which image, from 0; several times. Default: all of them.")
     ] = None,
     out: Out = None,
     as_json: AsJson = False,
     reconnect: Reconnect = DEFAULT_RECONNECT_SECONDS,
-    timeout: Annotated[float | None, typer.Option(help="Give up a picture after this many seconds.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Give up an image after this many seconds.")] = None,
 ) -> None:
-    """Write the pictures of a job, and print the path of each.
+    """Write the images of a job, and print the path of each.
 
-    What arrived of a picture before the download broke off is kept, and not asked for again.
+    What arrived of an image before the download broke off is kept, and not asked for again.
     """
     job = client.status(job_id, timeout_seconds=timeout)
     pattern = output_pattern(out, picked_format(out, _format(job.spec)))

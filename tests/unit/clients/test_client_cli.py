@@ -97,7 +97,7 @@ def test_each_bad_field_is_a_line_that_names_its_flag() -> None:
     ]
 
 
-def test_every_field_of_a_picture_has_a_flag() -> None:
+def test_every_field_of_an_image_has_a_flag() -> None:
     command = CliRunner().invoke(cli.app, ["generate", "--help"]).stdout
     for field in image_pb2.ImageSpec.DESCRIPTOR.fields_by_name:
         [line] = error_lines(

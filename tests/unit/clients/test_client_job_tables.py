@@ -39,7 +39,7 @@ def test_a_job_is_told_one_fact_a_line_and_what_it_lacks_is_left_out() -> None:
     assert rows["stage"] == "DENOISING"
     assert rows["progress"] == "step 3 of 8, 250 ms a step"
     assert rows["prompt"] == "a red circle"
-    assert rows["picture"].startswith("64×48, 8 steps, guidance 5, seed 0, 1 image")
+    assert rows["images"].startswith("64×48, 8 steps, guidance 5, seed 0, 1 image")
     assert rows["labels"] == "set=circles"
     assert rows["model"] == "dev"
     assert not {"error", "queue", "ended", "negative"} & {*rows}
@@ -71,7 +71,7 @@ def test_a_job_is_one_line_of_json_with_the_names_of_the_contract() -> None:
     assert answer["images"] == []
 
 
-def test_events_are_lines_of_json_without_the_bytes_of_pictures() -> None:
+def test_events_are_lines_of_json_without_the_bytes_of_images() -> None:
     progress = Progress(step=1, total_steps=8, step_seconds=0.5, estimated_remaining_seconds=None, **COMMON)
     assert json.loads(event_json_line(progress)) == {
         "event": "progress",

@@ -1,4 +1,4 @@
-// Command generate asks a hidream-grpc server for one picture and writes it to a file, while it
+// Command generate asks a hidream-grpc server for one image and writes it to a file, while it
 // prints how the drawing goes.
 package main
 

@@ -29,7 +29,7 @@ const usage = `usage: jobs [-address HOST:PORT] [-tls] [-ca-file FILE] COMMAND
   watch-all                    print every change of every job
   cancel JOB_ID                stop a job at its next step
   delete JOB_ID                delete a job that has ended
-  download JOB_ID INDEX FILE   write a picture; goes on where it broke off
+  download JOB_ID INDEX FILE   write an image; goes on where it broke off
 `
 
 // command runs with the arguments behind its name.
@@ -178,7 +178,7 @@ func download(ctx context.Context, client *hidream.Client, arguments []string) e
 	jobID, path := arguments[0], arguments[2]
 	var index int32
 	if _, err := fmt.Sscan(arguments[1], &index); err != nil {
-		return fmt.Errorf("%q is no index of a picture", arguments[1])
+		return fmt.Errorf("%q is no index of an image", arguments[1])
 	}
 	if _, err := client.Download(ctx, jobID, index, path, hidream.ReconnectPolicy{}); err != nil {
 		return err

@@ -9,11 +9,11 @@ import (
 	hidreamv1 "github.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1"
 )
 
-// Spec adds the flags of a picture to a set, and returns what they fill in when it is parsed.
+// Spec adds the flags of an image to a set, and returns what they fill in when it is parsed.
 func Spec(set *flag.FlagSet) *hidreamv1.ImageSpec {
 	spec := &hidreamv1.ImageSpec{}
 	set.StringVar(&spec.Prompt, "prompt", "", "what to draw")
-	set.Func("seed", "of the picture (default: the server picks one)", optional(&spec.Seed))
+	set.Func("seed", "of the image (default: the server picks one)", optional(&spec.Seed))
 	set.Func("width", "in pixels (default: the server's)", optional(&spec.Width))
 	set.Func("height", "in pixels (default: the server's)", optional(&spec.Height))
 	set.Func("steps", "denoising steps (default: the server's)", optional(&spec.NumInferenceSteps))

@@ -1,4 +1,4 @@
-"""Where the pictures of a command go, and how they get there while the job is followed."""
+"""Where the images of a command go, and how they are written while the job is followed."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from hidream.events import Event, ImageFinished, Preview, Started
 from hidream.files import ImageFileFormat, OutputPattern, format_of_suffix, write_atomically
 
 
-class SavedPictures:
-    """Writes the pictures of one job as they are finished."""
+class SavedImages:
+    """Writes the images of one job as they are finished."""
 
     def __init__(self, pattern: OutputPattern, num_images: int, seed: int = 0) -> None:
         """Nothing is written yet.
 
         Args:
-            pattern: where the pictures go.
+            pattern: where the images go.
             num_images: how many there will be.
-            seed: of the first; `Started` tells it where it is not known before.
+            seed: of the first image; `Started` brings it where it is not known before.
         """
         self._pattern = pattern
         self._num_images = num_images
@@ -28,7 +28,7 @@ class SavedPictures:
 
     @property
     def paths(self) -> list[Path]:
-        """The files, by the index of their pictures: those come in the order in which they are finished."""
+        """The files in the order of their images' index; images are finished in any order."""
         return [self._paths[index] for index in sorted(self._paths)]
 
     def take(self, event: Event) -> None:
