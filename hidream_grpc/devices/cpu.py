@@ -1,4 +1,4 @@
-"""A rank on the CPU."""
+"""The CPU as the device of a rank."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class CpuDevice:
     grouped_linear = staticmethod(torch.compiler.disable(kernels.grouped_linear))  # type: ignore[no-untyped-call]
 
     def rotate(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-        """One product of complex numbers: a third of the passes over memory that real ones need."""
+        """Rotate by one product of complex numbers: a third of the passes over memory that real ones need."""
         # In a graph the real ones are one pass, and complex ones leave it.
         if (
             torch.compiler.is_compiling()

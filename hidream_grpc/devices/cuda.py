@@ -1,4 +1,4 @@
-"""A rank on an NVIDIA GPU."""
+"""An NVIDIA GPU as the device of a rank."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OUT_OF_MEMORY_TEXTS = (
 
 
 class CudaDevice:
-    """One GPU."""
+    """The GPU of one rank."""
 
     backend = CUDA.backend
     dtype = torch.bfloat16
@@ -56,7 +56,7 @@ class CudaDevice:
     rotate = staticmethod(kernels.rotate_pairs)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, first_key_count: int) -> Tensor:
-        """The flash kernel, which takes no bias: a key that counts more often is merged afterwards."""
+        """Use the flash kernel, which takes no bias: a key that counts more often is merged afterwards."""
         if first_key_count == 1:
             return kernels.attention(query, key, value, first_key_count)
         attended, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
@@ -67,7 +67,7 @@ class CudaDevice:
         )
 
     def grouped_linear(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        """One kernel for all groups; from SM90 on it reads the ends on the device."""
+        """Use one kernel for all groups; from SM90 on it reads the ends on the device."""
         return functional.grouped_mm(rows, weights.transpose(-2, -1), offs=ends)
 
 

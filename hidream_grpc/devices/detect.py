@@ -24,7 +24,7 @@ MAX_DEVICE_INDEX = 1023
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What detection looks at.
+    """The parts of a machine from which its devices are known.
 
     Attributes:
         dev_directory: where the device nodes are.
@@ -77,10 +77,10 @@ class DeviceSelection:
     """The devices of one rank group; each is on this machine.
 
     Attributes:
-        device_type: of all of them.
-        devices: of rank 0, 1, …, as asked: indices among the devices visible to the server.
+        device_type: one for all of them.
+        devices: those of rank 0, 1, …, as asked: indices among the devices visible to the server.
         runtime_names: the same devices as the runtime names them; empty where it counts none.
-        idle_devices: also asked for, and without a rank.
+        idle_devices: devices that were also asked for, and have no rank.
     """
 
     device_type: DeviceType
@@ -90,7 +90,7 @@ class DeviceSelection:
 
     @property
     def num_ranks(self) -> int:
-        """One rank for each device."""
+        """Number of ranks: one for each device."""
         return len(self.devices)
 
     def first(self, num_ranks: int) -> DeviceSelection:
@@ -108,7 +108,7 @@ class DeviceSelection:
         )
 
     def local_index(self, rank: int) -> int:
-        """What `open_device` needs in the process of this rank."""
+        """The index that `open_device` takes in the process of this rank."""
         if not self.runtime_names:
             return self.devices[rank]
         return self._visible_names().index(self.runtime_names[rank])
@@ -138,7 +138,7 @@ def detect(
     Args:
         device_type: "auto", or the name of one.
         flag: what the operator used to ask, for the error's text.
-        machine: what to look at; this machine by default.
+        machine: where to look for devices; this machine by default.
 
     Raises:
         ConfigurationError: there is no such device type.
@@ -174,7 +174,7 @@ def select_devices(
         device_type: of the devices, from `detect`.
         devices: one for each rank, from `parse_devices`; on a CPU any numbers, one a rank.
         flag: what the operator used to ask, for the error's text.
-        machine: what to look at; this machine by default.
+        machine: where to look for devices; this machine by default.
 
     Raises:
         DeviceUnavailableError: a device does not exist.

@@ -1,4 +1,4 @@
-"""The same work on the same device gives the same bits, as far as torch and its libraries offer it."""
+"""Settings of torch with which the same work on the same device gives the same bits, where torch can."""
 
 from __future__ import annotations
 

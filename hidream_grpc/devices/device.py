@@ -15,19 +15,19 @@ class Device(Protocol):
 
     @property
     def name(self) -> str:
-        """What the hardware calls itself."""
+        """The name that the hardware gives itself."""
 
     @property
     def backend(self) -> str:
-        """Backend of torch.distributed for tensors of this device."""
+        """The backend of torch.distributed for tensors of this device."""
 
     @property
     def torch_device(self) -> torch.device:
-        """Where this rank's tensors live."""
+        """The torch device of this rank's tensors."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model computes in here."""
+        """The dtype in which the model computes on this device."""
 
     def memory(self) -> DeviceMemory:
         """Total and free memory, now; what torch has cached counts as used."""
@@ -36,7 +36,7 @@ class Device(Protocol):
         """Block until the device has finished all work that was given to it."""
 
     def empty_cache(self) -> None:
-        """Give back the memory that torch holds for nobody; the next allocations are slower."""
+        """Give back the memory that torch holds in reserve; the next allocations are slower."""
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         """Whether the error says that this device had no room, so that less work may fit."""

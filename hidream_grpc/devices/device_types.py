@@ -20,16 +20,16 @@ class DeviceType:
 
     Attributes:
         name: as in `--device-type`.
-        backend: of torch.distributed.
+        backend: the one of torch.distributed for its tensors.
         start_method: FORK where a fork of an unopened runtime works, EXEC where that is not known.
-        default_layout: where the operator names neither devices nor a layout, as `--layout` takes it;
+        default_layout: used where the operator names neither devices nor a layout, as `--layout` takes it;
             one that every model allows.
         visible_devices_variable: environment variable that hides devices from the runtime; None
             where devices are not counted and any number of ranks may be asked for.
         device_node_prefix: device N of this type is the file `/dev/<prefix>N`.
         rank_environment: environment defaults of the ranks, by the number of ranks.
         can_compile: whether torch.compile has been made to work on it here.
-        bytes_per_weight: of the dtype that the model has on it.
+        bytes_per_weight: size of the dtype that the model has on it.
     """
 
     name: str
@@ -125,7 +125,7 @@ DEVICE_TYPES = {device_type.name: device_type for device_type in (NPU, CUDA, CPU
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """Memory of one device, of all processes that use it."""
+    """Memory of one device, counted over all processes that use it."""
 
     total_bytes: int
     free_bytes: int

@@ -1,4 +1,4 @@
-"""Whether an error is a device's, or that of what was computed on it."""
+"""Tells an error of a device from one of what was computed on it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def is_out_of_memory(error: BaseException, device: Device) -> bool:
 def is_device_fault(error: BaseException, device: Device) -> bool:
     """Whether an error says that an open device has failed, or that it or its host had no room.
 
-    Runtimes raise a plain RuntimeError, as torch does for a wrong shape. Which one it is, the device tells:
-    one that has failed refuses whatever comes after.
+    Runtimes raise a plain RuntimeError, as torch does for a wrong shape. The device makes the difference: one
+    that has failed refuses all further work.
     """
     if is_out_of_memory(error, device):
         return True

@@ -11,11 +11,11 @@ from hidream_grpc.devices.device_types import DeviceMemory
 
 @dataclass(frozen=True, slots=True)
 class _Controller:
-    """How a version of the kernel's control groups says what a group may have and has.
+    """The files in which a version of the kernel's control groups says what a group may use, and uses.
 
     Attributes:
         folders: where its hierarchy may be mounted, below /sys/fs/cgroup.
-        limit, used: files of a group.
+        limit, used: files of a group, in bytes.
         caches: lines of its memory.stat that count file pages, which give way.
     """
 
@@ -38,7 +38,7 @@ def host_memory(root: Path = Path("/")) -> DeviceMemory:
     """Total and available memory, now, within the limits of every control group of this process.
 
     Args:
-        root: of the file system that tells it.
+        root: where /proc and /sys are mounted.
     """
     fields = colon_separated(root / "proc/meminfo")
     total_bytes, free_bytes = (_kibibytes(fields[name]) for name in ("MemTotal", "MemAvailable"))
@@ -49,13 +49,13 @@ def host_memory(root: Path = Path("/")) -> DeviceMemory:
 
 
 def colon_separated(path: Path) -> dict[str, str]:
-    """Lines `name: value` of a file of the kernel; of lines with one name the last."""
+    """The lines `name: value` of a file of the kernel, by name; the last one of each name."""
     lines = (line.partition(":") for line in path.read_text(encoding="utf-8").splitlines())
     return {name.strip(): value.strip() for name, _, value in lines}
 
 
 def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit, and what is left of it, of this process's group and of each above it."""
+    """Yield the limit, and what is left of it, of this process's group and of each above it, in bytes."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:

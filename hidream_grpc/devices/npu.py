@@ -1,4 +1,4 @@
-"""A rank on an Ascend NPU. Nothing else imports torch_npu: it needs CANN.
+"""An Ascend NPU as the device of a rank. Nothing else imports torch_npu: it needs CANN.
 
 Source: torch_npu 2.13.0, torch_npu/npu/__init__.py and utils.py; importing it registers the hccl
 backend with torch.distributed.
@@ -22,7 +22,7 @@ _OUT_OF_MEMORY_TEXTS = ("NPU out of memory", "EL0004")
 
 
 class NpuDevice:
-    """One NPU."""
+    """The NPU of one rank."""
 
     backend = NPU.backend
     dtype = torch.bfloat16
@@ -53,7 +53,7 @@ class NpuDevice:
         )
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, first_key_count: int) -> Tensor:
-        """The fused kernel, which takes no bias: a key that counts more often is merged afterwards."""
+        """Use the fused kernel, which takes no bias: a key that counts more often is merged afterwards."""
         first_key = 0 if first_key_count == 1 else 1
         attended, softmax_max, softmax_sum, *_ = torch_npu.npu_fusion_attention(
             query,
@@ -70,7 +70,7 @@ class NpuDevice:
         return kernels.add_zero_key(attended, logsumexp, value[:, :1], first_key_count)
 
     def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        """The fused kernel, in float32."""
+        """Use the fused kernel, in float32."""
         num_rotated = 2 * cosines.shape[-1]
         cosines, sines = (of_pair.repeat_interleave(2, dim=-1)[None, :, None] for of_pair in (cosines, sines))
         rotated = torch_npu.npu_rotary_mul(
@@ -79,7 +79,7 @@ class NpuDevice:
         return torch.cat((rotated.to(x.dtype), x[..., num_rotated:]), dim=-1)
 
     def grouped_linear(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        """One kernel for all groups; ends as a tensor stay on the device, as a list they would not."""
+        """Use one kernel for all groups; ends in a tensor stay on the device, in a list they would not."""
         outputs: Tensor = torch_npu.npu_grouped_matmul(
             [rows],
             [weights.transpose(-2, -1)],

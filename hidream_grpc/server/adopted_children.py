@@ -1,7 +1,7 @@
-"""What the first process of a container owes: a process whose parent has ended is its child from then on.
+"""Waits for processes whose parents have ended: the first process of a container gets them as children.
 
-Such a child stays a zombie until it is waited for, and nothing here started it. Ranks of a zygote that was
-killed become children so, and whatever `docker exec` or a compiler leaves.
+Such a child stays a zombie until it is waited for. Ranks of a zygote that was killed become children that
+way, and processes that `docker exec` or a compiler leaves.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def adopts_orphans() -> bool:
 async def reap_adopted_children() -> None:
     """Wait for adopted children until cancelled; return at once where there can be none.
 
-    A child that this process started is waited for by what started it, within moments of its end. So a zombie
-    that is there at two looks in a row is an adopted one, and its exit status nobody's.
+    A child that this process started is waited for by the code that started it, within moments of its end. So
+    a zombie that is in two samples in a row is an adopted one, and no code here needs its exit status.
     """
     if not adopts_orphans():
         return
     seen: frozenset[int] = frozenset()
 
-    async def look() -> None:
+    async def sample() -> None:
         nonlocal seen
         zombies = zombie_children()
         for pid in zombies & seen:
@@ -44,7 +44,7 @@ async def reap_adopted_children() -> None:
         seen = zombies
 
     await keep_doing(
-        "reap processes whose parents have ended", look, lambda: asyncio.sleep(SAMPLE_INTERVAL_SECONDS)
+        "reap processes whose parents have ended", sample, lambda: asyncio.sleep(SAMPLE_INTERVAL_SECONDS)
     )
 
 

@@ -1,4 +1,4 @@
-"""The server on one page: `build` wires its parts, `run` gives them their life."""
+"""The server on one page: `build` wires its parts, `run` opens, starts and closes them."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ class Service:
     """The parts of one server, wired; nothing of it is open, listens or has started.
 
     Attributes:
-        model_name: of the model that it serves, for the log.
-        store_flag: what an operator sets to have another job store.
+        model_name: the name of the model that it serves, for the log.
+        store_flag: the flag with which an operator chooses another job store.
         listen: HOST:PORT to serve gRPC on.
-        metrics_port: for Prometheus, on the same host; None for none.
+        metrics_port: where Prometheus reads, on the same host; None for no metrics.
     """
 
     model_name: str
@@ -91,8 +91,8 @@ class Service:
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once, as does one during the start.
 
-    Everything that can be wrong with the settings is found out, and the ports are bound, before a
-    model is loaded.
+    Everything that can be wrong with the settings is found, and the ports are bound, before a model is
+    loaded.
 
     Raises:
         StartupError: in one line, why the service cannot start.
@@ -205,7 +205,7 @@ async def run(service: Service, signals: Signals) -> None:
         engine = asyncio.create_task(service.controller.run(jobs))
         ending.push_async_callback(end, engine, work)
         ending.push_async_callback(server.stop, SEND_LAST_EVENTS_SECONDS)
-        # After a second signal, or without its engine, a job must still tell how it ended.
+        # Also after a second signal, or without its engine, readers must learn how a job ended.
         ending.push_async_callback(jobs.drain, grace_seconds=0)
         await server.start()
         _log_start(service, f"{host}:{port}")

@@ -1,4 +1,4 @@
-"""What is known of the call that is being served, for its log line."""
+"""The facts of the call that is being served, for its log line."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Call:
 
     Attributes:
         deadline: the caller's, on the clock of time.monotonic; None for none.
-        caller: who takes turns with others, and has limits; a name of the tokens file, or a host.
-        owner: whose jobs may be seen; everybody's where nobody says who they are.
+        caller: takes turns with others, and has limits; a name of the tokens file, or a host.
+        owner: the caller whose jobs may be seen; empty, for all of them, where callers have no tokens.
     """
 
     method: str
@@ -36,7 +36,7 @@ class Call:
         return self.deadline is not None and time.monotonic() > self.deadline - DEADLINE_MARGIN_SECONDS
 
     def leaving_reason(self) -> CancelReason:
-        """Why a caller that leaves now does so."""
+        """Why a caller that leaves now leaves."""
         return CancelReason.DEADLINE if self.deadline_has_passed else CancelReason.CALLER_LEFT
 
 
@@ -44,7 +44,7 @@ _current_call: ContextVar[Call] = ContextVar("current_call")
 
 
 def begin_call(call: Call) -> None:
-    """Make this the call of the running task."""
+    """Make this the call that the running task serves."""
     _current_call.set(call)
 
 

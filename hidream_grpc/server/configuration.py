@@ -1,4 +1,4 @@
-"""From the operator's settings to the frozen values that each layer takes."""
+"""Makes the frozen values that each layer takes of the operator's settings."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ DATA_DIR_FLAG = "--data-dir"
 
 @dataclass(frozen=True, slots=True)
 class DrainTimes:
-    """How long a server that was asked to end still does what.
+    """How long a server that was asked to end goes on.
 
     Attributes:
-        delay_seconds: it takes new calls: load balancers send some until their next health check.
-        grace_seconds: jobs that run may end, and be read.
+        delay_seconds: time in which it takes calls: load balancers send some until their next health check.
+        grace_seconds: time after that for running jobs to end and to be read.
     """
 
     delay_seconds: float
@@ -54,7 +54,7 @@ class StoreLocations:
 
     Attributes:
         jobs: the file of a SQLite database, or the URL of a PostgreSQL one.
-        jobs_flag: what an operator sets to have another one.
+        jobs_flag: the flag with which an operator chooses another one.
         artifacts: a folder or the URL of a bucket.
     """
 
@@ -187,10 +187,10 @@ def store_policy(settings: Settings) -> StorePolicy:
 
 
 def store_locations(settings: Settings) -> StoreLocations:
-    """Where jobs and images are kept; the folder of those that have no other place is made.
+    """Where jobs and images are kept; the data folder is made where there is none.
 
     Raises:
-        ConfigurationError: there is no such folder that can be written to.
+        ConfigurationError: the data folder has no place, or cannot be written to.
     """
     directory = _data_directory(settings.data_dir)
     return StoreLocations(
@@ -211,7 +211,7 @@ def _data_directory(data_dir: Path | None) -> Path:
 
 
 def _home_of_data() -> Path:
-    # The XDG specification has an empty one mean none, and a relative one be wrong.
+    # By the XDG specification an empty one means none, and a relative one is wrong.
     if data_home := os.environ.get("XDG_DATA_HOME"):
         return _absolute(Path(data_home), "XDG_DATA_HOME")
     try:

@@ -1,4 +1,4 @@
-"""From the domain's values to messages of the contract. The only place that builds them."""
+"""Makes messages of the contract from the domain's values; no other module builds them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def timestamp(epoch_seconds: float) -> timestamp_pb2.Timestamp:
 
 
 def image_spec(parameters: GenerationParameters) -> image_pb2.ImageSpec:
-    """What is really drawn, every field present; quality only where the format has one."""
+    """The parameters of a job with every field present; quality only where the format has one."""
     spec = image_pb2.ImageSpec(
         prompt=parameters.prompt,
         negative_prompt=parameters.negative_prompt,
@@ -44,7 +44,7 @@ def image_spec(parameters: GenerationParameters) -> image_pb2.ImageSpec:
 
 
 def execution(value: Execution) -> job_pb2.Execution:
-    """How the images are drawn."""
+    """How the images of a job are generated."""
     return job_pb2.Execution(
         model=value.model,
         scheduler=value.scheduler,
@@ -65,7 +65,7 @@ def progress(value: Progress) -> job_pb2.JobProgress:
 
 
 def queued(value: events.Queued) -> job_pb2.Queued:
-    """Where a job waits, and how long."""
+    """The queue position of a job, and how long it is expected to wait."""
     message = job_pb2.Queued(queue_position=value.queue_position)
     if value.estimated_wait_seconds is not None:
         message.estimated_wait.CopyFrom(duration(value.estimated_wait_seconds))

@@ -1,4 +1,4 @@
-"""grpc.health.v1, complete: Check, Watch, and List, which the library leaves out."""
+"""The service grpc.health.v1: Check, Watch, and List, which the library leaves out."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc]
         self.mark_ready(False)
 
     def mark_draining(self) -> None:
-        """Tell that requests are not taken any more, whatever `mark_ready` is told from now on."""
+        """Say that requests are not taken any more; `mark_ready` has no effect from now on."""
         self._is_draining = True
         self.mark_ready(False)
 
     def mark_ready(self, is_ready: bool) -> None:
-        """Tell whether requests are taken; those that watch learn of it in the order of the calls."""
+        """Say whether requests are taken; watchers receive the changes in the order of the calls."""
         self._changes.start(self._set_ready(is_ready and not self._is_draining), "changing the health status")
 
     async def _set_ready(self, is_ready: bool) -> None:

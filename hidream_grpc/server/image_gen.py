@@ -33,7 +33,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
-    """`hidream.v1.ImageGen`."""
+    """The servicer of `hidream.v1.ImageGen`."""
 
     def __init__(
         self,
@@ -92,13 +92,13 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
     async def GetJob(  # noqa: N802
         self, request: image_gen_pb2.GetJobRequest, context: Context
     ) -> job_pb2.Job:
-        """A job as it is now."""
+        """Return a job as it is now."""
         return await self._job(await self._jobs.get(self._owner(), checked_job_id(request)))
 
     async def ListJobs(  # noqa: N802
         self, request: image_gen_pb2.ListJobsRequest, context: Context
     ) -> image_gen_pb2.ListJobsResponse:
-        """A page of jobs."""
+        """Return a page of jobs."""
         owner = self._owner()
         query = checked_query(request, owner, self._limits)
         page = await self._jobs.list(owner, query.states, query.labels, query.page_size, query.page_token)

@@ -1,4 +1,4 @@
-"""What `GetServerInfo` says."""
+"""Makes the answer of `GetServerInfo`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _STATES = {
 
 
 class ServerDescription:
-    """Puts the facts of the running server together, whenever somebody asks."""
+    """Describes the running server whenever it is called."""
 
     def __init__(
         self,

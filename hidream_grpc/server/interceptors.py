@@ -1,6 +1,6 @@
 """What happens around every call of ours, in the order of this file: observe, translate, authenticate, parse.
 
-Health and reflection pass unchanged: they are for everybody, and speak for themselves.
+Calls of health and reflection pass unchanged: they need no token and are not observed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ access_logger = logging.getLogger("hidream_grpc.access")
 
 OUR_METHODS = "/hidream.v1.ImageGen/"
 COMMON_OWNER = ""
-"""Owns all jobs where nobody says who they are."""
+"""The owner of all jobs where callers have no tokens."""
 
 _METADATA_KEY = "authorization"
 _SCHEME = "bearer"
@@ -51,7 +51,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(self, metrics: Metrics, identify: IdentifyToken | None) -> None:
-        """Take what names the caller of a token (None: nobody's), or None where no token is asked for."""
+        """Take what names the caller of a token (None: it is unknown); None where no token is needed."""
         self._metrics = metrics
         self._identify = identify
 
@@ -141,12 +141,12 @@ def _as_enum(code: object) -> grpc.StatusCode:
     return next(known for known in grpc.StatusCode if code in (known, known.value[0]))
 
 
-# --- translate: a caller never sees an exception's text that we did not write for it ---------------
+# --- translate: a caller never sees the text of an exception that was not written for it -----------
 
 
 @asynccontextmanager
 async def translated_errors(context: Context) -> AsyncIterator[None]:
-    """Abort the call with the status of whatever is raised inside."""
+    """Abort the call with the status of the error that is raised inside."""
     try:
         yield
     except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
@@ -177,7 +177,7 @@ def _unexpected(error: Exception) -> JobInternalError:
 def authenticate(call: Call, context: Context, identify: IdentifyToken | None) -> None:
     """Note in the call who makes it.
 
-    Without tokens everybody is let through: a host is a caller, and all of them own all jobs. A call
+    Without tokens every caller is let through: a host is a caller, and all of them own all jobs. A call
     that has begun goes on when its token is taken away.
 
     Raises:
@@ -194,7 +194,7 @@ def _known_caller(context: Context, identify: IdentifyToken) -> str:
     if not given:
         raise UnauthenticatedError("TOKEN_MISSING", "authorization: Bearer <token> is required")
     scheme, _, token = str(given[0]).partition(" ")
-    # Of several, none is more the caller's than the others.
+    # Of several tokens none is the right one.
     if len(given) > 1 or scheme.lower() != _SCHEME or not token.strip():
         raise UnauthenticatedError("TOKEN_MALFORMED", "authorization must be one Bearer <token>")
     caller = identify(token.strip())

@@ -28,12 +28,12 @@ from hidream_grpc.server.signals import Signals, end_within
 logger = logging.getLogger(__name__)
 
 END_SECONDS = 4.0
-"""After the grace period: by then the process has ended, whatever the stores do."""
+"""Time after the grace period by which the process has ended, even if the stores do not answer."""
 
 
 @contextlib.contextmanager
 def naming_flag(flag: str) -> Iterator[None]:
-    """Turn what a store says at the start into one line that names the flag."""
+    """Turn an error of a store at the start into one line that names the flag."""
     try:
         yield
     except (StoreInUseError, StoreUnusableError, StoreVersionError) as error:
@@ -43,7 +43,7 @@ def naming_flag(flag: str) -> Iterator[None]:
 
 
 def take_all_devices(group: RankGroup, scheduler: StepScheduler) -> None:
-    """Use the devices as they were meant to be, whatever went wrong with them before."""
+    """Use the devices as the operator asked, though some failed or lacked memory before."""
     lowered_pixels = scheduler.max_step_pixels
     scheduler.forget_limit()
     if scheduler.max_step_pixels > lowered_pixels:

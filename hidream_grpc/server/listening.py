@@ -18,14 +18,14 @@ OTHER_CALLS_OF_A_CONNECTION = 100
 
 
 def grpc_server(limits: RequestLimits, interceptor: grpc.aio.ServerInterceptor) -> grpc.aio.Server:
-    """A server that listens nowhere yet."""
+    """Make a server that listens nowhere yet."""
     return grpc.aio.server(
         interceptors=(interceptor,),
         options=(
-            # With it a second server would share the port without a word.
+            # With it a second server would silently share the port.
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", limits.max_receive_message_bytes),
-            # Beyond it calls wait in the client without a word, so the limits of streams must answer first.
+            # Calls beyond it wait silently in the client, so the limits of streams must be lower.
             ("grpc.max_concurrent_streams", limits.max_streams + OTHER_CALLS_OF_A_CONNECTION),
             # Together these notice a frozen client in seconds instead of a minute.
             ("grpc.keepalive_time_ms", 30_000),
@@ -43,7 +43,7 @@ def bind(server: grpc.aio.Server, listen: str) -> tuple[str, int]:
         The host, and the port that it got.
 
     Raises:
-        ConfigurationError: no such address, or none of this machine's.
+        ConfigurationError: it is no address, or not one of this machine.
         AddressInUseError: another process listens there.
     """
     host, colon, port = listen.rpartition(":")

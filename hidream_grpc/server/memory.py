@@ -1,4 +1,4 @@
-"""Gives freed memory back to the system."""
+"""Has the C library give freed memory back to the system."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MMAP_THRESHOLD_BYTES = 64 * 1024
 
 
 def return_freed_buffers() -> None:
-    """Have every buffer of the size of an image chunk mapped on its own, so that freeing it unmaps it.
+    """Map every buffer of the size of an image chunk on its own, so that freeing it unmaps it.
 
     Left alone, glibc raises this threshold with the first buffer that is freed and keeps what comes
     after in its arenas: 200 readers that had stalled and left still held 90 of 115 MB (measured by

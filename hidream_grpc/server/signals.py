@@ -1,4 +1,4 @@
-"""What an operator says with signals: SIGTERM and SIGINT to end, SIGHUP to use all devices in full again."""
+"""The signals of an operator: SIGTERM and SIGINT to end, SIGHUP to use all devices in full again."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hidream_grpc.logs import end_logging
 logger = logging.getLogger(__name__)
 
 END_OF_START_SECONDS = 1.0
-"""What a start that is ended has for closing its connections."""
+"""Time that a start which is ended has for closing its connections."""
 
 
 class StoppedAtStartError(Exception):
-    """The server was told to end before it had started."""
+    """A signal to end came before the server had started."""
 
 
 class Signals:
-    """The signals of this process, from its making on; belongs to the main thread's event loop.
+    """The signals of this process, from when it is made; belongs to the main thread's event loop.
 
     Attributes:
         first: is set by the first SIGTERM or SIGINT.
@@ -39,11 +39,11 @@ class Signals:
         self.on_hangup(_do_nothing)
 
     def on_hangup(self, act: Callable[[], None]) -> None:
-        """Do this at every SIGHUP from now on; before, one has no effect."""
+        """Call this at every SIGHUP; before it is set, a SIGHUP has no effect."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, act)
 
     async def unless_ended(self, start: Coroutine[Any, Any, None]) -> None:
-        """Do a part of the start, whose databases may say nothing.
+        """Run a part of the start, during which a database may not answer.
 
         Raises:
             StoppedAtStartError: a signal to end came before it was done; the process ends soon, in any case.
@@ -68,10 +68,10 @@ def _do_nothing() -> None:
 
 
 def end_within(seconds: float) -> None:
-    """End the process after a time at the latest, whatever it waits for then.
+    """End the process after this time at the latest, even if it waits for something then.
 
-    A database or a bucket that does not answer keeps threads busy, for which Python waits at its end. What
-    was accepted is in the store, and ranks end with their parent.
+    A database or a bucket that does not answer keeps threads busy, for which Python waits at its end. Nothing
+    is lost: jobs that were accepted are in the store, and ranks end with their parent.
     """
     timer = threading.Timer(seconds, _end_now)
     timer.daemon = True

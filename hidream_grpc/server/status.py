@@ -1,4 +1,4 @@
-"""THE table from our errors to gRPC statuses with details. A test fails when an error has no row."""
+"""The one table from our errors to gRPC statuses with details. A test fails when an error has no row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOMAIN = "hidream.v1"
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """How one error type is told: its code, and a function that builds the details."""
+    """The status of one error type: its code, and a function that builds the details."""
 
     code: int
     details: Callable[[Any], list[Message]]

@@ -1,4 +1,4 @@
-"""How many streams are open, of all callers and of each."""
+"""Counts open streams, of all callers and of each."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class OpenStreams:
     """Counts the open streams of a server, and refuses those beyond its limits.
 
     Args:
-        max_streams: of all callers.
-        max_streams_per_caller: of one caller; None where only max_streams counts.
+        max_streams: streams of all callers together.
+        max_streams_per_caller: streams of one caller; None where only max_streams counts.
     """
 
     def __init__(self, max_streams: int, max_streams_per_caller: int | None) -> None:
@@ -24,7 +24,7 @@ class OpenStreams:
 
     @property
     def callers(self) -> frozenset[str]:
-        """Callers that have a stream open."""
+        """The callers that have a stream open."""
         return frozenset(self._num_streams)
 
     @contextmanager

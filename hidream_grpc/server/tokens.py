@@ -1,11 +1,11 @@
-"""Who may call: a file of bearer tokens, read again when it changes.
+"""The callers that a file of bearer tokens names; the file is read again when it changes.
 
     # one caller a line: its name, and its token or the SHA-256 of it
     alice  3q2-7wEAAAC1vQ_nzA9f
     robot  sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
 
 A name may have several lines, so that a token can be replaced while the old one still works; a token has
-one name. In memory are only the digests.
+one name. Only the digests are kept in memory.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def parse_tokens(text: str, path: Path) -> tuple[CallerToken, ...]:
 
 
 def caller_of(entries: tuple[CallerToken, ...], token: str) -> str | None:
-    """Whose token it is. How long this takes says nothing about the tokens that there are."""
+    """The name of the caller whose token it is; takes equally long for every token."""
     digest = hashlib.sha256(token.encode()).digest()
-    # All are compared, in constant time each: a hit that ended the search would tell its place.
+    # A search that ended at a hit would let its duration show where that is in the file.
     hits = [entry.name for entry in entries if hmac.compare_digest(entry.digest, digest)]
     return hits[0] if hits else None
 
@@ -99,7 +99,10 @@ class TokensFile:
         self._next_check_time = clock() + RELOAD_CHECK_SECONDS
 
     def caller_of(self, token: str) -> str | None:
-        """Whose token it is, by a file that is at most RELOAD_CHECK_SECONDS old; None for nobody's."""
+        """The name of the caller whose token it is, or None.
+
+        What it knows of the file is at most RELOAD_CHECK_SECONDS old.
+        """
         if self._clock() >= self._next_check_time:
             self._next_check_time = self._clock() + RELOAD_CHECK_SECONDS
             self._reload()
@@ -113,13 +116,13 @@ class TokensFile:
         try:
             text = self._text()
         except ConfigurationError as error:
-            # Tried again at every check: what keeps it from being read need not change the file.
+            # Tried again at every check: whatever keeps it from being read need not change the file.
             if str(error) != self._unreadable_reason:
                 logger.error("%s; the callers stay as they were", error)
             self._unreadable_reason = str(error)
             return
         self._unreadable_reason = None
-        # As it was before it was read: of a file that changes meanwhile the rest is seen at the next check.
+        # Taken before the file is read: a change meanwhile is seen at the next check.
         self._version = version
         try:
             self._entries = parse_tokens(text, self._path)
@@ -130,7 +133,7 @@ class TokensFile:
             logger.info("%s: %d callers", self._path, num_callers)
 
     def _version_now(self) -> tuple[int, int, int] | None:
-        """What differs when the file was written anew or replaced; None without one."""
+        """Facts of the file that differ once it was written anew or replaced; None where there is none."""
         try:
             status = self._path.stat()
         except OSError:
@@ -139,7 +142,7 @@ class TokensFile:
 
     def _text(self) -> str:
         try:
-            # A pipe would keep the thread waiting for who writes to it.
+            # A pipe would keep the thread waiting for a writer.
             with open(self._path, encoding="utf-8", opener=_open_without_waiting) as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise ConfigurationError(TOKENS_FILE_FLAG, f"{self._path}: is no regular file")

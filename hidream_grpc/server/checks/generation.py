@@ -1,4 +1,4 @@
-"""From a request message to a submission in which nothing is missing or out of range.
+"""Makes a submission of a request message, in which nothing is missing or out of range.
 
 Every violation is collected, so that a caller learns all of them at once. The limits are those that
 `GetServerInfo` shows (`jobs/limits.py`).

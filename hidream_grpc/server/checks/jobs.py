@@ -1,4 +1,4 @@
-"""Checks of requests about jobs that are there; every bad field at once."""
+"""Checks requests about jobs that are there, and names every bad field at once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hidream_grpc.server.checks.violations import invalid_request, label_violati
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
 
-# What is no name of ours in length or characters goes into no query and into no header.
+# A text that cannot be an id of ours is put into no query and into no header.
 _JOB_ID = re.compile(r"[!-~]{1,128}")
 MAX_JOB_ID_CHARACTERS_SHOWN = 32
 
@@ -33,7 +33,7 @@ _STATES = {job_pb2.JobState.Value(f"JOB_STATE_{state}"): state for state in JobS
 
 @dataclass(frozen=True, slots=True)
 class JobQuery:
-    """Which jobs, and which page of them."""
+    """The jobs that a request asks for, and which page of them."""
 
     states: tuple[JobState, ...]
     labels: Mapping[str, str]
@@ -42,30 +42,30 @@ class JobQuery:
 
 
 def checked_job_id(request: Any) -> str:
-    """The job id of a request that has nothing else."""
+    """The job id of a request that has no other field."""
     return _job_id(request, [])
 
 
 def checked_watch(request: image_gen_pb2.WatchJobRequest) -> tuple[str, int]:
-    """Job id and sequence."""
+    """The job id, and the sequence after which events are asked for."""
     violations = _negative_violations(request, "after_sequence")
     return _job_id(request, violations), request.after_sequence
 
 
 def checked_download(request: image_gen_pb2.DownloadImageRequest) -> tuple[str, int, int]:
-    """Job id, image index and offset."""
+    """The job id, the image index and the offset of a download."""
     violations = _negative_violations(request, "image_index", "offset")
     return _job_id(request, violations), request.image_index, request.offset
 
 
 def checked_filter(request: image_gen_pb2.WatchJobsRequest, limits: RequestLimits) -> JobQuery:
-    """States and labels."""
+    """The states and labels that jobs must have."""
     _raise_any(_filter_violations(request, limits))
     return JobQuery(_states(request), dict(request.labels))
 
 
 def checked_query(request: image_gen_pb2.ListJobsRequest, owner: str, limits: RequestLimits) -> JobQuery:
-    """States, labels and page."""
+    """The states and labels that jobs must have, and the page of them."""
     violations = _filter_violations(request, limits)
     states, labels = _states(request), dict(request.labels)
     if request.page_token:
@@ -84,8 +84,8 @@ def finished_image(job: Job, index: int, offset: int) -> StoredImage:
     """The image that a download asks for.
 
     Raises:
-        ImageNotFoundError: the job draws no such image, or ended without it.
-        ImageNotFinishedError: the job is still at it.
+        ImageNotFoundError: the job has no such image, or ended without it.
+        ImageNotFinishedError: the job still generates it.
         OffsetOutOfRangeError: the image is smaller.
     """
     found = next((image for image in job.images if image.index == index), None)
@@ -128,7 +128,7 @@ def _filter_violations(request: Any, limits: RequestLimits) -> list[FieldViolati
 
 
 def _states(request: Any) -> tuple[JobState, ...]:
-    """Those that are known, each once."""
+    """The states of a request that are known, each once."""
     return tuple(dict.fromkeys(_STATES[state] for state in request.states if state in _STATES))
 
 

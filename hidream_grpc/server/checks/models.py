@@ -1,4 +1,4 @@
-"""Which model a request is for, and what it is checked against."""
+"""Finds the model that a request is for, and what the request is checked against."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hidream_grpc.server.checks.generation import CountTokens, RequestValidator
 
 
 class ModelChoice:
-    """The models that live servers of this job store draw with.
+    """The models of the live servers of this job store.
 
     Args:
-        count_tokens: of a prompt, for the text encoders of this server's model.
+        count_tokens: counts the tokens of a prompt for the text encoders of this server's model.
     """
 
     def __init__(self, jobs: JobService, count_tokens: CountTokens) -> None:
@@ -22,16 +22,16 @@ class ModelChoice:
         self._count_tokens = count_tokens
 
     async def validator(self, name: str | None) -> RequestValidator:
-        """What a request is checked by; None is for this server's model.
+        """The checks of a request for a model; None is for this server's model.
 
         Raises:
-            ModelNotServedError: no live server draws with the model.
+            ModelNotServedError: no live server has the model.
             InvalidRequestError: this server cannot count the tokens of a prompt for the model.
-            StoreUnavailableError: it cannot be found out which models are drawn with.
+            StoreUnavailableError: it cannot be found out which models are served.
         """
         model, own = await self._jobs.model(name), await self._jobs.model(None)
         if model.tokenizer_fingerprint != own.tokenizer_fingerprint:
-            # A prompt that is too long would be cut where it is drawn.
+            # The server that generates would cut a prompt that is too long for it.
             description = (
                 f"{name} has other tokenizers than {own.identity.name}: ask a server that draws with it"
             )

@@ -1,4 +1,4 @@
-"""Requests for jobs, checked; those that cannot become jobs now may be retries of requests that did."""
+"""Checks requests for jobs; one that cannot become a job now may be the retry of one that did."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REQUESTS_PER_TURN = 100
 
 @dataclass(frozen=True, slots=True)
 class CheckedRequests:
-    """What the requests of one call ask for.
+    """The jobs that the requests of one call ask for.
 
     Attributes:
         refusal: why they cannot become new jobs; None where they can.
@@ -64,7 +64,7 @@ class RequestChecks:
         )
 
     async def batch(self, requests: Sequence[image_gen_pb2.SubmitJobRequest], caller: str) -> CheckedRequests:
-        """Check many requests; raises as `one`."""
+        """Check many requests; raises what `one` raises."""
         return await self._checked(
             requests,
             caller,

@@ -1,4 +1,4 @@
-"""From a request message to a submission, as the caller sent it: nothing is checked here."""
+"""Makes a submission of a request message, as the caller sent it: nothing is checked here."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def submission_of(
     max_seed: int = MAX_TORCH_SEED,
     model: ModelIdentity | None = None,
 ) -> Submission:
-    """The submission that a request asks for; what it leaves open is taken from defaults and model."""
+    """The submission that a request asks for; what it leaves out comes from the defaults and the model."""
     request_id = request.request_id or uuid.uuid4().hex
     spec = request.spec
     left_open = [name for name in _OPTIONAL_PARAMETERS if not spec.HasField(name)]  # type: ignore[arg-type]
@@ -80,7 +80,7 @@ def guidance_scale_of(spec: image_pb2.ImageSpec, defaults: RequestDefaults) -> f
 
 
 def _digest(request: JobRequest) -> str:
-    """Of all that the caller sent but for the request id: a field left out differs from its default.
+    """A digest of all that the caller sent but the request id: a field left out differs from its default.
 
     `SubmitJob` and a detached `Generate` that ask for the same have the same digest.
     """
@@ -112,5 +112,5 @@ def _given(message: Message, field: str, default: int) -> int:
 
 
 def _seed_of(request_id: str, max_seed: int) -> int:
-    """A seed for a request that names none: a retry with the same request id draws the same image."""
+    """A seed for a request that names none: a retry with the same request id asks for the same image."""
     return int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:8]) % (max_seed + 1)

@@ -1,4 +1,4 @@
-"""What is wrong with a request, as an error that its caller can receive."""
+"""Makes one error, which its caller can receive, of all that is wrong with a request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_LABEL_CHARACTERS_SHOWN = 32
 
 
 def invalid_request(violations: Sequence[FieldViolation]) -> InvalidRequestError:
-    """The error that names these; of more than a status holds it names the first, and how many there are."""
+    """The error that names these violations, or the first and their number where a status cannot hold all."""
     named: list[FieldViolation] = []
     num_bytes = 0
     for violation in violations:
@@ -33,7 +33,7 @@ def invalid_request(violations: Sequence[FieldViolation]) -> InvalidRequestError
 
 
 def request_id_violations(request: JobRequest, limits: RequestLimits) -> list[FieldViolation]:
-    """What is wrong with the request id; empty is for one that the server makes up."""
+    """The violations of a request id; an empty one is made up by the server."""
     request_id = request.request_id
     is_visible = all("!" <= character <= "~" for character in request_id)
     if is_visible and len(request_id) <= limits.max_request_id_bytes:
@@ -43,7 +43,7 @@ def request_id_violations(request: JobRequest, limits: RequestLimits) -> list[Fi
 
 
 def label_violations(labels: Mapping[str, str], limits: RequestLimits) -> list[FieldViolation]:
-    """What no job's labels can be."""
+    """The violations of labels."""
     violations = []
     if len(labels) > limits.max_labels:
         description = f"must be at most {limits.max_labels} labels, are {len(labels)}"
@@ -63,7 +63,7 @@ def label_violations(labels: Mapping[str, str], limits: RequestLimits) -> list[F
 
 
 def _status_bytes(violation: FieldViolation) -> int:
-    """In the status's text, percent-encoded, and twice in its details, in base64."""
+    """Bytes of a violation in a status: percent-encoded in its text, and twice in its details, in base64."""
     text = f"{violation.field}: {violation.description}; "
     text_bytes = sum(1 if " " <= character <= "~" else 3 * len(character.encode()) for character in text)
     return text_bytes + (2 * len(text.encode()) + FRAME_BYTES) * 4 // 3
