@@ -1,12 +1,13 @@
-"""A request that runs, as the controller knows it."""
+"""All that the engine knows of one request that runs: forgetting it is one deletion."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from hidream_grpc.engine.protocol.messages import Admission
-from hidream_grpc.engine.requests import EngineRequest
+from hidream_grpc.engine.requests import EngineEvent, EngineRequest, RequestRestarted, SnapshotTaken
 from hidream_grpc.errors import SnapshotError
 from hidream_grpc.model.snapshot_format import SnapshotIdentity, unpack
 
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A request as it was after a step, as `model.snapshot_format` has it."""
+    """A request as it was after a step, in the format of `model.snapshot_format`."""
 
     step: int
     data: bytes
@@ -23,19 +24,49 @@ class Snapshot:
 
 @dataclass(slots=True)
 class RunningRequest:
-    """A request, and what it goes on from.
+    """A request, how far it has come, and what it would go on from.
+
+    A new one comes before those that have just taken a step, and behind those that wait.
 
     Attributes:
-        request: as it came.
-        attempt: one more than its restarts.
-        step_seconds: of its latest step; None before.
+        request: what was asked for.
+        step: steps that it has taken.
+        turns_waited: forwards of others since its latest step; infinite after a restart.
+        undecoded: indices of the images that are not finished.
+        decoding: image index to the rank that is decoding it.
+        is_admitted: whether the ranks hold its state.
         snapshot: the newest that is known outside the ranks; None for its seed.
+        attempt: one more than its restarts.
+        step_seconds: duration of its latest step; None before.
+        has_handed_up: whether a rank has handed up a snapshot of it.
+        unsaved_seconds: duration of its steps since the latest snapshot that was handed up.
+        cleared_above: a suspect is cleared once its progress is more than this; None for no suspect.
+        has_failed_alone: whether work went wrong in which no other request had a part.
+        size: width and height in pixels; only requests of one size share a forward.
+        step_pixels: width × height × samples, which it adds to a forward.
     """
 
     request: EngineRequest
+    step: int = 0
+    turns_waited: float = 1
+    undecoded: set[int] = field(init=False)
+    decoding: dict[int, int] = field(default_factory=dict)
+    is_admitted: bool = False
+    snapshot: Snapshot | None = None
     attempt: int = 1
     step_seconds: float | None = None
-    snapshot: Snapshot | None = None
+    has_handed_up: bool = False
+    unsaved_seconds: float = 0.0
+    cleared_above: int | None = None
+    has_failed_alone: bool = False
+    size: tuple[int, int] = field(init=False)
+    step_pixels: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        parameters = self.request.parameters
+        self.undecoded = set(range(parameters.num_images)) - self.request.finished_images
+        self.size = parameters.width, parameters.height
+        self.step_pixels = parameters.width * parameters.height * parameters.num_samples
 
     @classmethod
     def start(cls, request: EngineRequest, checkpoint_fingerprint: str) -> RunningRequest:
@@ -46,13 +77,9 @@ class RunningRequest:
             try:
                 running.snapshot = Snapshot(unpack(request.snapshot, identity).step, request.snapshot)
             except SnapshotError as error:
-                running.start_over(str(error))
+                running.refuse_snapshot(str(error))
+        running.step = running.resume_step
         return running
-
-    def start_over(self, reason: str) -> None:
-        """Forget a snapshot that is refused; the log says why."""
-        self.snapshot = None
-        logger.warning("job starts from its seed: %s", reason, extra=self.log_fields)
 
     @property
     def log_fields(self) -> dict[str, str]:
@@ -61,11 +88,31 @@ class RunningRequest:
 
     @property
     def resume_step(self) -> int:
-        """The step that it goes on after; 0 for its seed."""
+        """The step that it would go on after; 0 for its seed."""
         return self.snapshot.step if self.snapshot else 0
 
+    @property
+    def is_denoised(self) -> bool:
+        """Whether it has taken all its steps."""
+        return self.step == self.request.parameters.num_inference_steps
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all its images are decoded."""
+        return not self.undecoded
+
+    @property
+    def progress(self) -> int:
+        """A number that grows with every step and every image."""
+        return self.step + self.request.parameters.num_images - len(self.undecoded)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it runs alone, since it may have broken the group."""
+        return self.cleared_above is not None
+
     def admission(self) -> Admission:
-        """What has a rank start it."""
+        """The message that has a rank start it."""
         return Admission(
             claim_id=self.request.claim_id,
             job_id=self.request.job_id,
@@ -73,3 +120,56 @@ class RunningRequest:
             parameters=self.request.parameters,
             snapshot=self.snapshot.data if self.snapshot else b"",
         )
+
+    def publish(self, event: EngineEvent) -> None:
+        """Report an event to the layer above."""
+        self.request.on_event(event)
+
+    def take_step(self, step_seconds: float) -> None:
+        """Record a step that all ranks have taken."""
+        self.step += 1
+        self.turns_waited = 0
+        self.step_seconds = step_seconds
+        self.unsaved_seconds += step_seconds
+        self._clear()
+
+    def finish_image(self, image_index: int) -> None:
+        """Record an image that is decoded."""
+        self.undecoded.discard(image_index)
+        self.decoding.pop(image_index, None)
+        self._clear()
+
+    def hand_up(self, snapshot: Snapshot) -> None:
+        """Keep a snapshot that came with a step, and report it."""
+        self.snapshot = snapshot
+        self.has_handed_up = True
+        self.unsaved_seconds = 0.0
+        self.publish(SnapshotTaken(snapshot.step, snapshot.data))
+
+    def suspect(self, progress: int) -> None:
+        """Suspect it of what went wrong at this progress, until it comes further."""
+        self.cleared_above = max(progress, self.cleared_above or 0)
+
+    def refuse_snapshot(self, reason: str) -> None:
+        """Forget a snapshot that cannot be used; the log says why."""
+        self.snapshot = None
+        logger.warning("job starts from its seed: %s", reason, extra=self.log_fields)
+
+    def restart(self, reason: str) -> int:
+        """Go on from the snapshot, or the seed; decoded images stay, others are given up.
+
+        Returns:
+            How many steps have to be taken again.
+        """
+        num_lost_steps = self.step - self.resume_step
+        self.attempt += 1
+        self.step = self.resume_step
+        self.turns_waited = math.inf
+        self.decoding.clear()
+        self.is_admitted = False
+        self.publish(RequestRestarted(self.attempt, reason, self.resume_step))
+        return num_lost_steps
+
+    def _clear(self) -> None:
+        if self.cleared_above is not None and self.progress > self.cleared_above:
+            self.cleared_above = None

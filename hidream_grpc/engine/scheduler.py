@@ -1,208 +1,187 @@
-"""Which requests take the next denoising step. Pure: no clock, no process, no torch."""
+"""One round's plan, and whose turn it is. Pure: no clock, no process, no torch.
+
+    next_forward(requests, max_step_pixels)   -> who takes the next step, and who then has no room
+    note_forward(running, claims, seconds)       once they have taken it
+    next_decodes(requests, free_ranks)        -> the images that free ranks begin
+    schedule(running, ...)                    -> all that the ranks do in a round
+
+The first three need no ranks: whoever calls them in made-up time gets the engine's own order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Container, Iterable, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple
 
-from hidream_grpc.engine.protocol.messages import Decode
-from hidream_grpc.engine.step_limit import StepLimit
-from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.engine.admissions import next_admissions, next_releases
+from hidream_grpc.engine.protocol.messages import Decode, StepPlan
+from hidream_grpc.engine.running_request import RunningRequest
+from hidream_grpc.engine.snapshot_schedule import SnapshotBudget, next_snapshot
+from hidream_grpc.engine.suspects import find_suspect
+
+
+class Forward(NamedTuple):
+    """The requests of one forward of the transformer, longest waiting first.
+
+    Attributes:
+        claim_ids: all of one size; empty when no step is due.
+        is_full: whether requests of that size are left out for want of room.
+    """
+
+    claim_ids: tuple[str, ...]
+    is_full: bool
 
 
 @dataclass(frozen=True, slots=True)
-class BatchLimits:
-    """How much one step may hold.
+class Round:
+    """What the ranks do next.
 
     Attributes:
-        max_running_requests: requests that are denoised or decoded at the same time.
+        plan: the message to every rank.
+        is_full: whether its step leaves out requests for want of room.
+        at_work: progress of each request that the ranks do something for: one of them may be the cause
+            when the plan is lost.
+    """
+
+    plan: StepPlan
+    is_full: bool
+    at_work: Mapping[str, int]
+
+
+def schedule(
+    running: Mapping[str, RunningRequest],
+    held: Collection[str],
+    *,
+    plan_id: int,
+    world_size: int,
+    max_step_pixels: int,
+    snapshot_budget: SnapshotBudget,
+    latest_step_seconds: float | None,
+) -> Round | None:
+    """Choose what the ranks do next; None when that is nothing.
+
+    Args:
+        running: all requests, in the order of their start.
+        held: claims that the ranks hold a state of.
+        plan_id: number of the plan.
+        world_size: ranks of the group.
+        max_step_pixels: width × height × samples of one forward; a single request may exceed it.
+        snapshot_budget: the time that may be spent on snapshots.
+        latest_step_seconds: duration of the latest step of any request; None before.
+    """
+    suspect = find_suspect(running)
+    admissions = next_admissions(running, suspect)
+    releases = next_releases(running, held, admissions)
+    started = {admission.claim_id for admission in admissions}
+    ready = {
+        claim_id: request
+        for claim_id, request in running.items()
+        if (request.is_admitted or claim_id in started) and suspect in (None, claim_id)
+    }
+    forward = next_forward(ready, max_step_pixels)
+    decodes = next_decodes(ready, free_ranks(running, world_size))
+    decoding = [claim_id for claim_id, request in running.items() if request.decoding]
+    if not (forward.claim_ids or decodes or releases or admissions or decoding):
+        return None
+    plan = StepPlan(
+        plan_id=plan_id,
+        releases=releases,
+        admissions=admissions,
+        step_claims=forward.claim_ids,
+        snapshot_claim=next_snapshot(running, forward.claim_ids, snapshot_budget),
+        decodes=decodes,
+        decode_budget_seconds=_decode_budget_seconds(running, forward, latest_step_seconds),
+    )
+    at_work = {*forward.claim_ids, *started, *decoding, *(decode.claim_id for decode in decodes)}
+    return Round(plan, forward.is_full, {claim_id: running[claim_id].progress for claim_id in at_work})
+
+
+def next_forward(requests: Mapping[str, RunningRequest], max_step_pixels: int) -> Forward:
+    """Choose the requests of the next forward.
+
+    The request that has waited longest goes first and decides the size; all others of that size join it,
+    longest waiting first, while the step has room. So sizes take turns, and no request waits for another
+    to end.
+
+    Args:
+        requests: those that may take a step now, in the order of their start.
         max_step_pixels: width × height × samples of one forward; a single request may exceed it.
     """
-
-    max_running_requests: int
-    max_step_pixels: int
-
-
-@dataclass(slots=True)
-class _Running:
-    parameters: GenerationParameters
-    # Number of the turn in which the request took its last step.
-    last_turn: int
-    step: int = 0
-    undecoded: set[int] = field(default_factory=set)
-    # Image index to the rank that is at it.
-    decoding: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.parameters.width, self.parameters.height
-
-    @property
-    def is_denoised(self) -> bool:
-        return self.step == self.parameters.num_inference_steps
-
-    @property
-    def step_pixels(self) -> int:
-        return self.parameters.width * self.parameters.height * self.parameters.num_samples
+    waiting = [request for request in requests.values() if not request.is_denoised]
+    if not waiting:
+        return Forward((), is_full=False)
+    # Stable: of those that have waited equally long the oldest goes first.
+    waiting.sort(key=attrgetter("turns_waited"), reverse=True)
+    size = waiting[0].size
+    chosen: list[str] = []
+    is_full = False
+    for request in waiting:
+        if request.size != size:
+            continue
+        if chosen and request.step_pixels > max_step_pixels:
+            is_full = True
+            continue
+        chosen.append(request.request.claim_id)
+        max_step_pixels -= request.step_pixels
+    return Forward(tuple(chosen), is_full)
 
 
-class StepScheduler:
-    """The running requests, and whose turn it is.
+def note_forward(
+    running: Mapping[str, RunningRequest], claim_ids: Container[str], step_seconds: float
+) -> None:
+    """Record a forward: these requests have taken a step in it, all others have waited for one more."""
+    for claim_id, request in running.items():
+        if claim_id in claim_ids:
+            request.take_step(step_seconds)
+        else:
+            request.turns_waited += 1
 
-    The request that has waited longest for a step goes first and decides the size; all others of
-    that size join it, longest waiting first, while the step has room. So sizes take turns, and no
-    request waits for another to end.
+
+def free_ranks(running: Mapping[str, RunningRequest], world_size: int) -> tuple[int, ...]:
+    """The ranks that are decoding no image."""
+    busy = {rank for request in running.values() for rank in request.decoding.values()}
+    return tuple(rank for rank in range(world_size) if rank not in busy)
+
+
+def next_decodes(requests: Mapping[str, RunningRequest], ranks: Iterable[int]) -> tuple[Decode, ...]:
+    """Choose an image for each of these ranks, oldest request first.
+
+    Args:
+        requests: those whose images may be decoded now, in the order of their start.
+        ranks: those that are decoding none, see `free_ranks`.
     """
+    waiting = (
+        (claim_id, image_index)
+        for claim_id, request in requests.items()
+        if request.is_denoised
+        for image_index in sorted(request.undecoded - request.decoding.keys())
+    )
+    return tuple(
+        Decode(claim_id=claim_id, image_index=image_index, rank=rank)
+        for rank, (claim_id, image_index) in zip(ranks, waiting, strict=False)
+    )
 
-    def __init__(self, limits: BatchLimits) -> None:
-        self._limits = limits
-        self._limit = StepLimit(limits.max_step_pixels)
-        # Whether the latest `next_step` left out requests for want of room.
-        self._is_held_back = False
-        self._running: dict[str, _Running] = {}
-        self._turn = 0
 
-    def __len__(self) -> int:
-        return len(self._running)
+def note_decodes(running: Mapping[str, RunningRequest], decodes: Iterable[Decode]) -> None:
+    """Record that these ranks have begun these images, which may take several rounds."""
+    for decode in decodes:
+        if request := running.get(decode.claim_id):
+            request.decoding[decode.image_index] = decode.rank
 
-    def __contains__(self, claim_id: str) -> bool:
-        return claim_id in self._running
 
-    @property
-    def has_capacity(self) -> bool:
-        """Whether one more request may be admitted."""
-        return len(self._running) < self._limits.max_running_requests
+def step_pixels(running: Mapping[str, RunningRequest], claim_ids: Iterable[str]) -> int:
+    """Width × height × samples of a forward of these requests; those that have left count as none."""
+    return sum(running[claim_id].step_pixels for claim_id in claim_ids if claim_id in running)
 
-    @property
-    def max_step_pixels(self) -> int:
-        """How much one step may hold now; see `StepLimit`."""
-        return self._limit.pixels
 
-    def lower_limit(self, claim_ids: Iterable[str]) -> None:
-        """Note that the step of these requests together did not fit the device."""
-        step_pixels = sum(
-            self._running[claim_id].step_pixels for claim_id in claim_ids if claim_id in self._running
-        )
-        if step_pixels:
-            self._limit.ran_out(step_pixels)
+def _decode_budget_seconds(
+    running: Mapping[str, RunningRequest], forward: Forward, latest_step_seconds: float | None
+) -> float | None:
+    """One step time of those that step, so that a decode at most doubles their wait, but for a slice.
 
-    def lift_limit(self) -> None:
-        """Have a step hold what is configured again; a further lack of memory lowers that for longer."""
-        self._limit.lift()
-
-    def forget_limit(self) -> None:
-        """Have a step hold what is configured again, as if the memory had always been enough."""
-        self._limit.forget()
-
-    def admit(
-        self,
-        claim_id: str,
-        parameters: GenerationParameters,
-        step: int = 0,
-        finished_images: frozenset[int] = frozenset(),
-    ) -> None:
-        """Add a request that has taken some steps; it takes part in the next step of its size."""
-        # Before those that have just taken a step, behind those that wait: newcomers starve nobody.
-        last_turn = self._turn - 1
-        undecoded = set(range(parameters.num_images)) - finished_images
-        self._running[claim_id] = _Running(parameters, last_turn, step, undecoded)
-
-    def release(self, claim_id: str) -> None:
-        """Forget a request that ended, or was cancelled; a rank that is at one of its images is free."""
-        self._running.pop(claim_id, None)
-
-    def restart(self, claim_id: str, step: int = 0) -> None:
-        """Put a request back to a step; images that are decoded stay decoded, others are given up."""
-        request = self._running[claim_id]
-        request.step = step
-        request.last_turn = -1
-        request.decoding.clear()
-
-    def next_step(self, ready: Container[str] | None = None) -> tuple[str, ...]:
-        """The requests of the next forward: one size, longest waiting first; empty when none is due.
-
-        Args:
-            ready: those that may step; None for all.
-        """
-        waiting = sorted(
-            (
-                (claim_id, request)
-                for claim_id, request in self._running.items()
-                if not request.is_denoised and (ready is None or claim_id in ready)
-            ),
-            key=lambda item: item[1].last_turn,
-        )
-        if not waiting:
-            return ()
-        size = waiting[0][1].size
-        chosen: list[str] = []
-        room = self._limit.pixels
-        self._is_held_back = False
-        for claim_id, request in waiting:
-            if request.size != size:
-                continue
-            if chosen and request.step_pixels > room:
-                self._is_held_back = True
-                continue
-            chosen.append(claim_id)
-            room -= request.step_pixels
-        return tuple(chosen)
-
-    def next_decodes(self, world_size: int, ready: Container[str] | None = None) -> tuple[Decode, ...]:
-        """New images to decode, oldest request first: one for each rank that is at none.
-
-        Args:
-            world_size: ranks of the group.
-            ready: requests that may be decoded; None for all.
-        """
-        busy = {rank for request in self._running.values() for rank in request.decoding.values()}
-        free = (rank for rank in range(world_size) if rank not in busy)
-        waiting = (
-            (claim_id, image_index)
-            for claim_id, request in self._running.items()
-            if request.is_denoised and (ready is None or claim_id in ready)
-            for image_index in sorted(request.undecoded - request.decoding.keys())
-        )
-        return tuple(
-            Decode(claim_id=claim_id, image_index=image_index, rank=rank)
-            for rank, (claim_id, image_index) in zip(free, waiting, strict=False)
-        )
-
-    @property
-    def decoding(self) -> tuple[str, ...]:
-        """The requests that ranks are at images of; an image may take several rounds."""
-        return tuple(claim_id for claim_id, request in self._running.items() if request.decoding)
-
-    def planned(self, decodes: tuple[Decode, ...]) -> None:
-        """Note that these ranks are at these images, until they are decoded."""
-        for decode in decodes:
-            self._running[decode.claim_id].decoding[decode.image_index] = decode.rank
-
-    def stepped(self, claim_ids: tuple[str, ...]) -> None:
-        """Note that these requests took a step in one forward."""
-        self._turn += 1
-        if claim_ids and self._is_held_back:
-            self._limit.held_back()
-        for claim_id in claim_ids:
-            if claim_id in self._running:
-                self._running[claim_id].step += 1
-                self._running[claim_id].last_turn = self._turn
-
-    def decoded(self, claim_id: str, image_index: int) -> None:
-        """Note that an image is finished."""
-        if claim_id in self._running:
-            self._running[claim_id].undecoded.discard(image_index)
-            self._running[claim_id].decoding.pop(image_index, None)
-
-    def step_of(self, claim_id: str) -> int:
-        """Steps that a request has taken."""
-        return self._running[claim_id].step
-
-    def progress_of(self, claim_id: str) -> int:
-        """A number that grows with every step and every image of a request."""
-        request = self._running[claim_id]
-        return request.step + request.parameters.num_images - len(request.undecoded)
-
-    def is_finished(self, claim_id: str) -> bool:
-        """Whether all images of the request are decoded."""
-        return not self._running[claim_id].undecoded
+    A round without a step has a budget too: a request may arrive meanwhile.
+    """
+    known = (running[claim_id].step_seconds for claim_id in forward.claim_ids)
+    return min((seconds for seconds in known if seconds is not None), default=latest_step_seconds)

@@ -1,67 +1,59 @@
-"""How often running requests hand up a snapshot. Pure: no clock, no process, no torch."""
+"""How often running requests hand up a snapshot. Pure: no clock, no process, no torch.
+
+The first snapshot of a request is due after its first step, whatever was spent. After that a share of the
+step time is spent, on the request that would lose most; one snapshot a plan at most.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+
+from hidream_grpc.engine.running_request import RunningRequest
 
 MAX_SHARE = 0.01
-"""Of the time that steps take."""
+"""Share of the time of steps that may be spent on snapshots."""
 
 TRANSFER_BYTES_PER_SECOND = 500e6
 """From rank 0 to the server, both ends; measured on a loopback Unix socket."""
 
 
-@dataclass(slots=True)
-class _Lost:
-    """What losing the whole group now would cost one job."""
+def next_snapshot(
+    running: Mapping[str, RunningRequest], step_claims: Sequence[str], budget: SnapshotBudget
+) -> str | None:
+    """The request of a step that hands up a snapshot after it; None when none does."""
+    due = [
+        (not request.has_handed_up, request.unsaved_seconds, claim_id)
+        for claim_id in step_claims
+        if not (request := running[claim_id]).has_handed_up or budget.has_enough
+    ]
+    return max(due)[2] if due else None
 
-    has_snapshot: bool = False
-    step_seconds: float = 0.0
+
+def snapshot_cost_seconds(snapshot_seconds: float, size_bytes: int) -> float:
+    """What a snapshot costs that took a rank this long to make, the way to the server included."""
+    return snapshot_seconds + size_bytes / TRANSFER_BYTES_PER_SECOND
 
 
-class SnapshotPace:
-    """Hands out a share of the step time, to the job that would lose most; one snapshot a plan at most.
+class SnapshotBudget:
+    """The time that steps have earned and snapshots have not spent; below zero after first snapshots."""
 
-    The first snapshot of a job is due after its first step whatever was spent; what is spent too much is
-    saved thereafter.
-    """
-
-    def __init__(self, max_share: float = MAX_SHARE) -> None:
-        self._max_share = max_share
-        self._lost: dict[str, _Lost] = {}
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        # Cost of the latest snapshot.
         self._cost_seconds = 0.0
-        # Earned by steps and not spent; below zero after first snapshots.
-        self._budget_seconds = 0.0
 
-    def next_claim(self, step_claims: Sequence[str]) -> str | None:
-        """Which of the jobs of a step hands up a snapshot after it, if one does."""
-        due = [
-            (not lost.has_snapshot, lost.step_seconds, claim_id)
-            for claim_id in step_claims
-            if not (lost := self._lost.get(claim_id, _Lost())).has_snapshot
-            or self._budget_seconds >= self._cost_seconds
-        ]
-        return max(due)[2] if due else None
+    @property
+    def has_enough(self) -> bool:
+        """Whether one more snapshot that costs as much as the latest one is paid for."""
+        return self._seconds >= self._cost_seconds
 
-    def stepped(self, claim_ids: Sequence[str], step_seconds: float) -> None:
-        """Note a step of these jobs."""
-        for claim_id in claim_ids:
-            self._lost.setdefault(claim_id, _Lost()).step_seconds += step_seconds
-        earned_seconds = self._max_share * step_seconds
+    def earn(self, step_seconds: float) -> None:
+        """Add the share of a step."""
+        earned_seconds = MAX_SHARE * step_seconds
         # No more than a snapshot is saved up: a quiet hour must not pay for a burst.
-        self._budget_seconds = min(
-            self._budget_seconds + earned_seconds, max(self._cost_seconds, earned_seconds)
-        )
+        self._seconds = min(self._seconds + earned_seconds, max(self._cost_seconds, earned_seconds))
 
-    def taken(self, claim_id: str, snapshot_seconds: float, size_bytes: int) -> float:
-        """Note a snapshot; returns what it cost, the way to the server included, in seconds."""
-        cost_seconds = snapshot_seconds + size_bytes / TRANSFER_BYTES_PER_SECOND
+    def spend(self, cost_seconds: float) -> None:
+        """Subtract the cost of a snapshot."""
         self._cost_seconds = cost_seconds
-        self._budget_seconds -= cost_seconds
-        self._lost[claim_id] = _Lost(has_snapshot=True)
-        return cost_seconds
-
-    def forget(self, claim_id: str) -> None:
-        """Forget a job that has ended."""
-        self._lost.pop(claim_id, None)
+        self._seconds -= cost_seconds

@@ -1,6 +1,10 @@
-"""How many pixels one step may hold: less after a lack of memory, and more again later. Pure."""
+"""How many pixels one step may hold: less after a lack of memory, and more again later."""
 
 from __future__ import annotations
+
+import logging
+
+logger = logging.getLogger(__name__)
 
 MIN_WAIT_STEPS = 100
 MAX_WAIT_STEPS = 6400
@@ -23,37 +27,45 @@ class StepLimit:
         self._pixels = max_pixels
         self._wait_steps = MIN_WAIT_STEPS
         self._has_run_out = False
-        self._num_held_back = 0
+        self._num_full_steps = 0
 
     @property
     def pixels(self) -> int:
         """What one step may hold now."""
         return self._pixels
 
-    def ran_out(self, step_pixels: int) -> None:
-        """Note that a step of so many pixels did not fit the device."""
+    def run_out(self, step_pixels: int) -> None:
+        """Record that a step of so many pixels did not fit the devices; 0 where that is not known."""
+        if not step_pixels:
+            return
         if self._has_run_out:
             self._wait_steps = min(2 * self._wait_steps, MAX_WAIT_STEPS)
         self._has_run_out = True
-        self._num_held_back = 0
+        self._num_full_steps = 0
         self._pixels = min(self._pixels, max(1, step_pixels // 2))
+        logger.warning("a step may hold %d pixels from now on", self._pixels)
 
-    def held_back(self) -> None:
-        """Note that a step went well that would have held more without the limit."""
+    def note_full_step(self) -> None:
+        """Record that a step went well that would have held more without the limit."""
         if self._pixels == self._max_pixels:
             return
-        self._num_held_back += 1
-        if self._num_held_back == self._wait_steps:
-            self._num_held_back = 0
-            self._pixels = min(self._max_pixels, self._pixels + max(1, self._pixels // 4))
+        self._num_full_steps += 1
+        if self._num_full_steps == self._wait_steps:
+            self._raise_to(min(self._max_pixels, self._pixels + max(1, self._pixels // 4)))
 
     def lift(self) -> None:
         """Go back to the configured limit: the ranks are new, and what did not fit may fit now."""
-        self._pixels = self._max_pixels
-        self._num_held_back = 0
+        self._raise_to(self._max_pixels)
 
     def forget(self) -> None:
         """Start anew, as if the memory had always been enough."""
-        self.lift()
+        self._pixels = self._max_pixels
+        self._num_full_steps = 0
         self._wait_steps = MIN_WAIT_STEPS
         self._has_run_out = False
+
+    def _raise_to(self, pixels: int) -> None:
+        if pixels > self._pixels:
+            logger.info("a step may hold %d pixels again", pixels)
+        self._pixels = pixels
+        self._num_full_steps = 0

@@ -1,55 +1,41 @@
-"""Which job breaks the rank group. Pure: no clock, no process, no torch.
+"""Which request breaks the rank group. Pure: no clock, no process, no torch.
 
-A job is blamed only for what happened while it ran alone: who is in a batch that breaks the group becomes
-a suspect and runs alone until it has got further than it was then. A suspect that breaks the group alone
-is guilty; so is any job that does it alone for the second time. The others are innocent, whatever they
-were in.
+A request is the culprit only of what happened while it ran alone: one that is in a batch which breaks the
+group becomes a suspect, and runs alone until it has come further than it was then. A suspect that breaks
+the group alone is the culprit; so is any request that does it alone for the second time. The others are
+innocent, whatever they were in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hidream_grpc.engine.running_request import RunningRequest
 
-class Strikes:
-    """The suspects, in the order in which they run alone."""
 
-    def __init__(self) -> None:
-        # Claim to the progress that clears it.
-        self._suspects: dict[str, int] = {}
-        self._struck_alone: set[str] = set()
+def find_suspect(running: Mapping[str, RunningRequest]) -> str | None:
+    """The request that must run alone now; None when all may run."""
+    return next((claim_id for claim_id, request in running.items() if request.is_suspect), None)
 
-    @property
-    def suspect(self) -> str | None:
-        """The job that must run alone now; None when all may run."""
-        return next(iter(self._suspects), None)
 
-    def strike(self, suspects: Mapping[str, int], *, was_alone: bool) -> str | None:
-        """Note that work went wrong which these jobs may have caused.
+def attribute(
+    running: Mapping[str, RunningRequest], at_work: Mapping[str, int], *, was_alone: bool
+) -> str | None:
+    """Record that work went wrong which these requests may have caused.
 
-        Args:
-            suspects: their progress then, a number that grows with all that they do.
-            was_alone: whether the work was of one job only, this one.
+    Args:
+        running: all requests.
+        at_work: the progress that each of those in question had then.
+        was_alone: whether the work was of one request only, this one.
 
-        Returns:
-            The job that is guilty, if that is known.
-        """
-        if was_alone:
-            (claim_id,) = suspects
-            if claim_id in self._suspects or claim_id in self._struck_alone:
-                self.forget(claim_id)
-                return claim_id
-            self._struck_alone.add(claim_id)
-        for claim_id, progress in suspects.items():
-            self._suspects[claim_id] = max(progress, self._suspects.get(claim_id, progress))
-        return None
-
-    def progressed(self, claim_id: str, progress: int) -> None:
-        """Note how far a job has come; a suspect that went further than it was is cleared."""
-        if claim_id in self._suspects and progress > self._suspects[claim_id]:
-            del self._suspects[claim_id]
-
-    def forget(self, claim_id: str) -> None:
-        """Forget a job that has ended."""
-        self._suspects.pop(claim_id, None)
-        self._struck_alone.discard(claim_id)
+    Returns:
+        The culprit, if it is known; otherwise all in question are suspects from now on.
+    """
+    if was_alone:
+        (claim_id,) = at_work
+        if running[claim_id].is_suspect or running[claim_id].has_failed_alone:
+            return claim_id
+        running[claim_id].has_failed_alone = True
+    for claim_id, progress in at_work.items():
+        running[claim_id].suspect(progress)
+    return None

@@ -17,7 +17,7 @@ from hidream_grpc.background import BackgroundTasks
 from hidream_grpc.engine.controller import Controller
 from hidream_grpc.engine.group.listener import check_temporary_folder
 from hidream_grpc.engine.group.rank_group import RankGroup
-from hidream_grpc.engine.scheduler import StepScheduler
+from hidream_grpc.engine.step_limit import StepLimit
 from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
 from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity
@@ -36,7 +36,6 @@ from hidream_grpc.server.checks.models import ModelChoice
 from hidream_grpc.server.checks.requests import RequestChecks
 from hidream_grpc.server.configuration import (
     DrainTimes,
-    batch_limits,
     group_config,
     request_defaults,
     request_limits,
@@ -75,7 +74,7 @@ class Service:
 
     model_name: str
     group: RankGroup
-    scheduler: StepScheduler
+    step_limit: StepLimit
     controller: Controller
     store: SqlJobStore
     store_flag: str
@@ -119,7 +118,7 @@ def build(settings: Settings) -> Service:
     check_temporary_folder()
     checkpoint = describe_checkpoint(folders.model, folders.extra_model)
     group = RankGroup(group_config(settings, folders, checkpoint))
-    scheduler = StepScheduler(batch_limits(settings))
+    step_limit = StepLimit(settings.max_step_pixels)
     limits = request_limits(settings, checkpoint)
     defaults = request_defaults(limits, checkpoint)
     token_counter = PromptTokenCounter.from_checkpoint(folders.model, folders.extra_model)
@@ -129,10 +128,11 @@ def build(settings: Settings) -> Service:
     store = SqlJobStore(locations.jobs)
     metrics = Metrics()
     health = HealthServicer()
-    estimator = JobEstimator(partial(_capacity, limits, group, scheduler))
+    estimator = JobEstimator(partial(_capacity, limits, group, step_limit))
     controller = Controller(
         group=group,
-        scheduler=scheduler,
+        step_limit=step_limit,
+        max_running_requests=settings.max_running_jobs,
         step_observers=(metrics.observe_step, estimator.observe_step),
         prompt_observers=(metrics.observe_prompts,),
     )
@@ -154,7 +154,7 @@ def build(settings: Settings) -> Service:
         observe_retention=metrics.observe_retention,
         observe_readiness=health.mark_ready,
     )
-    metrics.watch(jobs=jobs, group=group, controller=controller, scheduler=scheduler)
+    metrics.watch(jobs=jobs, group=group, controller=controller, step_limit=step_limit)
     servicer = ImageGenServicer(
         jobs=jobs,
         checks=RequestChecks(ModelChoice(jobs, token_counter.count), limits),
@@ -168,7 +168,7 @@ def build(settings: Settings) -> Service:
     return Service(
         model_name=checkpoint.name,
         group=group,
-        scheduler=scheduler,
+        step_limit=step_limit,
         controller=controller,
         store=store,
         store_flag=locations.jobs_flag,
@@ -190,7 +190,7 @@ async def run(service: Service, signals: Signals) -> None:
         StoppedAtStartError: a signal came before it had started.
     """
     jobs, server = service.jobs, service.server
-    signals.on_hangup(partial(take_all_devices, service.group, service.scheduler))
+    signals.on_hangup(partial(take_all_devices, service.group, service.step_limit))
     async with contextlib.AsyncExitStack() as ending:
         # Each of these happens even if one of them fails, the last one first.
         with naming_flag(service.store_flag):
@@ -221,10 +221,10 @@ def _log_start(service: Service, address: str) -> None:
         logger.warning("layout %s leaves devices idle: %s", layout, ", ".join(map(str, idle_devices)))
 
 
-def _capacity(limits: RequestLimits, group: RankGroup, scheduler: StepScheduler) -> EngineCapacity:
+def _capacity(limits: RequestLimits, group: RankGroup, step_limit: StepLimit) -> EngineCapacity:
     return EngineCapacity(
         max_running_jobs=limits.max_running_jobs,
-        max_step_pixels=scheduler.max_step_pixels,
+        max_step_pixels=step_limit.pixels,
         num_ranks=group.world_size,
         max_running_jobs_of_caller=limits.max_running_jobs_per_caller,
     )

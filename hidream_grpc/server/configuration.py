@@ -10,7 +10,6 @@ from hidream_grpc.devices.detect import DeviceSelection, detect, parse_devices, 
 from hidream_grpc.devices.device_types import CPU
 from hidream_grpc.devices.host_memory import host_memory
 from hidream_grpc.engine.group.config import GroupConfig, GroupTimeouts
-from hidream_grpc.engine.scheduler import BatchLimits
 from hidream_grpc.errors import ConfigurationError
 from hidream_grpc.jobs.folders import make_writable
 from hidream_grpc.jobs.limits import MAX_TORCH_SEED, RequestDefaults, RequestLimits
@@ -117,13 +116,6 @@ def _plan(settings: Settings, divisions: ModelDivisions) -> tuple[DeviceSelectio
     if named is not None:
         return select_devices(device_type, named), layout
     return select_devices(device_type, tuple(range(layout.world_size)), LAYOUT_FLAG), layout
-
-
-def batch_limits(settings: Settings) -> BatchLimits:
-    """How much one step may hold."""
-    return BatchLimits(
-        max_running_requests=settings.max_running_jobs, max_step_pixels=settings.max_step_pixels
-    )
 
 
 # --- requests -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from hidream_grpc.background import BackgroundTasks, reason_of
 from hidream_grpc.engine.group.rank_group import RankGroup
-from hidream_grpc.engine.scheduler import StepScheduler
+from hidream_grpc.engine.step_limit import StepLimit
 from hidream_grpc.errors import (
     ConfigurationError,
     HiDreamError,
@@ -42,12 +42,12 @@ def naming_flag(flag: str) -> Iterator[None]:
         raise ConfigurationError(flag, reason_of(error)) from None
 
 
-def take_all_devices(group: RankGroup, scheduler: StepScheduler) -> None:
+def take_all_devices(group: RankGroup, step_limit: StepLimit) -> None:
     """Use the devices as the operator asked, though some failed or lacked memory before."""
-    lowered_pixels = scheduler.max_step_pixels
-    scheduler.forget_limit()
-    if scheduler.max_step_pixels > lowered_pixels:
-        logger.info("SIGHUP: a step may hold %d pixels again", scheduler.max_step_pixels)
+    lowered_pixels = step_limit.pixels
+    step_limit.forget()
+    if step_limit.pixels > lowered_pixels:
+        logger.info("SIGHUP: a step may hold %d pixels again", step_limit.pixels)
     if group.ask_for_full_layout():
         logger.info("SIGHUP: going back to layout %s", group.full_layout)
     else:

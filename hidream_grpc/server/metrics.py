@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from hidream_grpc.engine.controller import Controller
 from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.requests import PromptReport, StepReport
-from hidream_grpc.engine.scheduler import StepScheduler
+from hidream_grpc.engine.step_limit import StepLimit
 from hidream_grpc.errors import AddressInUseError, ConfigurationError
 from hidream_grpc.jobs.retention.retention import RemovalReason, RetentionReport
 from hidream_grpc.jobs.service import JobService
@@ -94,7 +94,7 @@ class Metrics:
             self._removed_jobs.labels(reason.value).inc(num_removed)
 
     def watch(
-        self, jobs: JobService, group: RankGroup, controller: Controller, scheduler: StepScheduler
+        self, jobs: JobService, group: RankGroup, controller: Controller, step_limit: StepLimit
     ) -> None:
         """Read what these know whenever Prometheus asks."""
         for name, text, read in (
@@ -114,7 +114,7 @@ class Metrics:
             (
                 "hidream_max_step_pixels",
                 "What one step may hold; less after a lack.",
-                lambda: scheduler.max_step_pixels,
+                lambda: step_limit.pixels,
             ),
             ("hidream_serving", "1 while requests are taken.", lambda: jobs.is_ready),
         ):

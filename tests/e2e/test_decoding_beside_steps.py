@@ -22,7 +22,7 @@ from hidream_grpc.engine.requests import (
     RequestFinished,
     StepFinished,
 )
-from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
+from hidream_grpc.engine.step_limit import StepLimit
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.decoding.vae import ImageDecoding
 from hidream_grpc.model.parameters import GenerationParameters
@@ -174,10 +174,10 @@ class TwoRequests:
 
 async def test_the_controller_keeps_a_request_stepping_while_another_ones_large_image_is_decoded() -> None:
     requests = TwoRequests()
-    limits = BatchLimits(max_running_requests=2, max_step_pixels=2**40)
     controller = Controller(
         RankGroup(group_config(1)),
-        StepScheduler(limits),
+        StepLimit(2**40),
+        max_running_requests=2,
         step_observers=(),
         prompt_observers=(),
     )

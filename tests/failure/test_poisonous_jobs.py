@@ -87,11 +87,11 @@ async def test_of_a_batch_only_the_job_that_crashes_its_ranks_fails(
 async def test_a_job_that_does_not_fit_alone_fails_for_want_of_memory_and_the_limit_is_lowered(
     engine: RankEngine, group: PoisonedGroup
 ) -> None:
-    pids, limit = group.rank_pids, engine.scheduler.max_step_pixels
+    pids, limit = group.rank_pids, engine.step_limit.pixels
     engine.submit("fills the memory", MANY_SAMPLES)
     await engine.ended("fills the memory")
     assert isinstance(error_of(engine, "fills the memory"), OutOfDeviceMemoryError)
-    assert engine.scheduler.max_step_pixels == 256 * 256 * MANY_SAMPLES.num_samples // 2 < limit
+    assert engine.step_limit.pixels == 256 * 256 * MANY_SAMPLES.num_samples // 2 < limit
     # No process was lost.
     assert group.rank_pids == pids
     assert len(await engine.draw("after the lack of memory", picture())) == 1

@@ -20,7 +20,7 @@ from hidream_grpc.engine.requests import (
     StepFinished,
     StepReport,
 )
-from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
+from hidream_grpc.engine.step_limit import StepLimit
 from hidream_grpc.model.parameters import GenerationParameters
 
 END_SECONDS = 90.0
@@ -33,16 +33,17 @@ class RankEngine:
 
     Attributes:
         controller: as the server has it.
-        scheduler: the controller's.
+        step_limit: the controller's.
         reports: of all steps.
     """
 
     def __init__(self, group: RankGroup) -> None:
         self.reports: list[StepReport] = []
-        self.scheduler = StepScheduler(BatchLimits(max_running_requests=8, max_step_pixels=2**40))
+        self.step_limit = StepLimit(2**40)
         self.controller = Controller(
             group,
-            self.scheduler,
+            self.step_limit,
+            max_running_requests=8,
             step_observers=(self.reports.append,),
             prompt_observers=(),
         )

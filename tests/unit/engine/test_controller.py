@@ -31,10 +31,10 @@ from hidream_grpc.engine.requests import (
     RequestFailed,
     RequestFinished,
     RequestRestarted,
+    RequestStarted,
     StepFinished,
 )
-from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
-from hidream_grpc.engine.step_limit import MIN_WAIT_STEPS
+from hidream_grpc.engine.step_limit import MIN_WAIT_STEPS, StepLimit
 from hidream_grpc.errors import (
     JobError,
     JobInternalError,
@@ -144,25 +144,25 @@ class CountingRanks:
 class Service:
     """A controller with its backlog, and everything that it tells."""
 
-    def __init__(self, ranks: CountingRanks) -> None:
+    def __init__(self, ranks: CountingRanks, max_running_requests: int = 10) -> None:
         self.events: list[tuple[str, EngineEvent]] = []
         self.prompts: list[PromptReport] = []
         self._waiting: deque[EngineRequest] = deque()
         self._ended = asyncio.Event()
-        limits = BatchLimits(max_running_requests=10, max_step_pixels=2**40)
-        self.scheduler = StepScheduler(limits)
+        self.step_limit = StepLimit(2**40)
         self.controller = Controller(
             cast(RankGroup, ranks),
-            self.scheduler,
+            self.step_limit,
+            max_running_requests,
             step_observers=(),
             prompt_observers=(self.prompts.append,),
         )
 
-    def set_engine_state(self, state: EngineState) -> None:
-        pass
-
     def take(self) -> EngineRequest | None:
         return self._waiting.popleft() if self._waiting else None
+
+    def set_engine_state(self, state: EngineState) -> None:
+        pass
 
     def submit(
         self, claim_id: str, num_inference_steps: int, job_id: str | None = None, **changes: object
@@ -267,6 +267,18 @@ async def test_a_round_may_decode_for_one_step_time_of_those_that_step_in_it() -
     assert set(budgets[4:]) == {(("small",), small), ((), small)}
 
 
+async def test_no_more_requests_run_than_allowed_and_an_ended_one_makes_room() -> None:
+    ranks = CountingRanks()
+    service = Service(ranks, max_running_requests=2)
+    for claim_id, num_inference_steps in (("a", 1), ("b", 9), ("c", 1)):
+        service.submit(claim_id, num_inference_steps)
+    await service.run_until_ended("c")
+    admitted = [[a.claim_id for a in plan.admissions] for plan in ranks.plans if plan.admissions]
+    assert admitted == [["a", "b"], ["c"]]
+    kinds = [(claim_id, type(event)) for claim_id, event in service.events]
+    assert kinds.index(("a", RequestFinished)) < kinds.index(("c", RequestStarted))
+
+
 async def test_a_cancelled_request_frees_the_rank_that_decodes_its_image() -> None:
     ranks = CountingRanks()
     service = Service(ranks)
@@ -354,6 +366,8 @@ async def test_jobs_go_on_after_a_loss_from_what_a_survivor_knows() -> None:
     await service.run_until_ended("a")
     (again,) = (a for plan in ranks.plans[1:] for a in plan.admissions)
     assert again.snapshot == b"a after 2"
+    # Ranks of a new generation hold nothing that they could release.
+    assert ranks.plans[3].releases == ()
     assert service.steps_of("a") == [1, 2, 3]
     assert [e for _, e in service.events if isinstance(e, RequestRestarted)] == [
         RequestRestarted(2, "rank 0: gone", 2)
@@ -418,7 +432,7 @@ async def test_a_lowered_limit_rises_and_the_log_says_so_once_each_time(
     assert rises[:2] == [f"a step may hold {pixels} pixels again" for pixels in (5120, 6400)]
     # The two fit again after the fourth rise.
     assert len(rises) == 4
-    assert service.scheduler.max_step_pixels == 10_000
+    assert service.step_limit.pixels == 10_000
 
 
 async def test_ranks_that_are_new_for_another_reason_may_hold_what_is_configured_again(
@@ -440,7 +454,7 @@ async def test_ranks_that_are_new_for_another_reason_may_hold_what_is_configured
 
     ranks.on_plan = lose
     await service.run_until_ended("a", "b")
-    assert service.scheduler.max_step_pixels == 2**40
+    assert service.step_limit.pixels == 2**40
     assert caplog.messages.count(f"a step may hold {2**40} pixels again") == 1
 
 
@@ -451,7 +465,7 @@ async def test_a_lack_of_memory_lowers_what_a_step_may_hold() -> None:
         service.submit(claim_id, num_inference_steps=3)
     lost_in(ranks, has_step_of("a", "b"), LossCause.OUT_OF_MEMORY)
     await service.run_until_ended("a", "b")
-    assert service.scheduler.max_step_pixels == 64 * 64
+    assert service.step_limit.pixels == 64 * 64
     assert [len(plan.step_claims) for plan in ranks.plans if plan.step_claims] == [2, 1, 1, 1, 1, 1, 1]
     assert service.claims_with(RequestFailed) == []
 

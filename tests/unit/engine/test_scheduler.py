@@ -1,16 +1,25 @@
 from __future__ import annotations
 
-import itertools
-
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hidream_grpc.engine.protocol.messages import Decode
-from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
-from hidream_grpc.engine.step_limit import MAX_WAIT_STEPS, MIN_WAIT_STEPS
+from hidream_grpc.engine.admissions import MAX_ADMITTED_SNAPSHOT_BYTES
+from hidream_grpc.engine.protocol.messages import Decode, StepPlan
+from hidream_grpc.engine.running_request import RunningRequest, Snapshot
+from hidream_grpc.engine.scheduler import (
+    free_ranks,
+    next_decodes,
+    next_forward,
+    note_decodes,
+    note_forward,
+    schedule,
+    step_pixels,
+)
+from hidream_grpc.engine.snapshot_schedule import SnapshotBudget
 from hidream_grpc.model.parameters import GenerationParameters
+from tests.support.running_requests import running_request
 
-NO_BUDGET = BatchLimits(max_running_requests=1000, max_step_pixels=2**40)
+NO_LIMIT = 2**40
 SMALL, LARGE = (64, 64), (128, 128)
 
 
@@ -26,51 +35,69 @@ def parameters(size: tuple[int, int] = SMALL, steps: int = 4, num_images: int = 
     )
 
 
-def step(scheduler: StepScheduler) -> tuple[str, ...]:
+def start(
+    running: dict[str, RunningRequest],
+    claim_id: str,
+    parameters: GenerationParameters,
+    step: int = 0,
+    finished_images: frozenset[int] = frozenset(),
+) -> None:
+    running[claim_id] = running_request(claim_id, parameters, step, finished_images)
+
+
+def step(running: dict[str, RunningRequest], max_step_pixels: int = NO_LIMIT) -> tuple[str, ...]:
     """One round's forward, as the controller runs it."""
-    claim_ids = scheduler.next_step()
-    scheduler.stepped(claim_ids)
+    claim_ids = next_forward(running, max_step_pixels).claim_ids
+    note_forward(running, claim_ids, step_seconds=1.0)
     return claim_ids
 
 
-def denoised(scheduler: StepScheduler) -> None:
-    while step(scheduler):
+def denoise(running: dict[str, RunningRequest]) -> None:
+    while step(running):
         pass
 
 
+def decodes_of(running: dict[str, RunningRequest], world_size: int) -> tuple[Decode, ...]:
+    return next_decodes(running, free_ranks(running, world_size))
+
+
+def decoding(running: dict[str, RunningRequest]) -> list[str]:
+    return [claim_id for claim_id, request in running.items() if request.decoding]
+
+
 def test_requests_of_one_size_share_a_forward_whatever_their_steps() -> None:
-    scheduler = StepScheduler(NO_BUDGET)
-    scheduler.admit("first", parameters(steps=9))
-    assert [step(scheduler) for _ in range(3)] == [("first",)] * 3
-    scheduler.admit("second", parameters(steps=5))
-    assert set(step(scheduler)) == {"first", "second"}
-    assert (scheduler.step_of("first"), scheduler.step_of("second")) == (4, 1)
+    running: dict[str, RunningRequest] = {}
+    start(running, "first", parameters(steps=9))
+    assert [step(running) for _ in range(3)] == [("first",)] * 3
+    start(running, "second", parameters(steps=5))
+    assert set(step(running)) == {"first", "second"}
+    assert (running["first"].step, running["second"].step) == (4, 1)
 
 
 def test_sizes_take_turns() -> None:
-    scheduler = StepScheduler(NO_BUDGET)
-    scheduler.admit("small", parameters(SMALL))
-    scheduler.admit("large", parameters(LARGE))
-    assert [step(scheduler) for _ in range(6)] == [("small",), ("large",)] * 3
+    running: dict[str, RunningRequest] = {}
+    start(running, "small", parameters(SMALL))
+    start(running, "large", parameters(LARGE))
+    assert [step(running) for _ in range(6)] == [("small",), ("large",)] * 3
 
 
 def test_a_new_request_enters_at_the_next_step_of_its_size() -> None:
-    scheduler = StepScheduler(NO_BUDGET)
-    scheduler.admit("old", parameters(SMALL, steps=50))
-    step(scheduler)
-    scheduler.admit("same size", parameters(SMALL))
-    assert set(step(scheduler)) == {"old", "same size"}
-    scheduler.admit("other size", parameters(LARGE))
-    assert step(scheduler) == ("other size",)
+    running: dict[str, RunningRequest] = {}
+    start(running, "old", parameters(SMALL, steps=50))
+    step(running)
+    start(running, "same size", parameters(SMALL))
+    assert set(step(running)) == {"old", "same size"}
+    start(running, "other size", parameters(LARGE))
+    assert step(running) == ("other size",)
 
 
 def test_newcomers_never_keep_a_request_of_another_size_waiting() -> None:
-    scheduler = StepScheduler(NO_BUDGET)
-    scheduler.admit("patient", parameters(LARGE, steps=10))
+    running: dict[str, RunningRequest] = {}
+    start(running, "patient", parameters(LARGE, steps=10))
     for number in range(20):
-        scheduler.admit(f"newcomer {number}", parameters(SMALL, steps=1))
-        step(scheduler)
-    assert scheduler.step_of("patient") == 10
+        start(running, f"newcomer {number}", parameters(SMALL, steps=1))
+        step(running)
+    assert running["patient"].step == 10
 
 
 @given(
@@ -84,13 +111,13 @@ def test_newcomers_never_keep_a_request_of_another_size_waiting() -> None:
 def test_every_request_gets_all_its_steps_within_the_budget_and_in_batches_of_one_size(
     requests: list[tuple[tuple[int, int], int, int]], max_step_pixels: int
 ) -> None:
-    scheduler = StepScheduler(BatchLimits(1000, max_step_pixels))
+    running: dict[str, RunningRequest] = {}
     asked = {f"job {n}": parameters(*request) for n, request in enumerate(requests)}
     for claim_id, request in asked.items():
-        scheduler.admit(claim_id, request)
+        start(running, claim_id, request)
     waits = dict.fromkeys(asked, 0)
     taken = dict.fromkeys(asked, 0)
-    while claim_ids := step(scheduler):
+    while claim_ids := step(running, max_step_pixels):
         assert len({(asked[j].width, asked[j].height) for j in claim_ids}) == 1
         pixels = sum(asked[j].width * asked[j].height * asked[j].num_samples for j in claim_ids)
         assert pixels <= max_step_pixels or len(claim_ids) == 1
@@ -104,255 +131,181 @@ def test_every_request_gets_all_its_steps_within_the_budget_and_in_batches_of_on
 
 
 def test_a_request_larger_than_the_budget_steps_alone() -> None:
-    scheduler = StepScheduler(BatchLimits(10, max_step_pixels=2 * 64 * 64))
-    scheduler.admit("huge", parameters(num_images=5))
-    scheduler.admit("tiny", parameters(num_images=1))
-    assert [step(scheduler) for _ in range(4)] == [("huge",), ("tiny",)] * 2
+    running: dict[str, RunningRequest] = {}
+    start(running, "huge", parameters(num_images=5))
+    start(running, "tiny", parameters(num_images=1))
+    assert [step(running, max_step_pixels=2 * 64 * 64) for _ in range(4)] == [("huge",), ("tiny",)] * 2
 
 
 def test_guidance_counts_twice_in_the_budget() -> None:
-    scheduler = StepScheduler(BatchLimits(10, max_step_pixels=3 * 64 * 64))
+    running: dict[str, RunningRequest] = {}
     for claim_id in ("a", "b"):
         guided = GenerationParameters(
             prompt="", width=64, height=64, num_inference_steps=2, guidance_scale=5.0, seed=0
         )
-        scheduler.admit(claim_id, guided)
-    assert [step(scheduler) for _ in range(2)] == [("a",), ("b",)]
-
-
-def test_no_more_requests_run_than_allowed_and_an_ended_one_makes_room() -> None:
-    scheduler = StepScheduler(BatchLimits(max_running_requests=2, max_step_pixels=2**40))
-    has_capacity = []
-    for claim_id in ("a", "b"):
-        has_capacity.append(scheduler.has_capacity)
-        scheduler.admit(claim_id, parameters())
-    has_capacity.append(scheduler.has_capacity)
-    scheduler.release("a")
-    has_capacity.append(scheduler.has_capacity)
-    assert has_capacity == [True, True, False, True]
-    assert "a" not in scheduler
-    assert len(scheduler) == 1
+        start(running, claim_id, guided)
+    assert [step(running, max_step_pixels=3 * 64 * 64) for _ in range(2)] == [("a",), ("b",)]
 
 
 def test_a_cancelled_request_takes_no_further_step() -> None:
-    scheduler = StepScheduler(NO_BUDGET)
-    scheduler.admit("stays", parameters())
-    scheduler.admit("leaves", parameters())
-    in_flight = scheduler.next_step()
-    scheduler.release("leaves")
-    scheduler.stepped(in_flight)
-    assert step(scheduler) == ("stays",)
+    running: dict[str, RunningRequest] = {}
+    start(running, "stays", parameters())
+    start(running, "leaves", parameters())
+    in_flight = next_forward(running, NO_LIMIT).claim_ids
+    del running["leaves"]
+    note_forward(running, in_flight, step_seconds=1.0)
+    assert step(running) == ("stays",)
 
 
 def test_each_rank_decodes_one_image_at_most_the_oldest_request_first() -> None:
-    scheduler = StepScheduler(NO_BUDGET)
-    scheduler.admit("first", parameters(steps=1, num_images=3))
-    scheduler.admit("second", parameters(steps=1, num_images=1))
-    assert scheduler.next_decodes(world_size=2) == ()
-    denoised(scheduler)
+    running: dict[str, RunningRequest] = {}
+    start(running, "first", parameters(steps=1, num_images=3))
+    start(running, "second", parameters(steps=1, num_images=1))
+    assert decodes_of(running, 2) == ()
+    denoise(running)
     rounds = []
-    while decodes := scheduler.next_decodes(world_size=2):
-        scheduler.planned(decodes)
+    while decodes := decodes_of(running, 2):
+        note_decodes(running, decodes)
         assert len({decode.rank for decode in decodes}) == len(decodes)
         rounds.append([(decode.claim_id, decode.image_index) for decode in decodes])
         for decode in decodes:
-            scheduler.decoded(decode.claim_id, decode.image_index)
+            running[decode.claim_id].finish_image(decode.image_index)
     assert rounds == [[("first", 0), ("first", 1)], [("first", 2), ("second", 0)]]
-    assert scheduler.is_finished("first")
-    assert scheduler.is_finished("second")
+    assert running["first"].is_finished
+    assert running["second"].is_finished
 
 
 def test_an_image_that_is_being_decoded_is_not_planned_again() -> None:
-    scheduler = StepScheduler(NO_BUDGET)
-    scheduler.admit("a", parameters(steps=1, num_images=2))
-    denoised(scheduler)
-    (first,) = scheduler.next_decodes(world_size=1)
-    scheduler.planned((first,))
-    (second,) = scheduler.next_decodes(world_size=2)
+    running: dict[str, RunningRequest] = {}
+    start(running, "a", parameters(steps=1, num_images=2))
+    denoise(running)
+    (first,) = decodes_of(running, 1)
+    note_decodes(running, (first,))
+    (second,) = decodes_of(running, 2)
     assert (first.image_index, second.image_index) == (0, 1)
-    assert not scheduler.is_finished("a")
+    assert not running["a"].is_finished
 
 
 def test_a_rank_gets_no_other_image_before_it_has_finished_its_own() -> None:
-    scheduler = StepScheduler(NO_BUDGET)
-    scheduler.admit("a", parameters(steps=1, num_images=4))
-    denoised(scheduler)
-    scheduler.planned(scheduler.next_decodes(world_size=2))
-    assert scheduler.decoding
-    assert scheduler.next_decodes(world_size=2) == ()
-    scheduler.decoded("a", 1)
-    next_decodes = scheduler.next_decodes(world_size=2)
+    running: dict[str, RunningRequest] = {}
+    start(running, "a", parameters(steps=1, num_images=4))
+    denoise(running)
+    note_decodes(running, decodes_of(running, 2))
+    assert decoding(running)
+    assert decodes_of(running, 2) == ()
+    running["a"].finish_image(1)
+    next_decodes = decodes_of(running, 2)
     assert next_decodes == (Decode(claim_id="a", image_index=2, rank=1),)
-    scheduler.planned(next_decodes)
-    scheduler.decoded("a", 0)
-    assert scheduler.next_decodes(world_size=2) == (Decode(claim_id="a", image_index=3, rank=0),)
+    note_decodes(running, next_decodes)
+    running["a"].finish_image(0)
+    assert decodes_of(running, 2) == (Decode(claim_id="a", image_index=3, rank=0),)
 
 
 def test_the_ranks_of_a_cancelled_request_are_free_for_others() -> None:
-    scheduler = StepScheduler(NO_BUDGET)
-    scheduler.admit("cancelled", parameters(steps=1, num_images=2))
-    scheduler.admit("waits", parameters(steps=1, num_images=1))
-    denoised(scheduler)
-    scheduler.planned(scheduler.next_decodes(world_size=2))
-    assert scheduler.next_decodes(world_size=2) == ()
-    scheduler.release("cancelled")
-    assert not scheduler.decoding
-    assert scheduler.next_decodes(world_size=2) == (Decode(claim_id="waits", image_index=0, rank=0),)
+    running: dict[str, RunningRequest] = {}
+    start(running, "cancelled", parameters(steps=1, num_images=2))
+    start(running, "waits", parameters(steps=1, num_images=1))
+    denoise(running)
+    note_decodes(running, decodes_of(running, 2))
+    assert decodes_of(running, 2) == ()
+    del running["cancelled"]
+    assert not decoding(running)
+    assert decodes_of(running, 2) == (Decode(claim_id="waits", image_index=0, rank=0),)
 
 
 def test_nothing_is_being_decoded_before_the_first_image_and_after_the_last() -> None:
-    scheduler = StepScheduler(NO_BUDGET)
-    scheduler.admit("a", parameters(steps=1))
-    seen = [bool(scheduler.decoding)]
-    denoised(scheduler)
-    seen.append(bool(scheduler.decoding))
-    scheduler.planned(scheduler.next_decodes(world_size=2))
-    seen.append(bool(scheduler.decoding))
-    scheduler.decoded("a", 0)
-    seen.append(bool(scheduler.decoding))
+    running: dict[str, RunningRequest] = {}
+    start(running, "a", parameters(steps=1))
+    seen = [bool(decoding(running))]
+    denoise(running)
+    seen.append(bool(decoding(running)))
+    note_decodes(running, decodes_of(running, 2))
+    seen.append(bool(decoding(running)))
+    running["a"].finish_image(0)
+    seen.append(bool(decoding(running)))
     assert seen == [False, False, True, False]
 
 
 def test_decoding_does_not_keep_other_requests_from_their_steps() -> None:
-    scheduler = StepScheduler(NO_BUDGET)
-    scheduler.admit("decodes", parameters(steps=1))
-    step(scheduler)
-    scheduler.admit("steps", parameters())
-    assert scheduler.next_step() == ("steps",)
-    assert scheduler.next_decodes(2) == (Decode(claim_id="decodes", image_index=0, rank=0),)
+    running: dict[str, RunningRequest] = {}
+    start(running, "decodes", parameters(steps=1))
+    step(running)
+    start(running, "steps", parameters())
+    assert next_forward(running, NO_LIMIT) == (("steps",), False)
+    assert decodes_of(running, 2) == (Decode(claim_id="decodes", image_index=0, rank=0),)
 
 
 def test_a_restarted_request_takes_all_its_steps_again_and_keeps_what_is_decoded() -> None:
-    scheduler = StepScheduler(NO_BUDGET)
-    scheduler.admit("a", parameters(steps=2, num_images=2))
-    denoised(scheduler)
-    both = scheduler.next_decodes(world_size=2)
-    scheduler.planned(both)
-    scheduler.decoded("a", 0)
-    scheduler.restart("a")
-    assert (scheduler.step_of("a"), scheduler.next_decodes(2), scheduler.decoding) == (0, (), ())
-    denoised(scheduler)
-    assert scheduler.step_of("a") == 2
-    assert [decode.image_index for decode in scheduler.next_decodes(2)] == [1]
+    running: dict[str, RunningRequest] = {}
+    start(running, "a", parameters(steps=2, num_images=2))
+    denoise(running)
+    both = decodes_of(running, 2)
+    note_decodes(running, both)
+    running["a"].finish_image(0)
+    running["a"].restart("a test")
+    assert (running["a"].step, decodes_of(running, 2), decoding(running)) == (0, (), [])
+    denoise(running)
+    assert running["a"].step == 2
+    assert [decode.image_index for decode in decodes_of(running, 2)] == [1]
 
 
 def test_news_of_a_request_that_has_left_are_ignored() -> None:
-    scheduler = StepScheduler(NO_BUDGET)
-    scheduler.release("unknown")
-    scheduler.stepped(("unknown",))
-    scheduler.decoded("unknown", 0)
-    assert scheduler.next_step() == ()
+    running: dict[str, RunningRequest] = {}
+    note_forward(running, ("unknown",), step_seconds=1.0)
+    note_decodes(running, (Decode(claim_id="unknown", image_index=0, rank=0),))
+    assert step_pixels(running, ("unknown",)) == 0
+    assert next_forward(running, NO_LIMIT) == ((), False)
 
 
 def test_a_request_may_go_on_after_some_of_its_steps_and_images() -> None:
-    scheduler = StepScheduler(NO_BUDGET)
-    scheduler.admit("a", parameters(steps=4, num_images=3), step=3, finished_images=frozenset({1}))
-    denoised(scheduler)
-    assert scheduler.step_of("a") == 4
-    assert [decode.image_index for decode in scheduler.next_decodes(4)] == [0, 2]
-    assert scheduler.progress_of("a") == 5
+    running: dict[str, RunningRequest] = {}
+    start(running, "a", parameters(steps=4, num_images=3), step=3, finished_images=frozenset({1}))
+    denoise(running)
+    assert running["a"].step == 4
+    assert [decode.image_index for decode in decodes_of(running, 4)] == [0, 2]
+    assert running["a"].progress == 5
 
 
-def test_only_those_that_are_ready_step_and_are_decoded() -> None:
-    scheduler = StepScheduler(NO_BUDGET)
+def test_a_forward_that_leaves_out_requests_for_want_of_room_is_full() -> None:
+    running: dict[str, RunningRequest] = {}
     for claim_id in ("a", "b"):
-        scheduler.admit(claim_id, parameters(steps=1))
-    assert scheduler.next_step({"b"}) == ("b",)
-    denoised(scheduler)
-    assert [decode.claim_id for decode in scheduler.next_decodes(4, {"a"})] == ["a"]
+        start(running, claim_id, parameters())
+    start(running, "large", parameters(LARGE))
+    assert next_forward(running, 2 * 64 * 64) == (("a", "b"), False)
+    assert next_forward(running, 64 * 64) == (("a",), True)
 
 
-def test_half_of_what_did_not_fit_is_the_limit() -> None:
-    scheduler = StepScheduler(BatchLimits(10, max_step_pixels=10 * 64 * 64))
+def plan_of(running: dict[str, RunningRequest]) -> StepPlan:
+    planned = schedule(
+        running,
+        held=frozenset(),
+        plan_id=1,
+        world_size=4,
+        max_step_pixels=NO_LIMIT,
+        snapshot_budget=SnapshotBudget(),
+        latest_step_seconds=None,
+    )
+    assert planned is not None
+    return planned.plan
+
+
+def test_beside_a_suspect_no_other_steps_and_none_is_decoded() -> None:
+    running: dict[str, RunningRequest] = {}
     for claim_id in ("a", "b"):
-        scheduler.admit(claim_id, parameters(num_images=4))
-    scheduler.lower_limit(("a", "b"))
-    assert scheduler.max_step_pixels == 4 * 64 * 64
-    scheduler.lower_limit(("a", "b"))
-    scheduler.lower_limit(("gone",))
-    assert scheduler.max_step_pixels == 4 * 64 * 64
-    assert [len(step(scheduler)) for _ in range(2)] == [1, 1]
+        start(running, claim_id, parameters(steps=1))
+    running["b"].suspect(0)
+    assert plan_of(running).step_claims == ("b",)
+    running["b"].cleared_above = None
+    denoise(running)
+    running["a"].suspect(1)
+    assert [decode.claim_id for decode in plan_of(running).decodes] == ["a"]
 
 
-def run_out_of_memory(scheduler: StepScheduler) -> None:
-    """Four requests of one sample each are there, and do not fit together."""
-    scheduler.lower_limit(("a", "b", "c", "d"))
-    assert len(step(scheduler)) == 2
-
-
-def with_four_requests() -> StepScheduler:
-    scheduler = StepScheduler(BatchLimits(10, max_step_pixels=5 * 64 * 64))
-    for claim_id in ("a", "b", "c", "d"):
-        scheduler.admit(claim_id, parameters(steps=10**9))
-    return scheduler
-
-
-def steps_until_it_rises(scheduler: StepScheduler) -> int:
-    before = scheduler.max_step_pixels
-    for num_steps in range(1, 10**6):
-        step(scheduler)
-        if scheduler.max_step_pixels > before:
-            return num_steps
-    raise AssertionError("the limit does not rise")
-
-
-def test_a_lowered_limit_rises_by_quarters_to_the_configured_one_while_it_holds_requests_back() -> None:
-    scheduler = with_four_requests()
-    run_out_of_memory(scheduler)
-    limits = [scheduler.max_step_pixels]
-    assert steps_until_it_rises(scheduler) == MIN_WAIT_STEPS - 1
-    limits.append(scheduler.max_step_pixels)
-    while scheduler.max_step_pixels < 4 * 64 * 64:
-        assert steps_until_it_rises(scheduler) == MIN_WAIT_STEPS
-        limits.append(scheduler.max_step_pixels)
-    assert all(after == before * 5 // 4 for before, after in itertools.pairwise(limits))
-    assert len(step(scheduler)) == 4
-
-
-def test_a_limit_that_holds_nobody_back_stays() -> None:
-    scheduler = with_four_requests()
-    run_out_of_memory(scheduler)
-    for claim_id in ("b", "c", "d"):
-        scheduler.release(claim_id)
-    lowered = scheduler.max_step_pixels
-    for _ in range(2 * MIN_WAIT_STEPS):
-        step(scheduler)
-    assert scheduler.max_step_pixels == lowered
-
-
-def test_a_limit_never_rises_above_the_configured_one() -> None:
-    scheduler = with_four_requests()
-    scheduler.admit("e", parameters(steps=10**9))
-    scheduler.admit("f", parameters(steps=10**9))
-    run_out_of_memory(scheduler)
-    for _ in range(10 * MIN_WAIT_STEPS):
-        step(scheduler)
-    assert scheduler.max_step_pixels == 5 * 64 * 64
-
-
-def test_each_further_lack_of_memory_doubles_the_steps_before_the_limit_rises_up_to_a_bound() -> None:
-    scheduler = with_four_requests()
-    waits = []
-    for _ in range(9):
-        run_out_of_memory(scheduler)
-        waits.append(steps_until_it_rises(scheduler) + 1)
-    assert waits[:3] == [MIN_WAIT_STEPS, 2 * MIN_WAIT_STEPS, 4 * MIN_WAIT_STEPS]
-    assert waits[-1] == MAX_WAIT_STEPS
-
-
-def test_a_limit_that_is_lifted_is_the_configured_one_at_once_and_its_failures_still_count() -> None:
-    scheduler = with_four_requests()
-    run_out_of_memory(scheduler)
-    scheduler.lift_limit()
-    assert scheduler.max_step_pixels == 5 * 64 * 64
-    run_out_of_memory(scheduler)
-    assert steps_until_it_rises(scheduler) + 1 == 2 * MIN_WAIT_STEPS
-
-
-def test_a_limit_that_is_forgotten_is_the_configured_one_at_once_and_its_failures_do_not_count() -> None:
-    scheduler = with_four_requests()
-    run_out_of_memory(scheduler)
-    scheduler.forget_limit()
-    assert scheduler.max_step_pixels == 5 * 64 * 64
-    run_out_of_memory(scheduler)
-    assert steps_until_it_rises(scheduler) + 1 == MIN_WAIT_STEPS
+def test_a_request_that_the_ranks_have_yet_to_start_takes_no_step() -> None:
+    running: dict[str, RunningRequest] = {}
+    for claim_id in ("a", "b"):
+        start(running, claim_id, parameters())
+        running[claim_id].snapshot = Snapshot(1, bytes(MAX_ADMITTED_SNAPSHOT_BYTES))
+    plan = plan_of(running)
+    assert [admission.claim_id for admission in plan.admissions] == ["a"]
+    assert plan.step_claims == ("a",)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from hidream_grpc.engine.protocol.messages import Decode
-from hidream_grpc.engine.requests import StepReport
-from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
+from hidream_grpc.engine.requests import EngineRequest, StepReport
+from hidream_grpc.engine.running_request import RunningRequest
+from hidream_grpc.engine.scheduler import free_ranks, next_decodes, next_forward, note_decodes, note_forward
 from hidream_grpc.jobs.estimates.durations import MeasuredDurations
 from hidream_grpc.jobs.estimates.simulation import (
     EngineCapacity,
@@ -66,8 +67,7 @@ class SimulatedEngine:
     rests: list[Estimate] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        limits = BatchLimits(self.capacity.max_running_jobs, self.capacity.max_step_pixels)
-        self.scheduler = StepScheduler(limits)
+        self.records: dict[str, RunningRequest] = {}
         self.waiting: list[Request] = []
         self.running: dict[str, Request] = {}
         self.images: dict[str, int] = {}
@@ -108,9 +108,9 @@ class SimulatedEngine:
         if admitted:
             self.seconds += self.times.encode_seconds
             self.durations.note_prompts(self.times.encode_seconds)
-        stepped = self.scheduler.next_step()
-        decodes = self.scheduler.next_decodes(self.capacity.num_ranks)
-        self.scheduler.planned(decodes)
+        stepped = next_forward(self.records, self.capacity.max_step_pixels).claim_ids
+        decodes = next_decodes(self.records, free_ranks(self.records, self.capacity.num_ranks))
+        note_decodes(self.records, decodes)
         for decode in decodes:
             size = self._size(decode.claim_id)
             self.decodes[decode.rank] = (decode, self.times.image_seconds(*size))
@@ -120,20 +120,22 @@ class SimulatedEngine:
         self.seconds += self.times.between_steps
         if step_seconds is not None:
             self._report(stepped, step_seconds, is_plain)
-        for job_id in [job_id for job_id in self.running if self.scheduler.is_finished(job_id)]:
+        for job_id in [job_id for job_id in self.running if self.records[job_id].is_finished]:
             self.ends[job_id] = self.seconds
             del self.running[job_id]
-            self.scheduler.release(job_id)
+            del self.records[job_id]
         self.waits += [Estimate(j, self.seconds, seconds) for j, seconds in self.estimate_starts().items()]
         self.rests += [Estimate(j, self.seconds, seconds) for j, seconds in self.estimate_ends().items()]
 
     def _admit(self) -> bool:
         admitted = False
-        while self.waiting and self.scheduler.has_capacity:
+        while self.waiting and len(self.records) < self.capacity.max_running_jobs:
             request = self.waiting.pop(0)
             self.running[request.job_id] = request
             self.images[request.job_id] = request.parameters.num_images
-            self.scheduler.admit(request.job_id, request.parameters)
+            self.records[request.job_id] = RunningRequest(
+                EngineRequest(request.job_id, request.job_id, "", request.parameters, lambda _event: None)
+            )
             self.starts[request.job_id] = self.seconds
             admitted = True
         return admitted
@@ -142,7 +144,7 @@ class SimulatedEngine:
         samples = sum(self.running[job_id].parameters.num_samples for job_id in stepped)
         step_seconds = self.times.step_seconds(*self._size(stepped[0]), samples)
         self.seconds += step_seconds
-        self.scheduler.stepped(stepped)
+        note_forward(self.records, stepped, step_seconds)
         return step_seconds
 
     def _report(self, stepped: tuple[str, ...], step_seconds: float, is_plain: bool) -> None:
@@ -164,7 +166,7 @@ class SimulatedEngine:
                 self.durations.note_image(
                     *self._size(decode.claim_id), self.times.image_seconds(*self._size(decode.claim_id))
                 )
-                self.scheduler.decoded(decode.claim_id, decode.image_index)
+                self.records[decode.claim_id].finish_image(decode.image_index)
                 self.images[decode.claim_id] -= 1
         self.seconds += max(spent)
 
@@ -174,7 +176,7 @@ class SimulatedEngine:
 
     def _work(self) -> tuple[list[RemainingWork], list[RemainingWork]]:
         """What runs and what waits."""
-        running = [self._remaining(r, self.scheduler.step_of(job_id)) for job_id, r in self.running.items()]
+        running = [self._remaining(r, self.records[job_id].step) for job_id, r in self.running.items()]
         return running, [self._remaining(request, 0) for request in self.waiting]
 
     def _remaining(self, request: Request, step: int) -> RemainingWork:

@@ -9,9 +9,8 @@ from typing import cast
 import pytest
 
 from hidream_grpc.engine.group.rank_group import RankGroup
-from hidream_grpc.engine.scheduler import BatchLimits, StepScheduler
+from hidream_grpc.engine.step_limit import StepLimit
 from hidream_grpc.model.parallel.layout import Layout
-from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.server.lifecycle import take_all_devices
 
 MAX_STEP_PIXELS = 1 << 20
@@ -34,14 +33,10 @@ class Group:
 @pytest.mark.parametrize("is_full", [True, False])
 def test_a_step_may_hold_what_is_configured_again(is_full: bool, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    scheduler = StepScheduler(BatchLimits(max_running_requests=1, max_step_pixels=MAX_STEP_PIXELS))
-    picture = GenerationParameters(
-        prompt="", width=64, height=64, num_inference_steps=1, guidance_scale=1.0, seed=0
-    )
-    scheduler.admit("large", picture)
-    scheduler.lower_limit(("large",))
-    assert scheduler.max_step_pixels < MAX_STEP_PIXELS
+    step_limit = StepLimit(MAX_STEP_PIXELS)
+    step_limit.run_out(64 * 64)
+    assert step_limit.pixels < MAX_STEP_PIXELS
     for _ in range(2):
-        take_all_devices(cast(RankGroup, Group(is_full)), scheduler)
-        assert scheduler.max_step_pixels == MAX_STEP_PIXELS
+        take_all_devices(cast(RankGroup, Group(is_full)), step_limit)
+        assert step_limit.pixels == MAX_STEP_PIXELS
     assert caplog.messages.count("SIGHUP: a step may hold 1048576 pixels again") == 1
