@@ -55,7 +55,7 @@ def _path_text(value: Any) -> Any:
 
 
 PathSetting = Annotated[Path, BeforeValidator(_path_text)]
-"""Of a file or folder, relative to the working folder of the server, wherever it is set."""
+"""The path of a file or folder, relative to the working folder of the server, wherever it is set."""
 
 
 class Settings(BaseSettings):

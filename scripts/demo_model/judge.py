@@ -1,4 +1,4 @@
-"""Judges a picture by its content: does it show the scene that its caption describes? (numpy and pillow only)
+"""Judges by its content whether an image shows the scene of its caption, with numpy and pillow only.
 
 Example:
     >>> judgement = judge(image, simple_scene("red", "circle", background="blue"))

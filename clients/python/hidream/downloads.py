@@ -57,7 +57,7 @@ class Download(
         return self._check.is_whole
 
     def request(self) -> image_gen_pb2.DownloadImageRequest:
-        """For the bytes that are not there yet."""
+        """Return the request for the bytes that are not there yet."""
         return image_gen_pb2.DownloadImageRequest(
             job_id=self._job_id, image_index=self._image_index, offset=self._check.num_bytes
         )

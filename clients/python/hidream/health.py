@@ -45,7 +45,7 @@ class ServingWait:
         self._last_status: HealthStatus | None = None
 
     def remaining_seconds(self) -> float:
-        """For the next call.
+        """Return how long the next call may take.
 
         Raises:
             NotServingError: no time is left.

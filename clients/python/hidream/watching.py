@@ -27,7 +27,7 @@ class JobWatch(ResumableStream[image_gen_pb2.WatchJobRequest, image_gen_pb2.Watc
         return self._has_succeeded
 
     def request(self) -> image_gen_pb2.WatchJobRequest:
-        """For what comes behind the last event."""
+        """Return the request for what comes behind the last event."""
         return image_gen_pb2.WatchJobRequest(job_id=self._job_id, after_sequence=self._last_sequence)
 
     def read(self, response: image_gen_pb2.WatchJobResponse) -> Event | None:
@@ -60,7 +60,7 @@ class AllJobsWatch(
 ):
     """The changes of all jobs, without end.
 
-    Every connection begins with the jobs that match then; those that were told of before, in the
+    Every connection begins with the jobs that match then; those that were reported before, in the
     same state, are left out.
     """
 
@@ -71,11 +71,11 @@ class AllJobsWatch(
 
     @property
     def is_over(self) -> bool:
-        """Never."""
+        """Whether nothing more is to come, which is never so."""
         return False
 
     def request(self) -> image_gen_pb2.WatchJobsRequest:
-        """Always the same: there is no place to go on from."""
+        """Return the same request each time: there is no place to go on from."""
         return self._request
 
     def read(self, response: image_gen_pb2.WatchJobsResponse) -> JobChange | None:
