@@ -62,7 +62,7 @@ def main(
 
 
 def _draw_at_once(address: str, picture: Picture, num_callers: int) -> list[Drawn]:
-    """One picture for each caller."""
+    """Generate one image for each caller, all at once."""
     barrier = threading.Barrier(num_callers, timeout=START_TIMEOUT_SECONDS)
 
     def draw(seed: int, client: Client) -> Drawn:
@@ -85,7 +85,7 @@ def _draw_at_once(address: str, picture: Picture, num_callers: int) -> list[Draw
 
 
 def _draw_in_a_row(pipeline: BarePipeline, num_pictures: int) -> list[Drawn]:
-    """Pictures one after another; the seconds of all count from the first one's start."""
+    """Generate images one after another; the seconds of all count from the first one's start."""
     start = time.perf_counter()
     drawn = []
     for seed in range(1, num_pictures + 1):

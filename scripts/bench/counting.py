@@ -15,7 +15,7 @@ from hidream_grpc.model.parallel.groups import Axis, ParallelGroups
 
 
 def counted_flops(call: Callable[[], Any]) -> int:
-    """Floating-point operations of one call, by torch's counter: 2 for each multiply-add."""
+    """Count the floating-point operations of one call with torch's counter: 2 for each multiply-add."""
     with FlopCounterMode(display=False, custom_mapping=_MISSING_FROM_TORCH) as counter:
         call()
     return int(counter.get_total_flops())
@@ -73,17 +73,17 @@ class MetaDevice:
         self._num_experts = num_experts
 
     def memory(self) -> DeviceMemory:
-        """None."""
+        """Return None: there is no memory to measure."""
         return DeviceMemory(total_bytes=0, free_bytes=0)
 
     def synchronize(self) -> None:
-        """Nothing runs."""
+        """Return at once: nothing runs on this device."""
 
     def empty_cache(self) -> None:
-        """Nothing is held."""
+        """Do nothing: this device holds no memory."""
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Never."""
+        """Return False: a device without memory never runs out of it."""
         return False
 
     attention = staticmethod(kernels.attention)

@@ -78,7 +78,7 @@ def main(
 
 @contextmanager
 def _long_request(address: str, picture: Picture) -> Iterator[queue.SimpleQueue[float]]:
-    """A caller that always has a request running; yields the seconds of each step as it ends."""
+    """Keep one request running at any time; yields the seconds of each step as it ends."""
     step_ends: queue.SimpleQueue[float] = queue.SimpleQueue()
     is_over = threading.Event()
 
@@ -101,7 +101,7 @@ def _long_request(address: str, picture: Picture) -> Iterator[queue.SimpleQueue[
 
 
 def _wait_for_steps(step_ends: list[queue.SimpleQueue[float]]) -> float:
-    """Wait until a step of all long requests has just ended; its seconds."""
+    """Wait until a step of all long requests has just ended; returns its seconds."""
     seconds = 0.0
     for ends in step_ends:
         while not ends.empty():

@@ -40,7 +40,7 @@ _HIDDEN_MULTIPLE = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransformerDimensions:
-    """What of a transformer's configuration its operations depend on.
+    """The part of a transformer's configuration that its operations depend on.
 
     Attributes:
         patch_size: latents of a token's side.
@@ -112,7 +112,7 @@ HIDREAM_I1 = TransformerDimensions.from_config(HIDREAM_I1_CONFIG)
 
 
 def library_forward_flops(dimensions: TransformerDimensions, sample: Sample) -> int:
-    """Of diffusers' `HiDreamImageTransformer2DModel`."""
+    """Count the operations of one forward of diffusers' `HiDreamImageTransformer2DModel`."""
     num_image_tokens = _num_image_tokens(dimensions, sample)
     if not sample.is_square:
         num_image_tokens = dimensions.max_image_tokens
@@ -121,9 +121,10 @@ def library_forward_flops(dimensions: TransformerDimensions, sample: Sample) -> 
 
 
 def exact_forward_flops(dimensions: TransformerDimensions, sample: Sample) -> int:
-    """Of our forward: one token for all padding, keys and values only for what a block drops.
+    """Count the operations of one forward of ours.
 
-    What depends on the prompt alone is left out: see `prompt_flops`.
+    It has one token for all padding, and keys and values only for what a block drops. What depends on the
+    prompt alone is left out: see `prompt_flops`.
     """
     num_image_tokens = _num_image_tokens(dimensions, sample)
     if not sample.is_square and num_image_tokens < dimensions.max_image_tokens:
@@ -134,7 +135,7 @@ def exact_forward_flops(dimensions: TransformerDimensions, sample: Sample) -> in
 
 
 def prompt_flops(dimensions: TransformerDimensions, sample: Sample) -> int:
-    """Of what the library repeats in each forward and ours does once a prompt: captions, pooled embedding."""
+    """Count what the library does in each forward and ours once a prompt: captions, pooled embedding."""
     num_blocks = dimensions.num_layers + dimensions.num_single_layers
     llama = num_blocks * sample.num_llama_tokens * dimensions.llama_channels
     captions = (llama + sample.num_t5_tokens * dimensions.t5_channels) * dimensions.width
@@ -149,7 +150,7 @@ def _num_image_tokens(dimensions: TransformerDimensions, sample: Sample) -> int:
 def _forward_multiply_adds(
     dimensions: TransformerDimensions, sample: Sample, num_image_tokens: int, num_idle_tokens: int
 ) -> int:
-    """Without what depends on the prompt alone.
+    """Count multiply-adds of one forward without what depends on the prompt alone.
 
     Args:
         num_idle_tokens: of those that a block appends, how many only offer keys and values.
@@ -184,7 +185,7 @@ def _forward_multiply_adds(
 
 
 def _routed_feed_forward(dimensions: TransformerDimensions) -> int:
-    """Of one token, with its gate, its experts and the shared expert."""
+    """Count multiply-adds of one token with its gate, its experts and the shared expert."""
     width = dimensions.width
     if not dimensions.num_routed_experts:
         return _feed_forward(width, 4 * width)
@@ -196,6 +197,6 @@ def _routed_feed_forward(dimensions: TransformerDimensions) -> int:
 
 
 def _feed_forward(width: int, nominal_hidden: int) -> int:
-    """Of one token in a SwiGLU of the library, which takes two thirds and rounds up."""
+    """Count multiply-adds of one token in a SwiGLU of the library, which takes two thirds and rounds up."""
     hidden = -(-int(2 * nominal_hidden / 3) // _HIDDEN_MULTIPLE) * _HIDDEN_MULTIPLE
     return 3 * width * hidden

@@ -26,7 +26,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 @dataclass(frozen=True, slots=True)
 class ForwardInputs:
-    """What the library's forward takes, of B samples.
+    """Arguments of the library's forward for B samples.
 
     Attributes:
         latents: (B, C, height, width).
@@ -102,7 +102,7 @@ def fill_at_random(transformer: _Module, device: torch.device) -> _Module:
 
 
 def library_forward(transformer: HiDreamImageTransformer2DModel, inputs: ForwardInputs) -> Tensor:
-    """(B, C, height, width), the velocity."""
+    """Run the library's forward; returns the velocity, (B, C, height, width)."""
     velocity: Tensor = transformer(
         hidden_states=inputs.latents,
         timesteps=inputs.timesteps,
@@ -115,7 +115,7 @@ def library_forward(transformer: HiDreamImageTransformer2DModel, inputs: Forward
 
 
 def condition(transformer: HiDreamTransformer, inputs: ForwardInputs) -> tuple[Conditioning, ...]:
-    """Of each sample what ours does once per prompt."""
+    """Do for each sample what our forward does once per prompt."""
     layers = sorted(set(transformer.config.llama_layers))
     conditioning = []
     for t5, llama, pooled in zip(inputs.t5, inputs.llama[layers].unbind(1), inputs.pooled, strict=True):
@@ -130,7 +130,7 @@ def exact_forward(
     conditioning: tuple[Conditioning, ...],
     expert_parallel: int = 1,
 ) -> Tensor:
-    """What ours does in every step.
+    """Run the part of our forward that every step repeats.
 
     Args:
         transformer: of a rank.

@@ -45,7 +45,7 @@ NUM_SAMPLES = 2
 
 @dataclass(frozen=True, slots=True)
 class RankCosts:
-    """Of one rank and one step.
+    """What one step costs one rank.
 
     Attributes:
         flops: multiply-adds count as two.

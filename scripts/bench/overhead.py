@@ -26,7 +26,7 @@ def main(
     steps: Annotated[int, typer.Option(help="denoising steps of a picture")] = 24,
     side: Annotated[int, typer.Option(help="width and height, in pixels")] = 256,
 ) -> None:
-    """Draw in turns, print the ratio."""
+    """Generate in turns, print the ratio."""
     picture = Picture(side_pixels=side, num_inference_steps=steps)
     pipeline = BarePipeline(picture)
 

@@ -34,7 +34,7 @@ START_TIMEOUT_SECONDS = 300.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """What is drawn: a square of one image, with guidance.
+    """What is generated: a square of one image, with guidance.
 
     Attributes:
         side_pixels: width and height.
@@ -45,7 +45,7 @@ class Picture:
     num_inference_steps: int
 
     def options(self, seed: int) -> GenerateOptions:
-        """Of `Client.generate` and `Client.draw`."""
+        """Options of `Client.generate` and `Client.draw`."""
         return {
             "width": self.side_pixels,
             "height": self.side_pixels,
@@ -57,11 +57,11 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Seconds since the picture was asked for.
+    """How long one image took, counted from its request.
 
     Attributes:
-        first_step_seconds: until the first denoising step had ended, as far as the asker could see.
-        total_seconds: until the picture was there.
+        first_step_seconds: until the first denoising step had ended, as far as the caller could see.
+        total_seconds: until the image was there.
     """
 
     first_step_seconds: float

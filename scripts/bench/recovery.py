@@ -88,7 +88,7 @@ def main(
 
 
 def _events(client: Client, picture: Picture) -> Generator[Event]:
-    """Events of one request after another, for ever."""
+    """Yield the events of one request after another, without end."""
     seed = 0
     while True:
         yield from client.generate(PROMPT, **picture.options(seed))
@@ -96,7 +96,7 @@ def _events(client: Client, picture: Picture) -> Generator[Event]:
 
 
 def _kill(process: psutil.Process, events: Iterator[Event]) -> tuple[float, int]:
-    """SIGKILL a process in mid-request; seconds until progress, and the steps that were lost."""
+    """Kill a process in mid-request; returns the seconds until progress, and the steps that were lost."""
     last_step = _go_on(events, NUM_STEPS_BETWEEN)
     process.kill()
     killed = time.perf_counter()
@@ -112,7 +112,7 @@ def _kill(process: psutil.Process, events: Iterator[Event]) -> tuple[float, int]
 
 
 def _go_on(events: Iterator[Event], num_steps: int) -> int:
-    """Read so many steps of one request, far from its end; the last one."""
+    """Read some steps of one request, far from its end; returns the last one."""
     steps = 0
     for event in events:
         if isinstance(event, Progress):

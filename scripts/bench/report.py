@@ -28,7 +28,7 @@ def report(
 
 
 def say(text: str) -> None:
-    """Tell whoever waits how far it is."""
+    """Print how far the benchmark is."""
     print(text, file=sys.stderr, flush=True)
 
 

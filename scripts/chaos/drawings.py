@@ -73,7 +73,7 @@ class Followed:
 
 
 def follow(client: Client, drawing: Drawing, on_event: Callable[[Event], None]) -> Followed:
-    """Draw and check every event against the contract."""
+    """Generate the images and check every event against the contract."""
     followed = Followed()
     images: dict[int, bytes] = {}
     events: list[Event] = []
@@ -143,12 +143,12 @@ class References:
 
 
 def pick(choices: random.Random) -> int:
-    """The number of a drawing."""
+    """Choose the number of a drawing."""
     return choices.randrange(len(DRAWINGS))
 
 
 def largest_difference(file: bytes, expected_file: bytes) -> int:
-    """The most, of 255, that a value of two pictures differs by."""
+    """The largest difference between values of two images, from 0 to 255."""
     pixels, expected = (
         np.asarray(PictureFile.open(io.BytesIO(data)), dtype=np.int16) for data in (file, expected_file)
     )

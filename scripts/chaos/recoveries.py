@@ -31,7 +31,7 @@ class Recoveries:
                 self._struck_at, self._restarted_at = time.time(), None
 
     def note(self, event: Event) -> None:
-        """Note what a caller was told."""
+        """Note an event that a caller received."""
         if not isinstance(event, Progress | Restarted):
             return
         at = event.time.timestamp()

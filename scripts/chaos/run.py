@@ -1,4 +1,4 @@
-"""Callers draw all the time, ranks die all the time; what came of it."""
+"""Let callers generate images while ranks die, and count what came of it."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class _Run:
         self._lock = threading.Lock()
 
     def disturb(self, service: Service, seconds: float, say: Callable[[str], None]) -> None:
-        """Draw while processes die, then draw everything once more."""
+        """Generate images while processes die, then each of them once more."""
         chaos = self._chaos
         saboteur = Saboteur(
             service, seconds, random.Random(self._choices.random()), on_strike=self._recoveries.struck

@@ -21,7 +21,7 @@ SHORT_PAUSE_SHARE = 0.3
 
 
 class Card(StrEnum):
-    """What befalls the service."""
+    """One fault that the service suffers."""
 
     KILL_RANK = "kill a rank"
     KILL_TWO_RANKS = "kill two ranks"

@@ -30,7 +30,7 @@ def new_scheduler() -> UniPCMultistepScheduler:
 def write_checkpoint(
     folder: Path, text_encoders: TextEncoders, transformer: HiDreamImageTransformer2DModel, vae: AutoencoderKL
 ) -> int:
-    """Write a checkpoint to `folder`, replacing one that is there; nobody sees half of it.
+    """Write a checkpoint to `folder`, replacing one that is there; a reader never sees half of it.
 
     Returns:
         Its size in bytes.

@@ -45,7 +45,7 @@ class Judgement:
 
     @property
     def everything(self) -> bool:
-        """Nothing at all is wrong."""
+        """Whether nothing at all is wrong."""
         return self.background and self.colour and self.position and self.shape
 
 

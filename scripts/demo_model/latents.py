@@ -27,7 +27,7 @@ class PictureSize:
 
     @property
     def name(self) -> str:
-        """Height x width."""
+        """The folder's name: height x width."""
         return f"{self.height}x{self.width}"
 
 
