@@ -15,9 +15,16 @@ TIMEOUT_SECONDS = 240
     ("benchmark", "flags", "figure"),
     [
         ("overhead", ("--rounds", "1", "--steps", "2"), "service_cost"),
-        ("concurrency", ("--rounds", "1", "--steps", "2", "--callers", "1,3"), "concurrency"),
-        ("first_progress", ("--rounds", "2", "--busy", "2"), "first_progress"),
-        ("recovery", ("--rounds", "1"), "recovery"),
+        pytest.param(
+            "concurrency",
+            ("--rounds", "1", "--steps", "2", "--callers", "1,3"),
+            "concurrency",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            "first_progress", ("--rounds", "2", "--busy", "2"), "first_progress", marks=pytest.mark.long
+        ),
+        pytest.param("recovery", ("--rounds", "1"), "recovery", marks=pytest.mark.long),
     ],
 )
 def test_a_benchmark_of_the_service_prints_one_json_line(
