@@ -10,8 +10,15 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from tests.numerics.rank_worlds import Drawing, Drawn, RankWorlds
-from tests.numerics.test_layouts import CASES, LAYOUTS, SHAPES, largest_error, relative_error
+from tests.numerics.rank_worlds import RankResult, RankWorlds, Run
+from tests.numerics.test_layouts import (
+    CASES,
+    LAYOUTS_OF_EACH_KIND,
+    OTHER_LAYOUTS,
+    SHAPES,
+    largest_error,
+    relative_error,
+)
 from tests.support.checkpoints import write_reshaped, write_tiny_checkpoint
 
 DTYPES = ("float64", "float32", "bfloat16")
@@ -26,32 +33,30 @@ def write_table(folder: Path, rank_worlds: RankWorlds) -> None:
         return write_reshaped(tiny, folder / shape.replace(", ", "_"), **SHAPES[shape])
 
     @cache
-    def draw(shape: str, layout: str, dtype: str) -> list[Drawn]:
-        return rank_worlds.draw(Drawing(layout, str(checkpoint(shape)), CASES, dtype))
+    def generate(shape: str, layout: str) -> list[list[RankResult]]:
+        return rank_worlds.run(layout, checkpoint(shape), [Run(CASES, dtype) for dtype in DTYPES])
 
     columns = [f"{dtype} {what}" for dtype in DTYPES for what in ("forward", "latents")]
     sys.stdout.write(f"| checkpoint | layout | {' | '.join(columns)} |\n")
     sys.stdout.write("|---" * (2 + len(columns)) + "|\n")
-    for shape, layout in LAYOUTS:
+    for shape, layout in LAYOUTS_OF_EACH_KIND + OTHER_LAYOUTS:
         cells = []
-        for dtype in DTYPES:
-            (alone,) = draw(shape, "tp=1", dtype)
-            ranks = draw(shape, layout, dtype)
-            cells.append(max(_largest_forward_error(drawn, alone) for drawn in ranks))
-            cells.append(max(largest_error(drawn, alone) for drawn in ranks))
+        for (alone,), ranks in zip(generate(shape, "tp=1"), generate(shape, layout), strict=True):
+            cells.append(max(_largest_forward_error(result, alone) for result in ranks))
+            cells.append(max(largest_error(result, alone) for result in ranks))
         row = " | ".join(f"{cell:.0e}" for cell in cells)
         sys.stdout.write(f"| {shape} | `{layout}` | {row} |\n")
 
 
-def _largest_forward_error(drawn: Drawn, expected: Drawn) -> float:
+def _largest_forward_error(result: RankResult, expected: RankResult) -> float:
     return max(
-        relative_error(drawn.first_predictions[case.name], expected.first_predictions[case.name])
+        relative_error(result.first_predictions[case.name], expected.first_predictions[case.name])
         for case in CASES
     )
 
 
 def main() -> None:
-    """Draw every case in every layout and dtype."""
+    """Generate every case in every layout and dtype."""
     with tempfile.TemporaryDirectory() as folder:
         rank_worlds = RankWorlds(Path(folder))
         try:

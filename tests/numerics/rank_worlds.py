@@ -12,10 +12,13 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -37,31 +40,28 @@ CallSite = tuple[str, int]
 
 @dataclass(frozen=True)
 class Case:
-    """Requests that are drawn together; each enters one step after the one before it."""
+    """Requests that are generated together; each enters one step after the one before it."""
 
     name: str
     requests: tuple[dict[str, Any], ...]
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """What every rank of a layout does: draw the cases with a checkpoint.
+class Run:
+    """What every rank of a world does: generate the cases.
 
-    layout: as in `--layout`.
     dtype: of torch, by its name.
     left_out: a collective that is not done, by where it is called.
     """
 
-    layout: str
-    checkpoint: str
     cases: tuple[Case, ...]
     dtype: str = "float64"
     left_out: CallSite | None = None
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What one rank drew.
+class RankResult:
+    """What one rank generated in one run.
 
     first_predictions: of each case, the noise predicted in its first step.
     latents: of each case, the final latents of its requests.
@@ -74,7 +74,7 @@ class Drawn:
 
 
 class RankWorlds:
-    """Runs drawings on as many ranks as their layouts say, one after another."""
+    """Makes worlds of as many ranks as their layouts say, one after another."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -87,19 +87,32 @@ class RankWorlds:
         )
         self._count = 0
 
-    def draw(self, drawing: Drawing) -> list[Drawn]:
-        """What each rank drew, in rank order."""
+    def run(self, layout: str, checkpoint: Path, runs: Sequence[Run]) -> list[list[RankResult]]:
+        """Do some runs in one world, one after another.
+
+        Args:
+            layout: as in `--layout`.
+            checkpoint: its folder.
+            runs: what to do.
+
+        Returns:
+            Of each run, the results of the ranks in rank order.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir()
-        print(json.dumps({"folder": str(folder), "drawing": asdict(drawing)}), file=self._process.stdin)
+        task = {"folder": str(folder), "layout": layout, "checkpoint": str(checkpoint)}
+        print(json.dumps(task | {"runs": [asdict(run) for run in runs]}), file=self._process.stdin)
         self._process.stdin.flush()
         answer = self._process.stdout.readline().strip()
         assert answer == "done", (folder / "error").read_text() if (folder / "error").exists() else answer
-        num_ranks = parse_layout(drawing.layout).world_size
-        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_ranks)]
+        results = [
+            torch.load(folder / f"{rank}.pt", weights_only=False)
+            for rank in range(parse_layout(layout).world_size)
+        ]
+        return [list(of_run) for of_run in zip(*results, strict=True)]
 
     def close(self) -> None:
         """End the process; its ranks have ended before."""
@@ -110,7 +123,7 @@ class RankWorlds:
 def denoise_together(
     model: HiDreamModel, requests: Sequence[dict[str, Any]]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Draw requests in one batch, each entering one step after the one before it.
+    """Generate requests in one batch, each entering one step after the one before it.
 
     Returns:
         The noise predicted in the first step, and the final latents.
@@ -130,12 +143,17 @@ def denoise_together(
     return first_prediction, [state.latents for state in states]
 
 
-def _draw(drawing: dict[str, Any], rank: int, store_port: int) -> Drawn:
-    layout = parse_layout(drawing["layout"])
+def _be_rank(task: dict[str, Any], rank: int, store_port: int) -> list[RankResult]:
+    """Do all runs of a task as one rank, which loads the model once for each dtype."""
+    layout = parse_layout(task["layout"])
     groups = ParallelGroups(layout, rank)
-    device = CpuDevice()
-    device.dtype = getattr(torch, drawing["dtype"])  # type: ignore[misc]
-    model = HiDreamModel.from_pretrained(Path(drawing["checkpoint"]), None, device, groups)
+
+    @cache
+    def model_in(dtype: str) -> HiDreamModel:
+        device = CpuDevice()
+        device.dtype = getattr(torch, dtype)  # type: ignore[misc]
+        return HiDreamModel.from_pretrained(Path(task["checkpoint"]), None, device, groups)
+
     command = JoinGroup(
         generation=1,
         world_size=layout.world_size,
@@ -143,42 +161,52 @@ def _draw(drawing: dict[str, Any], rank: int, store_port: int) -> Drawn:
         init_timeout_seconds=COLLECTIVE_TIMEOUT_SECONDS,
         collective_timeout_seconds=COLLECTIVE_TIMEOUT_SECONDS,
     )
-    join_group(command, groups, rank, device.backend, device.torch_device)
-    drawn = Drawn()
-    _watch_collectives(drawn, drawing["left_out"])
-    for case in drawing["cases"]:
-        prediction, latents = denoise_together(model, case["requests"])
-        drawn.first_predictions[case["name"]] = prediction.clone()
-        drawn.latents[case["name"]] = [x.clone() for x in latents]
+    join_group(command, groups, rank, CpuDevice.backend, torch.device("cpu"))
+    results = []
+    for run in task["runs"]:
+        result = RankResult()
+        with _watched_collectives(result.collectives, run["left_out"]):
+            for case in run["cases"]:
+                prediction, latents = denoise_together(model_in(run["dtype"]), case["requests"])
+                result.first_predictions[case["name"]] = prediction.clone()
+                result.latents[case["name"]] = [x.clone() for x in latents]
+        results.append(result)
     leave_group(groups)
-    return drawn
+    return results
 
 
-def _watch_collectives(drawn: Drawn, left_out: list[Any] | None) -> None:
+_LEFT_OUT: dict[str, Callable[[Axis, torch.Tensor], torch.Tensor]] = {
+    "all_reduce": lambda axis, tensor: tensor,
+    "all_gather": lambda axis, tensor: tensor.expand(axis.size, *tensor.shape),
+    "reduce_scatter": lambda axis, tensor: tensor[axis.index],
+}
+
+
+@contextmanager
+def _watched_collectives(collectives: list[CallSite], left_out: list[Any] | None) -> Iterator[None]:
     """Note where the layers' collectives are called, and leave one out."""
 
-    def watched(name: str, without: Any) -> None:
+    def watched(name: str) -> Callable[[Axis, torch.Tensor], torch.Tensor]:
         original = getattr(Axis, name)
 
         def call(axis: Axis, tensor: torch.Tensor) -> torch.Tensor:
             caller = sys._getframe(1)
-            # An axis may use one collective to do another: what counts is who asked for it.
+            # An axis may use one collective to do another: what counts is the layer's call.
             while caller.f_back is not None and Path(caller.f_code.co_filename).name == "groups.py":
                 caller = caller.f_back
             site = Path(caller.f_code.co_filename).name, caller.f_lineno
-            if axis.size > 1 and site not in drawn.collectives:
-                drawn.collectives.append(site)
-            if left_out is not None and site == tuple(left_out):
-                result: torch.Tensor = without(axis, tensor)
-            else:
-                result = original(axis, tensor)
+            if axis.size > 1 and site not in collectives:
+                collectives.append(site)
+            is_left_out = left_out is not None and site == tuple(left_out)
+            result: torch.Tensor = (_LEFT_OUT[name] if is_left_out else original)(axis, tensor)
             return result
 
-        setattr(Axis, name, call)
+        return call
 
-    watched("all_reduce", lambda axis, tensor: tensor)
-    watched("all_gather", lambda axis, tensor: tensor.expand(axis.size, *tensor.shape))
-    watched("reduce_scatter", lambda axis, tensor: tensor[axis.index])
+    with ExitStack() as patches:
+        for name in _LEFT_OUT:
+            patches.enter_context(patch.object(Axis, name, watched(name)))
+        yield
 
 
 def _fork(child: Any) -> int:
@@ -195,8 +223,8 @@ def _fork(child: Any) -> int:
 
 
 def _run(task: dict[str, Any]) -> str:
-    folder, drawing = Path(task["folder"]), task["drawing"]
-    num_ranks = parse_layout(drawing["layout"]).world_size
+    folder = Path(task["folder"])
+    num_ranks = parse_layout(task["layout"]).world_size
     with socket.create_server(("127.0.0.1", 0)) as listener:
         store_port = listener.getsockname()[1]
         store_pid = _fork(lambda: host_store(listener))
@@ -205,7 +233,7 @@ def _run(task: dict[str, Any]) -> str:
         torch.set_num_threads(1)
         try:
             with torch.inference_mode():
-                torch.save(_draw(drawing, rank, store_port), folder / f"{rank}.pt")
+                torch.save(_be_rank(task, rank, store_port), folder / f"{rank}.pt")
         except BaseException:
             (folder / "error").write_text(traceback.format_exc())
             raise
