@@ -72,7 +72,7 @@ class Controller:
     def cancel(self, claim_id: str) -> None:
         """Drop a running request: it takes no further step and reports nothing more."""
         if self._running.pop(claim_id, None) is not None:
-            # Even an idle group must be told, or the ranks keep the latents.
+            # Even an idle group needs a plan that releases it, or the ranks keep the latents.
             self._wake.set()
 
     async def run(self, backlog: Backlog) -> None:

@@ -28,7 +28,7 @@ class EngineState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RequestStarted:
-    """The request is in the plan that is now sent to the ranks."""
+    """The request is in the plan that is sent to the ranks next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +116,11 @@ class StepReport:
 
     Attributes:
         step_seconds: duration on the slowest rank.
-        width, height: of all requests in it, in pixels.
+        width, height: size of all requests in it, in pixels.
         num_samples: rows of the batch.
-        snapshot_seconds: what handing up a snapshot after it cost; 0 without one.
-        round_seconds: of the round that held it, from its planning to its report; None where prompts were
-            read or images decoded beside it.
+        snapshot_seconds: cost of the snapshot that was handed up after it; 0 without one.
+        round_seconds: duration of the round that held it, from its planning to its report; None where
+            prompts were encoded or images decoded beside it.
     """
 
     step_seconds: float
@@ -133,7 +133,7 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class PromptReport:
-    """How the prompts of requests that started came to be encoded.
+    """The prompts of the requests that start with one plan.
 
     Attributes:
         num_cache_hits: prompts that were encoded already; the empty one, which always is, not counted.
@@ -149,12 +149,12 @@ class EngineRequest:
     """A request that the engine may start.
 
     Attributes:
-        claim_id: names the request in plans and at the ranks; another claim of its job is another request.
-        job_id: names it in logs and errors.
+        claim_id: name of the request in plans and at the ranks; another claim of its job is another request.
+        job_id: name of its job in logs and errors.
         request_id: the caller's name of it, for the logs.
-        parameters: what to draw.
-        on_event: called in the event loop, in order, for each event; must not block or raise.
-        snapshot: where the request goes on (`SnapshotTaken.data`); None for its seed.
+        parameters: what to generate.
+        on_event: called in the event loop with each event, in order; must not block or raise.
+        snapshot: the state from which the request goes on (`SnapshotTaken.data`); None for its seed.
         finished_images: those that need not be decoded any more.
     """
 
@@ -168,7 +168,7 @@ class EngineRequest:
 
 
 class Backlog(Protocol):
-    """Where the controller takes requests from, one whenever it has room for one."""
+    """The queue from which the controller takes a request whenever it has room for one."""
 
     def take(self) -> EngineRequest | None:
         """Remove and return the request that is next, or None when none waits."""

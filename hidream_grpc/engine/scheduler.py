@@ -1,11 +1,12 @@
 """One round's plan, and whose turn it is. Pure: no clock, no process, no torch.
 
-    next_forward(requests, max_step_pixels)   -> who takes the next step, and who then has no room
-    note_forward(running, claims, seconds)       once they have taken it
-    next_decodes(requests, free_ranks)        -> the images that free ranks begin
-    schedule(running, ...)                    -> all that the ranks do in a round
+    schedule(running, ...)                        -> all that the ranks do in a round
+    next_forward(requests, max_step_pixels)       -> the requests that take the next step
+    note_forward(running, claim_ids, seconds)        once they have taken it
+    next_decodes(requests, free_ranks(running, n))-> the images that free ranks begin
+    note_decodes(running, decodes)                   once they have begun
 
-The first three need no ranks: whoever calls them in made-up time gets the engine's own order.
+All but the first serve made-up time too: estimates run them with durations instead of ranks.
 """
 
 from __future__ import annotations
