@@ -144,7 +144,7 @@ class Rank:
         )
         return Planned(
             tuple((fault.claim_id, fault.kind) for fault in done.faults),
-            {job_id: job.state.step for job_id, job in runner._jobs.items()},
+            {job_id: job.state.step for job_id, job in runner._requests.items()},
             done.num_prompt_cache_hits,
             done.num_prompt_cache_misses,
         )

@@ -1,6 +1,6 @@
-"""What the zygote and its children write to stdout and stderr: the server passes it on.
+"""The output of the zygote and its children: the server forwards it to its own stderr.
 
-They have no pipe of the operator's: one that nobody reads would stop a rank in the middle of a step.
+They do not inherit the operator's pipe: a pipe that nobody reads would block a rank in the middle of a step.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ _READ_BYTES = 64 * 1024
 
 
 class ChildOutput:
-    """A pipe whose lines come out at this process's stderr, whole, until it is closed.
+    """A pipe whose lines are written to this process's stderr, whole, until it is closed.
 
     Attributes:
-        write_end: for the child; close it when the child has its own copy.
+        write_end: the file descriptor for the child; close it once the child has its own copy.
     """
 
     def __init__(self) -> None:
@@ -24,16 +24,16 @@ class ChildOutput:
         os.set_blocking(self._read_end, False)
         self._unfinished_line = b""
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._read_end, self._pass_on)
+        self._loop.add_reader(self._read_end, self._forward)
 
     def close(self) -> None:
-        """Pass on what is left; may be called twice."""
-        while self._read_end >= 0 and self._pass_on():
+        """Forward what is left in the pipe and close it; may be called twice."""
+        while self._read_end >= 0 and self._forward():
             pass
         self._end()
 
-    def _pass_on(self) -> bool:
-        """Pass on what has come; whether there was anything."""
+    def _forward(self) -> bool:
+        """Forward what is in the pipe now; return whether there was anything."""
         try:
             data = os.read(self._read_end, _READ_BYTES)
         except BlockingIOError:

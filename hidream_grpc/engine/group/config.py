@@ -1,4 +1,4 @@
-"""What a rank group is made of."""
+"""The configuration of a rank group."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.parallel.layout import Layout
 
 
-def _any_memory_will_do(*_arguments: object) -> None:
-    """Where nobody knows what the model needs."""
+def _accept_any_memory(*_arguments: object) -> None:
+    """Check no memory: the default where the needs of the model are not known."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupTimeouts:
-    """How long the ranks may take, in seconds, before they count as dead.
+    """Seconds after which ranks count as dead.
 
     Attributes:
-        load_seconds: from the start of a process to its weights on the device, with whatever it compiles;
-            also of the zygote's imports.
-        init_seconds: of each step of torch's init. A rank that dies meanwhile holds the others up
-            for a few times this.
-        join_seconds: from the command to join to the last rank's answer; also covers the work that a
-            survivor ends first. Several times init_seconds.
-        collective_seconds: of a collective within a plan: how far apart ranks may be. Also how long a rank
-            may be at nothing, or in a loop, in a plan of a kind that it never did before.
-        min_plan_seconds: the same for plans whose time is known, where ten times that is less.
-        leave_seconds: to leave when told to.
+        load_seconds: for a rank from its start to its weights on the device, compilation included; also for
+            the zygote's imports.
+        init_seconds: for each step of torch's init. When a rank dies meanwhile, the others wait several times
+            this long.
+        join_seconds: from the command to join to the last rank's answer, including the work that a survivor
+            finishes first; several times init_seconds.
+        collective_seconds: for a collective within a plan, so how far apart ranks may be. Also how long a
+            rank may be idle, or compute, in a plan of a kind that was not run before.
+        min_plan_seconds: the least that a rank may be idle, or compute, in a plan whose usual duration is
+            known; otherwise ten times that duration.
+        leave_seconds: for a rank to end after `Leave`.
     """
 
     load_seconds: float = 1800.0
@@ -45,21 +46,21 @@ class GroupTimeouts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupConfig:
-    """A rank group.
+    """Everything that a rank group is started with.
 
     Attributes:
         model_path: a HiDream-I1 in diffusers format.
         extra_model_path: the Llama folder, where the checkpoint holds none.
-        checkpoint_fingerprint: that their files must have whenever a rank loads them.
-        devices: that the ranks may use; the first of them while they work, those beyond are spares.
+        checkpoint_fingerprint: the fingerprint that the checkpoint must have whenever a rank loads it.
+        devices: the devices that the ranks may use; the first ones are used, the others are spares.
         layout: how the ranks share the work.
-        smaller_layouts: what to try, in this order, when too few devices work for `layout`.
-        start_method: how the zygote makes ranks.
-        replace: who is started again when a rank died: the dead alone, or all. "one" is proven on gloo.
-        threads_per_rank: of torch, on the CPU.
-        check_memory: whether ranks that start have room for what they load.
-        compile_shapes: of the steps that each rank compiles for when it has loaded.
-        timeouts: of everything that is waited for.
+        smaller_layouts: layouts to try, in this order, when too few devices work for `layout`.
+        start_method: how the zygote starts ranks.
+        replace: which ranks are started again when one died: that one, or all. "one" is proven on gloo.
+        threads_per_rank: CPU threads of torch in each rank.
+        check_memory: raises where the ranks that start have no room for what they load.
+        compile_shapes: the shapes of steps that each rank compiles for once it has loaded.
+        timeouts: the time limits of everything that the server waits for.
         log: how zygote and ranks log.
     """
 
@@ -72,7 +73,7 @@ class GroupConfig:
     start_method: StartMethod = StartMethod.FORK
     replace: Literal["one", "all"] = "one"
     threads_per_rank: int = 1
-    check_memory: MemoryCheck = _any_memory_will_do
+    check_memory: MemoryCheck = _accept_any_memory
     compile_shapes: tuple[StepShape, ...] = ()
     timeouts: GroupTimeouts = field(default_factory=GroupTimeouts)
     log: LogConfig = field(default_factory=LogConfig)

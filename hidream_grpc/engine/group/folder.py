@@ -1,8 +1,8 @@
 """The folder of a rank group for its socket and its pages of shared memory.
 
-A server that is killed leaves its folder. Who lives holds a lock on the folder itself, which the kernel gives
-free at any end, so the next server knows whose folder may go. It looks at none without the marker of a
-server, and removes no files but those that a server makes.
+A server that is killed leaves its folder behind. A running server holds a lock on the folder itself, which
+the kernel releases however the server ends, so the next server knows which folders it may remove. It removes
+only folders with the marker of a server, and in them only files that a server makes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 SOCKET_NAME = "ranks"
 PAGE_PREFIX = "collectives-"
 
-# Short, since a socket's path is.
+# Short, since the path of a socket must be.
 _PREFIX = "hidream."
 _MARKER = ".of-hidream-grpc"
-# What tempfile puts behind a prefix.
+# What tempfile appends to a prefix.
 _RANDOM = "[a-z0-9_]{8}"
 _FOLDER_NAME = re.compile(re.escape(_PREFIX) + _RANDOM)
 _OWN_FILE_NAME = re.compile(f"{SOCKET_NAME}|{re.escape(PAGE_PREFIX)}{_RANDOM}|{re.escape(_MARKER)}")
@@ -34,19 +34,19 @@ _MAX_SOCKET_PATH_BYTES = 107  # sun_path of unix(7), less its final zero
 
 
 def has_room_for_socket_path(temporary_folder: Path) -> bool:
-    """Whether the path of a socket in a `GroupFolder` there is as short as the kernel wants it."""
+    """Whether the path of a socket in a `GroupFolder` there is short enough for the kernel."""
     return len(bytes(temporary_folder)) + len(_LONGEST_PATH_IN_IT) <= _MAX_SOCKET_PATH_BYTES
 
 
 class GroupFolder:
-    """A folder that only this user may enter (mode 0700), there until `remove`.
+    """A folder that only this user may enter (mode 0700); it exists until `remove`.
 
     Attributes:
-        path: of the folder.
+        path: path of the folder.
     """
 
     def __init__(self) -> None:
-        """Make it, and remove those of this user's servers that were killed.
+        """Make the folder, and remove those that killed servers of this user left behind.
 
         Raises:
             OSError: there is no folder for temporary files, or it cannot be written to.
@@ -67,7 +67,7 @@ class GroupFolder:
             raise
 
     def remove(self) -> None:
-        """Remove it and what servers make in it; the log says why when it stays. May be gone already."""
+        """Remove the folder and what servers make in it; log why where that fails. It may be gone already."""
         try:
             _remove(self.path, self._descriptor)
         except FileNotFoundError:
@@ -79,7 +79,7 @@ class GroupFolder:
 
 
 def _lock(descriptor: int) -> bool:
-    """Take the lock; False when another process has it, or the file system has none."""
+    """Lock a folder; return False where another process holds the lock, or the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -88,7 +88,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _open_own(folder: Path) -> int:
-    """A descriptor of a folder of this user; raises OSError when it is none."""
+    """Open a folder of this user; raise OSError where the path is no such folder."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     if os.fstat(descriptor).st_uid != os.geteuid():
         os.close(descriptor)
@@ -97,6 +97,7 @@ def _open_own(folder: Path) -> int:
 
 
 def _sweep(parent: Path) -> None:
+    """Remove the folders that killed servers of this user left in `parent`."""
     for folder in parent.glob(f"{_PREFIX}*"):
         if not _FOLDER_NAME.fullmatch(folder.name):
             continue
@@ -109,7 +110,7 @@ def _sweep(parent: Path) -> None:
                 _remove(folder, descriptor)
                 logger.info("removed %s of a server that was killed", folder)
         except FileNotFoundError:
-            # The sweep of another server came before.
+            # Another server has removed it first.
             pass
         except OSError as error:
             logger.warning("cannot remove %s of a server that was killed: %s", folder, error.strerror)
@@ -132,7 +133,7 @@ def _remove(folder: Path, descriptor: int) -> None:
         is_folder = stat.S_ISDIR(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode)
         if is_folder or not _OWN_FILE_NAME.fullmatch(name):
             raise OSError(errno.ENOTEMPTY, "it holds what no server has made")
-    # The marker last: what is removed in part is removed in full at the next start.
+    # The marker goes last, so that a folder that was removed in part is removed at the next start.
     for name in sorted(names, key=lambda name: name == _MARKER):
         os.unlink(name, dir_fd=descriptor)
     folder.rmdir()

@@ -1,8 +1,8 @@
-"""Which rank hangs in a plan, or a joining, that does not end. Pure: no clock, no process, no torch.
+"""Which rank hangs in a plan, or a join, that does not end. Pure: no clock, no process, no torch.
 
-A rank that has not answered is to blame when it is in no collective and either does nothing at all, or
-computes far longer than such a plan ever took. One that waits for a core is not: it is runnable, and its
-CPU time hardly grows. Those that wait in a collective are victims of another one; if all do, of each other.
+A rank that has not answered hangs if it is in no collective and either is idle, or computes far longer than
+such a plan ever took. A rank that waits for a core does not hang: it is runnable, and its CPU time hardly
+grows. Ranks that wait in a collective wait for another rank; if all ranks wait, they wait for each other.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RankSample:
-    """A rank that has not answered, at one moment.
+    """The state of a rank that has not answered, at one moment.
 
     Attributes:
-        is_waiting: whether it is in a collective.
-        num_collectives: that it entered and left; grows with its progress.
-        is_runnable: whether it computes, or would if it had a core.
-        cpu_seconds: that it used up to now.
+        is_waiting: whether the rank is in a collective.
+        num_collectives: how often the rank has entered or left a collective; grows with its progress.
+        is_runnable: whether the rank computes, or would if it had a core.
+        cpu_seconds: CPU time that the rank has used so far.
     """
 
     is_waiting: bool
@@ -29,12 +29,12 @@ class RankSample:
 
 
 class HangDetector:
-    """One plan, or one joining, under way.
+    """Finds the ranks that hang in one plan, or one join.
 
     Args:
-        limit_seconds: how long a rank may do nothing, and how long one thread of it may compute.
-        num_threads: that a rank computes with.
-        may_all_wait: whether all of them may wait for a process that is not among them.
+        limit_seconds: how long a rank may be idle, and how long one of its threads may compute.
+        num_threads: threads that a rank computes with.
+        may_all_wait: whether all observed ranks may wait for a process that is not among them.
     """
 
     def __init__(self, limit_seconds: float, num_threads: int, *, may_all_wait: bool = False) -> None:
@@ -46,14 +46,14 @@ class HangDetector:
         self._idle_seconds: dict[int, float] = {}
 
     def observe(self, samples: Mapping[int, RankSample], elapsed_seconds: float) -> dict[int, str]:
-        """Take in a sample of all ranks that have not answered.
+        """Note a sample of all ranks that have not answered.
 
         Args:
-            samples: by rank.
-            elapsed_seconds: since the sample before.
+            samples: the samples by rank.
+            elapsed_seconds: time since the previous call.
 
         Returns:
-            Who hangs, and how that shows.
+            The ranks that hang, each with the reason in words.
         """
         for rank, sample in samples.items():
             before = self._before.get(rank)

@@ -1,4 +1,4 @@
-"""Where ranks knock: a Unix socket in a folder that only this user may enter."""
+"""The Unix socket to which ranks connect, in a folder that only this user may enter."""
 
 from __future__ import annotations
 
@@ -22,58 +22,57 @@ _PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred of socket
 
 
 def check_temporary_folder() -> None:
-    """Find out whether ranks can knock in the folder for temporary files.
+    """Check that ranks can connect to a socket in the folder for temporary files.
 
     Raises:
-        ConfigurationError: it has too long a name for a socket, or there is none.
+        ConfigurationError: there is no such folder, or its path is too long for a socket.
     """
     try:
         folder = Path(tempfile.gettempdir())
     except OSError as error:
-        raise _no_folder(error) from None
+        raise _cannot_make_folder(error) from None
     if not has_room_for_socket_path(folder):
         raise ConfigurationError("TMPDIR", f"{folder} is too long a path for a Unix socket in it")
 
 
 class RankListener:
-    """Accepts the connections of ranks and hands each to whoever waits for that process."""
+    """Accepts the connections of ranks and hands each to the caller that waits for that process."""
 
     def __init__(self) -> None:
         self._folder: GroupFolder | None = None
         self._server: asyncio.Server | None = None
         self._arrivals: dict[int, asyncio.Future[AsyncChannel[Event]]] = {}
-        self._greetings = BackgroundTasks()
+        self._handshakes = BackgroundTasks()
 
     @property
     def folder(self) -> Path:
-        """That only this user may enter; there between `start` and `stop`."""
+        """The folder of the socket, which only this user may enter; it exists between `start` and `stop`."""
         if self._folder is None:
             raise ValueError("the listener was not started")
         return self._folder.path
 
     @property
     def socket_path(self) -> Path:
-        """Where to connect; valid between `start` and `stop`."""
+        """Path of the socket; valid between `start` and `stop`."""
         return self.folder / SOCKET_NAME
 
     async def start(self) -> None:
         """Make the folder (mode 0700) and listen in it.
 
         Raises:
-            ConfigurationError: the folder for temporary files has too long a name for a socket, or there is
-                none.
+            ConfigurationError: there is no folder for temporary files, or its path is too long for a socket.
         """
         check_temporary_folder()
         try:
             self._folder = GroupFolder()
         except OSError as error:
-            raise _no_folder(error) from None
+            raise _cannot_make_folder(error) from None
         self._server = await asyncio.start_unix_server(
             self._connected, self.socket_path, limit=STREAM_BUFFER_BYTES
         )
 
     async def connection_of(self, child: ChildProcess) -> AsyncChannel[Event] | None:
-        """Wait for the connection of a process; the caller owns it then. None when it ended before."""
+        """Wait for the connection of a process, which the caller then owns; None if it ended first."""
         arrival = self._arrival(child.pid)
         try:
             await asyncio.wait((arrival, child.exited), return_when=asyncio.FIRST_COMPLETED)
@@ -82,11 +81,11 @@ class RankListener:
             del self._arrivals[child.pid]
 
     async def stop(self) -> None:
-        """Stop listening, close what nobody waited for, remove the folder; may be called twice."""
+        """Stop listening, close the connections nobody waited for, remove the folder; may be called twice."""
         if self._server is not None:
             self._server.close()
             self._server = None
-        self._greetings.cancel()
+        self._handshakes.cancel()
         for arrival in self._arrivals.values():
             if arrival.done():
                 await arrival.result().close()
@@ -96,7 +95,7 @@ class RankListener:
             self._folder = None
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._greetings.start(self._accept(reader, writer), "greeting a rank")
+        self._handshakes.start(self._accept(reader, writer), "greeting a rank")
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         channel = AsyncChannel[Event](reader, writer, Event)
@@ -114,11 +113,11 @@ class RankListener:
         await channel.close()
 
     def _arrival(self, pid: int) -> asyncio.Future[AsyncChannel[Event]]:
-        # A rank may knock before the zygote's word that it was started is read: either side comes first.
+        # A rank may connect before the zygote's report of its start is read, or after.
         return self._arrivals.setdefault(pid, asyncio.get_running_loop().create_future())
 
 
-def _no_folder(error: OSError) -> ConfigurationError:
+def _cannot_make_folder(error: OSError) -> ConfigurationError:
     return ConfigurationError("TMPDIR", f"cannot make a folder for the ranks: {error.strerror}")
 
 

@@ -1,4 +1,4 @@
-"""Where ranks that are starting wait until it is known that all of them have room."""
+"""The gate at which starting ranks wait until it is known that all of them have room."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from hidream_grpc.errors import InsufficientMemoryError
 from hidream_grpc.model.parallel.layout import Layout
 
 MemoryCheck = Callable[[Layout, Mapping[int, DeviceMemory], DeviceMemory], str | None]
-"""Raises InsufficientMemoryError where ranks of a layout have no room on their devices or the host; returns a
-line for the log where they have little."""
+"""Called with a layout, the memory of its ranks' devices and that of the host. Raises InsufficientMemoryError
+where the ranks have no room; returns a line for the log where they have little."""
 
 
 class MemoryGate:
-    """Opens when every rank that is starting has opened its device, or failed to; none has loaded then.
+    """Opens once every starting rank has opened its device, or failed to; none has loaded by then.
 
     Args:
-        ranks: that are starting.
-        check: of the devices of those that have not failed.
+        ranks: the ranks that are starting.
+        check: raises InsufficientMemoryError, given the devices of the ranks that have not failed.
     """
 
     def __init__(self, ranks: Iterable[int], check: Callable[[Mapping[int, DeviceMemory]], None]) -> None:
@@ -33,26 +33,26 @@ class MemoryGate:
         """Wait until this rank may load.
 
         Args:
-            rank: one of those that are starting.
-            memory: of its device.
+            rank: one of the starting ranks.
+            memory: the memory of its device.
 
         Raises:
-            InsufficientMemoryError: the ranks have no room, together or one of them.
+            InsufficientMemoryError: one rank has no room, or all together have none.
         """
         self._devices[rank] = memory
-        self._wait_no_longer_for(rank)
+        self._stop_waiting_for(rank)
         await self._is_decided.wait()
         if self._refusal is not None:
-            # Each rank raises one of its own: tracebacks are part of an error.
+            # Each rank raises its own error, since a raised error carries its traceback.
             raise InsufficientMemoryError(str(self._refusal), fits_total=self._refusal.fits_total)
 
     def leave(self, rank: int) -> None:
-        """Neither wait for a rank nor count it, unless it has passed; may be called whatever became of it."""
+        """Stop waiting for a rank, and count it no more unless it has passed; may be called in any state."""
         if not self._is_decided.is_set():
             self._devices.pop(rank, None)
-        self._wait_no_longer_for(rank)
+        self._stop_waiting_for(rank)
 
-    def _wait_no_longer_for(self, rank: int) -> None:
+    def _stop_waiting_for(self, rank: int) -> None:
         self._awaited.discard(rank)
         if self._awaited or self._is_decided.is_set():
             return

@@ -1,7 +1,7 @@
 """Which devices a rank group works on, and in which layout. Pure.
 
-It starts with the layout that was asked for, on the first devices that there are. Devices that fail are
-passed over; with too few left the next smaller layout serves, down to one device.
+A group starts with the requested layout on the first devices. Devices that fail are skipped; when too few are
+left, the next smaller layout is used, down to one device.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from hidream_grpc.model.parallel.layout import Layout
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Ranks of a layout on as many devices."""
+    """A layout and the devices of its ranks, one each."""
 
     layout: Layout
     devices: DeviceSelection
 
     @classmethod
     def of(cls, layout: Layout, devices: DeviceSelection, working: Iterable[int]) -> Placement:
-        """A layout on the first of the devices that work."""
+        """Put a layout on the first of the devices that work."""
         return cls(layout, devices.only(tuple(working)[: layout.world_size]))
 
 
 class GroupPlacement:
-    """Where a group is now.
+    """The current placement of a group, and the devices that have failed.
 
     Args:
-        devices: that it may use.
-        layout: that was asked for.
-        smaller_layouts: what else may be, largest first.
+        devices: the devices that the group may use.
+        layout: the requested layout.
+        smaller_layouts: the layouts to fall back to, largest first.
     """
 
     def __init__(self, devices: DeviceSelection, layout: Layout, smaller_layouts: tuple[Layout, ...]) -> None:
@@ -43,38 +43,38 @@ class GroupPlacement:
 
     @property
     def now(self) -> Placement:
-        """The ranks' layout and devices."""
+        """The current layout and devices of the ranks."""
         return self._now
 
     @property
     def full_layout(self) -> Layout:
-        """That was asked for."""
+        """The requested layout."""
         return self._layouts[0]
 
     @property
     def is_full(self) -> bool:
-        """Whether the layout is the one that was asked for."""
+        """Whether the current layout is the requested one."""
         return self._now.layout == self.full_layout
 
     def without(self, ranks: Iterable[int]) -> bool:
-        """Pass over the devices of these ranks from now on.
+        """Skip the devices of these ranks from now on.
 
         Returns:
-            Whether a layout is left; where none is, all devices count as working again.
+            Whether a layout is left. If none is, all devices count as working again.
         """
         self._broken.update(self._now.devices.devices[rank] for rank in ranks)
-        return self._move(self._layouts)
+        return self._use_first_that_fits(self._layouts)
 
     def smaller(self) -> bool:
-        """Take the next smaller layout, whatever the reason; returns as `without` does."""
-        return self._move(self._layouts[self._layouts.index(self._now.layout) + 1 :])
+        """Change to the next smaller layout; return whether there is one, as `without` does."""
+        return self._use_first_that_fits(self._layouts[self._layouts.index(self._now.layout) + 1 :])
 
     def reset(self) -> None:
-        """Take all devices for working, and the layout that was asked for."""
+        """Count all devices as working again, and return to the requested layout."""
         self._broken.clear()
         self._now = Placement.of(self.full_layout, self._devices, self._devices.devices)
 
-    def _move(self, layouts: tuple[Layout, ...]) -> bool:
+    def _use_first_that_fits(self, layouts: tuple[Layout, ...]) -> bool:
         working = [device for device in self._devices.devices if device not in self._broken]
         for layout in layouts:
             if layout.world_size <= len(working):

@@ -1,4 +1,4 @@
-"""One plan on all ranks, and who is to blame when it does not come to its end."""
+"""Runs one plan on all ranks, and finds which rank caused it to fail."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from hidream_grpc.engine.protocol.messages import PlanDone, StepPlan
 from hidream_grpc.errors import LossCause, RankDiedError
 
 DEATH_NOTICE_SECONDS = 1.0
-"""A survivor may report the broken group before the news of the death that broke it is here."""
+"""How long to wait for the report of a death: a survivor may report the broken group first."""
 
 CAUSE_PRECEDENCE = (LossCause.OUT_OF_MEMORY, LossCause.FAULT, LossCause.OUTSIDE)
-"""Of several ranks that left: which one tells why, the first of these."""
+"""Which cause counts when several ranks left the group: the first of these."""
 
 
 async def run_plan(
     ranks: Sequence[RankLink], plan: StepPlan, detector: HangDetector, loss: asyncio.Event
 ) -> tuple[PlanDone, ...]:
-    """Have all ranks do a plan, and kill those that hang.
+    """Run a plan on all ranks, and kill those that hang.
 
     Args:
-        ranks: of the group.
-        plan: to do.
-        detector: of this plan's hangs.
-        loss: is set when a process of the group is gone.
+        ranks: all ranks of the group.
+        plan: the plan to run.
+        detector: a new detector, for this plan alone.
+        loss: an event that is set when a process of the group is gone.
 
     Returns:
-        Their answers, in the order of `ranks`.
+        The answers of the ranks, in the order of `ranks`.
 
     Raises:
-        RankDiedError: a rank is gone, or left the group; the one to blame among those that said so.
+        RankDiedError: a rank is gone, or left the group; of several the first by `CAUSE_PRECEDENCE`.
     """
     running = {rank: asyncio.create_task(rank.run(plan)) for rank in ranks}
     watching = asyncio.create_task(watch_ranks(running, detector))
@@ -53,21 +53,21 @@ async def run_plan(
     raise min(_failures(running), key=lambda failure: CAUSE_PRECEDENCE.index(failure.cause))
 
 
-async def notice(loss: asyncio.Event) -> None:
-    """Wait a moment for the news of a death that may be under way."""
+async def wait_for_death_report(loss: asyncio.Event) -> None:
+    """Wait a moment for the report of a death, which may be under way."""
     with suppress(TimeoutError):
         async with asyncio.timeout(DEATH_NOTICE_SECONDS):
             await loss.wait()
 
 
 async def watch_ranks(running: Mapping[RankLink, asyncio.Future[Any]], detector: HangDetector) -> NoReturn:
-    """Look at the ranks that have not answered, and kill those that hang, until this task is cancelled."""
+    """Sample the ranks that have not answered, and kill those that hang, until this task is cancelled."""
     sampled_at = time.monotonic()
 
-    async def look() -> None:
+    async def sample_all() -> None:
         nonlocal sampled_at
         now = time.monotonic()
-        # Who was frozen together with the ranks, or starved, must not take that time for theirs.
+        # A server that was itself frozen or starved must not count that time against the ranks.
         elapsed_seconds, sampled_at = min(now - sampled_at, 2 * SAMPLE_INTERVAL_SECONDS), now
         unanswered = {rank.rank: rank for rank, task in running.items() if not task.done()}
         samples = {number: sample for number, rank in unanswered.items() if (sample := rank.sample())}
@@ -76,12 +76,12 @@ async def watch_ranks(running: Mapping[RankLink, asyncio.Future[Any]], detector:
 
     # Most plans end before the first sample.
     await asyncio.sleep(SAMPLE_INTERVAL_SECONDS)
-    await keep_doing("look for ranks that hang", look, lambda: asyncio.sleep(SAMPLE_INTERVAL_SECONDS))
+    await keep_doing("look for ranks that hang", sample_all, lambda: asyncio.sleep(SAMPLE_INTERVAL_SECONDS))
 
 
 async def _wait_for_cause(running: Mapping[RankLink, asyncio.Task[PlanDone]], loss: asyncio.Event) -> None:
-    """Who only noticed that the group broke may say so before it is known who broke it."""
-    noticed = asyncio.create_task(notice(loss))
+    """Give the rank that broke the group time to say so: those that only noticed may answer first."""
+    noticed = asyncio.create_task(wait_for_death_report(loss))
     answers = asyncio.create_task(asyncio.wait(running.values()))
     try:
         await asyncio.wait((noticed, answers), return_when=asyncio.FIRST_COMPLETED)
@@ -91,7 +91,7 @@ async def _wait_for_cause(running: Mapping[RankLink, asyncio.Task[PlanDone]], lo
 
 
 def _failures(running: Mapping[RankLink, asyncio.Task[PlanDone]]) -> list[RankDiedError]:
-    """The losses among tasks; raises what is no loss."""
+    """The losses of ranks among the tasks; any other error is raised."""
     failures = []
     for task in running.values():
         error = task.exception() if task.done() and not task.cancelled() else None

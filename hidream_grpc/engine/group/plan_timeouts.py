@@ -1,4 +1,4 @@
-"""How long a plan may take, learnt from those before it. Pure."""
+"""How long a plan may take, learnt from earlier plans. Pure."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _Kind = tuple[int, int, int]
 
 
 class PlanTimeouts:
-    """Ten times the longest of the latest plans that held about as much work.
+    """Limits of ten times the longest of the latest plans of the same kind.
 
-    About as much: prompts to encode, pixels of the step and pixels of the images that ranks decode, each
-    to a power of two.
+    Plans are of one kind when they have equally many prompts to encode, pixels to denoise and pixels to
+    decode, each rounded to a power of two.
 
     Args:
-        min_seconds: no limit is less.
-        unknown_seconds: the limit of a plan of a kind that was not done yet, and of the first plan of a
-            generation: a new process warms up in it.
+        min_seconds: the least limit.
+        unknown_seconds: the limit of a plan of a kind that was not run before, and of the first plan of a
+            generation, in which new processes warm up.
     """
 
     def __init__(self, min_seconds: float, unknown_seconds: float) -> None:
@@ -34,24 +34,24 @@ class PlanTimeouts:
         )
         self._is_first = True
         self._kind: _Kind = (0, 0, 0)
-        # Of each request: pixels of one image, pixels of a step.
+        # For each claim, the pixels of one image and those of a step.
         self._pixels: dict[str, tuple[int, int]] = {}
         self._decoding: set[tuple[str, int]] = set()
 
     def next_generation(self) -> None:
-        """Note that the ranks have joined anew, and know no request."""
+        """Note that the ranks have joined a new generation, which knows no request."""
         self._is_first = True
         self._pixels.clear()
         self._decoding.clear()
 
     @property
     def longest_seconds(self) -> float:
-        """The limit of whatever a rank may be at when its plan is lost."""
+        """The limit for any work that a rank may still be doing when its plan is lost."""
         longest = max((max(recent) for recent in self._recent.values() if recent), default=0.0)
         return max(self._min_seconds, LIMIT_FACTOR * longest) if longest else self._unknown_seconds
 
     def start(self, plan: StepPlan) -> float:
-        """The limit of a plan that starts now, in seconds."""
+        """Note the start of a plan; return its limit in seconds."""
         for claim_id in plan.releases:
             self._forget(claim_id)
         num_prompts = 0
@@ -62,7 +62,7 @@ class PlanTimeouts:
             num_prompts += len(parameters.prompts)
         self._decoding.update((decode.claim_id, decode.image_index) for decode in plan.decodes)
         step_pixels = sum(self._pixels.get(claim_id, (0, 0))[1] for claim_id in plan.step_claims)
-        # Ranks decode beside each other: the largest image counts.
+        # Ranks decode in parallel, so the largest image counts.
         decode_pixels = max(
             (self._pixels.get(claim_id, (0, 0))[0] for claim_id, _ in self._decoding), default=0
         )
@@ -72,7 +72,7 @@ class PlanTimeouts:
         return max(self._min_seconds, LIMIT_FACTOR * max(self._recent[self._kind]))
 
     def done(self, answers: Sequence[PlanDone], plan_seconds: float) -> None:
-        """Note how long the plan took."""
+        """Note how long the latest plan took, and what it finished."""
         if not self._is_first:
             self._recent[self._kind].append(plan_seconds)
         self._is_first = False

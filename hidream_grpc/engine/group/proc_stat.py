@@ -1,4 +1,4 @@
-"""What the kernel tells of a process that does not answer."""
+"""What /proc says of a process."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SAMPLE_INTERVAL_SECONDS = 1.0
-"""How often the watchdog looks at processes; some hundred microseconds each."""
+"""Time between two samples of a process by the watchdog; a sample takes some hundred microseconds."""
 
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
-# Of /proc/<pid>/stat, counted from the field after the name: proc_pid_stat(5).
+# Fields of /proc/<pid>/stat, counted from the one after the name: proc_pid_stat(5).
 _STATE, _USER_TICKS, _SYSTEM_TICKS = 0, 11, 12
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessSample:
-    """A process at one moment.
+    """The state of a process at one moment.
 
     Attributes:
-        is_stopped: by a signal, or by a debugger.
-        is_runnable: whether a thread of it runs, or would if it had a core or its data from the disk.
-        cpu_seconds: that all its threads have used.
+        is_stopped: whether a signal or a debugger has stopped the process.
+        is_runnable: whether one of its threads runs, or would if it had a core or its data from the disk.
+        cpu_seconds: CPU time that all its threads have used.
     """
 
     is_stopped: bool
@@ -31,10 +31,10 @@ class ProcessSample:
 
 
 def sample_process(pid: int) -> ProcessSample | None:
-    """Look at a process; None when it is gone.
+    """Read the state of a process; None when it is gone.
 
     Raises:
-        OSError: the system has no file descriptor to give just now.
+        OSError: the system has no free file descriptor now.
     """
     process = Path("/proc") / str(pid)
     try:
@@ -57,7 +57,7 @@ def zombie_children() -> frozenset[int]:
     """The children of this process that have ended and were not waited for.
 
     Raises:
-        OSError: the kernel does not tell the children of a process, or there is no file descriptor just now.
+        OSError: this kernel does not list children, or the system has no free file descriptor now.
     """
     pids: set[int] = set()
     for thread in Path("/proc/self/task").iterdir():
@@ -73,12 +73,12 @@ def zombie_children() -> frozenset[int]:
 
 
 def _is_zombie_child(pid: int) -> bool:
-    # Not from /proc, which hides the processes of other users where it is mounted so.
+    # /proc may be mounted so that it hides the processes of other users.
     with suppress(ChildProcessError):
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     return False
 
 
 def _stat_fields(folder: Path) -> list[str]:
-    # The name, in parentheses, may hold anything.
+    # The name, in parentheses, may contain any character.
     return (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()

@@ -1,10 +1,10 @@
-"""Keeps a group of ranks alive: starts it, hands it plans, replaces who died, ends it.
+"""Keeps a group of ranks alive: starts it, runs plans on it, replaces dead ranks, ends it.
 
     start ─→ generation 1 ─ execute ─ execute ─ … ─→ RankDiedError ─→ recover ─→ generation 2 ─ …
 
-A generation is one torch.distributed group. When a rank dies only its process is started again;
-the survivors keep their weights and join the next generation together with the new one. When a device
-does not come back, the group goes on with the others, in a smaller layout if it must.
+A generation is one torch.distributed group. When a rank dies, only its process is started again; the
+survivors keep their weights and join the next generation together with the new one. When a device stays
+broken, the group goes on with the others, in a smaller layout if necessary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import suppress
 from hidream_grpc.engine.group.config import GroupConfig
 from hidream_grpc.engine.group.hang_detection import HangDetector
 from hidream_grpc.engine.group.placement import GroupPlacement, Placement
-from hidream_grpc.engine.group.plan_execution import notice, run_plan
+from hidream_grpc.engine.group.plan_execution import run_plan, wait_for_death_report
 from hidream_grpc.engine.group.plan_timeouts import PlanTimeouts
 from hidream_grpc.engine.group.rank_processes import CannotJoinError, RankProcesses
 from hidream_grpc.engine.protocol.messages import Loaded, PlanDone, StepPlan
@@ -35,25 +35,25 @@ logger = logging.getLogger(__name__)
 
 MAX_RECOVERY_TRIES = 5
 DEVICE_PAUSE_SECONDS = 0.5
-"""Between two tries to open a device: its driver may still be cleaning up after the process before."""
+"""Pause before a device is opened again: its driver may still be cleaning up after the previous process."""
 
 SNAPSHOT_SECONDS = 30.0
-"""A rank copies a few megabytes from its device in milliseconds; one that takes this long is passed over."""
+"""How long to wait for a snapshot of one rank; copying its few megabytes takes milliseconds."""
 
 
 async def _keep_nothing() -> None:
-    """Where nobody has a request that goes on."""
+    """Keep no snapshot: there is no running request."""
 
 
 class RankGroup:
-    """N ranks, their zygote and their store, as one thing that works or is lost.
+    """N ranks, their zygote and their store, as one unit that works or is lost.
 
-    Its methods belong to the main thread's event loop, and but for `wait_for_loss` and
-    `ask_for_full_layout` one is called at a time. After a RankDiedError call `recover`; `stop` may be called
-    at any time, and more than once.
+    Call its methods in the main thread's event loop, one at a time except for `wait_for_loss` and
+    `ask_for_full_layout`. After a RankDiedError call `recover`; `stop` may be called at any time, and more
+    than once.
 
     Attributes:
-        num_restarts: rank processes that were started in place of another one.
+        num_restarts: number of rank processes that were started in place of another one.
     """
 
     def __init__(self, config: GroupConfig) -> None:
@@ -68,22 +68,22 @@ class RankGroup:
 
     @property
     def placement(self) -> Placement:
-        """The layout of the ranks and their devices, now."""
+        """The current layout of the ranks, and their devices."""
         return self._placement.now
 
     @property
     def checkpoint_fingerprint(self) -> str:
-        """Of the checkpoint that every rank loads, or is refused."""
+        """Fingerprint of the checkpoint; a rank that finds another one does not load."""
         return self._config.checkpoint_fingerprint
 
     @property
     def full_layout(self) -> Layout:
-        """That was asked for."""
+        """The layout that the operator requested."""
         return self._placement.full_layout
 
     @property
     def world_size(self) -> int:
-        """Ranks of the group, dead ones included."""
+        """Number of ranks of the group, dead ones included."""
         return self.placement.layout.world_size
 
     @property
@@ -114,7 +114,7 @@ class RankGroup:
         return store.pid if store else None
 
     async def start(self) -> None:
-        """Start everything and join generation 1. Nothing is left when it fails.
+        """Start everything and join generation 1. No process is left when it fails.
 
         Raises:
             StartupError: the ranks cannot load, or the zygote cannot import.
@@ -128,10 +128,10 @@ class RankGroup:
             raise
 
     async def execute(self, plan: StepPlan) -> tuple[PlanDone, ...]:
-        """Have all ranks do their share of a plan.
+        """Run a plan on all ranks.
 
         Returns:
-            Their answers, in rank order.
+            The answers of the ranks, in rank order.
 
         Raises:
             RankDiedError: a rank died, hung or left the group; `recover` before the next plan.
@@ -148,10 +148,10 @@ class RankGroup:
         return answers
 
     async def snapshot_of(self, claim_id: str, step: int) -> bytes | None:
-        """A request as it was after a step, from the lowest rank that has it so; None when none does.
+        """A snapshot of a request after a step, from the lowest rank that has it; None when none has.
 
-        After `recover` the ranks that kept their processes have the requests of the plan that was lost, as
-        they were before and after it, until the next plan.
+        After `recover` and until the next plan, the ranks that kept their processes have the requests of the
+        lost plan, both as they were before it and after it.
 
         Raises:
             RankDiedError: a rank died; `recover` before the next plan.
@@ -171,12 +171,12 @@ class RankGroup:
         return self._loss_error()
 
     def ask_for_full_layout(self) -> bool:
-        """Take all devices for working again, from the next plan on.
+        """Request the return to the full layout, with all devices counted as working again.
 
-        `execute` and `wait_for_loss` then end in RestartRequestedError, and `recover` goes back.
+        `execute` and `wait_for_loss` then end in RestartRequestedError, and `recover` makes the change.
 
         Returns:
-            Whether there is anything to go back to.
+            Whether the layout is not the full one already.
         """
         if self._placement.is_full:
             return False
@@ -185,23 +185,23 @@ class RankGroup:
         return True
 
     async def recover(self, keep_snapshots: Callable[[], Awaitable[None]] = _keep_nothing) -> tuple[int, ...]:
-        """Replace who died and join the next generation; no rank remembers a request then.
+        """Replace dead ranks and join the next generation, in which no rank knows a request.
 
         Args:
-            keep_snapshots: called when survivors must go, for a layout of other ranks: the last moment for
+            keep_snapshots: called before survivors are ended, where the layout changes: the last moment for
                 `snapshot_of`.
 
         Returns:
             The ranks whose processes are new.
 
         Raises:
-            RankDiedError: the group did not come back. Calling again tries again.
+            RankDiedError: the group did not recover. It may be called again.
         """
         before = set(self.rank_pids)
         try:
             await self._bring_up(keep_snapshots)
         except (StartupError, OSError) as error:
-            # OSError: the system has no process, memory or file descriptor to give just now.
+            # OSError: the system has no free process, memory or file descriptor now.
             there = {rank.rank for rank in self._processes.ranks}
             raise RankDiedError(tuple(set(range(self.world_size)) - there), str(error)) from error
         replaced = tuple(rank for rank, pid in enumerate(self.rank_pids) if pid not in before)
@@ -209,13 +209,13 @@ class RankGroup:
         return replaced
 
     async def stop(self) -> None:
-        """Tell the ranks to leave, kill those that do not, and wait until no process is left."""
+        """Ask the ranks to leave, kill those that do not, and wait until no process is left."""
         await self._processes.stop()
 
     # --- from a lost group, or none, to one that works ----------------------------------------------
 
     async def _bring_up(self, keep_snapshots: Callable[[], Awaitable[None]]) -> None:
-        """Have a group on as many devices as work."""
+        """Bring up a group on as many devices as work."""
         if self._full_layout_wanted:
             await self._end_ranks(keep_snapshots)
             self._placement.reset()
@@ -230,7 +230,7 @@ class RankGroup:
                     raise
                 why = failure.reason
             except InsufficientMemoryError as failure:
-                # Where no device was lost, a rank of a smaller layout would need more than these do.
+                # Without a lost device a smaller layout is no help: each of its ranks needs more memory.
                 if not why:
                     raise
                 await self._end_ranks(keep_snapshots)
@@ -251,7 +251,7 @@ class RankGroup:
             self._processes.loss.set()
 
     async def _end_ranks(self, keep_snapshots: Callable[[], Awaitable[None]]) -> None:
-        """End those that are there: their weights are of another layout."""
+        """End all ranks, whose weights are those of the old layout."""
         if self._processes.ranks:
             with suppress(TimeoutError):
                 async with asyncio.timeout(SNAPSHOT_SECONDS):
@@ -259,7 +259,7 @@ class RankGroup:
         await self._processes.end_ranks()
 
     async def _bring_up_here(self) -> None:
-        """Start what is missing and join a new generation, again and again when ranks fail meanwhile."""
+        """Start what is missing and join a new generation; retry when ranks fail meanwhile."""
         loss = self._processes.loss
         were_lost = False
         for tries_left in reversed(range(MAX_RECOVERY_TRIES)):
@@ -272,13 +272,13 @@ class RankGroup:
                 logger.warning("trying again: %s", error)
                 await asyncio.sleep(DEVICE_PAUSE_SECONDS)
             except InsufficientMemoryError as error:
-                # What a killed process held may not be free yet: of this server, or of the one before.
+                # Memory of a killed process, of this server or an earlier one, may not be free yet.
                 if tries_left == 0 or (self.generation == 0 and not error.fits_total):
                     raise
                 logger.warning("trying again: %s", error)
                 await asyncio.sleep(DEVICE_PAUSE_SECONDS)
             except CannotJoinError as error:
-                await notice(loss)
+                await wait_for_death_report(loss)
                 were_lost = were_lost or loss.is_set()
                 if tries_left == 0:
                     raise RankDiedError(error.ranks, error.reason) if were_lost else error from None

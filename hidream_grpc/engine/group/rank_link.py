@@ -44,22 +44,22 @@ from hidream_grpc.errors import (
 logger = logging.getLogger(__name__)
 
 EXIT_SECONDS = 1.0
-"""A rank whose socket closed is given this long to end by itself, so that its exit code is its own."""
+"""Time that a rank whose socket closed has to end by itself, with an exit code of its own."""
 
 
 class RankLink:
     """One rank process, from its first connection until it is lost.
 
-    Answers come in the order of the commands. An answer to a plan or a generation that nobody waits
-    for any more is dropped.
+    Answers come in the order of the commands. A late answer, to a plan or a generation that was given up, is
+    dropped.
 
     Attributes:
-        rank: in every generation's group.
-        child: its process.
-        loaded: what it reported after loading; None before.
-        has_worked: whether it has done a plan, and so warmed up.
-        loss: how it died, in words; None while it lives.
-        loss_cause: whether its work may have done it.
+        rank: index of the rank in every generation's group.
+        child: process of the rank.
+        loaded: report of the rank after loading; None before.
+        has_worked: whether the rank has finished a plan, and so is warm.
+        loss: how the rank died, in words; None while it lives.
+        loss_cause: what caused the loss; meaningful once `loss` is set.
     """
 
     def __init__(
@@ -96,23 +96,24 @@ class RankLink:
         listener: RankListener,
         zygote: ZygoteLink,
     ) -> RankLink:
-        """Start the process of a rank and have it load its weights.
+        """Start the process of a rank and wait until it has loaded its weights.
 
         Args:
-            rank: to start.
-            make_load: its first command, by the path of the page in which it counts its collectives.
-            may_load: returns when it may load its weights, by the memory of its device.
-            timeout_seconds: until it has loaded, less what it waits in `may_load`: the ranks that it waits
-                for have limits of their own.
-            listener: that it connects to.
-            zygote: that starts it.
+            rank: index of the rank.
+            make_load: returns the first command of the rank, given the path of the page in which it counts
+                its collectives.
+            may_load: returns when the rank may load its weights, given the memory of its device.
+            timeout_seconds: limit for the whole start but the wait in `may_load`: the ranks that are waited
+                for there have limits of their own.
+            listener: where the rank connects.
+            zygote: the parent of the process.
 
         Raises:
-            StartupError: it cannot load them, or the zygote cannot start it.
+            StartupError: the rank cannot load its weights, or the zygote cannot start it.
             DeviceFailedError: its device cannot be opened or loaded onto, it crashed meanwhile, or took
                 too long.
-            InsufficientMemoryError: it has no room for them; also what `may_load` raises.
-            RankDiedError: it was killed meanwhile. Nothing of it is left after any error.
+            InsufficientMemoryError: it has no room for its weights; also raised by `may_load`.
+            RankDiedError: it was killed meanwhile. After any error its process is gone.
         """
         child: ChildProcess | None = None
         link: RankLink | None = None
@@ -146,10 +147,10 @@ class RankLink:
         return link
 
     async def join(self, command: JoinGroup, timeout_seconds: float) -> None:
-        """Have the rank join a generation; returns when it has, which is when every rank has.
+        """Join the rank to a generation; return once every rank has joined.
 
         Raises:
-            RankDiedError: it died, could not join, or took too long and was killed.
+            RankDiedError: the rank died, could not join, or took too long and was killed.
         """
         self._generation = command.generation
         await self._channel.send(command)
@@ -167,12 +168,12 @@ class RankLink:
             raise RankDiedError((self.rank,), kill_reason.reason) from None
 
     async def run(self, plan: StepPlan) -> PlanDone:
-        """Have the rank do its share of a plan.
+        """Run the rank's share of a plan.
 
         Raises:
-            RankDiedError: it died, or left the group.
+            RankDiedError: the rank died, or left the group.
         """
-        self._oom_kills.look()
+        self._oom_kills.note()
         await self._channel.send(plan)
         while True:
             match await self._next_event():
@@ -183,10 +184,10 @@ class RankLink:
                     raise RankDiedError((self.rank,), reason, cause)
 
     async def snapshot_of(self, claim_id: str, step: int) -> bytes:
-        """A request as it was after a step, or nothing where the rank does not have it.
+        """The snapshot of a request after a step; empty where the rank does not have it.
 
         Raises:
-            RankDiedError: it died.
+            RankDiedError: the rank died.
         """
         await self._channel.send(GiveSnapshot(claim_id=claim_id, step=step))
         while True:
@@ -196,7 +197,7 @@ class RankLink:
                         return data
 
     def sample(self) -> RankSample | None:
-        """How it is now; None when it is gone."""
+        """The state of the rank now; None when its process is gone."""
         process = sample_process(self.child.pid)
         if process is None:
             return None
@@ -209,17 +210,17 @@ class RankLink:
         )
 
     async def kill_hung(self, reason: str) -> None:
-        """Kill the rank, which hangs at its work."""
+        """Kill the rank, which hangs in its work."""
         await self._zygote.kill_hung(self.child, KillReason(reason, LossCause.FAULT))
 
     def watch(self, when_lost: Callable[[], None]) -> None:
-        """Call back once when the rank is lost, or now when it is."""
+        """Have `when_lost` called once the rank is lost: now, if it is already."""
         self._when_lost = when_lost
         if self.loss is not None:
             when_lost()
 
     async def end(self, grace_seconds: float = 0.0) -> None:
-        """Tell the rank to leave, kill it if it does not, and wait until it is gone."""
+        """Ask the rank to leave, kill it if it does not within the grace time, and wait until it is gone."""
         self._when_lost = None
         await self._channel.send(Leave())
         await self._zygote.kill(self.child, grace_seconds)
@@ -234,7 +235,7 @@ class RankLink:
             match await self._next_event():
                 case DeviceOpened(device=device):
                     memory = DeviceMemory(device.total_memory_bytes, device.free_memory_bytes)
-                    async with _stopped(limit):
+                    async with _paused(limit):
                         await self._while_alive(may_load(memory))
                     await self._channel.send(LoadWeights())
                 case Loaded() as loaded:
@@ -249,7 +250,7 @@ class RankLink:
                     raise RankDiedError((self.rank,), f"answered Load with {type(event).__name__}")
 
     async def _while_alive(self, waiting: Awaitable[None]) -> None:
-        """Wait for others than the rank; raises RankDiedError when the rank is lost meanwhile."""
+        """Await something; raise RankDiedError if the rank is lost meanwhile."""
         task = asyncio.ensure_future(waiting)
         try:
             await asyncio.wait((task, self._reader), return_when=asyncio.FIRST_COMPLETED)
@@ -283,7 +284,7 @@ class RankLink:
         await self._note_loss()
 
     async def _note_loss(self) -> None:
-        """Let those know that wait for an answer, or for the loss."""
+        """Wake the callers that wait for an answer, or for the loss."""
         try:
             await self._zygote.kill(self.child, EXIT_SECONDS)
             await self._channel.close()
@@ -297,8 +298,8 @@ class RankLink:
 
 
 @asynccontextmanager
-async def _stopped(limit: asyncio.Timeout) -> AsyncIterator[None]:
-    """Stop the clock of a time limit inside; what was left of it is left afterwards."""
+async def _paused(limit: asyncio.Timeout) -> AsyncIterator[None]:
+    """Pause a time limit inside the block; afterwards the same time is left of it."""
     clock = asyncio.get_running_loop().time
     end = limit.when()
     left_seconds = None if end is None else end - clock()

@@ -30,20 +30,20 @@ Result = TypeVar("Result")
 
 
 class CannotJoinError(RankDiedError):
-    """Not every rank could join; who is to blame is not known yet."""
+    """Some ranks could not join; which one caused that is not known yet."""
 
 
 class RankProcesses:
-    """Starts what is missing, and has all join a generation.
+    """Starts the processes that are missing, and has all ranks join a generation.
 
     Args:
-        config: of the group.
+        config: the configuration of the group.
 
     Attributes:
-        zygote, store: the newest; None before the first.
-        ranks: in order; those that are being started are not among them.
+        zygote: the current zygote; None before the first.
+        store: the current store host; None before the first.
         generation: number of the newest torch.distributed group; 0 before the first.
-        loss: is set when a process ends that was not told to.
+        loss: an event that is set when a process ends that was not asked to.
     """
 
     def __init__(self, config: GroupConfig) -> None:
@@ -57,15 +57,15 @@ class RankProcesses:
 
     @property
     def ranks(self) -> tuple[RankLink, ...]:
-        """In their order."""
+        """The ranks that have loaded, in rank order."""
         return tuple(self._ranks[rank] for rank in sorted(self._ranks))
 
     async def listen(self) -> None:
-        """Get ready for the connections of ranks; raises ConfigurationError when it cannot."""
+        """Start to accept connections of ranks; raise ConfigurationError where that is impossible."""
         await self._listener.start()
 
     async def start_missing(self, placement: Placement) -> None:
-        """Start whatever is not there, and replace what is lost; `loss` tells of new losses from here on.
+        """Start what is missing, and replace what is lost; `loss` is set for later losses only.
 
         Raises:
             DeviceFailedError: devices cannot be opened or loaded onto.
@@ -82,7 +82,7 @@ class RankProcesses:
             if replace_all or rank.loss is not None or rank.child.exited.done():
                 del self._ranks[rank.rank]
                 await rank.end()
-        # From here on a loss is a new one; no await since the dead were sorted out.
+        # No await between the loop above and this: a loss after it must set the event.
         self.loss.clear()
         missing = sorted(set(range(placement.layout.world_size)) - set(self._ranks))
         gate = MemoryGate(missing, partial(self._check_memory, placement.layout))
@@ -101,11 +101,11 @@ class RankProcesses:
         """Have all ranks join a new torch.distributed group.
 
         Args:
-            limit_seconds: how long a rank that has worked may do nothing, or compute, before it does.
+            limit_seconds: how long a rank that has worked may be idle, or compute, before it joins.
 
         Raises:
-            RankDiedError: one is gone already.
-            CannotJoinError: not all of them could.
+            RankDiedError: a rank is gone already.
+            CannotJoinError: some ranks could not join.
         """
         if self.store is None:
             raise ValueError("the store must be started first")
@@ -123,12 +123,12 @@ class RankProcesses:
         joining = {
             rank: asyncio.create_task(rank.join(command, timeouts.join_seconds)) for rank in self.ranks
         }
-        # A new rank warms up.
+        # New ranks are not watched: they warm up.
         survivors = {rank: task for rank, task in joining.items() if rank.has_worked}
         detector = HangDetector(limit_seconds, self._config.threads_per_rank, may_all_wait=True)
         watching = asyncio.create_task(watch_ranks(survivors, detector))
         try:
-            # Every answer is waited for: the next try finds all survivors ready.
+            # Wait for every answer, so that all survivors are ready for the next try.
             outcomes = await asyncio.gather(*joining.values(), return_exceptions=True)
         finally:
             watching.cancel()
@@ -138,7 +138,7 @@ class RankProcesses:
             raise failure
 
     async def end_ranks(self) -> None:
-        """Tell all ranks to leave, and kill those that do not."""
+        """Ask all ranks to leave, and kill those that do not."""
         ranks, self._ranks = self.ranks, {}
         await asyncio.gather(*(rank.end(self._config.timeouts.leave_seconds) for rank in ranks))
 
@@ -150,7 +150,7 @@ class RankProcesses:
         await self._listener.stop()
 
     def find_loss(self) -> RankDiedError | None:
-        """Which process is gone, and why; None when none is known to be."""
+        """The loss of a process, with its cause; None when no process is known to be gone."""
         if self.zygote is not None and self.zygote.lost.is_set():
             ranks = tuple(rank.rank for rank in self.ranks)
             return RankDiedError(ranks, f"their zygote was lost: {self.zygote.loss}")
@@ -183,7 +183,7 @@ class RankProcesses:
     async def _start_rank(
         self, rank: int, placement: Placement, zygote: ZygoteLink, gate: MemoryGate
     ) -> RankDiedError | DeviceFailedError | InsufficientMemoryError | None:
-        """Returns a failure instead of raising it, so that the ranks beside it go on loading."""
+        """Start one rank; return a failure instead of raising it, so that the other ranks go on loading."""
 
         def make_load(counter_path: Path) -> Load:
             return Load(
@@ -215,7 +215,7 @@ class RankProcesses:
 
 
 async def _all_of(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """Run all at once; the first failure cancels the others and is raised as it is, others are logged."""
+    """Run all concurrently; the first failure cancels the others and is raised, further ones are logged."""
     try:
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(coroutine) for coroutine in coroutines]

@@ -1,4 +1,4 @@
-"""Finds processes that a signal has stopped, whatever they were at."""
+"""Finds processes that a signal has stopped, whatever they were doing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StoppedProcessDetector:
         self._before: frozenset[int] = frozenset()
 
     def observe(self, stopped: frozenset[int]) -> frozenset[int]:
-        """Take in which processes are stopped now; returns those that were stopped the time before too."""
+        """Note which processes are stopped now; return those that were stopped at the previous call too."""
         still_stopped = stopped & self._before
         self._before = stopped
         return still_stopped
@@ -26,17 +26,17 @@ class StoppedProcessDetector:
 async def watch_for_stops(
     pids: Callable[[], Iterable[int]], on_stopped: Callable[[frozenset[int]], Awaitable[None]]
 ) -> NoReturn:
-    """Sample processes until cancelled, through any failure to do so.
+    """Sample processes until cancelled; a sample that fails is logged and retried.
 
     Args:
-        pids: gives the processes to sample.
-        on_stopped: called with those that were stopped in two samples in a row.
+        pids: returns the processes to sample.
+        on_stopped: called with the processes that were stopped in two samples in a row.
     """
     detector = StoppedProcessDetector()
 
-    async def look() -> None:
+    async def sample_all() -> None:
         samples = {pid: sample_process(pid) for pid in pids()}
         stopped = frozenset(pid for pid, sample in samples.items() if sample and sample.is_stopped)
         await on_stopped(detector.observe(stopped))
 
-    await keep_doing("look for stopped processes", look, lambda: asyncio.sleep(SAMPLE_INTERVAL_SECONDS))
+    await keep_doing("look for stopped processes", sample_all, lambda: asyncio.sleep(SAMPLE_INTERVAL_SECONDS))

@@ -33,14 +33,14 @@ from hidream_grpc.errors import LossCause, RankDiedError, StartupError
 logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 30.0
-"""A zygote forks in milliseconds; one that takes this long is stopped or stuck, and is killed."""
+"""How long a zygote may take to answer before it is killed; it forks in milliseconds."""
 
 STOPPED = "stopped by a signal, and killed by the watchdog"
 
 
 @dataclass(frozen=True, slots=True)
 class KillReason:
-    """Why the server had a process killed, and whether its work was to blame."""
+    """Why the server had a process killed, in words and as the cause of its loss."""
 
     reason: str
     cause: LossCause
@@ -51,10 +51,10 @@ class ChildProcess:
     """A rank or a store host.
 
     Attributes:
-        pid: of the process.
-        exited: resolves once the process is gone, with its exit code, or minus its signal's number.
-        store_port: on the loopback interface; 0 for a rank.
-        kill_reason: set before the server has it killed for hanging.
+        pid: process id.
+        exited: resolves once the process is gone, with its exit code, or minus the number of its signal.
+        store_port: port of the store on the loopback interface; 0 for a rank.
+        kill_reason: set before the process is killed because it hangs.
     """
 
     pid: int
@@ -64,21 +64,21 @@ class ChildProcess:
 
     @property
     def end(self) -> str:
-        """How it ended, in words; only once it is gone."""
+        """How the process ended, in words; valid once it is gone."""
         return self.kill_reason.reason if self.kill_reason else describe_exit(self.exited.result())
 
 
 class ZygoteLink:
     """One zygote and its children, from `start` until it is lost or stopped.
 
-    Whoever of them is stopped (SIGSTOP) answers nothing and holds all others up: it is killed within two
-    looks, whatever it was at.
+    A process of them that is stopped (SIGSTOP) would block all others: it is killed after two samples,
+    whatever it was doing.
 
     Attributes:
-        prepare: what it was made ready with.
-        pid: of the zygote.
-        lost: is set when it is gone, and its children with it.
-        loss: how it went, in words.
+        prepare: the command that made the zygote ready.
+        pid: process id of the zygote.
+        lost: an event that is set when the zygote is gone, and its children with it.
+        loss: how the zygote ended, in words.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class ZygoteLink:
         self._output = output
         self._children: dict[int, ChildProcess] = {}
         self._answers: asyncio.Queue[ZygoteReady | ChildProcess | StartRefused | None] = asyncio.Queue()
-        self._one_question = asyncio.Lock()
+        self._one_command_at_a_time = asyncio.Lock()
         self._tasks = BackgroundTasks()
         self._reader = self._tasks.start(self._read(), "reading from the zygote")
         self._watcher = self._tasks.start(
@@ -111,8 +111,8 @@ class ZygoteLink:
 
         Raises:
             RuntimeError: not called from the main thread; the zygote dies with the thread that starts it.
-            StartupError: it cannot import what ranks need, or took too long to.
-            RankDiedError: it died meanwhile.
+            StartupError: the zygote cannot import what ranks need.
+            RankDiedError: it died meanwhile, or took too long.
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("a zygote must be started from the main thread")
@@ -174,7 +174,7 @@ class ZygoteLink:
         return await asyncio.shield(child.exited)
 
     async def kill_hung(self, child: ChildProcess, reason: KillReason) -> None:
-        """Kill a child that hangs, and have all who wait for it know why."""
+        """Kill a child that hangs, and record why, for the callers that wait for it."""
         child.kill_reason = child.kill_reason or reason
         logger.warning("killing process %d: %s", child.pid, child.kill_reason.reason)
         await self.kill(child)
@@ -192,7 +192,7 @@ class ZygoteLink:
         return child
 
     async def _ask(self, command: ZygoteCommand, timeout_seconds: float) -> ZygoteReady | ChildProcess:
-        async with self._one_question:
+        async with self._one_command_at_a_time:
             if self.lost.is_set():
                 raise self._loss_error()
             await self._channel.send(command)
@@ -200,7 +200,7 @@ class ZygoteLink:
                 async with asyncio.timeout(timeout_seconds):
                     answer = await self._answers.get()
             except BaseException as error:
-                # Its late answer must not be taken for the next question's.
+                # A late answer must not be taken for that of the next command.
                 self._give_up(f"did not answer within {timeout_seconds:g} s")
                 if isinstance(error, TimeoutError):
                     raise self._loss_error() from None
@@ -221,7 +221,7 @@ class ZygoteLink:
 
     async def _end_stopped(self, stopped: frozenset[int]) -> None:
         if self.pid in stopped:
-            # No child can be ended by a zygote that is stopped; they end with it.
+            # A stopped zygote can end no child; the children end with it.
             self._give_up(STOPPED)
             return
         children = [self._children[pid] for pid in stopped if pid in self._children]
@@ -231,7 +231,7 @@ class ZygoteLink:
     async def _read(self) -> None:
         try:
             while (event := await self._channel.receive()) is not None:
-                self._take(event)
+                self._handle(event)
         except FrameError as error:
             self._give_up(f"sent what is no message: {error}")
         except Exception:
@@ -241,9 +241,9 @@ class ZygoteLink:
         self._watcher.cancel()
         self.loss = self.loss or describe_exit(exit_code)
         await self._channel.close()
-        # The kernel kills the children along with their parent; nobody is left to report it.
+        # The kernel kills the children with their parent, and no zygote is left to report it.
         await asyncio.gather(*(wait_until_gone(pid) for pid in self._children))
-        # Their last words are told before their loss is.
+        # Forward the last lines of their output before their loss is reported.
         self._output.close()
         self.lost.set()
         for child in self._children.values():
@@ -251,7 +251,7 @@ class ZygoteLink:
         self._children.clear()
         self._answers.put_nowait(None)
 
-    def _take(self, event: ZygoteEvent) -> None:
+    def _handle(self, event: ZygoteEvent) -> None:
         match event:
             case ProcessStarted(pid=pid, store_port=store_port):
                 exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()

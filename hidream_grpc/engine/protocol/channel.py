@@ -2,7 +2,7 @@
 
 A frame is the length of its body (4 bytes, big endian) and the body: one message of
 `engine/protocol/messages.py` as msgpack. The server's side is asyncio, a child's side blocks. End of file
-is the notice that the peer is dead; a frame that breaks off counts as that too.
+means that the peer is dead, and so does a frame that breaks off.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Received = TypeVar("Received")
 
 
 class FrameError(Exception):
-    """The peer sent what is no frame of ours, or we were about to; the connection is of no more use."""
+    """A frame is not one of this protocol, or too large; the connection cannot be used any more."""
 
 
 def encode_frame(message: msgspec.Struct) -> bytes:
-    """The bytes of one frame.
+    """Encode a message as the bytes of one frame.
 
     Raises:
         FrameError: the message is larger than `MAX_FRAME_BYTES`.
@@ -43,14 +43,14 @@ class MessageDecoder(Generic[Received]):
     """Turns the body of a frame into a message of one tagged union.
 
     Args:
-        messages: the union of the messages that may come, such as `messages.Event`.
+        messages: the union of the messages that may be received, such as `messages.Event`.
     """
 
     def __init__(self, messages: Any) -> None:
         self._decoder = msgspec.msgpack.Decoder(messages, dec_hook=_decode_path)
 
     def decode(self, body: bytes | bytearray) -> Received:
-        """Raises FrameError when the body is no message of the union."""
+        """Decode the body of a frame; raise FrameError when it is no message of the union."""
         try:
             message: Received = self._decoder.decode(body)
         except msgspec.DecodeError as error:
@@ -59,11 +59,11 @@ class MessageDecoder(Generic[Received]):
 
 
 class BlockingChannel(Generic[Received]):
-    """The child's side: every call blocks, nothing is buffered, so that `select` sees each frame.
+    """The child's end of a connection: calls block, nothing is buffered, so that `select` sees each frame.
 
     Args:
-        connection: a connected stream socket; the channel owns it from here on.
-        messages: the union of the messages that may come.
+        connection: a connected stream socket, which the channel owns from then on.
+        messages: the union of the messages that may be received.
     """
 
     def __init__(self, connection: socket.socket, messages: Any) -> None:
@@ -72,21 +72,21 @@ class BlockingChannel(Generic[Received]):
 
     @classmethod
     def connect(cls, socket_path: Path, messages: Any) -> BlockingChannel[Received]:
-        """Connect to a Unix socket."""
+        """Open a channel to a Unix socket."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.connect(str(socket_path))
         return cls(connection, messages)
 
     def fileno(self) -> int:
-        """File descriptor, for `select`."""
+        """File descriptor of the connection, for `select`."""
         return self._connection.fileno()
 
     def send(self, message: msgspec.Struct) -> None:
-        """Send one message; raises ConnectionError when the peer has gone."""
+        """Send one message; raise ConnectionError when the peer is gone."""
         self._connection.sendall(encode_frame(message))
 
     def receive(self) -> Received | None:
-        """The next message, or None when the peer has gone."""
+        """Wait for the next message; None when the peer is gone."""
         length = self._receive_exactly(_LENGTH.size)
         if length is None:
             return None
@@ -94,7 +94,7 @@ class BlockingChannel(Generic[Received]):
         return None if body is None else self._decoder.decode(body)
 
     def close(self) -> None:
-        """Close this process's end."""
+        """Close this process's end of the connection."""
         self._connection.close()
 
     def _receive_exactly(self, num_bytes: int) -> bytearray | None:
@@ -112,11 +112,11 @@ class BlockingChannel(Generic[Received]):
 
 
 class AsyncChannel(Generic[Received]):
-    """The server's side.
+    """The server's end of a connection.
 
     Args:
-        reader, writer: of one connection; the channel owns them from here on.
-        messages: the union of the messages that may come.
+        reader, writer: the streams of one connection, which the channel owns from then on.
+        messages: the union of the messages that may be received.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, messages: Any) -> None:
@@ -125,27 +125,27 @@ class AsyncChannel(Generic[Received]):
         self._decoder = MessageDecoder[Received](messages)
 
     async def send(self, message: msgspec.Struct) -> None:
-        """Send one message. A peer that has gone is no error here: `receive` is what tells."""
+        """Send one message. A peer that is gone raises no error here, but ends `receive`."""
         with contextlib.suppress(OSError):
             self._writer.write(encode_frame(message))
             await self._writer.drain()
 
     async def receive(self) -> Received | None:
-        """The next message, or None when the peer has gone.
+        """Wait for the next message; None when the peer is gone.
 
         Raises:
-            FrameError: what came is no message of the union.
+            FrameError: the frame is no message of the union.
         """
         try:
             length = await self._reader.readexactly(_LENGTH.size)
             body = await self._reader.readexactly(_read_length(length))
         except (asyncio.IncompleteReadError, OSError):
-            # Whatever broke the connection, nothing comes from it any more.
+            # However the connection broke, no more messages come.
             return None
         return self._decoder.decode(body)
 
     async def close(self) -> None:
-        """Close the connection once what was sent is out; may be called twice."""
+        """Close the connection once all messages are sent; may be called twice."""
         self._writer.close()
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
@@ -164,7 +164,7 @@ def _check_length(length: int) -> None:
 
 def _encode_path(value: object) -> bytes:
     if isinstance(value, Path):
-        # The name of a file need not be text.
+        # The name of a file may be no valid text.
         return bytes(value)
     raise NotImplementedError(f"no message carries a {type(value).__name__}")
 

@@ -1,7 +1,7 @@
-"""A page of memory in which a rank says that it waits for the others.
+"""A page of shared memory in which a rank counts the collectives that it enters and leaves.
 
-A rank in a collective cannot answer, and is not to blame for it. It counts the collectives that it enters
-and leaves, in a file that both sides map; that costs it no system call.
+A rank in a collective cannot answer the server, so the server reads there whether it waits for other ranks.
+Both map one file, so counting costs no system call.
 """
 
 from __future__ import annotations
@@ -20,22 +20,25 @@ _COUNTERS = struct.Struct("=QQ")  # collectives entered, collectives left
 
 @dataclass(frozen=True, slots=True)
 class CollectiveCounts:
-    """What a rank has counted."""
+    """How many collectives a rank has entered and left."""
 
     num_entered: int
     num_left: int
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it is in a collective."""
+        """Whether the rank is in a collective."""
         return self.num_entered > self.num_left
 
 
 class CollectiveCounterReader:
-    """The server's end.
+    """The server's end of a counter.
 
     Args:
         folder: where the file is made; only this user may enter it.
+
+    Attributes:
+        path: path of the file, for the rank.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,23 +51,23 @@ class CollectiveCounterReader:
             os.close(descriptor)
 
     def read(self) -> CollectiveCounts:
-        """What the rank has counted up to now."""
+        """The current counts of the rank."""
         return CollectiveCounts(*_COUNTERS.unpack(self._page[: _COUNTERS.size]))
 
     def forget_file(self) -> None:
-        """Remove the file; a rank that has mapped it goes on counting."""
+        """Remove the file; a rank that has mapped it can go on counting."""
         self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Give the page back; nothing can be read any more. May be called twice."""
+        """Unmap the page, after which nothing can be read; may be called twice."""
         self._page.close()
 
 
 class CollectiveCounterWriter:
-    """The rank's end.
+    """The rank's end of a counter.
 
     Args:
-        path: of the reader's file.
+        path: path of the reader's file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,5 +76,5 @@ class CollectiveCounterWriter:
         self._counters = memoryview(page).cast("Q")
 
     def __call__(self, is_waiting: bool) -> None:
-        """Count a collective that is entered, or one that is left."""
+        """Count a collective that the rank enters (True) or leaves (False)."""
         self._counters[0 if is_waiting else 1] += 1

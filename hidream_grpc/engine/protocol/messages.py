@@ -21,16 +21,16 @@ PROTOCOL_VERSION = 7
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
-    """A message is an array with its class name in front."""
+    """Base of all messages: an array with the class name as its first entry."""
 
 
 # --- server → zygote -------------------------------------------------------------------------
 
 
 class PrepareZygote(_Message, frozen=True):
-    """First command of a zygote: get ready to start ranks that connect to `socket_path`.
+    """First command to a zygote: get ready to start ranks, which connect to `socket_path`.
 
-    environment is set before anything is imported, and so holds for the ranks.
+    `environment` is set before anything is imported, and is inherited by the ranks.
     """
 
     start_method: StartMethod
@@ -50,7 +50,7 @@ class StartStore(_Message, frozen=True):
 
 
 class KillProcess(_Message, frozen=True):
-    """SIGKILL one child; the answer is its `ProcessEnded`, which may be under way already."""
+    """Send SIGKILL to one child; the answer is its `ProcessEnded`, which may be on its way already."""
 
     pid: int
 
@@ -67,20 +67,20 @@ class ZygoteReady(_Message, frozen=True):
 
 
 class ProcessStarted(_Message, frozen=True):
-    """A rank or a store host was started; store_port is 0 for a rank."""
+    """A rank or a store host was started; `store_port` is 0 for a rank."""
 
     pid: int
     store_port: int = 0
 
 
 class StartRefused(_Message, frozen=True):
-    """The zygote cannot do what it was told; reason is a line for the operator."""
+    """The zygote cannot execute the command; `reason` is a line for the operator."""
 
     reason: str
 
 
 class ProcessEnded(_Message, frozen=True):
-    """A child ended; a negative exit code is the number of the signal that killed it."""
+    """A child ended; a negative exit code is minus the number of the signal that killed it."""
 
     pid: int
     exit_code: int
@@ -92,10 +92,10 @@ ZygoteEvent = ZygoteReady | ProcessStarted | StartRefused | ProcessEnded
 
 
 class Load(_Message, frozen=True):
-    """First command of a rank: open the device, then, at `LoadWeights`, load the weights and compile.
+    """First command to a rank: open the device and then, at `LoadWeights`, load the weights and compile.
 
-    A checkpoint of another fingerprint is refused: the server has described this one to its callers.
-    counter_path is the page in which the rank says that it waits for others, see
+    A checkpoint of another fingerprint is refused, since the server has described this one to its callers.
+    `counter_path` is the page in which the rank counts its collectives, see
     `engine/protocol/collective_counter.py`.
     """
 
@@ -112,15 +112,15 @@ class Load(_Message, frozen=True):
 
 
 class LoadWeights(_Message, frozen=True):
-    """There is room for what this rank and those beside it load."""
+    """Permission to load: this rank and the other starting ranks have room for their weights."""
 
 
 class JoinGroup(_Message, frozen=True):
-    """Leave the group of the generation before, if any, and join this one; forget all requests.
+    """Leave the group of the previous generation, if any, and join this one without any request.
 
-    Every survivor and every new rank gets the same generation; the store is at 127.0.0.1.
-    Weights stay; a request goes on with its next `Admission`. Until the first plan of this generation
-    the rank still gives snapshots of the requests that it had.
+    Every survivor and every new rank gets the same command; the store is at 127.0.0.1. Weights stay loaded; a
+    request goes on with its next `Admission`. Until the first plan of this generation the rank still gives
+    snapshots of the requests that it had.
     """
 
     generation: int
@@ -131,9 +131,9 @@ class JoinGroup(_Message, frozen=True):
 
 
 class Admission(_Message, frozen=True):
-    """Start a request: encode its prompts, draw its first latents, or take those of a snapshot.
+    """Start a request: encode its prompts, and generate its first latents or take them from a snapshot.
 
-    job_id and request_id are for the log lines of the rank; snapshot is empty for a start from the seed.
+    `job_id` and `request_id` are for the log lines of the rank; `snapshot` is empty at a start from the seed.
     """
 
     claim_id: str
@@ -144,7 +144,7 @@ class Admission(_Message, frozen=True):
 
 
 class Decode(_Message, frozen=True):
-    """Turn one image of a fully denoised request into a file, on a rank that is at no other."""
+    """Turn one image of a fully denoised request into a file, on a rank that decodes no other image."""
 
     claim_id: str
     image_index: int
@@ -156,10 +156,10 @@ class StepPlan(_Message, frozen=True):
 
     A request is named by its claim: another claim of the same job is another request.
 
-    In this order: forget `releases`, start `admissions`, one denoising step of `step_claims`
-    (all of one width and height, each at its own step), then start `decodes`, and go on with those of
-    this plan and of earlier ones until `decode_budget_seconds` are spent (None for no limit). A rank
-    decodes one image at a time; it is in the `PlanDone` of the plan that it is finished in. Rank 0 hands up
+    A rank works in this order. It forgets `releases` and starts `admissions`. It runs one denoising step of
+    `step_claims`, which have one width and height, each at its own step. It starts its `decodes`, and goes on
+    with those of this plan and of earlier ones until `decode_budget_seconds` are spent (None for no limit). A
+    rank decodes one image at a time, which is in the `PlanDone` of the plan that finishes it. Rank 0 returns
     a snapshot of `snapshot_claim`, one of the `step_claims`, after its step.
     """
 
@@ -173,10 +173,10 @@ class StepPlan(_Message, frozen=True):
 
 
 class GiveSnapshot(_Message, frozen=True):
-    """Give a snapshot of a request as it was after a step; the answer is `SnapshotGiven`.
+    """Return a snapshot of a request as it was after a step; the answer is `SnapshotGiven`.
 
-    A rank that kept its process has the state after the latest plan that was done and, where it got so far
-    in the plan that was lost, the one after that too.
+    A rank that kept its process has the state after the latest finished plan and, if it got so far in the
+    lost plan, the state after that one too.
     """
 
     claim_id: str
@@ -184,7 +184,7 @@ class GiveSnapshot(_Message, frozen=True):
 
 
 class Leave(_Message, frozen=True):
-    """Leave the group and exit 0."""
+    """Leave the group, and exit with code 0."""
 
 
 Command = Load | LoadWeights | JoinGroup | StepPlan | GiveSnapshot | Leave
@@ -193,7 +193,7 @@ Command = Load | LoadWeights | JoinGroup | StepPlan | GiveSnapshot | Leave
 
 
 class Hello(_Message, frozen=True):
-    """First frame of a rank's connection."""
+    """First message of a rank, which names it and its version of the protocol."""
 
     rank: int
     pid: int
@@ -201,7 +201,7 @@ class Hello(_Message, frozen=True):
 
 
 class ModelFacts(_Message, frozen=True):
-    """What the loaded checkpoint is; the same on every rank."""
+    """Facts of the loaded checkpoint; the same on every rank."""
 
     scheduler_name: str
     shift: float
@@ -209,7 +209,7 @@ class ModelFacts(_Message, frozen=True):
 
 
 class DeviceFacts(_Message, frozen=True):
-    """The device of one rank; memory is 0 where it cannot be told."""
+    """Facts of the device of one rank; memory is 0 where it is unknown."""
 
     name: str
     total_memory_bytes: int
@@ -217,7 +217,7 @@ class DeviceFacts(_Message, frozen=True):
 
 
 class DeviceOpened(_Message, frozen=True):
-    """The rank's device works, and holds nothing of the model yet."""
+    """The device of the rank works, and holds nothing of the model yet."""
 
     device: DeviceFacts
 
@@ -231,9 +231,10 @@ class Loaded(_Message, frozen=True):
 
 
 class LoadFailed(_Message, frozen=True):
-    """The rank cannot load and ends; reason is a line for the operator.
+    """The rank cannot load and ends; `reason` is a line for the operator.
 
-    is_device says that its device is to blame: another one may work; is_out_of_memory that it had no room.
+    `is_device` says that its device is the cause, so that another one may work; `is_out_of_memory` that it
+    had no room.
     """
 
     reason: str
@@ -242,7 +243,7 @@ class LoadFailed(_Message, frozen=True):
 
 
 class Joined(_Message, frozen=True):
-    """The rank is in the group of this generation, and a first collective went through."""
+    """The rank is in the group of this generation, and a first collective has succeeded."""
 
     generation: int
 
@@ -250,10 +251,10 @@ class Joined(_Message, frozen=True):
 class JobFault(_Message, frozen=True):
     """One request failed on this rank while the group is whole.
 
-    A request whose admission fails on any rank is forgotten by all of them; one that fails later stays
-    until the controller releases it. kind is the name of an error of `hidream_grpc.errors` that the
-    controller knows how to build; reason is a line for the operator where the rank has not logged the error,
-    which is a SnapshotError or a NonFiniteError.
+    A request whose admission fails on any rank is forgotten by all of them; one that fails later stays until
+    the controller releases it. `kind` is the name of an error of `hidream_grpc.errors` that the controller
+    knows how to build. `reason` is a line for the operator where the rank has not logged the error, as with a
+    SnapshotError or a NonFiniteError.
     """
 
     claim_id: str
@@ -270,7 +271,7 @@ class Preview(_Message, frozen=True):
 
 
 class DecodedImage(_Message, frozen=True):
-    """One finished image as the bytes of a file; decode_seconds is the time that the decoder ran."""
+    """One finished image as the bytes of a file; `decode_seconds` is the time that the decoder ran."""
 
     claim_id: str
     image_index: int
@@ -279,7 +280,7 @@ class DecodedImage(_Message, frozen=True):
 
 
 class StepSnapshot(_Message, frozen=True):
-    """A request after a step, as `model.snapshot_format` has it; snapshot_seconds is what making it took."""
+    """A snapshot of a request after a step, as `model.snapshot_format` packs it, and the time it took."""
 
     claim_id: str
     step: int
@@ -288,10 +289,10 @@ class StepSnapshot(_Message, frozen=True):
 
 
 class PlanDone(_Message, frozen=True):
-    """This rank finished its share of the plan; the times are this rank's own.
+    """This rank has finished its share of the plan; the times are its own.
 
-    The prompts of the plan's admissions, and whether they had to be encoded, are counted alike on
-    every rank; see `model.prompt_encoding.EncodedPrompts`.
+    The numbers of prompts that were cached, or had to be encoded, are the same on every rank; see
+    `model.prompts.encoding.EncodedPrompts`.
     """
 
     plan_id: int
@@ -308,8 +309,8 @@ class PlanDone(_Message, frozen=True):
 class GroupBroken(_Message, frozen=True):
     """This rank has left the group and waits for the next `JoinGroup`.
 
-    A collective failed, or the work shared by all jobs did. reason holds no text of an exception; cause is
-    `OUTSIDE` where this rank only noticed that others had left.
+    A collective failed, or the work shared by all jobs did. `reason` holds no text of an exception; `cause`
+    is `OUTSIDE` where this rank only noticed that others had left.
     """
 
     generation: int
@@ -318,7 +319,7 @@ class GroupBroken(_Message, frozen=True):
 
 
 class SnapshotGiven(_Message, frozen=True):
-    """The snapshot that was asked for; data is empty where this rank does not have it."""
+    """The requested snapshot; `data` is empty where this rank does not have it."""
 
     claim_id: str
     step: int

@@ -1,4 +1,4 @@
-"""What a child process owes its parent on Linux."""
+"""Parent and child processes on Linux: how they end together, and why a child ended."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hidream_grpc.errors import LossCause
 logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# One for all ranks, since all read the same file.
+# One for the whole process: every rank's counter is read from the same file.
 _oom_outage = Outage(logger, "count the processes that the kernel killed for their memory")
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel SIGKILL this process when its parent dies; exit now when it is dead already.
+    """Have the kernel SIGKILL this process when its parent dies; exit at once if the parent is dead already.
 
     The signal comes when the parent's *thread* that started this process ends, so a parent starts
     its children from its main thread. A fork clears the setting, an exec keeps it.
@@ -35,13 +35,13 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def leave_signals_to_the_server() -> None:
-    """Ignore what a terminal or a service manager sends to all: the server decides who ends when."""
+    """Ignore SIGINT and SIGTERM, which may be sent to all processes: the server decides which ends when."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def num_threads() -> int:
-    """Threads of this process, native ones included."""
+    """Number of threads of this process, native ones included."""
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     match = re.search(r"^Threads:\s+(\d+)$", status, re.MULTILINE)
     if match is None:
@@ -50,7 +50,7 @@ def num_threads() -> int:
 
 
 def describe_exit(exit_code: int) -> str:
-    """How a process ended, in words; a negative code is the number of the signal that killed it."""
+    """How a process ended, in words; a negative code is minus the number of the signal that killed it."""
     if exit_code >= 0:
         return f"ended with exit code {exit_code}"
     try:
@@ -60,40 +60,40 @@ def describe_exit(exit_code: int) -> str:
 
 
 class OomKills:
-    """Whether the kernel has killed a process of this machine for its memory since `look`."""
+    """Detects whether the kernel has killed a process of this machine for want of memory since `note`."""
 
     def __init__(self) -> None:
         self._num_seen: int | None = None
-        self.look()
+        self.note()
 
-    def look(self) -> None:
-        """Note how many there were up to now."""
+    def note(self) -> None:
+        """Note how many such kills there were so far."""
         if (num_kills := _num_oom_kills()) is not None:
             self._num_seen = num_kills
 
     @property
     def has_new(self) -> bool:
-        """Whether there was one more since."""
+        """Whether there was another kill since `note`."""
         num_kills = _num_oom_kills()
         return num_kills is not None and self._num_seen is not None and num_kills > self._num_seen
 
 
 def _num_oom_kills() -> int | None:
-    """How many there were since the system started; None when it cannot be found out just now."""
+    """Number of such kills since the system started; None when it cannot be read now."""
     try:
         counters = Path("/proc/vmstat").read_text(encoding="ascii")
     except OSError as error:
-        # Of a death that is looked into meanwhile the work is not suspected.
+        # A death that is examined meanwhile counts as one from outside.
         _oom_outage.note_failure(error)
         return None
     _oom_outage.note_success()
     match = re.search(r"^oom_kill (\d+)$", counters, re.MULTILINE)
-    # Kernels before 4.13 do not count them.
+    # Kernels before 4.13 have no such counter.
     return int(match[1]) if match else 0
 
 
 def cause_of_exit(exit_code: int, oom_kills: OomKills) -> LossCause:
-    """Whether what a process worked at may have ended it; SIGKILL comes from outside, or for its memory."""
+    """What ended a process: SIGKILL comes from outside or for want of memory, all else from its work."""
     if exit_code != -signal.SIGKILL:
         return LossCause.FAULT
     return LossCause.OUT_OF_MEMORY if oom_kills.has_new else LossCause.OUTSIDE
@@ -114,7 +114,7 @@ async def wait_until_gone(pid: int) -> None:
 
 
 async def _open_pidfd(pid: int) -> int | None:
-    """A file descriptor of a process, once the system has one to give; None when the process is gone."""
+    """Open a pidfd, waiting for a free file descriptor if necessary; None when the process is gone."""
     outage = Outage(logger, f"wait for the end of process {pid}")
     while True:
         try:

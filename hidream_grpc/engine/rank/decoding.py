@@ -1,4 +1,4 @@
-"""One image of a job from its latents to the bytes of a file, a piece between every two steps."""
+"""Decodes one image of a request into the bytes of a file, some slices after each step."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from hidream_grpc.model.parameters import GenerationParameters
 
 
 class RunningDecode:
-    """An image that a rank is at. Dropping it is all that it takes to give it up.
+    """The image that a rank is decoding; to give it up, drop the object.
 
-    The decoder's slices run in the caller's thread. The file is written in a thread of its own, beside
-    the steps that follow: Pillow lets go of the interpreter meanwhile (0.15 s for a PNG of 1024×1024).
+    The decoder's slices run in the caller's thread. The file is encoded in a thread of its own, beside the
+    steps that follow: Pillow releases the interpreter lock meanwhile (0.15 s for a PNG of 1024×1024).
 
     Args:
-        admission: of the job.
-        image_index: of the image in the job.
-        decoding: from the image's latents, not begun.
-        device: where it runs.
-        clock: seconds, from any start.
+        admission: admission of the request.
+        image_index: index of the image in the request.
+        decoding: decoding of the image, not begun.
+        device: where the decoder runs.
+        clock: returns seconds from any start.
     """
 
     def __init__(
@@ -47,17 +47,17 @@ class RunningDecode:
         self._file: Future[bytes] | None = None
 
     def advance(self, budget_seconds: float | None, *, waits_for_file: bool) -> DecodedImage | None:
-        """Go on until the budget is spent, by one slice at least.
+        """Decode until the budget is spent, but at least one slice.
 
         Args:
-            budget_seconds: the slice that exceeds it is the last one; None for no limit.
+            budget_seconds: time limit; the slice that exceeds it is the last one. None for no limit.
             waits_for_file: whether the rest of the budget is spent on waiting for the file.
 
         Returns:
             The image, or None while it is not finished.
 
         Raises:
-            Exception: of the decoder or of the file's format.
+            Exception: the decoder or the encoder of the file failed.
         """
         started = self._clock()
         while self._file is None:
@@ -76,10 +76,10 @@ class RunningDecode:
 
     def _run_slice(self) -> None:
         self._decoding.advance()
-        # Else the next step would pay for what this one only started.
+        # Otherwise the next step would wait for work that this slice only started.
         self._device.synchronize()
         if self._decoding.is_finished:
-            self._file = _start_writing(self._decoding.pixels(), self.admission.parameters)
+            self._file = _start_encoding(self._decoding.pixels(), self.admission.parameters)
 
     def _image(self, data: bytes) -> DecodedImage:
         return DecodedImage(
@@ -90,8 +90,8 @@ class RunningDecode:
         )
 
 
-def _start_writing(pixels: NDArray[np.uint8], parameters: GenerationParameters) -> Future[bytes]:
-    """Encode an image in a thread that ends with it."""
+def _start_encoding(pixels: NDArray[np.uint8], parameters: GenerationParameters) -> Future[bytes]:
+    """Encode an image in a thread that ends afterwards."""
     executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="image file")
     file = executor.submit(encode_image, pixels, parameters.output_format, parameters.quality)
     executor.shutdown(wait=False)

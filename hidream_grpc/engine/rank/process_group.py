@@ -1,4 +1,4 @@
-"""The torch.distributed group of one generation: joining it, leaving it."""
+"""Joins and leaves the torch.distributed group of a generation."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ STORE_HOST = "127.0.0.1"
 def join_group(
     command: JoinGroup, groups: ParallelGroups, rank: int, backend: str, device: torch.device
 ) -> None:
-    """Become a member of a new generation's group and of its axes; blocks until every rank is.
+    """Join the group of a new generation and its axes; block until every rank has joined.
 
-    Call only after `leave_group`.
+    Call it only after `leave_group`.
 
     Raises:
-        CollectiveError: not every rank came in time, or one of them died meanwhile.
+        CollectiveError: not every rank joined in time, or one of them died meanwhile.
     """
     with collective("joining"), _waiting(groups):
         init_timeout = timedelta(seconds=command.init_timeout_seconds)
         store = TCPStore(
             STORE_HOST, command.store_port, is_master=False, timeout=init_timeout, wait_for_workers=False
         )
-        # A death during the init makes the others wait several times this timeout: it is short here.
+        # Short, since a death during the init makes the others wait several times this timeout.
         dist.init_process_group(
             backend,
             store=PrefixStore(f"g{command.generation}", store),
@@ -43,7 +43,7 @@ def join_group(
             world_size=command.world_size,
             timeout=init_timeout,
         )
-        # Some backends connect with the first collective only.
+        # Some backends connect only with the first collective.
         dist.all_reduce(torch.ones(1, device=device))
         collective_timeout = timedelta(seconds=command.collective_timeout_seconds)
         distributed_c10d._set_pg_timeout(collective_timeout)
@@ -53,6 +53,7 @@ def join_group(
 
 @contextmanager
 def _waiting(groups: ParallelGroups) -> Iterator[None]:
+    """Count the block as one collective, in which the rank waits for others."""
     groups.on_wait(True)
     try:
         yield
@@ -61,9 +62,9 @@ def _waiting(groups: ParallelGroups) -> Iterator[None]:
 
 
 def leave_group(groups: ParallelGroups) -> None:
-    """Leave the group and its axes, whole or broken; nothing happens where there is none.
+    """Leave the group, whole or broken, and its axes; do nothing where there is no group.
 
-    Never call this inside an `except` block: the traceback's frames hold references.
+    Never call this inside an `except` block, where the frames of the traceback hold references to the group.
     """
     groups.disconnect()
     if dist.is_initialized():

@@ -1,12 +1,11 @@
-"""A rank's process: opens its device, loads its weights once, then obeys the server for life.
+"""The process of a rank: opens its device, loads its weights once, then executes the server's commands.
 
     connect → Hello → Load → DeviceOpened → LoadWeights → Loaded
             → { JoinGroup → Joined | StepPlan → PlanDone | GiveSnapshot → SnapshotGiven }* → Leave
 
-Whatever breaks the group is answered with GroupBroken, and the rank waits for the next JoinGroup
-with its weights in place. The states of its requests stay too, until the first plan of the next
-generation: ranks that are new have them not, so all go on from snapshots of one survivor.
-An idle rank sits in a blocking read of its socket.
+When the group breaks, the rank answers with GroupBroken and waits for the next JoinGroup with its weights in
+place. The states of its requests stay too, until the first plan of the next generation: new ranks do not have
+them, so all ranks go on from the snapshots of one survivor. An idle rank blocks in a read of its socket.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ logger = logging.getLogger("hidream_grpc.engine.rank.worker")
 
 
 class RankContext(logging.Filter):
-    """Adds the rank and its generation to every line that this process logs, a library's too."""
+    """Adds the rank and its generation to every line that this process logs, also those of libraries."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -66,20 +65,20 @@ class RankContext(logging.Filter):
         self.generation = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Keep every record."""
+        """Add the fields to a record, and keep every record."""
         record.rank = self._rank
         record.generation = self.generation
         return True
 
 
 class Worker:
-    """One rank with its weights loaded.
+    """A rank that has loaded its weights.
 
     Args:
-        channel: to the server.
-        rank: in every generation's group.
-        device, model, groups: of this rank, kept for life.
-        context: what its log lines carry.
+        channel: connection to the server.
+        rank: index of the rank in every generation's group.
+        device, model, groups: what this rank works with until the process ends.
+        context: adds the generation to its log lines.
     """
 
     def __init__(
@@ -98,11 +97,11 @@ class Worker:
         self._groups = groups
         self._context = context
         self._runner: Runner | None = None
-        # Of the generation that was lost, until the first plan of the next one.
+        # The runner of the lost generation, until the first plan of the next one.
         self._lost_runner: Runner | None = None
 
     def serve(self) -> None:
-        """Obey until told to leave, or until the server is gone."""
+        """Execute commands until `Leave`, or until the server is gone."""
         while True:
             command = self._channel.receive()
             match command:
@@ -123,13 +122,13 @@ class Worker:
             if error.__cause__ is not None and self._device.is_out_of_memory(error.__cause__):
                 reason, cause = "no memory for an exchange", LossCause.OUT_OF_MEMORY
         except Exception as error:
-            # What all jobs share failed on this rank: leaving makes the others' collective fail at once.
+            # Work shared by all requests failed: leaving makes the collective of the others fail at once.
             internal_error = JobInternalError.new()
             logger.exception("leaving the group", extra={"error_id": internal_error.error_id})
             reason, cause = str(internal_error), LossCause.FAULT
             if self._device.is_out_of_memory(error):
                 reason, cause = f"no memory for a step ({reason})", LossCause.OUT_OF_MEMORY
-        # Outside the except blocks, whose tracebacks would keep the group's sockets open.
+        # Not in an except block, whose traceback would keep the sockets of the group open.
         self._leave()
         if cause is LossCause.OUT_OF_MEMORY:
             self._device.empty_cache()
@@ -138,7 +137,7 @@ class Worker:
     def _leave(self) -> None:
         if self._runner is not None:
             self._runner.give_up()
-            # One that ran no plan has no states: they are still with the one before.
+            # A runner that ran no plan has no states; the runner before it still has them.
             self._lost_runner = self._lost_runner or self._runner
             self._runner = None
         leave_group(self._groups)
@@ -148,7 +147,7 @@ class Worker:
         self._context.generation = command.generation
         join_group(command, self._groups, self._rank, self._device.backend, self._device.torch_device)
         self._runner = Runner(self._model, self._device, self._groups.world)
-        # Guidance needs it all the time; a rank that was replaced has it not.
+        # Guidance always needs it, and a new rank has not encoded it.
         self._model.encode([EMPTY_PROMPT])
         return Joined(generation=command.generation)
 
@@ -165,7 +164,7 @@ class Worker:
 
 
 def work(socket_path: Path, rank: int) -> None:
-    """Be a rank: the whole life of the process. Raises SystemExit when it cannot load."""
+    """Run a rank until it ends; raise SystemExit when it cannot load."""
     setproctitle(f"hidream-grpc rank {rank}")
     channel = BlockingChannel[Command].connect(socket_path, Command)
     try:
@@ -182,7 +181,7 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
     context = RankContext(rank)
     for handler in logging.getLogger().handlers:
         handler.addFilter(context)
-    # The zygote imported torch with one thread.
+    # The zygote has imported torch with one thread.
     torch.set_num_threads(load.num_threads)
     # No gradients anywhere in a rank: what is computed here is never differentiated.
     with torch.inference_mode():
@@ -217,19 +216,19 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
 
 
 def _load_failed(error: Exception, device: Device | None, rank: int, work: str) -> LoadFailed:
-    """What a rank says of an error that nobody foresaw.
+    """The report of an unexpected error that ends a rank.
 
     Args:
-        error: that ends the rank.
-        device: of the rank; None where the error came from opening it.
-        rank: that ends.
-        work: what failed if no device did, in words.
+        error: the error.
+        device: device of the rank; None where opening it failed.
+        rank: index of the rank.
+        work: what failed, in words, if the device did not.
     """
     summary = summary_of(error)
     if device is None:
         return LoadFailed(
             reason=f"rank {rank} cannot load: {summary}",
-            # The classes that the runtimes use; one that is not installed is an ImportError.
+            # Runtimes raise these; a runtime that is not installed raises ImportError.
             is_device=isinstance(error, RuntimeError | MemoryError),
             # A runtime that found no room to open its device says so in words.
             is_out_of_memory=isinstance(error, MemoryError) or "out of memory" in str(error),
@@ -261,7 +260,7 @@ def _facts_of(device: Device) -> DeviceFacts:
 
 
 def main() -> None:
-    """Entry point where the zygote execs: the socket's path, the rank, the zygote's pid."""
+    """Entry point where the zygote execs; arguments: path of the socket, rank, pid of the zygote."""
     socket_path, rank, parent_pid = sys.argv[1:]
     die_with_parent(int(parent_pid))
     leave_signals_to_the_server()

@@ -1,6 +1,6 @@
-"""A process that hosts torch's TCPStore, where the ranks of a generation find each other.
+"""The process that hosts torch's TCPStore, in which the ranks of a generation find each other.
 
-It outlives every rank, so that a survivor's store is never the one that died.
+The store is in no rank, so that it survives the death of any.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def host_store(listener: socket.socket) -> None:
     """Serve the store until this process is killed.
 
     Args:
-        listener: a listening TCP socket on the loopback interface. Left to itself the store would
-            listen on every interface, and anybody could write to it.
+        listener: a listening TCP socket on the loopback interface. A socket of the store's own would listen
+            on every interface, where anybody could write to it.
     """
     setproctitle("hidream-grpc store")
     host, port = listener.getsockname()
@@ -30,7 +30,7 @@ def host_store(listener: socket.socket) -> None:
 
 
 def main() -> None:
-    """Entry point where the zygote execs: the listener's file descriptor, the zygote's pid."""
+    """Entry point where the zygote execs; arguments: file descriptor of the listener, pid of the zygote."""
     listener_fd, parent_pid = (int(argument) for argument in sys.argv[1:])
     die_with_parent(parent_pid)
     leave_signals_to_the_server()

@@ -1,9 +1,9 @@
 """The parent of every rank: imports torch and the model's code once, then forks on command.
 
-Forking needs a process without threads: a fork copies every lock, and only one thread to release
-them. Where the device's runtime does not survive a fork, the zygote imports nothing and each child
-is a fresh interpreter. It also tells the server how each child ended, and takes all of them along
-when it dies; the kernel takes it along when the server dies.
+A process that forks must have no other threads: a fork copies every lock, but only one thread that could
+release them. Where the device's runtime does not survive a fork, the zygote imports nothing and each child is
+a new interpreter. The zygote also reports to the server how each child ended. When it dies, the kernel kills
+its children; when the server dies, the kernel kills the zygote.
 """
 
 from __future__ import annotations
@@ -47,17 +47,19 @@ SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM
 
 @dataclass(frozen=True, slots=True)
 class _Child:
+    """A process that the zygote has started, and its pidfd."""
+
     pid: int
     pidfd: int
 
 
 class Zygote:
-    """Obeys the server, one command at a time.
+    """Executes the server's commands, one at a time.
 
     Args:
-        channel: to the server.
+        channel: connection to the server.
         socket_path: where ranks connect to the server.
-        start_method: how children are made.
+        start_method: how children are started.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Zygote:
         self._selector.register(channel, selectors.EVENT_READ)
 
     def serve(self) -> None:
-        """Obey until the server is gone; the kernel then kills what is left of the children."""
+        """Execute commands until the server is gone; the kernel then kills the remaining children."""
         while True:
             for key, _events in self._selector.select():
                 if isinstance(key.data, _Child):
@@ -97,7 +99,7 @@ class Zygote:
             else:
                 self._start_store()
         except OSError as error:
-            # Ending would take the other children along.
+            # The error must not end the zygote, and the other children with it.
             self._channel.send(StartRefused(reason=f"cannot start a process: {error.strerror}"))
 
     def _start_rank(self, rank: int) -> None:
@@ -158,7 +160,7 @@ class Zygote:
             logger.exception("a child of the zygote failed")
         finally:
             end_logging()
-            # No return into the zygote's frames, and none of its exit handlers.
+            # Neither return into the zygote's frames nor run its exit handlers.
             os._exit(exit_code)
 
     def _exec(self, module: str, *arguments: str) -> int:
@@ -184,22 +186,22 @@ class Zygote:
 
 
 def import_what_ranks_need() -> None:
-    """Import torch and the model's code into this process, and start no thread."""
+    """Import torch and the model's code into this process without starting a thread."""
     os.environ.update(SINGLE_THREADED)
     import hidream_grpc.engine.rank.worker
     import hidream_grpc.engine.zygote.store_host  # noqa: F401
 
     gc.collect()
-    # Else the first collection in every child writes to, and so copies, every page of the imports.
+    # Otherwise the first collection in a child writes to every page of the imports, and so copies it.
     gc.freeze()
 
 
 def main() -> None:
-    """Entry point: the file descriptor of the socket to the server, the server's pid."""
+    """Entry point; arguments: file descriptor of the socket to the server, pid of the server."""
     control_fd, parent_pid = (int(argument) for argument in sys.argv[1:])
     die_with_parent(parent_pid)
     leave_signals_to_the_server()
-    # A child that the zygote execs must not hold its end: the end of file is what tells of its death.
+    # Not for children that are exec'd: the end of file must tell the server that the zygote died.
     os.set_inheritable(control_fd, False)
     channel = BlockingChannel[ZygoteCommand](socket.socket(fileno=control_fd), ZygoteCommand)
     prepare = channel.receive()

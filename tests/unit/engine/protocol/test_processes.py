@@ -115,9 +115,9 @@ def test_a_death_is_none_for_want_of_memory_while_that_cannot_be_found_out(
 ) -> None:
     no_file_descriptors += [None] * 3
     oom_kills = OomKills()
-    oom_kills.look()
+    oom_kills.note()
     assert cause_of_exit(-signal.SIGKILL, oom_kills) is LossCause.OUTSIDE
-    oom_kills.look()
+    oom_kills.note()
     assert cause_of_exit(-signal.SIGKILL, oom_kills) is LossCause.OUTSIDE
     assert len(caplog.records) == 1
 
