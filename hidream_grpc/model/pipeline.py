@@ -12,10 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hidream_grpc.devices.device import Device
@@ -299,27 +297,9 @@ class HiDreamModel:
             )
             state.step += 1
 
-    def decode(self, state: DenoisingState, image_index: int) -> NDArray[np.uint8]:
-        """Turn the latents of one image into pixels.
-
-        Args:
-            state: of a request, fully denoised or not.
-            image_index: 0 to num_images - 1.
-
-        Returns:
-            (height, width, 3), RGB.
-
-        Raises:
-            IndexError: the request has no such image.
-        """
-        decoding = self.start_decoding(state, image_index)
-        while not decoding.is_finished:
-            decoding.advance()
-        return decoding.pixels()
-
     @torch.inference_mode()
     def start_decoding(self, state: DenoisingState, image_index: int) -> ImageDecoding:
-        """Begin to turn the latents of one image into pixels; `decode` does it in one go.
+        """Begin to turn the latents of one image into pixels.
 
         Args:
             state: of a request, fully denoised or not; later steps do not change this image.

@@ -14,7 +14,16 @@ from hidream_grpc.engine.group.config import GroupTimeouts
 from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.errors import RankDiedError
 from tests.support.faulty_ranks import children_of_zygote, send, until_busy
-from tests.support.rank_groups import admission, draw, group_config, picture, plan, until
+from tests.support.rank_groups import (
+    admission,
+    draw,
+    group_config,
+    picture,
+    plan,
+    store_pid_of,
+    until,
+    zygote_pid_of,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -42,7 +51,7 @@ async def group(shared_group: RankGroup, undisturbed: bytes) -> RankGroup:
 
 
 def kill(group: RankGroup, process: str) -> None:
-    pid = group.zygote_pid if process == "zygote" else group.store_pid
+    pid = zygote_pid_of(group) if process == "zygote" else store_pid_of(group)
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
 

@@ -22,7 +22,7 @@ from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.checkpoint.fingerprint import fingerprint_of
 from hidream_grpc.model.parallel.layout import Layout
 from tests.support.live_server import LiveServer, running_server, wait_until
-from tests.support.rank_groups import draw, group_config, picture
+from tests.support.rank_groups import draw, group_config, picture, zygote_pid_of
 from tests.support.streams import Stream, follow, read_until, request
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -96,8 +96,7 @@ async def test_a_group_without_a_survivor_takes_no_other_weights_than_those_it_s
 ) -> None:
     undisturbed = await draw(group, picture())
     retrain(checkpoint / WEIGHTS)
-    assert group.zygote_pid is not None
-    os.kill(group.zygote_pid, signal.SIGKILL)
+    os.kill(zygote_pid_of(group), signal.SIGKILL)
     await group.wait_for_loss()
     with pytest.raises(RankDiedError, match="put its files back, or restart the server"):
         await group.recover()

@@ -19,7 +19,17 @@ from hidream_grpc.engine.group.config import GroupTimeouts
 from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.errors import LossCause, RankDiedError
 from tests.support.faulty_ranks import LOOP, WAIT_FOR_EVER, children_of_zygote, faults, send, until_busy
-from tests.support.rank_groups import admission, draw, group_config, is_alive, picture, plan, until
+from tests.support.rank_groups import (
+    admission,
+    draw,
+    group_config,
+    is_alive,
+    picture,
+    plan,
+    store_pid_of,
+    until,
+    zygote_pid_of,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -158,7 +168,7 @@ async def test_a_rank_that_is_stopped_while_it_joins_is_replaced_too(
 async def test_the_ranks_parent_and_their_store_are_replaced_when_they_are_stopped(
     group: RankGroup, undisturbed: bytes, process: str
 ) -> None:
-    pid = group.zygote_pid if process == "zygote" else group.store_pid
+    pid = zygote_pid_of(group) if process == "zygote" else store_pid_of(group)
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
     async with asyncio.timeout(NOTICE_SECONDS):

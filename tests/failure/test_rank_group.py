@@ -31,7 +31,9 @@ from tests.support.rank_groups import (
     no_memory_kept,
     picture,
     plan,
+    store_pid_of,
     until,
+    zygote_pid_of,
 )
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -142,23 +144,21 @@ async def test_a_survivor_that_does_not_come_back_in_time_is_replaced_too(
 
 
 async def test_the_store_is_replaced_and_every_rank_kept(group: RankGroup, undisturbed: bytes) -> None:
-    pids, store_pid = group.rank_pids, group.store_pid
-    assert store_pid is not None
+    pids, store_pid = group.rank_pids, store_pid_of(group)
     os.kill(store_pid, signal.SIGKILL)
     assert (await group.wait_for_loss()).ranks == ()
     assert await group.recover() == ()
     assert group.rank_pids == pids
-    assert group.store_pid != store_pid
+    assert store_pid_of(group) != store_pid
     assert await draw(group, picture()) == undisturbed
 
 
 async def test_all_start_again_when_their_zygote_dies(group: RankGroup, undisturbed: bytes) -> None:
-    before = (group.zygote_pid, group.store_pid, *group.rank_pids)
-    assert group.zygote_pid is not None
-    os.kill(group.zygote_pid, signal.SIGKILL)
+    before = (zygote_pid_of(group), store_pid_of(group), *group.rank_pids)
+    os.kill(zygote_pid_of(group), signal.SIGKILL)
     assert (await group.wait_for_loss()).ranks == tuple(range(NUM_RANKS))
     assert await group.recover() == tuple(range(NUM_RANKS))
-    assert not any(is_alive(pid) for pid in before if pid is not None)
+    assert not any(is_alive(pid) for pid in before)
     assert await draw(group, picture()) == undisturbed
 
 
@@ -237,8 +237,7 @@ async def test_previews_come_from_one_rank_and_only_on_demand(group: RankGroup) 
 
 
 async def test_ranks_ignore_what_a_terminal_sends_to_all(group: RankGroup, undisturbed: bytes) -> None:
-    assert group.zygote_pid is not None
-    for pid in (group.zygote_pid, *group.rank_pids):
+    for pid in (zygote_pid_of(group), *group.rank_pids):
         os.kill(pid, signal.SIGINT)
         os.kill(pid, signal.SIGTERM)
     assert await draw(group, picture()) == undisturbed
@@ -254,7 +253,7 @@ async def test_a_group_of_fresh_interpreters_draws_the_same_and_leaves_nothing(
     await fresh.start()
     try:
         assert await draw(fresh, one_sample_a_step) == drawn_by_a_fork
-        pids = (fresh.zygote_pid, fresh.store_pid, *fresh.rank_pids)
+        pids = (zygote_pid_of(fresh), store_pid_of(fresh), *fresh.rank_pids)
     finally:
         await fresh.stop()
     assert not any(is_alive(pid) for pid in pids if pid is not None)
@@ -312,7 +311,7 @@ def lines_of(log_file: Path) -> list[dict[str, Any]]:
 
 
 def children_of_zygote(group: RankGroup) -> set[int]:
-    return {child.pid for child in psutil.Process(group.zygote_pid).children()}
+    return {child.pid for child in psutil.Process(zygote_pid_of(group)).children()}
 
 
 async def until_busy(pid: int) -> None:

@@ -23,7 +23,7 @@ from hidream_grpc.engine.requests import (
 )
 from hidream_grpc.model.snapshot_format import PackedTensor, SnapshotIdentity, pack, unpack
 from tests.support.rank_engine import RankEngine, running_engine
-from tests.support.rank_groups import group_config, picture
+from tests.support.rank_groups import group_config, picture, zygote_pid_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -68,8 +68,7 @@ def killing(group: RankGroup, *ranks: int) -> Callable[[], None]:
 
 
 def kill_everything(group: RankGroup) -> None:
-    assert group.zygote_pid is not None
-    for pid in (group.zygote_pid, *group.rank_pids):
+    for pid in (zygote_pid_of(group), *group.rank_pids):
         os.kill(pid, signal.SIGKILL)
 
 

@@ -32,6 +32,7 @@ from hidream_grpc.model.parallel.groups import Axis, ParallelGroups
 from hidream_grpc.model.parallel.planner import parse_layout
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.pipeline import HiDreamModel
+from tests.support.denoising import is_denoised
 
 COLLECTIVE_TIMEOUT_SECONDS = 60.0
 
@@ -138,7 +139,7 @@ def denoise_together(
         if first_prediction is None:
             first_prediction = prediction
         model.advance(running, batch, prediction)
-        running = [state for state in running if not state.is_denoised]
+        running = [state for state in running if not is_denoised(state)]
     assert first_prediction is not None
     return first_prediction, [state.latents for state in states]
 

@@ -21,7 +21,7 @@ from hidream_grpc.model.pipeline import HiDreamModel
 from hidream_grpc.model.prompts.text_encoders import PromptEmbeds, TextEncoders
 from tests.numerics.conftest import LoadModel
 from tests.support.checkpoints import LLAMA_LAYERS_READ
-from tests.support.denoising import denoise, parameters
+from tests.support.denoising import decode, denoise, parameters
 
 # float32, latents of magnitude 1. The loops differ in nothing but the order of some sums: the pipeline
 # runs Llama's attention in another kernel, to get attention maps that it then throws away.
@@ -138,7 +138,7 @@ def test_the_same_latents_decode_to_the_pipelines_pixels_exactly(
     with torch.no_grad():
         latents = state.latents / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor
         image = pipeline.image_processor.postprocess(pipeline.vae.decode(latents, return_dict=False)[0])[0]
-    pixels = model.decode(state, 0)
+    pixels = decode(model, state, 0)
     assert pixels.shape == (32, 128, 3)
     assert np.array_equal(pixels, np.asarray(image))
 
@@ -147,7 +147,7 @@ def test_pixels_are_the_pipelines_within_one_level(model_of: LoadModel, checkpoi
     model: HiDreamModel = model_of("full")
     request = parameters(num_inference_steps=10, width=128, height=128)
     image = run_pipeline(checkpoint_of("full"), request, model.begin(request), "pil")[0]
-    difference = np.asarray(image).astype(int) - model.decode(denoise(model, request), 0)
+    difference = np.asarray(image).astype(int) - decode(model, denoise(model, request), 0)
     assert np.abs(difference).max() <= 1
 
 
@@ -177,7 +177,7 @@ def test_in_bfloat16_the_picture_is_the_pipelines_too(scheduler: str, checkpoint
     assert state.latents.dtype == torch.bfloat16
     # A value has steps of 2^-8 to 2^-7 of itself, and the last ones of many roundings differ.
     torch.testing.assert_close(state.latents, expected, rtol=2**-7, atol=0.05)
-    assert model.decode(state, 0).shape == (64, 64, 3)
+    assert decode(model, state, 0).shape == (64, 64, 3)
     assert model.preview(state)
 
 

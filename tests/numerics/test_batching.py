@@ -11,7 +11,7 @@ import torch
 from hidream_grpc.model.denoising.state import DenoisingState, StepBatch
 from hidream_grpc.model.pipeline import HiDreamModel
 from tests.numerics.conftest import LoadModel
-from tests.support.denoising import denoise, parameters, take_step
+from tests.support.denoising import decode, denoise, is_denoised, parameters, take_step
 
 # float32, latents of magnitude 1: matrix products of other heights sum in another order.
 BATCHING_TOLERANCE = 2e-5
@@ -43,8 +43,8 @@ def test_a_request_in_a_mixed_batch_is_the_request_alone(
         waiting = waiting[1:]
         assert len({state.step for state in running}) == len(running)
         take_step(model, running)
-        finished += [state for state in running if state.is_denoised]
-        running = [state for state in running if not state.is_denoised]
+        finished += [state for state in running if is_denoised(state)]
+        running = [state for state in running if not is_denoised(state)]
     assert len(finished) == len(requests)
     for state in finished:
         assert_same(state, denoise(model, state.parameters))
@@ -65,7 +65,7 @@ def test_the_same_seed_draws_the_same_pixels_twice(variant: str, model_of: LoadM
     request = parameters(num_images=2)
     first, second = denoise(model, request), denoise(model, request)
     for index in range(2):
-        assert np.array_equal(model.decode(first, index), model.decode(second, index))
+        assert np.array_equal(decode(model, first, index), decode(model, second, index))
     assert model.preview(first) == model.preview(second)
 
 

@@ -9,7 +9,7 @@ import asyncio
 import json
 
 from hidream_grpc.engine.group.rank_group import RankGroup
-from tests.support.rank_groups import admission, group_config, picture, plan
+from tests.support.rank_groups import admission, group_config, picture, plan, store_pid_of, zygote_pid_of
 
 
 async def main() -> None:
@@ -17,7 +17,7 @@ async def main() -> None:
     await group.start()
     request = picture(width=256, height=256, num_inference_steps=1000)
     await group.execute(plan(admissions=(admission("endless", request),), step_claims=("endless",)))
-    print(json.dumps([group.zygote_pid, group.store_pid, *group.rank_pids]), flush=True)  # noqa: T201
+    print(json.dumps([zygote_pid_of(group), store_pid_of(group), *group.rank_pids]), flush=True)  # noqa: T201
     while True:
         await group.execute(plan(step_claims=("endless",)))
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hidream_grpc.model.denoising.state import DenoisingState, StepBatch
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.pipeline import HiDreamModel
@@ -30,6 +33,19 @@ def take_step(model: HiDreamModel, states: Sequence[DenoisingState]) -> None:
 def denoise(model: HiDreamModel, request: GenerationParameters) -> DenoisingState:
     """Draw one request alone."""
     state = model.begin(request)
-    while not state.is_denoised:
+    while not is_denoised(state):
         take_step(model, [state])
     return state
+
+
+def is_denoised(state: DenoisingState) -> bool:
+    """Whether all steps are done."""
+    return state.step == state.parameters.num_inference_steps
+
+
+def decode(model: HiDreamModel, state: DenoisingState, image_index: int) -> NDArray[np.uint8]:
+    """The pixels of one image, (height, width, 3), RGB, from all slices in one go."""
+    decoding = model.start_decoding(state, image_index)
+    while not decoding.is_finished:
+        decoding.advance()
+    return decoding.pixels()

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from hidream_grpc.engine.group.rank_group import RankGroup
-from tests.support.rank_groups import until
+from tests.support.rank_groups import until, zygote_pid_of
 
 LOOP = signal.SIGUSR1
 WAIT_FOR_EVER = signal.SIGUSR2
@@ -63,4 +63,4 @@ async def until_busy(pid: int) -> None:
 
 
 def children_of_zygote(group: RankGroup) -> set[int]:
-    return {child.pid for child in psutil.Process(group.zygote_pid).children()}
+    return {child.pid for child in psutil.Process(zygote_pid_of(group)).children()}

@@ -94,6 +94,20 @@ async def until(condition: Callable[[], bool], what: str, timeout_seconds: float
         await asyncio.sleep(0.002)
 
 
+def zygote_pid_of(group: RankGroup) -> int:
+    """Process id of the parent of a started group's ranks."""
+    zygote = group._processes.zygote
+    assert zygote is not None
+    return zygote.pid
+
+
+def store_pid_of(group: RankGroup) -> int:
+    """Process id of the host of a started group's TCPStore."""
+    store = group._processes.store
+    assert store is not None
+    return store.pid
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process exists and is no zombie."""
     try:

@@ -101,18 +101,6 @@ class RankGroup:
         """Process ids in rank order."""
         return tuple(rank.child.pid for rank in self._processes.ranks)
 
-    @property
-    def zygote_pid(self) -> int | None:
-        """Process id of the ranks' parent; None before `start`."""
-        zygote = self._processes.zygote
-        return zygote.pid if zygote else None
-
-    @property
-    def store_pid(self) -> int | None:
-        """Process id of the TCPStore's host; None before `start`."""
-        store = self._processes.store
-        return store.pid if store else None
-
     async def start(self) -> None:
         """Start everything and join generation 1. No process is left when it fails.
 

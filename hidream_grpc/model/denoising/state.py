@@ -42,11 +42,6 @@ class DenoisingState:
     step: int = 0
 
     @property
-    def is_denoised(self) -> bool:
-        """Whether all steps are done."""
-        return self.step == self.parameters.num_inference_steps
-
-    @property
     def timestep(self) -> Tensor:
         """(), the scheduler's timestep of the step to come."""
         timestep: Tensor = self.scheduler.timesteps[self.step]

@@ -21,21 +21,6 @@ AXIS_KEYS = {
 """The axes as operators write them, such as `tp=4,ep=2`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Where one rank stands in a layout.
-
-    Attributes:
-        sample_group: 0 to `Layout.num_sample_groups` - 1, which rows of a step it computes.
-        expert_index: 0 to expert_parallel - 1, which routed experts it holds.
-        tensor_index: 0 to tensor_parallel - 1, which share of each layer it holds.
-    """
-
-    sample_group: int
-    expert_index: int
-    tensor_index: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """Sizes of the parallel axes; their product is the world size.
@@ -68,17 +53,6 @@ class Layout:
     def num_sample_groups(self) -> int:
         """Groups of ranks among which the rows of a step are divided."""
         return self.cfg_parallel * self.data_parallel * self.expert_parallel
-
-    def position(self, rank: int) -> Position:
-        """Where a rank stands.
-
-        Raises:
-            ValueError: there is no such rank.
-        """
-        if not 0 <= rank < self.world_size:
-            raise ValueError(f"rank {rank} of {self.world_size}")
-        sample_group, tensor_index = divmod(rank, self.tensor_parallel)
-        return Position(sample_group, sample_group % self.expert_parallel, tensor_index)
 
     def __str__(self) -> str:
         sizes = {key: getattr(self, axis) for key, axis in AXIS_KEYS.items()}

@@ -24,7 +24,7 @@ from hidream_grpc.model.pipeline import HiDreamModel
 from hidream_grpc.model.prompts.encoding import EMPTY_PROMPT, MAX_CACHED_PROMPTS
 from hidream_grpc.model.prompts.text_encoders import TextEncoders
 from tests.support.checkpoints import write_spoilt
-from tests.support.denoising import denoise, parameters, take_step
+from tests.support.denoising import decode, denoise, is_denoised, parameters, take_step
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_a_request_of_a_thousand_steps_ends(model: HiDreamModel) -> None:
     state = model.begin(parameters(num_inference_steps=1000, guidance_scale=0.0))
     batch = StepBatch.collect([state])
     noise = torch.zeros_like(batch.latents)
-    while not state.is_denoised:
+    while not is_denoised(state):
         model.advance([state], batch, noise)
     assert state.latents.isfinite().all()
 
@@ -150,7 +150,7 @@ def test_a_preview_is_a_small_jpeg_of_the_pictures_shape(model: HiDreamModel) ->
 def test_the_demo_model_draws_the_size_asked_for() -> None:
     demo = HiDreamModel.from_pretrained(demo_checkpoint_path(), None, open_device("cpu", 0))
     request = parameters("a red circle on a blue background", width=128, height=128, num_inference_steps=2)
-    pixels = demo.decode(denoise(demo, request), 0)
+    pixels = decode(demo, denoise(demo, request), 0)
     assert pixels.shape == (128, 128, 3)
     assert pixels.dtype == np.uint8
 
@@ -160,10 +160,10 @@ def test_loading_and_drawing_write_nothing_to_the_terminal(tiny_checkpoint: Path
         "import sys; from pathlib import Path\n"
         "from hidream_grpc.devices.device import open_device\n"
         "from hidream_grpc.model.pipeline import HiDreamModel\n"
-        "from tests.support.denoising import denoise, parameters\n"
+        "from tests.support.denoising import decode, denoise, parameters\n"
         "model = HiDreamModel.from_pretrained(Path(sys.argv[1]), None, open_device('cpu', 0))\n"
         "state = denoise(model, parameters('word ' * 300))\n"
-        "model.decode(state, 0), model.preview(state)\n"
+        "decode(model, state, 0), model.preview(state)\n"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program, str(tiny_checkpoint)],

@@ -1,10 +1,53 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
+
+SIZES = st.integers(min_value=1, max_value=6)
+LAYOUTS = st.builds(
+    Layout,
+    cfg_parallel=st.integers(min_value=1, max_value=2),
+    data_parallel=SIZES,
+    expert_parallel=SIZES,
+    tensor_parallel=SIZES,
+)
+
+
+@given(layout=LAYOUTS)
+def test_every_rank_has_a_place_of_its_own_and_every_place_a_rank(layout: Layout) -> None:
+    ranks = [ParallelGroups(layout, rank) for rank in range(layout.world_size)]
+    places = {(groups.samples.index, groups.tensor.index) for groups in ranks}
+    assert places == {
+        (sample_group, tensor_index)
+        for sample_group in range(layout.num_sample_groups)
+        for tensor_index in range(layout.tensor_parallel)
+    }
+    assert len(places) == layout.world_size
+
+
+@given(layout=LAYOUTS)
+def test_a_replica_s_ranks_hold_each_share_of_the_model_exactly_once(layout: Layout) -> None:
+    ranks_of_one_model = layout.expert_parallel * layout.tensor_parallel
+    for first_rank in range(0, layout.world_size, ranks_of_one_model):
+        ranks = [ParallelGroups(layout, first_rank + offset) for offset in range(ranks_of_one_model)]
+        shares = Counter((groups.expert.index, groups.tensor.index) for groups in ranks)
+        assert set(shares.values()) == {1}
+        assert len(shares) == ranks_of_one_model
+
+
+def test_ranks_that_share_a_layer_are_neighbours() -> None:
+    ranks = [ParallelGroups(Layout(tensor_parallel=4, expert_parallel=2), rank) for rank in range(8)]
+    assert [(groups.samples.index, groups.expert.index, groups.tensor.index) for groups in ranks] == [
+        *((0, 0, index) for index in range(4)),
+        *((1, 1, index) for index in range(4)),
+    ]
 
 
 @pytest.fixture
