@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hidream_grpc.devices import kernels
+from hidream_grpc.devices import kernels, torch_private
 from hidream_grpc.devices.determinism import use_deterministic_kernels
 from hidream_grpc.devices.device import Device
 from hidream_grpc.devices.device_types import CUDA, DeviceMemory
@@ -59,7 +59,7 @@ class CudaDevice:
         """Use the flash kernel, which takes no bias: a key that counts more often is merged afterwards."""
         if first_key_count == 1:
             return kernels.attention(query, key, value, first_key_count)
-        attended, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        attended, logsumexp = torch_private.flash_attention(
             query.transpose(1, 2), key[:, 1:].transpose(1, 2), value[:, 1:].transpose(1, 2)
         )
         return kernels.add_zero_key(

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch.distributed import (  # type: ignore[attr-defined]
     PrefixStore,
     TCPStore,
-    distributed_c10d,
 )
 
+from hidream_grpc.devices import torch_private
 from hidream_grpc.engine.protocol.messages import JoinGroup
 from hidream_grpc.model.parallel.groups import ParallelGroups, collective
 
@@ -46,7 +46,7 @@ def join_group(
         # Some backends connect only with the first collective.
         dist.all_reduce(torch.ones(1, device=device))
         collective_timeout = timedelta(seconds=command.collective_timeout_seconds)
-        distributed_c10d._set_pg_timeout(collective_timeout)
+        torch_private.set_collective_timeout(collective_timeout)
     with _waiting(groups):
         groups.connect(init_timeout, collective_timeout)
 
@@ -69,5 +69,5 @@ def leave_group(groups: ParallelGroups) -> None:
     groups.disconnect()
     if dist.is_initialized():
         dist.destroy_process_group()
-    # An init that failed leaves it raised, and this rank would look for the next group by another name.
-    distributed_c10d._world.group_count = 0
+    # A failed init leaves it raised, and this rank would look for the next group under another name.
+    torch_private.reset_group_count()

@@ -11,14 +11,12 @@ from itertools import pairwise
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
-from diffusers.models.upsampling import Upsample2D
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hidream_grpc.errors import NonFiniteError
+from hidream_grpc.model.diffusers_private import ResnetBlock2D, UpDecoderBlock2D, Upsample2D
 
 Slices = Generator[None, None, Tensor]
 """Work that stops after every slice, and returns its result."""

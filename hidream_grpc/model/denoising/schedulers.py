@@ -13,10 +13,10 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
-from diffusers.pipelines.hidream_image.pipeline_hidream_image import calculate_shift
 from torch import Tensor
 
 from hidream_grpc.errors import SnapshotError
+from hidream_grpc.model.diffusers_private import calculate_shift, set_steps_done
 
 SCHEDULER_CLASSES = {
     scheduler_class.__name__: scheduler_class
@@ -114,8 +114,7 @@ class SchedulerHistory:
         """
         if type(scheduler).__name__ != self.scheduler_name:
             raise SnapshotError(f"of a {self.scheduler_name}, not {type(scheduler).__name__}")
-        # None before the first step: the begin index then says where it is.
-        scheduler._step_index = step or None
+        set_steps_done(scheduler, step)
         if isinstance(scheduler, UniPCMultistepScheduler):
             order = len(scheduler.model_outputs)
             if len(self.model_outputs) != order:

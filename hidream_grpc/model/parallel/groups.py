@@ -15,8 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
+from hidream_grpc.devices import torch_private
 from hidream_grpc.model.parallel.layout import Layout, share
 
 
@@ -231,7 +231,7 @@ class ParallelGroups:
             axis.connect(made.get(axis.ranks))
         for ranks, group in made.items():
             if group is not None and self.world.rank in ranks:
-                distributed_c10d._set_pg_timeout(collective_timeout, group)
+                torch_private.set_collective_timeout(collective_timeout, group)
 
     def disconnect(self) -> None:
         """Let go of all groups, which are about to be destroyed."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
-import torch._dynamo
-import torch._inductor.config
 from torch import nn
 
+from hidream_grpc.devices import torch_private
 from hidream_grpc.model.checkpoint.step_shapes import StepShape
 
 logger = logging.getLogger(__name__)
@@ -35,20 +33,11 @@ def compile_blocks(
     Raises:
         Exception: the compiler's own, where it fails or is not there.
     """
-    torch._logging.set_logs(all=logging.ERROR)  # type: ignore[attr-defined]
     for block in blocks:
         block.compile(dynamic=False)
     for shape in shapes:
         started = time.monotonic()
-        with (
-            warnings.catch_warnings(action="ignore"),
-            # Reaching the limit would leave a shape without its graphs and say so nowhere.
-            torch._dynamo.config.patch(
-                recompile_limit=_MAX_GRAPHS_PER_SHAPE * len(shapes), fail_on_recompile_limit_hit=True
-            ),
-            # In this process: the compiler's pool of processes would outlive a rank that is killed.
-            torch._inductor.config.patch(compile_threads=1),
-        ):
+        with torch_private.strict_compilation(_MAX_GRAPHS_PER_SHAPE * len(shapes)):
             run_step(shape)
         logger.info("compiled steps of %s in %.1f s", shape, time.monotonic() - started)
     torch.compiler.set_stance("eager_on_recompile")

@@ -17,18 +17,18 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from diffusers.models.transformers.transformer_hidream_image import (
-    HiDreamImageEmbedND,
-    HiDreamImagePatchEmbed,
-    HiDreamImagePooledEmbed,
-    HiDreamImageTimestepEmbed,
-)
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hidream_grpc.devices.device import Device
 from hidream_grpc.model.checkpoint.files import TransformerConfig
 from hidream_grpc.model.checkpoint.weights.transformer import modulations, swiglu_units
+from hidream_grpc.model.diffusers_private import (
+    HiDreamImageEmbedND,
+    HiDreamImagePatchEmbed,
+    HiDreamImagePooledEmbed,
+    HiDreamImageTimestepEmbed,
+)
 from hidream_grpc.model.parallel.experts import RoutedExperts
 from hidream_grpc.model.parallel.groups import Axis, ParallelGroups
 from hidream_grpc.model.parallel.linear import (

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffusers.models.transformers.transformer_hidream_image import HiDreamImageEmbedND
 from torch import Tensor
 from torch.nn import functional
+
+from hidream_grpc.model.diffusers_private import HiDreamImageEmbedND
 
 
 @dataclass(frozen=True, slots=True)
