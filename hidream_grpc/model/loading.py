@@ -1,4 +1,4 @@
-"""Parts of a checkpoint from its folder onto a device, as classes of the libraries that own them."""
+"""Loads parts of a checkpoint from its folder onto a device, as classes of the libraries that own them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hidream_grpc.model.weights import load_share
 logger = logging.getLogger(__name__)
 
 _MAX_SUMMARY_LETTERS = 1000
-"""A library may list every tensor that it misses."""
+"""Limit for the text of an error: a library may list every tensor that is missing."""
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _Tokenizer = TypeVar("_Tokenizer", bound=transformers.PreTrainedTokenizerBase)
@@ -39,16 +39,16 @@ def quieten_libraries() -> None:
 
 @contextmanager
 def loading(folder: Path, flag: str, device: Device) -> Iterator[None]:
-    """Load a part of a checkpoint inside: what fails there is the part's fault, unless it is the device's.
+    """Attribute an error inside the block to a part of the checkpoint, unless it is one of the device.
 
     Args:
-        folder: of the part.
-        flag: that named the checkpoint.
-        device: of this rank.
+        folder: folder of the part.
+        flag: flag that named the checkpoint.
+        device: device of this rank.
 
     Raises:
         ModelNotFoundError: the part cannot be loaded; its traceback is logged, not shown.
-        Exception: of the device, as its runtime raised it.
+        Exception: the error of the device, as its runtime raised it.
     """
     try:
         yield
@@ -73,11 +73,11 @@ def load_module(module_class: type[_Module], folder: Path, device: Device) -> _M
     """Load one text encoder for inference, from local files alone.
 
     Args:
-        module_class: of transformers.
-        folder: of the component, with config.json and weights in safetensors.
-        device: where it goes, and in which dtype.
+        module_class: class of transformers.
+        folder: folder of the component, with config.json and weights in safetensors.
+        device: device of the module, which also decides its dtype.
     """
-    # Every model of the library has it, without a common type that says so.
+    # Every model of the library has this method, but no common type declares it.
     from_pretrained: Any = module_class.from_pretrained  # type: ignore[attr-defined]
     module: _Module = from_pretrained(folder, dtype=device.dtype, local_files_only=True, use_safetensors=True)
     module = module.to(device.torch_device).eval()
@@ -87,7 +87,7 @@ def load_module(module_class: type[_Module], folder: Path, device: Device) -> _M
 
 
 def _own_memory(module: nn.Module) -> None:
-    """Copy the weights: in the dtype of their file they are a mapping of it, which a write to it changes."""
+    """Copy the weights, which may be a mapping of their file and would change when it does."""
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = tensor.data.clone()
 

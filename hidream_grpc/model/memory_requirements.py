@@ -1,4 +1,4 @@
-"""What a model needs of memory in a layout, and whether that is there. Pure."""
+"""How much memory a model needs in a layout, and whether it is there. Pure."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hidream_grpc.model.prompts.assignment import activation_reserve_bytes, fits
 _GB = 1e9
 
 _MIN_DEVICE_WORK_BYTES = 1024**3
-"""The least that a device needs beside its weights: steps and decoding of one image of 512x512 at a time."""
+"""Least memory beside the weights on a device: for steps and decoding of one image of 512x512 at a time."""
 
 _MIN_HOST_WORK_BYTES = 256 * 1024**2
-"""The least that a rank on a CPU needs: its process, steps and decoding of one image of 256x256 at a time."""
+"""Least memory of a rank on a CPU: for its process, steps and decoding of one image of 256x256 at a time."""
 
 _HOST_WORK_FRACTION = 8
-"""For larger images and cached prompts a rank on a CPU has an eighth of its weights beside that."""
+"""A rank on a CPU has an eighth of its weights in addition, for larger images and cached prompts."""
 
 _SCARCE = "large images, or several at once, may find no memory"
 
@@ -31,12 +31,12 @@ _MAX_SUGGESTED_DEVICES = 16
 
 @dataclass(frozen=True, slots=True)
 class MemoryRequirements:
-    """What the ranks of any layout of one model need on one type of device.
+    """The memory that the ranks of any layout of one model need on one type of device.
 
     Attributes:
-        weights: of the checkpoint.
-        divisions: that the checkpoint allows.
-        device_type: of the ranks.
+        weights: numbers of weights of the checkpoint.
+        divisions: how the model can be divided.
+        device_type: type of the ranks' devices.
     """
 
     weights: ModelWeights
@@ -44,18 +44,19 @@ class MemoryRequirements:
     device_type: DeviceType
 
     def check(self, layout: Layout, devices: Mapping[int, DeviceMemory], host: DeviceMemory) -> str | None:
-        """See that some ranks of a layout have room for what they load.
+        """Check that some ranks of a layout have room for what they load.
 
         Args:
-            layout: of all ranks.
-            devices: of the ranks that are about to load, which hold nothing yet.
-            host: on which text encoders go that find no room on their device; on a CPU every rank is there.
+            layout: the layout of all ranks.
+            devices: memory of the devices of the ranks that are about to load, which hold nothing yet.
+            host: memory of the host, which takes text encoders that find no room on their device, and on a
+                CPU all ranks.
 
         Returns:
-            What the operator should know where the ranks can load, but have little left to work in.
+            A line for the operator where the ranks can load, but have little memory left to work in.
 
         Raises:
-            InsufficientMemoryError: they have no room even for the least work. The text says what is needed,
+            InsufficientMemoryError: there is no room even for the least work. The text says what is needed,
                 and which layouts would fit.
         """
         if self.device_type is CPU:
@@ -89,14 +90,14 @@ class MemoryRequirements:
         )
 
     def _host_weights_bytes(self, layout: Layout, ranks: Sequence[int]) -> int:
-        """Of these ranks together."""
+        """Bytes of the weights of these ranks together."""
         encoders = self.weights.text_encoders_of(layout)
         num_weights = len(ranks) * self.weights.without_text_encoders(layout)
         num_weights += sum(sum(encoders[rank].values()) for rank in ranks)
         return num_weights * CPU.bytes_per_weight
 
     def _fitting_on_host(self, asked: Layout, host: DeviceMemory) -> Iterator[str]:
-        """The layout of most ranks, and the one that needs least."""
+        """Of the layouts that fit the host, the one of most ranks and the one that needs least memory."""
         totals = {
             layout: self._host_weights_bytes(layout, range(layout.world_size))
             + layout.world_size * _MIN_HOST_WORK_BYTES
@@ -142,7 +143,7 @@ class MemoryRequirements:
         )
 
     def _device_bytes(self, layout: Layout) -> int:
-        """Of what must be on a rank's device."""
+        """Bytes of what must be on a rank's device."""
         return self.weights.without_text_encoders(layout) * self.device_type.bytes_per_weight
 
     def _encoders_on_host(
@@ -166,7 +167,7 @@ class MemoryRequirements:
         return sum(self.weights.text_encoders[name] for name in on_host) * CPU.bytes_per_weight
 
     def _fitting_on_devices(self, memory: DeviceMemory, host: DeviceMemory) -> Iterator[str]:
-        """The layout of fewest such devices, and that which has all text encoders on them."""
+        """The layout of fewest devices that fits, and the one that has all text encoders on devices."""
         has_one = False
         for num_devices in range(1, _MAX_SUGGESTED_DEVICES + 1):
             layout = plan_layout(num_devices, self.divisions)
@@ -183,7 +184,7 @@ class MemoryRequirements:
                 yield f"{layout} with {_all_of(on_host)} on the host"
 
     def _would_fit(self, layout: Layout, ranks: Mapping[int, DeviceMemory], fitting: Sequence[str]) -> str:
-        """The end of the line; nothing where other ranks of the layout already hold their weights."""
+        """The layouts that would fit, as an error says it; empty once other ranks hold their weights."""
         if len(ranks) < layout.world_size:
             return ""
         if not fitting:

@@ -1,4 +1,4 @@
-"""How many weights the ranks of a layout hold, told from the headers of a checkpoint's files."""
+"""How many weights the ranks of a layout hold, from the headers of a checkpoint's files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hidream_grpc.model.checkpoint.weights.files import Library, StoredTensor, n
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.prompts.assignment import assign_to_ranks
 
-# Parts of the names of the transformer's tensors. All others are on every rank.
+# Parts of the names of the transformer's tensors; all others are on every rank.
 _DIVIDED_BY_MODEL = (".experts.", "caption_projection.", ".adaLN_modulation.")
 _DIVIDED_BY_TENSOR = (".attn1.", ".ff_t.", ".shared_experts.")
 
@@ -21,10 +21,10 @@ class ModelWeights:
     """Numbers of weights of a checkpoint.
 
     Attributes:
-        on_every_rank: of the transformer's layers that no axis divides, and of the autoencoder.
-        divided_by_tensor: of the transformer's layers that the ranks of tensor parallel divide.
-        divided_by_model: of those that the ranks of tensor and expert parallel together divide.
-        text_encoders: of each one, which is on one rank.
+        on_every_rank: weights of the transformer's layers that no axis divides, and of the autoencoder.
+        divided_by_tensor: weights of the layers that the ranks of tensor parallel divide.
+        divided_by_model: weights of the layers that the ranks of tensor and expert parallel together divide.
+        text_encoders: weights of each text encoder, which is on one rank.
     """
 
     on_every_rank: int
@@ -33,7 +33,7 @@ class ModelWeights:
     text_encoders: Mapping[TextEncoderName, int]
 
     def without_text_encoders(self, layout: Layout) -> int:
-        """How many a rank holds at most, but for text encoders; exact to two hundredths."""
+        """The most weights that a rank holds, text encoders apart; exact to two hundredths."""
         tensor = layout.tensor_parallel
         return (
             self.on_every_rank

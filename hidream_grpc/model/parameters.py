@@ -1,4 +1,4 @@
-"""What a caller asks the model for. Torch-free: every layer above speaks in these."""
+"""What a caller requests of the model; every layer above uses these types."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hidream_grpc.model.checkpoint.variants import MAX_SCALE_WITHOUT_GUIDANCE
 
 
 class OutputFormat(StrEnum):
-    """File format of the finished images; the value is Pillow's name of it."""
+    """File format of the finished images; the value is Pillow's name for it."""
 
     PNG = "PNG"
     JPEG = "JPEG"
@@ -24,33 +24,33 @@ class OutputFormat(StrEnum):
 
     @property
     def max_side_pixels(self) -> int | None:
-        """Largest width and height that such a file can have; None where no model draws as much."""
+        """Largest width and height that such a file can have; None where no model generates such a size."""
         return _MAX_SIDE_PIXELS.get(self)
 
     @property
     def has_quality(self) -> bool:
-        """Whether such a file can lose something, and be smaller for it."""
+        """Whether such a file can trade quality for size."""
         return self is not OutputFormat.PNG
 
 
-# Of the encoders: libjpeg stops short of the 65,535 that the format's 16 bits would hold.
+# Limits of the encoders: libjpeg allows less than the 65,535 of the format's 16 bits.
 _MAX_SIDE_PIXELS = {OutputFormat.JPEG: 65_500, OutputFormat.WEBP: 16_383}
 
 
 class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
-    """One request, every field decided: what is in here is what is done.
+    """One request with every field decided, exactly as it is executed.
 
     Attributes:
-        prompt: what to draw.
-        negative_prompt: what to keep away from; has an effect only with guidance.
-        width, height: pixels of the finished image.
+        prompt: what the images show.
+        negative_prompt: what the images avoid; has an effect only with guidance.
+        width, height: size of the finished images, in pixels.
         num_inference_steps: denoising steps.
         guidance_scale: classifier-free guidance; above 1 each image costs two samples a step.
-        num_images: images of this request; image i is drawn from seed + i.
-        seed: of image 0; seed + num_images - 1 is at most 2^32 - 1.
-        output_format: of the finished images.
-        quality: 1 to 100, of JPEG and WebP.
-        with_previews: also make a small picture of the latents after every step.
+        num_images: images of this request; image i is generated from seed + i.
+        seed: seed of image 0; seed + num_images - 1 is at most 2^32 - 1.
+        output_format: file format of the finished images.
+        quality: quality of JPEG and WebP, 1 to 100.
+        with_previews: also make a small image of the latents after every step.
     """
 
     prompt: str
@@ -67,8 +67,8 @@ class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of all fields: the same in every process, and after any journey."""
-        # Callers may write 5 for 5.0; a journey makes it a float.
+        """SHA-256 of all fields: the same in every process, also after fields were stored or sent."""
+        # A caller may pass 5 for 5.0, which becomes a float when it is stored or sent.
         same_type = msgspec.structs.replace(self, guidance_scale=float(self.guidance_scale))
         return hashlib.sha256(msgspec.msgpack.encode(same_type)).digest()
 
@@ -79,7 +79,7 @@ class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Prompts that the transformer is told of: with guidance also the negative one, after the other."""
+        """Prompts that the transformer gets: the prompt, and with guidance the negative prompt after it."""
         return (self.prompt, self.negative_prompt) if self.uses_guidance else (self.prompt,)
 
     @property
@@ -89,5 +89,5 @@ class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def pixel_steps(self) -> int:
-        """Pixels of all images, each counted once a denoising step: what a caller's work is measured by."""
+        """Pixels of all images times denoising steps, by which the work of callers is measured."""
         return self.width * self.height * self.num_inference_steps * self.num_images

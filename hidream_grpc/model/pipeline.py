@@ -1,7 +1,7 @@
 """HiDream-I1 on one rank or many: encode, denoise step by step, decode.
 
-A denoising step is `StepBatch.collect`, `predict`, `advance`. Every rank holds all states and all rows;
-only in `predict` do the ranks divide the work.
+A denoising step is `StepBatch.collect`, `predict`, `advance`. Every rank holds all states and all rows; the
+ranks divide the work only in `predict`.
 
 Legend of shapes: N images of a request, B rows of a batch (samples), C latent channels; H and W are
 those of the latents, an eighth of the image's.
@@ -45,13 +45,13 @@ _PREVIEW_QUALITY = 80
 
 
 class HiDreamModel:
-    """A loaded checkpoint. Not safe to call from two threads at once.
+    """A loaded checkpoint. Do not call it from two threads at once.
 
     Attributes:
         scheduler_name: class of the checkpoint's scheduler in diffusers.
-        shift: of the scheduler's timesteps.
-        num_parameters: weights of all components.
-        fingerprint: of the checkpoint, see `fingerprint_of`.
+        shift: shift of the scheduler's timesteps.
+        num_parameters: number of weights of all components.
+        fingerprint: fingerprint of the checkpoint, see `fingerprint_of`.
     """
 
     def __init__(
@@ -93,14 +93,14 @@ class HiDreamModel:
         Args:
             model_path: a HiDream-I1 in diffusers format.
             extra_model_path: the Llama folder, where the checkpoint holds none.
-            device: where it runs, and in which dtype.
-            groups: of the rank; None for one rank that has the whole model.
-            fingerprint: of the checkpoint that it must be; None for whatever lies there.
+            device: device of this rank, which also decides the dtype.
+            groups: the axes of this rank; None for one rank that has the whole model.
+            fingerprint: fingerprint that the checkpoint must have; None for any.
 
         Raises:
             CheckpointChangedError: it is another checkpoint, or became one while it was read.
-            ModelNotFoundError: a part cannot be loaded, or its autoencoder gives no numbers.
-            Exception: of the device, as its runtime raised it.
+            ModelNotFoundError: a part cannot be loaded, or its autoencoder gives numbers that are not finite.
+            Exception: the error of the device, as its runtime raised it.
         """
         quieten_libraries()
         groups = groups or ParallelGroups(Layout())
@@ -131,9 +131,9 @@ class HiDreamModel:
                 raise ModelNotFoundError(MODEL_PATH_FLAG, model_path / "vae", str(error)) from None
         with loading(model_path / "scheduler", MODEL_PATH_FLAG, device):
             scheduler = load_scheduler(model_path / "scheduler")
-            # What its settings do not allow together shows when it is used.
+            # Settings that do not fit together raise an error when the scheduler is first used.
             new_scheduler(scheduler, 2, config.max_tokens)
-        # Last: they go where the others leave room.
+        # The text encoders come last: they go where the other parts leave room.
         text_encoders = TextEncoders.from_pretrained(
             model_path, extra_model_path, tuple(sorted(set(config.llama_layers))), device, groups.world
         )
@@ -155,16 +155,16 @@ class HiDreamModel:
 
     @torch.inference_mode()
     def compile(self, shapes: Sequence[StepShape]) -> None:
-        """Compile the transformer's blocks for steps of these shapes; others run as without it.
+        """Compile the transformer's blocks for steps of these shapes; steps of other shapes run uncompiled.
 
-        Call it before the rank is in a group, which it does not need, and at most once in a process, in
+        Call it before the rank joins a group, which it does not need, and at most once in a process, in
         which nothing is compiled thereafter.
 
         Args:
-            shapes: of whole steps; each rank compiles for the rows that it has of them.
+            shapes: shapes of whole steps; each rank compiles for its own rows of them.
 
         Raises:
-            Exception: the compiler's own, where it fails or is not there.
+            Exception: the error of the compiler, where it fails or is missing.
         """
         with self._groups.without_collectives():
             conditioning = self._prompt_encoder.blank()
@@ -175,21 +175,21 @@ class HiDreamModel:
             )
 
     def encode(self, prompts: Sequence[str]) -> EncodedPrompts:
-        """Encode prompts, each once while it is among the latest; see `PromptEncoder.encode`."""
+        """Encode prompts that are not cached; see `PromptEncoder.encode`."""
         return self._prompt_encoder.encode(prompts)
 
     @torch.inference_mode()
     def begin(
         self, parameters: GenerationParameters, encoded: EncodedPrompts | None = None
     ) -> DenoisingState:
-        """Start a request: draw its first latents.
+        """Start a request: generate its first latents.
 
-        Image i is drawn from seed + i, whatever else is in the request. (torch's generator on a CPU
-        takes the lower 32 bits of a seed.)
+        Image i is generated from seed + i, whatever else is in the request. (torch's generator on a CPU
+        uses the lower 32 bits of a seed.)
 
         Args:
-            parameters: of the request; its size is drawn exactly.
-            encoded: its prompts, among others; where None they are encoded here.
+            parameters: parameters of the request; images have exactly its size.
+            encoded: encoded prompts, its own among them; None to encode them here.
 
         Raises:
             ValueError: width or height is not a multiple of a token's side.
@@ -226,16 +226,16 @@ class HiDreamModel:
     def restore(
         self, parameters: GenerationParameters, snapshot: bytes, encoded: EncodedPrompts | None = None
     ) -> DenoisingState:
-        """Start a request where a snapshot of it was taken, on this layout or another one.
+        """Start a request from a snapshot of it, taken on this layout or another one.
 
         Args:
-            parameters: of the request.
-            snapshot: what `pack_snapshot` gave; the steps that follow are those that would have
-                followed there, bit for bit where the layout is the same.
-            encoded: its prompts, among others; where None they are encoded here.
+            parameters: parameters of the request.
+            snapshot: bytes that `pack_snapshot` returned; the following steps give what they would have given
+                there, bit for bit where the layout is the same.
+            encoded: encoded prompts, its own among them; None to encode them here.
 
         Raises:
-            SnapshotError: it is no snapshot of this request.
+            SnapshotError: the bytes are no snapshot of this request.
             Exception: a prompt could not be encoded.
         """
         state = self.begin(parameters, encoded)
@@ -244,7 +244,7 @@ class HiDreamModel:
         return state
 
     def pack_snapshot(self, snapshot: StateSnapshot, parameters: GenerationParameters) -> bytes:
-        """The bytes of a snapshot of a request, which `restore` reads; waits for the device."""
+        """Pack a snapshot of a request into bytes, which `restore` reads; wait for the device."""
         return snapshot.to_bytes(SnapshotIdentity(parameters, self.fingerprint))
 
     @torch.inference_mode()
@@ -277,15 +277,15 @@ class HiDreamModel:
 
     @torch.inference_mode()
     def advance(self, states: Sequence[DenoisingState], batch: StepBatch, noise_prediction: Tensor) -> None:
-        """Take every request of a batch one denoising step further.
+        """Advance every request of a batch by one denoising step.
 
         Args:
-            states: those that the batch was collected from, in the same order.
-            batch: of this step.
-            noise_prediction: (B, C, H, W), of all its rows.
+            states: the states that the batch was collected from, in the same order.
+            batch: the batch of this step.
+            noise_prediction: (B, C, H, W), the predictions of all rows.
 
         Raises:
-            ValueError: the prediction is not one of this batch.
+            ValueError: the prediction does not have the rows of this batch.
         """
         predictions = batch.by_request(states, noise_prediction)
         for state, (unconditional, prediction) in zip(states, predictions, strict=True):
@@ -302,7 +302,7 @@ class HiDreamModel:
         """Begin to turn the latents of one image into pixels.
 
         Args:
-            state: of a request, fully denoised or not; later steps do not change this image.
+            state: state of a request, fully denoised or not; later steps do not change this image.
             image_index: 0 to num_images - 1.
 
         Raises:
@@ -311,11 +311,11 @@ class HiDreamModel:
         return ImageDecoding(self._vae, state.latents[image_index].unsqueeze(0))
 
     def preview(self, state: DenoisingState) -> bytes:
-        """A small JPEG of the current latents of image 0."""
-        return encode_image(self._preview.draw(state.latents[0]), OutputFormat.JPEG, _PREVIEW_QUALITY)
+        """Make a small JPEG of the current latents of image 0."""
+        return encode_image(self._preview.render(state.latents[0]), OutputFormat.JPEG, _PREVIEW_QUALITY)
 
     def _blank_batch(self, shape: StepShape, conditioning: Conditioning) -> StepBatch:
-        """A step of this shape, of nothing but zeros."""
+        """A batch of this shape whose latents are zeros."""
         device, dtype = self._device.torch_device, self._device.dtype
         latents_shape = self._latents_shape(shape.width, shape.height)
         return StepBatch(
@@ -325,7 +325,7 @@ class HiDreamModel:
         )
 
     def _latents_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """(C, H, W) of an image."""
+        """Shape (C, H, W) of an image's latents."""
         return (
             self._transformer.config.in_channels,
             height // self._vae_scale_factor,

@@ -1,9 +1,9 @@
-"""The bytes of a snapshot: what a request in the middle of its denoising is, anywhere.
+"""The bytes of a snapshot, which hold a request in the middle of its denoising, for any process and layout.
 
-    version │ SHA-256 of what follows │ message of msgspec: whose it is, and its tensors as raw bytes
+    version │ SHA-256 of the rest │ msgspec message: the identity, and the tensors as raw bytes
 
-Never a pickle: reading one runs no code of its writer. What is altered, cut, of another version, request or
-checkpoint is refused, and its request then starts from its seed.
+A snapshot is no pickle, so reading it runs no code of its writer. A snapshot that is altered, cut, or of
+another version, request or checkpoint is refused, and its request then starts from its seed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class SnapshotIdentity:
-    """What a snapshot belongs to: anywhere else it would lead to a wrong image.
+    """The request and checkpoint of a snapshot; with any other it would lead to a wrong image.
 
     Attributes:
-        parameters: of the request.
-        checkpoint_fingerprint: of the checkpoint that generates its images.
+        parameters: parameters of the request.
+        checkpoint_fingerprint: fingerprint of the checkpoint that generates its images.
     """
 
     parameters: GenerationParameters
@@ -38,7 +38,7 @@ class SnapshotIdentity:
 
 
 class PackedTensor(msgspec.Struct, frozen=True, array_like=True):
-    """A tensor; dtype is torch's name of it, data in the byte order of the machine."""
+    """A tensor: `dtype` is torch's name for it, `data` is in the byte order of the machine."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -46,17 +46,18 @@ class PackedTensor(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PackedSnapshot(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """A request after one of its denoising steps.
+    """The state of a request after one of its denoising steps.
 
     Attributes:
-        step: denoising steps done.
+        step: number of denoising steps done.
         latents: (N, C, H, W).
         generator_states: one for each image.
         scheduler_name: class of the scheduler in diffusers.
-        model_outputs: that a multistep scheduler looks back on, oldest first; None before there were any.
-        last_sample: that it corrects in the next step.
-        lower_order_nums: its steps so far, up to its order.
-        this_order: of its latest step.
+        model_outputs: the latest outputs, which a multistep scheduler uses, oldest first; None for those that
+            are not there yet.
+        last_sample: the sample that the scheduler corrects in the next step.
+        lower_order_nums: number of the scheduler's steps so far, up to its order.
+        this_order: order of the scheduler's latest step.
     """
 
     step: int
@@ -79,18 +80,18 @@ _decoder = msgspec.msgpack.Decoder(_Labelled)
 
 
 def pack(snapshot: PackedSnapshot, identity: SnapshotIdentity) -> bytes:
-    """The bytes of a snapshot of this request."""
+    """Pack a snapshot of this request into bytes."""
     labelled = _Labelled(identity.parameters.digest, identity.checkpoint_fingerprint, snapshot)
     content = msgspec.msgpack.encode(labelled)
     return b"".join((_HEADER, hashlib.sha256(content).digest(), content))
 
 
 def unpack(data: bytes, identity: SnapshotIdentity) -> PackedSnapshot:
-    """The snapshot in these bytes.
+    """Read the snapshot in these bytes.
 
     Raises:
-        SnapshotError: they are not whole, of another version, request or checkpoint, or hold a step, shape or
-            dtype that this request cannot have.
+        SnapshotError: the bytes are not whole, are of another version, request or checkpoint, or hold a step,
+            shape or dtype that this request cannot have.
     """
     if not data.startswith(_HEADER):
         raise SnapshotError(f"not a snapshot of version {SNAPSHOT_VERSION}")
@@ -125,7 +126,7 @@ def _check(snapshot: PackedSnapshot, parameters: GenerationParameters) -> None:
 
 
 def _fits(shape: tuple[int, ...], parameters: GenerationParameters) -> bool:
-    """Whether latents of this shape are of as many images, of this size, by one factor of both sides."""
+    """Whether latents of this shape are those of the request's images, with one scale for both sides."""
     if len(shape) != 4 or min(shape) < 1 or shape[0] != parameters.num_images:
         return False
     factor = parameters.height // shape[2]

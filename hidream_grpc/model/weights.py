@@ -1,4 +1,4 @@
-"""A module's share of a checkpoint from its files: only the bytes that it holds are read."""
+"""Loads a module's share of a checkpoint; no other bytes of its files are read."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SafetensorsFolder:
     """The weights of one component of diffusers, in one file or several. Use it in a `with` block.
 
     Attributes:
-        tensors: all of them by name, as the files' headers say.
-        bytes_read: of all slices so far.
+        tensors: all tensors by name, from the headers of the files.
+        bytes_read: bytes of all slices that were read so far.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +38,7 @@ class SafetensorsFolder:
         self._stack.close()
 
     def read(self, part: TensorSlice) -> Tensor:
-        """One slice of a tensor, in the file's dtype, on the CPU."""
+        """Read one slice of a tensor, in the file's dtype, onto the CPU."""
         tensor = self._files[self.tensors[part.name].file].get_slice(part.name)
         rows = slice(None) if part.rows is None else slice(part.rows.start, part.rows.stop)
         if part.columns is None:
@@ -52,18 +52,18 @@ class SafetensorsFolder:
 def load_share(module: nn.Module, folder: Path, device: Device) -> int:
     """Fill a module that was made on the meta device with its share of a checkpoint.
 
-    At most one slice is in memory beside what the module holds.
+    At most one slice is in memory beside the parameters of the module.
 
     Args:
-        module: whose parameters are `Sharded`, or are called what the checkpoint calls them.
-        folder: of the component.
-        device: where the parameters go, and in which dtype.
+        module: a module whose parameters are `Sharded`, or have the same names in the checkpoint.
+        folder: folder of the component.
+        device: device of the parameters, which also decides their dtype.
 
     Returns:
-        Bytes read from the files.
+        Number of bytes read from the files.
 
     Raises:
-        ValueError: the files hold other tensors, or ones of other shapes, than the module is made of.
+        ValueError: tensors of the module are missing in the files, or have other shapes there.
     """
     slices = parameter_slices(module)
     with SafetensorsFolder(folder) as weights:
@@ -82,12 +82,12 @@ def _read_parameter(
     weights: SafetensorsFolder, parts: tuple[TensorSlice, ...], shape: torch.Size, path: str, device: Device
 ) -> nn.Parameter:
     parameter = torch.empty(shape, dtype=device.dtype, device=device.torch_device)
-    # Slices lie one under another: (G, N, K) is read as (G × N, K).
+    # Slices are stacked along the rows: (G, N, K) is read as (G × N, K).
     flat = parameter.flatten(0, -2) if parameter.dim() > 2 else parameter
     start = 0
     for part in parts:
         read = weights.read(part)
-        # A convolution's weight lies in the file as it lies here, flat or not.
+        # The weight of a convolution has the same order in the file, whether it is flattened or not.
         read = read.flatten(0, -2) if read.dim() > 2 else read
         stop = start + read.shape[0]
         if flat[start:stop].shape != read.shape:

@@ -43,7 +43,7 @@ def read_configs(model_path: Path, extra_model_path: Path | None) -> CheckpointC
     """Read the configurations of a checkpoint, and check that they fit together.
 
     Raises:
-        ModelNotFoundError: one is missing, cannot be read, or does not fit the others.
+        ModelNotFoundError: a configuration is missing, cannot be read, or does not fit the others.
     """
     scheduler = _read_scheduler(model_path)
     transformer = _read_transformer(model_path)
@@ -89,7 +89,7 @@ def _read_transformer(model_path: Path) -> TransformerConfig:
     if active > routed:
         _refuse(path.parent, f"num_activated_experts is {active}, num_routed_experts {routed}")
     axes, head_dim = transformer.axes_dims_rope, transformer.attention_head_dim
-    # The library turns all channels of a head, or the first half of them.
+    # The library rotates all channels of a head, or the first half of them.
     if any(axis % 2 for axis in axes) or sum(axes) not in {head_dim, head_dim / 2}:
         reason = f"not three even numbers with the sum attention_head_dim, {head_dim}, or half of it"
         _refuse(path.parent, f"axes_dims_rope is {axes}, {reason}")

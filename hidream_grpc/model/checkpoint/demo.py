@@ -9,5 +9,5 @@ DEMO_NAME = "demo"
 
 
 def demo_checkpoint_path() -> Path:
-    """Folder of the demo checkpoint: a whole HiDream-I1 in diffusers format, very small."""
+    """Folder of the demo checkpoint, which is a complete but very small HiDream-I1 in diffusers format."""
     return Path(str(resources.files("hidream_grpc"))) / "demo_checkpoint"

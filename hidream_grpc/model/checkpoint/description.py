@@ -1,4 +1,4 @@
-"""What a checkpoint is and whether it is whole, found out before anything is loaded."""
+"""Describes a checkpoint and checks that it is complete, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _DEFAULT_SIDE_PIXELS = 1024
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """What a request gets that does not say."""
+    """Values for the fields that a request does not set."""
 
     width: int
     height: int
@@ -49,20 +49,20 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointDescription:
-    """A whole checkpoint, as its files tell.
+    """What the files of a complete checkpoint say of it.
 
     Attributes:
-        name: of its folder, or of its repository in the hub's cache, or `demo`.
+        name: name of its folder, or of its repository in the hub's cache, or `demo`.
         variant: Full, Dev, Fast or custom.
         scheduler_name: class of the scheduler in diffusers.
-        shift: of the scheduler's timesteps.
-        defaults: of the variant, or of the checkpoint's own `generation_config.json`.
-        size_limits: which sizes can be drawn.
-        max_prompt_tokens: of each text encoder, special tokens included.
-        num_attention_heads: of the transformer; tensor parallel divides them.
-        num_routed_experts: of the transformer; expert parallel divides them.
-        needs_extra_model: the checkpoint itself holds no Llama.
-        fingerprint: tells it from any other checkpoint, also from a later one in the same folder.
+        shift: shift of the scheduler's timesteps.
+        defaults: defaults of the checkpoint's own `generation_config.json`, or else of the variant.
+        size_limits: the sizes of images that can be generated.
+        max_prompt_tokens: most tokens of a prompt for each text encoder, special tokens included.
+        num_attention_heads: attention heads of the transformer, which tensor parallel divides.
+        num_routed_experts: routed experts of the transformer, which expert parallel divides.
+        needs_extra_model: whether the checkpoint itself holds no Llama.
+        fingerprint: distinguishes the checkpoint from any other, also from a later one in the same folder.
     """
 
     name: str
@@ -79,9 +79,9 @@ class CheckpointDescription:
 
 
 def describe_checkpoint(model_path: Path, extra_model_path: Path | None) -> CheckpointDescription:
-    """Check that a checkpoint is whole and fits together, and say what it is.
+    """Check that a checkpoint is complete and fits together, and describe it.
 
-    Reads configuration files, of the weights the headers and samples.
+    Only the configuration files, and headers and samples of the weights, are read.
 
     Args:
         model_path: a HiDream-I1 in diffusers format.
@@ -90,7 +90,7 @@ def describe_checkpoint(model_path: Path, extra_model_path: Path | None) -> Chec
 
     Raises:
         ModelNotFoundError: a folder or a part of it is missing, cannot be read, or does not fit the
-            others; it names the flag to correct.
+            others; the error names the flag to correct.
     """
     pipeline_class = read_pipeline_class(model_path)
     if pipeline_class != _PIPELINE_CLASS:
@@ -123,7 +123,7 @@ def describe_checkpoint(model_path: Path, extra_model_path: Path | None) -> Chec
         needs_extra_model=not has_llama(model_path),
         fingerprint=fingerprint_of(model_path, extra_model_path),
     )
-    # Last: a refusal is one line.
+    # Last, so that a refused checkpoint gives one line.
     for warning in warnings:
         logger.warning("%s", warning)
     return description

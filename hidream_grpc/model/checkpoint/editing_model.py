@@ -1,4 +1,4 @@
-"""HiDream-E1 edits pictures and draws none; its transformer is made like that of HiDream-I1."""
+"""Refuses HiDream-E1, which edits images and generates none; its transformer is built like HiDream-I1's."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _EDITING_MODEL = "HiDream-E1"
 def check_no_editing_model(transformer_folder: Path, config: TransformerConfig) -> None:
     """Check that a transformer is not that of HiDream-E1, as far as its files tell.
 
-    Its tensors have the names and shapes of HiDream-I1's: what differs is where they come from, and the room
-    for a source beside the picture.
+    Its tensors have the names and shapes of HiDream-I1's. Only the recorded origin differs, and the room for
+    a source image beside the generated one.
 
     Raises:
-        ModelNotFoundError: it is.
+        ModelNotFoundError: the transformer is that of HiDream-E1.
     """
     name = config.name_or_path or ""
     if _EDITING_MODEL in name:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: where each part lies, what its configuration says."""
+"""The files of a checkpoint: where each part is, and what its configuration says."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ LLAMA_TOKENIZER = "tokenizer_4"
 MAX_SEQUENCE_LENGTH = 128
 
 _Positive = Annotated[int, msgspec.Meta(gt=0)]
-# Names of tensors are made for each layer and expert: a number out of this world would take for ever.
+# Names of tensors are made for each layer and expert, which would take for ever with an absurd number.
 _NumLayers = Annotated[int, msgspec.Meta(ge=0, le=512)]
 _NumExperts = Annotated[int, msgspec.Meta(gt=0, le=128)]
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True):
-    """scheduler/scheduler_config.json; UniPC calls its shift flow_shift."""
+    """The file scheduler/scheduler_config.json; UniPC calls its shift flow_shift."""
 
     name: str = msgspec.field(name="_class_name")
     shift: Annotated[float, msgspec.Meta(gt=0)] = 1.0
@@ -39,12 +39,12 @@ class SchedulerConfig(msgspec.Struct, frozen=True):
 
     @property
     def timestep_shift(self) -> float:
-        """Shift of the timesteps towards noise, whatever this scheduler calls it."""
+        """Shift of the timesteps towards noise, under the name that this scheduler gives it."""
         return self.shift if self.flow_shift is None else self.flow_shift
 
 
 class TransformerConfig(msgspec.Struct, frozen=True):
-    """transformer/config.json: the sizes of the transformer."""
+    """The file transformer/config.json, with the sizes of the transformer."""
 
     patch_size: _Positive
     in_channels: _Positive
@@ -64,22 +64,22 @@ class TransformerConfig(msgspec.Struct, frozen=True):
 
     @property
     def width(self) -> int:
-        """Channels of a token."""
+        """Number of channels of a token."""
         return self.num_attention_heads * self.attention_head_dim
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of both kinds."""
+        """Number of blocks of both kinds."""
         return self.num_layers + self.num_single_layers
 
     @property
     def max_tokens(self) -> int:
-        """Image tokens that latents which are not square are padded to."""
+        """Number of image tokens to which latents that are not square are padded."""
         return self.max_resolution[0] * self.max_resolution[1] // self.patch_size**2
 
 
 class VaeConfig(msgspec.Struct, frozen=True):
-    """vae/config.json: each block but the last halves the picture. Defaults are those of diffusers."""
+    """The file vae/config.json: each block but the last halves the image. Defaults are those of diffusers."""
 
     block_out_channels: Annotated[tuple[_Positive, ...], msgspec.Meta(min_length=1, max_length=16)]
     in_channels: _Positive = 3
@@ -98,7 +98,7 @@ class VaeConfig(msgspec.Struct, frozen=True):
 
 
 class ClipConfig(msgspec.Struct, frozen=True):
-    """text_encoder/config.json and text_encoder_2/config.json. Defaults are those of transformers."""
+    """The config.json of text_encoder and of text_encoder_2. Defaults are those of transformers."""
 
     projection_dim: _Positive
     vocab_size: _Positive = 49408
@@ -110,7 +110,7 @@ class ClipConfig(msgspec.Struct, frozen=True):
 
 
 class T5Config(msgspec.Struct, frozen=True):
-    """text_encoder_3/config.json. Defaults are those of transformers."""
+    """The file text_encoder_3/config.json. Defaults are those of transformers."""
 
     d_model: _Positive
     vocab_size: _Positive = 32128
@@ -123,7 +123,7 @@ class T5Config(msgspec.Struct, frozen=True):
 
 
 class LlamaConfig(msgspec.Struct, frozen=True):
-    """config.json of the Llama folder. Defaults are those of transformers."""
+    """The file config.json of the Llama folder. Defaults are those of transformers."""
 
     model_type: str
     vocab_size: _Positive = 32000
@@ -138,7 +138,7 @@ class LlamaConfig(msgspec.Struct, frozen=True):
 
 
 class GenerationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """generation_config.json: a checkpoint's own defaults, each optional."""
+    """The file generation_config.json, with the checkpoint's own defaults, each optional."""
 
     width: _Positive | None = None
     height: _Positive | None = None
@@ -146,12 +146,12 @@ class GenerationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     guidance_scale: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
 
 
-# Library and class; diffusers writes [null, null] for a component that was left out.
+# Library and class; diffusers writes [null, null] for a component that is missing.
 _IndexEntry = tuple[str | None, str | None] | None
 
 
 class _PipelineIndex(msgspec.Struct, frozen=True):
-    """model_index.json. What the pipeline is made of is known, but for Llama, which it need not hold."""
+    """The file model_index.json. All components of the pipeline are known; only Llama may be missing."""
 
     name: str = msgspec.field(name="_class_name")
     text_encoder_4: _IndexEntry = None
@@ -169,10 +169,10 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def check_file(path: Path, flag: str) -> None:
-    """Check that a file is there, itself and not what stands for it.
+    """Check that a file exists, and is no placeholder for the real file.
 
     Raises:
-        ModelNotFoundError: it is missing, a link to nothing, no file, or a pointer of Git LFS.
+        ModelNotFoundError: the file is missing, a dangling link, no file, or a pointer of Git LFS.
     """
     if not path.is_file():
         raise ModelNotFoundError(flag, path, _why_no_file(path))
@@ -202,7 +202,7 @@ def read_json(path: Path, config_type: type[_Config], flag: str) -> _Config:
     """Read one configuration file.
 
     Raises:
-        ModelNotFoundError: it is missing, or does not say what it must.
+        ModelNotFoundError: the file is missing, or lacks a value or has a wrong one.
     """
     check_file(path, flag)
     try:
@@ -212,7 +212,7 @@ def read_json(path: Path, config_type: type[_Config], flag: str) -> _Config:
 
 
 def read_pipeline_class(model_path: Path) -> str:
-    """Class of the pipeline in diffusers that the checkpoint is made for."""
+    """The pipeline class of diffusers for which the checkpoint is made."""
     if not model_path.is_dir():
         raise ModelNotFoundError(MODEL_PATH_FLAG, model_path)
     index = model_path / "model_index.json"
@@ -232,7 +232,7 @@ def has_llama(model_path: Path) -> bool:
 
 
 def llama_folder(model_path: Path, extra_model_path: Path | None) -> Path:
-    """Where the Llama text encoder lies: in the checkpoint, or in a folder of its own."""
+    """Folder of the Llama text encoder, in the checkpoint or apart from it."""
     if has_llama(model_path):
         return model_path / LLAMA
     if extra_model_path is None:
@@ -241,18 +241,18 @@ def llama_folder(model_path: Path, extra_model_path: Path | None) -> Path:
 
 
 def llama_flag(model_path: Path) -> str:
-    """Flag that names the folder in which Llama and its tokenizer lie."""
+    """The flag that names the folder of Llama and its tokenizer."""
     return MODEL_PATH_FLAG if has_llama(model_path) else EXTRA_MODEL_PATH_FLAG
 
 
 def llama_tokenizer_folder(model_path: Path, extra_model_path: Path | None) -> Path:
-    """Where the tokenizer of the Llama text encoder lies."""
+    """Folder of the tokenizer of the Llama text encoder."""
     folder = llama_folder(model_path, extra_model_path)
     return model_path / LLAMA_TOKENIZER if folder == model_path / LLAMA else folder
 
 
 def token_limit(tokenizer_folder: Path, flag: str = MODEL_PATH_FLAG) -> int:
-    """Most tokens that the pipeline gives to the encoder of this tokenizer."""
+    """Most tokens that the pipeline passes to the encoder of this tokenizer."""
     path = tokenizer_folder / "tokenizer_config.json"
     if not path.is_file():
         return MAX_SEQUENCE_LENGTH

@@ -1,4 +1,4 @@
-"""Which checkpoint this is, whatever its folder is called: told from samples of its files."""
+"""Identifies a checkpoint by samples of its files, whatever its folder is called."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from hidream_grpc.model.checkpoint.weights.files import weight_files
 _DIGITS = 16
 _SAMPLE_BYTES = 4096
 _MAX_SAMPLES = 16
-"""Of one weight file: a checkpoint of 60 GB costs a few megabytes of reading."""
+"""Most samples of one weight file, so that a few megabytes of a checkpoint of 60 GB are read."""
 
 _PIPELINE_FILES = ("model_index.json", "generation_config.json", "scheduler/scheduler_config.json")
 _TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 def fingerprint_of(model_path: Path, extra_model_path: Path | None) -> str:
-    """Tell a checkpoint from any other by the files that are loaded, in milliseconds.
+    """Compute the fingerprint of a checkpoint from the files that are loaded, in milliseconds.
 
     It covers every configuration and tokenizer file, and of each weight file the size, the header and samples
-    spread over its data: retrained weights differ, while a few altered bytes may lie between two samples.
-    Where the checkpoint lies, when it was written and what else is in its folders make no difference.
+    spread over its data. So it differs for retrained weights, while a few altered bytes may lie between two
+    samples. The place and the dates of the files, and other files in the folders, make no difference.
 
     Args:
         model_path: a HiDream-I1 in diffusers format.
-        extra_model_path: the Llama folder; counts only where the checkpoint holds none.
+        extra_model_path: the Llama folder; used only where the checkpoint holds none.
 
     Returns:
         Hexadecimal digits.
@@ -49,9 +49,9 @@ def fingerprint_of(model_path: Path, extra_model_path: Path | None) -> str:
 
 
 def tokenizer_fingerprint_of(model_path: Path, extra_model_path: Path | None) -> str:
-    """Tell the tokenizers of a checkpoint from others: the same ones count the same tokens in any prompt.
+    """Compute the fingerprint of a checkpoint's tokenizers: equal ones give every prompt the same tokens.
 
-    Args, result and errors are those of `fingerprint_of`.
+    Arguments, result and errors are those of `fingerprint_of`.
     """
     return _digest(_all_tokenizer_files(model_path, extra_model_path))
 
@@ -68,11 +68,11 @@ def _digest(files: Iterator[tuple[str, Path, str]]) -> str:
 
 @contextmanager
 def unchanged_checkpoint(model_path: Path, extra_model_path: Path | None, fingerprint: str) -> Iterator[None]:
-    """Make sure that what is loaded inside is this checkpoint, and stays it until it is loaded.
+    """Check that the checkpoint has this fingerprint before and after it is loaded inside the block.
 
     Raises:
-        CheckpointChangedError: it is another one, before or after; also in place of the error of a load whose
-            files were exchanged meanwhile.
+        CheckpointChangedError: it has another one; also raised in place of the error of a load whose files
+            were exchanged meanwhile.
         ModelNotFoundError: a file is missing or cannot be read.
     """
     _require(model_path, extra_model_path, fingerprint)
@@ -88,7 +88,7 @@ def _require(model_path: Path, extra_model_path: Path | None, fingerprint: str) 
 
 
 def _files(model_path: Path, extra_model_path: Path | None) -> Iterator[tuple[str, Path, str]]:
-    """Name within the checkpoint, path, and flag that named the folder, of each file that is loaded."""
+    """For each file that is loaded: its name within the checkpoint, its path, and the flag of its folder."""
     for name in _PIPELINE_FILES:
         if (model_path / name).is_file():
             yield name, model_path / name, MODEL_PATH_FLAG
@@ -112,7 +112,7 @@ def _tokenizer_files(name: str, folder: Path, flag: str) -> Iterator[tuple[str, 
 
 
 def _read(path: Path, flag: str) -> tuple[int, list[bytes]]:
-    """Size in bytes, and what counts of the content."""
+    """The size of a file in bytes, and the part of its content that the fingerprint covers."""
     try:
         with path.open("rb") as file:
             size_bytes = file.seek(0, 2)
@@ -125,7 +125,7 @@ def _read(path: Path, flag: str) -> tuple[int, list[bytes]]:
 
 
 def _read_samples(file: BinaryIO, size_bytes: int) -> list[bytes]:
-    """The header of a safetensors file, and samples of its data: the first, the last, and between them."""
+    """Read the header of a safetensors file, and samples of its data: first, last, and some between."""
     header_length = file.read(8)
     data_start = 8 + int.from_bytes(header_length, "little")
     if len(header_length) < 8 or data_start > size_bytes:

@@ -1,6 +1,6 @@
-"""How the hub's client keeps downloads: its cache, and its folder in another one.
+"""How the hub's client stores downloads, in its cache and in other folders.
 
-The cache is `models--OWNER--NAME/{blobs,snapshots}`: a snapshot is called by the 40 digits of its revision,
+The cache is `models--OWNER--NAME/{blobs,snapshots}`: the name of a snapshot is the 40 digits of its revision,
 and its files are links to blobs.
 """
 
@@ -12,7 +12,7 @@ _DOWNLOADS = Path(".cache", "huggingface", "download")
 
 
 def repository_name(path: Path) -> str | None:
-    """Name of the repository whose part of the cache a file or folder lies in; None for any other."""
+    """Name of the repository to whose part of the cache a file or folder belongs; None for any other."""
     repository = _repository(path.resolve())
     return None if repository is None else repository.name.rsplit("--", 1)[1]
 
@@ -24,7 +24,7 @@ def is_snapshot(folder: Path) -> bool:
 
 
 def snapshots_hint(folder: Path) -> str:
-    """The end of a line on a folder that lacks a file: where to look, if it is a repository in the cache."""
+    """Hint for a folder that lacks a file: where its snapshots are, if it is a repository in the cache."""
     if not folder.resolve().name.startswith("models--"):
         return ""
     names = [path.name for path in folder.glob("snapshots/*")]
@@ -32,7 +32,7 @@ def snapshots_hint(folder: Path) -> str:
 
 
 def has_unfinished_download(folder: Path) -> bool:
-    """Whether the client has begun to download a file into this folder of a checkpoint, and not finished."""
+    """Whether the client has started, but not finished, a download into this folder of a checkpoint."""
     places = [folder, folder / _DOWNLOADS, folder.parent / _DOWNLOADS / folder.name]
     if repository := _repository(folder.resolve()):
         places.append(repository / "blobs")

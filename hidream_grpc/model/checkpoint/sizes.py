@@ -1,4 +1,4 @@
-"""Which image sizes a checkpoint can draw."""
+"""Which image sizes a checkpoint can generate."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ TRAINED_SIZES = (
     ImageSize(1248, 832),
     ImageSize(832, 1248),
 )
-# Source: the server that this one replaces, which offered them beside 1024×1024.
+# Source: the server that this one replaces, which also offered these.
 SUPPORTED_SIZES = (ImageSize(1024, 768), ImageSize(768, 1024), ImageSize(512, 512))
 
 
 @dataclass(frozen=True, slots=True)
 class SizeLimits:
-    """What width and height must fulfil.
+    """The limits for width and height of an image.
 
     Attributes:
-        size_multiple: both are multiples of so many pixels (one transformer token a side).
+        size_multiple: width and height are multiples of this, in pixels (the side of a transformer token).
         max_pixels: largest width × height (the transformer's tokens).
         min_side_pixels: smallest width and height.
     """
@@ -47,7 +47,7 @@ class SizeLimits:
     min_side_pixels: int = MIN_SIDE_PIXELS
 
     def allows(self, size: ImageSize) -> bool:
-        """Whether an image of exactly this size can be drawn."""
+        """Whether an image of exactly this size can be generated."""
         return (
             min(size.width, size.height) >= self.min_side_pixels
             and size.width % self.size_multiple == 0
@@ -56,7 +56,7 @@ class SizeLimits:
         )
 
     def largest_square(self) -> ImageSize:
-        """The largest square that can be drawn."""
+        """The largest square that can be generated."""
         side = math.isqrt(self.max_pixels) // self.size_multiple * self.size_multiple
         return ImageSize(side, side)
 
@@ -65,5 +65,5 @@ class SizeLimits:
         return tuple(filter(self.allows, TRAINED_SIZES)) or (self.largest_square(),)
 
     def supported(self) -> tuple[ImageSize, ...]:
-        """Sizes to offer beside those: HiDream-I1 draws them, and was not trained for them."""
+        """Further sizes to offer: HiDream-I1 can generate them, but was not trained for them."""
         return tuple(filter(self.allows, SUPPORTED_SIZES))

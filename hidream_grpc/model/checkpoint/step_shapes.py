@@ -1,4 +1,4 @@
-"""The shapes of denoising steps that an operator names to have them compiled at boot."""
+"""The shapes of denoising steps that an operator names, to be compiled at boot."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ COMPILE_SHAPES_FLAG = "--compile-shapes"
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """What the cost of a denoising step depends on.
+    """The shape of a denoising step, on which its cost depends.
 
     Attributes:
-        width, height: of all its images, in pixels.
+        width, height: size of all its images, in pixels.
         num_samples: rows of the step, on all ranks together: two for each image with guidance, else one.
     """
 
@@ -32,16 +32,16 @@ class StepShape:
 def choose_compile_shapes(
     asked: str | None, device_type: DeviceType, size_limits: SizeLimits, flag: str = COMPILE_SHAPES_FLAG
 ) -> tuple[StepShape, ...]:
-    """The shapes to compile for, none where the operator named none.
+    """The shapes to compile for; none where the operator named none.
 
     Args:
-        asked: by the operator, as `parse_step_shapes` takes it.
-        device_type: of the ranks.
-        size_limits: of the checkpoint.
-        flag: what the operator used, for the error's text.
+        asked: the operator's text, as `parse_step_shapes` reads it.
+        device_type: type of the ranks' devices.
+        size_limits: size limits of the checkpoint.
+        flag: flag of the text, for the text of the error.
 
     Raises:
-        ConfigurationError: what was asked for is no list of shapes, or cannot be.
+        ConfigurationError: the text is no list of shapes, or the device type cannot compile.
     """
     if asked is None:
         return ()
@@ -56,12 +56,13 @@ def parse_step_shapes(
     """Read shapes such as "1024x1024x2,768x1360x2": width × height × samples of a step.
 
     Args:
-        text: what the operator gave.
-        size_limits: of the checkpoint.
-        flag: what the operator used, for the error's text.
+        text: the operator's text.
+        size_limits: size limits of the checkpoint.
+        flag: flag of the text, for the text of the error.
 
     Raises:
-        ConfigurationError: not such a list, one is named twice, or the checkpoint cannot draw the size.
+        ConfigurationError: the text is no such list, names a shape twice, or names a size that the checkpoint
+            cannot generate.
     """
     shapes: list[StepShape] = []
     for part in (part.strip() for part in text.split(",")):

@@ -1,4 +1,4 @@
-"""What the configurations of a checkpoint say of its four text encoders."""
+"""The four text encoders of a checkpoint, as its configurations describe them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hidream_grpc.model.checkpoint.weights.transformer import Shapes
 
 
 class TextEncoderName(StrEnum):
-    """The text encoders, in the order in which ranks exchange what they give."""
+    """Names of the text encoders, in the order in which ranks exchange their outputs."""
 
     CLIP_L = "CLIP-L"
     CLIP_G = "CLIP-G"
@@ -36,11 +36,11 @@ class TextEncoderFiles:
     """One text encoder of a checkpoint.
 
     Attributes:
-        folder: of its weights and configuration.
-        tokenizer_folder: of its tokenizer.
-        num_parameters: of the tensors that are read, whatever others lie in its files.
-        output_shape: of what it gives for one prompt: (P,) of a CLIP, (T, D) of T5, (L, T, D) of Llama,
-            where T is the padded length in tokens and L the layers that are read.
+        folder: folder of its weights and configuration.
+        tokenizer_folder: folder of its tokenizer.
+        num_parameters: number of weights that are read; its files may hold others.
+        output_shape: shape of its output for one prompt: (P,) of a CLIP, (T, D) of T5, (L, T, D) of Llama,
+            where T is the padded length in tokens and L the number of layers that are read.
     """
 
     folder: Path
@@ -57,7 +57,7 @@ def text_encoder_files(
     Args:
         model_path: the checkpoint.
         extra_model_path: the Llama folder, where the checkpoint holds none.
-        num_llama_layers: layers of Llama whose states are read.
+        num_llama_layers: number of layers of Llama whose states are read.
     """
     t5_folder, t5_tokenizer = model_path / "text_encoder_3", model_path / "tokenizer_3"
     llama = llama_folder(model_path, extra_model_path)

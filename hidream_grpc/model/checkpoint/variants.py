@@ -1,4 +1,4 @@
-"""Which HiDream-I1 a checkpoint is: told by its noise scheduler."""
+"""The variants of HiDream-I1, which are recognised by their noise schedulers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Variant(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What a checkpoint was made to be sampled with.
+    """The settings with which a checkpoint is meant to be sampled.
 
     Attributes:
         scheduler_name: class of the scheduler in diffusers.
-        shift: of its timesteps towards noise.
-        num_inference_steps: denoising steps, by default.
-        guidance_scale: by default; 0 turns guidance off (the distilled variants need none).
+        shift: shift of its timesteps towards noise.
+        num_inference_steps: default number of denoising steps.
+        guidance_scale: default guidance scale; 0 turns guidance off (the distilled variants need none).
     """
 
     scheduler_name: str
@@ -38,7 +38,7 @@ class Schedule:
 
 
 MAX_SCALE_WITHOUT_GUIDANCE = 1.0
-"""Up to here a guidance scale means none (diffusers: guidance_scale > 1)."""
+"""Largest guidance scale that means no guidance (diffusers: guidance_scale > 1)."""
 UNIPC = "UniPCMultistepScheduler"
 FLOW_MATCH_LCM = "FlowMatchLCMScheduler"
 FLOW_MATCH_EULER = "FlowMatchEulerDiscreteScheduler"
@@ -63,7 +63,7 @@ def identify_variant(scheduler_name: str, shift: float) -> Variant:
 def default_schedule(scheduler_name: str, shift: float) -> Schedule:
     """Steps and guidance to sample with where a request names none.
 
-    A custom checkpoint that is sampled by LCM is distilled, as Dev is; any other is taken for Full.
+    A custom checkpoint that is sampled by LCM counts as distilled, like Dev; any other counts as Full.
     """
     variant = identify_variant(scheduler_name, shift)
     if variant is Variant.CUSTOM:

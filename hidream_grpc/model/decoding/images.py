@@ -1,4 +1,4 @@
-"""Pixels to the bytes of a file."""
+"""Encodes pixels into the bytes of an image file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from hidream_grpc.model.parameters import OutputFormat
 
 MIN_FULL_COLOUR_QUALITY = 95
-"""Of a JPEG, from which on colour has as many pixels as brightness: who asks for it wants clean edges."""
+"""Quality of a JPEG from which on colour has as many pixels as brightness, for clean edges."""
 
 
 def encode_image(pixels: NDArray[np.uint8], output_format: OutputFormat, quality: int) -> bytes:
@@ -19,8 +19,8 @@ def encode_image(pixels: NDArray[np.uint8], output_format: OutputFormat, quality
 
     Args:
         pixels: (height, width, 3), RGB.
-        output_format: of the file.
-        quality: 1 to 100, of JPEG and WebP; PNG loses nothing and ignores it.
+        output_format: format of the file.
+        quality: quality of JPEG and WebP, 1 to 100; PNG is lossless and ignores it.
 
     Raises:
         ValueError: the pixels are not RGB of 8 bits a channel.

@@ -1,4 +1,4 @@
-"""A picture of latents for the price of one small matrix product."""
+"""A preview of latents for the cost of one small matrix product."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class LatentPreview:
     def fit(cls, vae: AutoencoderKL) -> LatentPreview:
         """Find, by least squares, the colour that the autoencoder gives to a latent pixel.
 
-        Fitted on colourful pictures made here: what the decoder makes of their latents.
+        The map is fitted to colourful images that are generated here, encoded and decoded.
 
         Args:
-            vae: of the checkpoint; it is run once each way.
+            vae: autoencoder of the checkpoint; it is run once each way.
 
         Raises:
-            NonFiniteError: it gives no numbers, for any picture.
+            NonFiniteError: the autoencoder returns numbers that are not finite.
         """
-        pictures = _colourful_pictures().to(vae.device, vae.dtype)
-        encoded = vae.encode(pictures).latent_dist.mode()
+        images = _colourful_images().to(vae.device, vae.dtype)
+        encoded = vae.encode(images).latent_dist.mode()
         decoded = vae.decode(encoded, return_dict=False)[0].clamp(-1.0, 1.0)
         colours = adaptive_avg_pool2d(decoded, tuple(encoded.shape[-2:]))
         latents = (encoded - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
@@ -51,14 +51,14 @@ class LatentPreview:
         return cls(weight=solution[:-1].to(vae.device), bias=solution[-1].to(vae.device))
 
     @torch.inference_mode()
-    def draw(self, latents: Tensor) -> NDArray[np.uint8]:
-        """Draw the latents of one image.
+    def render(self, latents: Tensor) -> NDArray[np.uint8]:
+        """Turn the latents of one image into the pixels of a preview.
 
         Args:
             latents: (16, H/8, W/8), as the scheduler has them.
 
         Returns:
-            (h, w, 3), with the longer side within the preview limits.
+            (h, w, 3), RGB; the longer side is within the limits of previews.
         """
         colours = torch.einsum("chw,cr->rhw", latents.float(), self._weight) + self._bias[:, None, None]
         pixels = ((colours + 1.0) * 127.5).clamp(0.0, 255.0)
@@ -71,8 +71,8 @@ class LatentPreview:
         return shown
 
 
-def _colourful_pictures() -> Tensor:
-    """Soft clouds of random colour, always the same ones.
+def _colourful_images() -> Tensor:
+    """Generate smooth images of random colours, always the same ones.
 
     Returns:
         (N, 3, S, S), float32, -1 to 1.

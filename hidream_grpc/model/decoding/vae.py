@@ -1,4 +1,4 @@
-"""An image's latents to pixels in slices, so that a decoder need not run in one piece.
+"""Decodes the latents of an image into pixels in slices, so that the decoder need not run in one piece.
 
 Legend of shapes: C latent channels; H and W are those of the latents, an eighth of the image's.
 """
@@ -19,23 +19,23 @@ from hidream_grpc.errors import NonFiniteError
 from hidream_grpc.model.diffusers_private import ResnetBlock2D, UpDecoderBlock2D, Upsample2D
 
 Slices = Generator[None, None, Tensor]
-"""Work that stops after every slice, and returns its result."""
+"""A generator that stops after every slice of its work, and returns the result."""
 
 _MIN_SLICE_PIXELS = 2**15
-"""Less is not worth a stop: a step waits for a launch and a synchronisation of an accelerator."""
+"""Least size of a slice: each costs the launch and the synchronisation of an accelerator."""
 _MAX_BANDS = 16
-"""Of rows, in one convolution."""
+"""Most bands of rows in one convolution."""
 _MAX_GROUP_CHUNKS = 4
-"""Of channel groups, in one normalization: a tenth of the convolution's work."""
+"""Most chunks of channel groups in one normalization, which is a tenth of the work of a convolution."""
 
 
 class ImageDecoding:
     """The decoding of one image, from its latents to its pixels, slice by slice.
 
     Args:
-        vae: whose decoder runs.
-        latents: (1, C, H, W), model dtype, on the decoder's device, as the scheduler has them; not
-            changed, and not read again.
+        vae: the autoencoder, of which the decoder runs.
+        latents: (1, C, H, W), model dtype, on the decoder's device, as the scheduler has them; they are not
+            changed, and read only here.
     """
 
     def __init__(self, vae: AutoencoderKL, latents: Tensor) -> None:
@@ -50,18 +50,18 @@ class ImageDecoding:
 
     @torch.inference_mode()
     def advance(self) -> None:
-        """Run the next slice; the device may still be at it on return.
+        """Run the next slice; the device may still be computing it on return.
 
         Raises:
-            IndexError: there is none.
-            NonFiniteError: this was the last one, and some pixels are no numbers.
+            IndexError: no slice is left.
+            NonFiniteError: this was the last slice, and some pixels are not finite.
         """
         if self.is_finished:
             raise IndexError("all slices are done")
         next(self._slices, None)
 
     def pixels(self) -> NDArray[np.uint8]:
-        """The image.
+        """The pixels of the image, once all slices are done.
 
         Returns:
             (8·H, 8·W, 3), RGB.
@@ -75,29 +75,29 @@ class ImageDecoding:
 
     def _decode(self, vae: AutoencoderKL, sample: Tensor) -> Iterator[None]:
         sample = yield from decode_in_slices(vae, sample)
-        # The last slice, which ends the walk.
+        # The rest is the last slice.
         is_finite = sample.isfinite().all()
         image = (sample[0] * 0.5 + 0.5).clamp_(0.0, 1.0).float()
         pixels = image.mul_(255.0).round_().to(torch.uint8).cpu().movedim(0, -1).contiguous().numpy()
-        # As pixels, NaN would be black and infinity white.
+        # As pixels, NaN would become black and infinity white.
         if not is_finite:
             raise NonFiniteError("the pixels that the autoencoder gives are not finite")
         self._pixels = pixels
 
 
 def decode_in_slices(vae: AutoencoderKL, sample: Tensor) -> Slices:
-    """What `AutoencoderKL.decode` computes, by the same modules in the same order.
+    """Compute what `AutoencoderKL.decode` does, by the same modules in the same order.
 
-    Large convolutions run in bands of rows, each of which reads a row more above and below, and large
-    normalizations in chunks of whole groups, which know nothing of each other. So no sum changes its
-    terms; the order of a sum is the kernel's.
+    Large convolutions run in bands of rows, each of which also reads the rows above and below it, and large
+    normalizations run in chunks of whole groups, which are independent of each other. So every sum has the
+    same terms; their order is up to the kernel.
 
     Args:
-        vae: whose decoder runs.
+        vae: the autoencoder, of which the decoder runs.
         sample: (1, C, H, W), unscaled.
 
     Returns:
-        A walk that returns (1, 3, 8·H, 8·W), -1 to 1 but for what is to be clipped.
+        A generator that returns (1, 3, 8·H, 8·W), -1 to 1 before clipping.
 
     Source: diffusers 0.42.1 autoencoder_kl.py `_decode`, vae.py `Decoder.forward`, and the forwards of
         its blocks in unet_2d_blocks.py.
@@ -126,7 +126,7 @@ def _modules_before_head(vae: AutoencoderKL) -> Iterator[nn.Module]:
             yield from block.resnets
             yield from block.upsamplers or ()
         else:
-            # A block of another kind, which no released checkpoint has, in one piece.
+            # A block of another kind, which no released checkpoint has, runs in one piece.
             yield block
 
 
@@ -143,7 +143,7 @@ def _run(module: nn.Module, sample: Tensor) -> Slices:
 
 
 def _run_resnet(resnet: ResnetBlock2D, sample: Tensor) -> Slices:
-    """An autoencoder's kind, which neither resizes nor knows of timesteps.
+    """Run a block of an autoencoder, which neither resizes nor depends on timesteps.
 
     Source: diffusers 0.42.1 resnet.py `ResnetBlock2D.forward`.
     """
@@ -162,7 +162,7 @@ def _run_resnet(resnet: ResnetBlock2D, sample: Tensor) -> Slices:
 
 
 def _normalize(norm: nn.GroupNorm, sample: Tensor, *, in_place: bool) -> Slices:
-    """Normalize some whole groups at a time."""
+    """Normalize some whole groups in each slice."""
     num_chunks = min(_num_slices(sample.shape[2] * sample.shape[3], _MAX_GROUP_CHUNKS), norm.num_groups)
     if num_chunks == 1:
         whole: Tensor = norm(sample)
@@ -190,14 +190,14 @@ def _run_in_bands(
     """Run a module whose output rows depend on the input rows at the same place and on their neighbours.
 
     Args:
-        module: from (1, c, rows, columns) to (1, num_channels, scale·rows, scale·columns).
-        sample: what it gets.
-        num_channels: that it gives.
-        scale: by which it enlarges.
-        ending: what is done to a band, which has these rows, at last.
+        module: maps (1, c, rows, columns) to (1, num_channels, scale·rows, scale·columns).
+        sample: input of the module.
+        num_channels: channels of the output.
+        scale: factor by which the module enlarges.
+        ending: applied to each band of the output and its rows.
 
     Returns:
-        A walk that returns the output.
+        A generator that returns the output.
     """
     _, _, num_rows, num_columns = sample.shape
     num_bands = min(_num_slices(scale * num_rows * scale * num_columns, _MAX_BANDS), num_rows)
@@ -209,7 +209,7 @@ def _run_in_bands(
     output = sample.new_empty(1, num_channels, scale * num_rows, scale * num_columns)
     for first, end in _parts(num_rows, num_bands):
         above, below = max(first - 1, 0), min(end + 1, num_rows)
-        # The module pads with zeros all round: right at the image's edges, and elsewhere in rows to drop.
+        # The module pads with zeros: rightly at the edges of the image, elsewhere in rows that are dropped.
         band = module(sample[:, :, above:below])
         band = band[:, :, scale * (first - above) : scale * (end - above)]
         rows = slice(scale * first, scale * end)
@@ -223,5 +223,5 @@ def _num_slices(num_pixels: int, limit: int) -> int:
 
 
 def _parts(length: int, num_parts: int) -> Iterator[tuple[int, int]]:
-    """First and end of nearly equal parts."""
+    """First and end index of each of some nearly equal parts."""
     return pairwise(length * part // num_parts for part in range(num_parts + 1))

@@ -27,12 +27,12 @@ SCHEDULER_CLASSES = {
 def new_scheduler(
     prototype: SchedulerMixin, num_inference_steps: int, max_sequence_tokens: int
 ) -> SchedulerMixin:
-    """A scheduler at the first of its steps.
+    """Make a scheduler that is at the first of its steps.
 
     Args:
-        prototype: the checkpoint's scheduler; only its configuration is used.
-        num_inference_steps: denoising steps.
-        max_sequence_tokens: the transformer's max_seq, which the published schedule is made for.
+        prototype: the checkpoint's scheduler, of which only the configuration is used.
+        num_inference_steps: number of denoising steps.
+        max_sequence_tokens: max_seq of the transformer, for which the published schedule is made.
 
     Source: diffusers 0.42.1 pipeline_hidream_image.py, "Prepare timesteps" of `__call__`.
     """
@@ -41,7 +41,7 @@ def new_scheduler(
         scheduler.set_timesteps(num_inference_steps)
     else:
         scheduler.set_timesteps(num_inference_steps, mu=calculate_shift(max_sequence_tokens))
-    # Otherwise the first step is looked up by its timestep, and UniPC's rounded ones can be equal.
+    # Otherwise the first step is found by its timestep, and the rounded timesteps of UniPC can be equal.
     scheduler.set_begin_index(0)
     return scheduler
 
@@ -53,14 +53,14 @@ def scheduler_step(
     latents: Tensor,
     generators: Sequence[torch.Generator],
 ) -> Tensor:
-    """Latents after one denoising step.
+    """Compute the latents after one denoising step.
 
     Args:
-        scheduler: of this request; it moves on to its next step.
+        scheduler: scheduler of this request; it advances to its next step.
         noise_prediction: (N, 16, H/8, W/8), after guidance.
-        timestep: (), of this step.
+        timestep: (), the timestep of this step.
         latents: (N, 16, H/8, W/8), before the step.
-        generators: one per image; LCM draws new noise in every step.
+        generators: one per image; LCM generates new noise in every step.
     """
     arguments: dict[str, Any] = {"return_dict": False}
     if not isinstance(scheduler, UniPCMultistepScheduler):
@@ -71,16 +71,17 @@ def scheduler_step(
 
 @dataclass(frozen=True, slots=True)
 class SchedulerHistory:
-    """What a scheduler remembers of the steps that it has taken, but for their number.
+    """The state of a scheduler after some steps, apart from their number.
 
-    The flow-match schedulers remember nothing else.
+    The flow-match schedulers have no other state.
 
     Attributes:
-        scheduler_name: its class.
-        model_outputs: (N, C, H, W) each, oldest first; None before there were any. UniPC's.
-        last_sample: (N, C, H, W), what UniPC corrects in the next step.
-        lower_order_nums: steps that UniPC has taken, up to its order.
-        this_order: of UniPC's latest step.
+        scheduler_name: class of the scheduler.
+        model_outputs: the latest outputs for UniPC, (N, C, H, W) each, oldest first; None for those that
+            are not there yet.
+        last_sample: (N, C, H, W), the sample that UniPC corrects in the next step.
+        lower_order_nums: number of UniPC's steps, up to its order.
+        this_order: order of UniPC's latest step.
 
     Source: diffusers 0.42.1 scheduling_unipc_multistep.py, `step`.
     """
@@ -93,7 +94,7 @@ class SchedulerHistory:
 
     @classmethod
     def of(cls, scheduler: SchedulerMixin) -> SchedulerHistory:
-        """The history as it is now; further steps leave it as it is."""
+        """Take the current history; later steps do not change it."""
         name = type(scheduler).__name__
         if not isinstance(scheduler, UniPCMultistepScheduler):
             return cls(name)
@@ -102,15 +103,15 @@ class SchedulerHistory:
             model_outputs=tuple(scheduler.model_outputs),
             last_sample=scheduler.last_sample,
             lower_order_nums=scheduler.lower_order_nums,
-            # Not there before the first step.
+            # UniPC has no such attribute before its first step.
             this_order=getattr(scheduler, "this_order", 0),
         )
 
     def put_into(self, scheduler: SchedulerMixin, step: int) -> None:
-        """Bring a new scheduler, of the same timesteps, to where it was after `step` steps.
+        """Bring a new scheduler of the same timesteps to its state after `step` steps.
 
         Raises:
-            SnapshotError: it is a scheduler of another class or order.
+            SnapshotError: the scheduler has another class or order.
         """
         if type(scheduler).__name__ != self.scheduler_name:
             raise SnapshotError(f"of a {self.scheduler_name}, not {type(scheduler).__name__}")

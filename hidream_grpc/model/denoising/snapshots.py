@@ -1,4 +1,4 @@
-"""A request in the middle of its denoising, as it was after one of its steps."""
+"""Snapshots of a request in the middle of its denoising."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from hidream_grpc.model.snapshot_format import (
 
 @dataclass(frozen=True, slots=True)
 class StateSnapshot:
-    """What `HiDreamModel.advance` changes of a state; later steps leave a snapshot as it is.
+    """The parts of a state that `HiDreamModel.advance` changes; later steps do not change a snapshot.
 
-    It refers to the state's tensors, which no step writes to, so taking one costs microseconds. Prompts
-    are not in it: they are encoded again, or still cached.
+    It refers to the state's tensors, which no step writes to, so taking one costs microseconds. It does not
+    hold the prompts, which are encoded again or still cached.
 
     Attributes:
-        step: denoising steps done.
+        step: number of denoising steps done.
         latents: (N, C, H, W), model dtype.
-        history: of the request's scheduler.
+        history: history of the request's scheduler.
         generator_states: one per image, uint8.
     """
 
@@ -40,7 +40,7 @@ class StateSnapshot:
 
     @classmethod
     def of(cls, state: DenoisingState) -> StateSnapshot:
-        """The state as it is now."""
+        """Take a snapshot of the state as it is now."""
         return cls(
             step=state.step,
             latents=state.latents,
@@ -49,10 +49,10 @@ class StateSnapshot:
         )
 
     def put_into(self, state: DenoisingState) -> None:
-        """Bring a state of the same request to where this was taken; what follows is the same, bit for bit.
+        """Bring a state of the same request to this snapshot; later steps give the same bits as after it.
 
         Raises:
-            SnapshotError: it is not of the same request.
+            SnapshotError: the state is not of the same request.
         """
         if self.latents.shape != state.latents.shape or self.latents.dtype != state.latents.dtype:
             here, there = (f"{tuple(t.shape)} of {t.dtype}" for t in (state.latents, self.latents))
@@ -69,7 +69,7 @@ class StateSnapshot:
         state.step = self.step
 
     def to_bytes(self, identity: SnapshotIdentity) -> bytes:
-        """A snapshot of this request, on whatever device it is; waits for the device."""
+        """Pack a snapshot of this request, on any device, into bytes; wait for the device."""
         return pack(
             PackedSnapshot(
                 step=self.step,
@@ -88,10 +88,10 @@ class StateSnapshot:
 
     @classmethod
     def from_bytes(cls, data: bytes, identity: SnapshotIdentity, device: torch.device) -> StateSnapshot:
-        """Read what `to_bytes` gave for the same request, on this device.
+        """Read the bytes that `to_bytes` returned for the same request, onto this device.
 
         Raises:
-            SnapshotError: the bytes are no whole snapshot of it.
+            SnapshotError: the bytes are no whole snapshot of that request.
         """
         packed = unpack(data, identity)
         return cls(
@@ -114,7 +114,7 @@ class StateSnapshot:
 
 def _pack(tensor: Tensor) -> PackedTensor:
     values = tensor.detach().cpu().contiguous()
-    # numpy has no bfloat16.
+    # As bytes, since numpy has no bfloat16.
     data = values.view(-1).view(torch.uint8).numpy().tobytes()
     return PackedTensor(str(values.dtype).removeprefix("torch."), tuple(values.shape), data)
 

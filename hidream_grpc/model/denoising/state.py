@@ -1,4 +1,4 @@
-"""What the denoising loop carries from step to step: one state per request, one batch per step.
+"""The state of the denoising loop: one state per request, one batch per step.
 
 Legend of shapes: N images of a request, B rows of a batch (samples), C latent channels; H and W are
 those of the latents, an eighth of the image's.
@@ -19,17 +19,17 @@ from hidream_grpc.model.transformer.conditioning import Conditioning
 
 @dataclass(slots=True)
 class DenoisingState:
-    """One request in the middle of its denoising. `HiDreamModel.advance` alone changes it.
+    """One request in the middle of its denoising; only `HiDreamModel.advance` changes it.
 
     Attributes:
-        parameters: of the request.
+        parameters: parameters of the request.
         latents: (N, C, H, W), model dtype, on the model's device.
-        scheduler: this request's own.
+        scheduler: scheduler of this request alone.
         generators: one per image, on the CPU, so that a seed means the same on every device.
-        timestep_embeds: (steps, D), what each step adds to the pooled prompt.
-        conditioning: of the prompt.
-        negative_conditioning: of the negative prompt; None without guidance.
-        step: denoising steps done.
+        timestep_embeds: (steps, D), the embedding that each step adds to the pooled prompt.
+        conditioning: the encoded prompt.
+        negative_conditioning: the encoded negative prompt; None without guidance.
+        step: number of denoising steps done.
     """
 
     parameters: GenerationParameters
@@ -43,7 +43,7 @@ class DenoisingState:
 
     @property
     def timestep(self) -> Tensor:
-        """(), the scheduler's timestep of the step to come."""
+        """The scheduler's timestep of the next step, of shape ()."""
         timestep: Tensor = self.scheduler.timesteps[self.step]
         return timestep
 
@@ -58,7 +58,7 @@ class StepBatch:
     Attributes:
         latents: (B, C, H, W), model dtype.
         time_and_prompt: (B, D), timestep embedding plus pooled prompt.
-        conditioning: of each row.
+        conditioning: the encoded prompt of each row.
     """
 
     latents: Tensor
@@ -70,10 +70,10 @@ class StepBatch:
         """Gather the rows of the next step of some requests.
 
         Args:
-            states: at least one, all of one size, each at its own step.
+            states: at least one state, all of one size, each at its own step.
 
         Raises:
-            ValueError: they differ in size.
+            ValueError: the states differ in size.
         """
         if len({state.latents.shape[1:] for state in states}) != 1:
             raise ValueError("requests of one step must have one size")
@@ -95,17 +95,17 @@ class StepBatch:
     def by_request(
         self, states: Sequence[DenoisingState], rows: Tensor
     ) -> Iterator[tuple[Tensor | None, Tensor]]:
-        """Sort a result of these rows by request.
+        """Split a result for these rows by request.
 
         Args:
-            states: those that the batch was collected from, in the same order.
-            rows: (B, ...).
+            states: the states that the batch was collected from, in the same order.
+            rows: (B, ...), the result for each row.
 
         Yields:
             For each request its unconditional rows, None without guidance, and its conditional ones.
 
         Raises:
-            ValueError: rows is not of this batch.
+            ValueError: the result does not have the rows of this batch.
         """
         if rows.shape[0] != self.num_samples:
             raise ValueError(f"{rows.shape[0]} rows for a batch of {self.num_samples}")
@@ -119,16 +119,16 @@ class StepBatch:
 
     @property
     def num_samples(self) -> int:
-        """B."""
+        """Number of rows, B."""
         return len(self.conditioning)
 
 
 @torch.inference_mode()
 def have_finite_latents(states: Sequence[DenoisingState]) -> list[bool]:
-    """Whether the latents of each request hold neither NaN nor infinity; waits for the device.
+    """Find out whether the latents of each request are free of NaN and infinity; wait for the device.
 
     Args:
-        states: at least one.
+        states: at least one state.
     """
     are_finite: list[bool] = torch.stack([state.latents.isfinite().all() for state in states]).tolist()
     return are_finite

@@ -23,14 +23,14 @@ class RoutedExperts(nn.Module):
     """SwiGLU experts behind a softmax gate of which each token takes the K best.
 
     Args:
-        name: in the checkpoint, of the module that has the gate and the experts.
-        tensor_axis: whose ranks divide the hidden units of every expert.
-        expert_axis: whose ranks divide the experts, and have different samples.
+        name: name in the checkpoint of the module with the gate and the experts.
+        tensor_axis: the ranks that divide the hidden units of every expert.
+        expert_axis: the ranks that divide the experts, and have different samples.
         width: D.
-        num_hidden: units of one expert.
+        num_hidden: hidden units of one expert.
         num_experts: E.
         num_active: K.
-        grouped_linear: the device's product of groups of rows with a matrix each.
+        grouped_linear: the device's kernel that multiplies groups of rows by a matrix each.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class RoutedExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(shape[0], width, len(self._hidden)), requires_grad=False)
 
     def forward(self, tokens: Tensor, unpadded_samples: tuple[int, ...] | None) -> Tensor:
-        """What the active experts make of each token, weighted and summed.
+        """Sum the weighted outputs of the active experts for each token.
 
         Args:
-            tokens: of this rank's samples; B and T are the same on every rank of the expert axis.
+            tokens: (B, T, D), of this rank's samples; B and T are the same on every rank of the expert axis.
             unpadded_samples: indices of the samples that are not padding, of those of all ranks of the
                 expert axis one after another; None for all.
 
@@ -85,11 +85,11 @@ class RoutedExperts(nn.Module):
         return self._expert_axis.reduce_scatter(routed.view(self._expert_axis.size, *tokens.shape))
 
     def _route(self, rows: Tensor) -> Tensor:
-        """(R, D) to (R, D), what this rank's experts add. Counts of tokens stay on the device."""
+        """Map (R, D) to (R, D), the outputs of this rank's experts; counts of tokens stay on the device."""
         weights, experts = (
             functional.linear(rows, self.gate).softmax(dim=-1).topk(self._num_active, dim=-1, sorted=False)
         )
-        # This rank's experts first, so that their tokens are the first rows.
+        # Number this rank's experts first, so that their tokens are the first rows.
         own_first = (experts.flatten() - self._experts.start) % self._num_experts
         order = own_first.argsort(stable=True)
         ends = torch.zeros(self._num_experts, dtype=torch.int64, device=rows.device)
@@ -101,10 +101,10 @@ class RoutedExperts(nn.Module):
         output = self._grouped_linear(functional.silu(gate, inplace=True).mul_(up), self.down, ends)
         output.mul_(weights.flatten()[order][:, None])
         if len(self._experts) < self._num_experts:
-            # Rows of other ranks' experts hold whatever the memory held.
+            # Rows of other ranks' experts are uninitialized memory.
             is_own = torch.arange(len(order), device=ends.device) < ends[-1]
             output = torch.where(is_own[:, None], output, 0.0)
-        # Each token's rows next to each other again: a sum in a fixed order, unlike an atomic add.
+        # Restore the order of the tokens, so that each sum has a fixed order, unlike with atomic adds.
         unsorted = torch.empty_like(output).index_copy_(0, order, output)
         return unsorted.view(-1, self._num_active, rows.shape[-1]).sum(1)
 

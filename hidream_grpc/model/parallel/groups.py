@@ -1,9 +1,9 @@
 """The axes of a layout as torch.distributed groups, and the collectives that the layers need.
 
-An axis lives as long as its rank; its group lives one generation. Only the axis refers to the group,
-and drops it before the group is destroyed: a reference that is kept anywhere, in a traceback too, keeps
-the old group's sockets open, and ranks that are not neighbours of a dead one then wait for it for ever
-(gloo, torch 2.13).
+An axis lives as long as its rank; its group lives one generation. Only the axis refers to the group, and
+drops it before the group is destroyed. Any other reference, also one in a traceback, would keep the sockets
+of the old group open, and ranks that are not neighbours of a dead rank would wait for it for ever (gloo,
+torch 2.13).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from hidream_grpc.model.parallel.layout import Layout, share
 
 
 class CollectiveError(Exception):
-    """A collective failed: another rank died, left, or was too late. The group is of no more use."""
+    """A collective failed: another rank died, left, or was too late. The group cannot be used any more."""
 
 
 @contextmanager
 def collective(doing: str) -> Iterator[None]:
-    """Turn what torch raises inside into a CollectiveError that says what was being done."""
+    """Turn an error of torch inside the block into a CollectiveError that says what was being done."""
     try:
         yield
     except RuntimeError as error:
@@ -35,15 +35,15 @@ def collective(doing: str) -> Iterator[None]:
 
 
 class Axis:
-    """Ranks among which something is divided, seen from one of them.
+    """The ranks that divide something, as one of them sees them.
 
     Collectives of an axis of size 1 do nothing. All raise CollectiveError when a rank is gone.
 
     Attributes:
-        name: in error messages.
-        ranks: world ranks, in the order of their index.
-        rank: of this one in the world.
-        index: of this one on the axis.
+        name: name of the axis in error messages.
+        ranks: world ranks of the axis, in the order of their index.
+        rank: this rank in the world.
+        index: index of this rank on the axis.
 
     Args:
         on_wait: called with True when a collective is entered, with False when it is left.
@@ -66,7 +66,7 @@ class Axis:
 
     @property
     def size(self) -> int:
-        """Ranks of this axis."""
+        """Number of ranks of the axis."""
         return len(self.ranks)
 
     def share(self, count: int, multiple: int = 1) -> range:
@@ -84,7 +84,7 @@ class Axis:
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Put together one tensor of each rank, all of one shape.
+        """Gather one tensor of each rank, all of one shape.
 
         Returns:
             (size, *tensor.shape), in the order of the axis.
@@ -96,12 +96,12 @@ class Axis:
         return gathered
 
     def all_gather_shares(self, tensor: Tensor, count: int, dim: int) -> Tensor:
-        """Put together the ranks' shares of one dimension, which need not be equal.
+        """Concatenate the ranks' shares of one dimension, which may differ in size.
 
         Args:
-            tensor: len(share(count)) in that dimension.
-            count: of all shares together.
-            dim: which dimension.
+            tensor: this rank's share, of size len(share(count)) in that dimension.
+            count: size of all shares together.
+            dim: the dimension.
 
         Returns:
             `tensor`'s shape but for `dim`, which is `count`.
@@ -109,7 +109,7 @@ class Axis:
         if self.size == 1:
             return tensor
         lengths = [len(share(count, index, self.size)) for index in range(self.size)]
-        # A collective wants equal sizes; the first share is the largest.
+        # A collective needs equal sizes; the first share is the largest.
         padded_shape = list(tensor.shape)
         padded_shape[dim] = lengths[0]
         padded = tensor.new_zeros(padded_shape)
@@ -145,7 +145,7 @@ class Axis:
         return tensor
 
     def all_true(self, values: Sequence[bool], device: torch.device) -> list[bool]:
-        """For each value, whether it is true on all ranks; the answer is the same on every rank."""
+        """Find out for each value whether it is true on all ranks; the result is the same on every rank."""
         if self.size == 1 or not values:
             return list(values)
         flags = torch.tensor(values, dtype=torch.int32, device=device)
@@ -157,7 +157,7 @@ class Axis:
         self._group = group
 
     def disconnect(self) -> None:
-        """Let go of the group, which is about to be destroyed."""
+        """Drop the group, which is about to be destroyed."""
         self._group = None
 
     def skip_collectives(self, skips: bool) -> None:
@@ -169,7 +169,7 @@ class Axis:
     def _exchange(
         self, doing: str, exchange: Callable[..., object], result: Tensor, *inputs: Tensor, **options: object
     ) -> None:
-        """Have one of torch's collectives fill `result`."""
+        """Fill `result` by one of torch's collectives."""
         if self._skips_collectives:
             result.zero_()
             return
@@ -186,13 +186,13 @@ class ParallelGroups:
     """The axes of one rank of a layout.
 
     Attributes:
-        layout: of the group.
+        layout: the layout of the group.
         tensor: ranks with the same samples and experts; they divide each layer.
         expert: ranks with the same share of each layer; they divide the routed experts.
         model: the product of these two: ranks that hold one whole model together.
         samples: ranks with the same share of each layer; they divide the rows of a step.
         world: all ranks.
-        on_wait: told of each collective, see `Axis`; also for whoever makes the groups.
+        on_wait: called around each collective, see `Axis`; also to be called while groups are made.
     """
 
     def __init__(
@@ -213,8 +213,8 @@ class ParallelGroups:
         """Make the groups of a generation, inside torch's default group; every rank must call it.
 
         Args:
-            init_timeout: of each group's making.
-            collective_timeout: of each collective thereafter.
+            init_timeout: limit for making each group.
+            collective_timeout: limit for each collective thereafter.
 
         Raises:
             CollectiveError: a rank is gone.
@@ -222,7 +222,7 @@ class ParallelGroups:
         axes = {axis.name: axis for axis in self._axes()}
         made: dict[tuple[int, ...], dist.ProcessGroup | None] = {self.world.ranks: None}
         for name, groups in self._members.items():
-            # Every rank makes every group, in one order, also those it is not a member of.
+            # Every rank makes every group, in the same order, also those that it is no member of.
             for ranks in groups:
                 if len(ranks) > 1 and ranks not in made:
                     with collective(f"making the groups of the {name} axis"):
@@ -234,13 +234,13 @@ class ParallelGroups:
                 torch_private.set_collective_timeout(collective_timeout, group)
 
     def disconnect(self) -> None:
-        """Let go of all groups, which are about to be destroyed."""
+        """Drop all groups, which are about to be destroyed."""
         for axis in self._axes():
             axis.disconnect()
 
     @contextmanager
     def without_collectives(self) -> Iterator[None]:
-        """Let all collectives inside give zeros of the right shape, without a group and other ranks."""
+        """Let all collectives inside the block return zeros of the right shape, without any group."""
         for axis in self._axes():
             axis.skip_collectives(True)
         try:

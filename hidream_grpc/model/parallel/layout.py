@@ -26,10 +26,10 @@ class Layout:
     """Sizes of the parallel axes; their product is the world size.
 
     Attributes:
-        cfg_parallel: groups that take the halves of the guidance, 1 or 2.
-        data_parallel: groups that take different images.
-        expert_parallel: groups that take different samples, and share the routed experts.
-        tensor_parallel: ranks that share each layer of the same samples.
+        cfg_parallel: number of groups that take the halves of the guidance, 1 or 2.
+        data_parallel: number of groups that take different images.
+        expert_parallel: number of groups that take different samples and divide the routed experts.
+        tensor_parallel: number of ranks that divide each layer of the same samples.
     """
 
     cfg_parallel: int = 1
@@ -46,12 +46,12 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Number of ranks."""
         return self.num_sample_groups * self.tensor_parallel
 
     @property
     def num_sample_groups(self) -> int:
-        """Groups of ranks among which the rows of a step are divided."""
+        """Number of groups of ranks among which the rows of a step are divided."""
         return self.cfg_parallel * self.data_parallel * self.expert_parallel
 
     def __str__(self) -> str:
@@ -60,13 +60,13 @@ class Layout:
 
 
 def share(count: int, index: int, size: int, multiple: int = 1) -> range:
-    """What one of `size` ranks holds or computes of `count` things: contiguous, as even as possible.
+    """The share of one of `size` ranks in `count` things: contiguous, and as even as possible.
 
     Args:
-        count: things in all.
-        index: 0 to size - 1.
-        size: ranks that divide them.
-        multiple: shares are multiples of it, but for the last one that is not empty.
+        count: number of things.
+        index: index of the rank, 0 to size - 1.
+        size: number of ranks that divide the things.
+        multiple: shares are multiples of it, except for the last one that is not empty.
     """
     num_units = -(-count // multiple)
     quotient, remainder = divmod(num_units, size)

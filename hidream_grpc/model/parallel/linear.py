@@ -1,7 +1,7 @@
 """Linear layers of which a rank holds a share, and the feed-forward made of them. Knows no model.
 
-None of these sums over the axis: what a row-parallel layer gives is a partial result, so that a caller
-can sum several of them in one all-reduce.
+No layer here sums over the axis: a row-parallel layer returns a partial result, so that its caller can sum
+several of them in one all-reduce.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional
 from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.parallel.shards import TensorSlice
 
-# Matrix kernels of accelerators want rows of a multiple of 16 bytes.
+# Matrix kernels of accelerators need rows of a multiple of 16 bytes.
 HIDDEN_UNITS_MULTIPLE = 16
 
 
@@ -23,10 +23,10 @@ class ColumnParallelLinear(nn.Module):
     """Several layers with one input as one matrix; this rank computes some outputs of each.
 
     Args:
-        names: of the layers in the checkpoint.
-        in_features: of each.
-        outputs: of each layer, those that this rank computes.
-        bias: whether they have one.
+        names: names of the layers in the checkpoint.
+        in_features: inputs of each layer.
+        outputs: outputs of each layer that this rank computes.
+        bias: whether the layers have a bias.
     """
 
     def __init__(self, names: Sequence[str], in_features: int, outputs: range, *, bias: bool) -> None:
@@ -37,7 +37,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = _parameter(len(names) * len(outputs)) if bias else None
 
     def forward(self, inputs: Tensor, first_layer: int = 0) -> tuple[Tensor, ...]:
-        """Outputs of the layers from `first_layer` on: (..., in_features) to (..., len(outputs)) each."""
+        """Apply the layers from `first_layer` on: (..., in_features) to (..., len(outputs)) for each."""
         first_row = first_layer * len(self._outputs)
         bias = None if self.bias is None else self.bias[first_row:]
         outputs = functional.linear(inputs, self.weight[first_row:], bias)
@@ -53,14 +53,14 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """A layer that sees this rank's inputs only: its sum over the axis is the whole layer's output.
+    """A layer applied to this rank's inputs alone; summed over the axis the results are the layer's output.
 
     Args:
-        name: of the layer in the checkpoint.
-        axis: whose ranks divide the inputs. The first one adds the bias.
-        inputs: those that this rank has.
-        out_features: all of them.
-        bias: whether the layer has one.
+        name: name of the layer in the checkpoint.
+        axis: the ranks that divide the inputs; the first one adds the bias.
+        inputs: inputs that this rank has.
+        out_features: all outputs of the layer.
+        bias: whether the layer has a bias.
     """
 
     def __init__(self, name: str, axis: Axis, inputs: range, out_features: int, *, bias: bool) -> None:
@@ -71,7 +71,7 @@ class RowParallelLinear(nn.Module):
         self.bias = _parameter(out_features) if bias and axis.index == 0 else None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(..., len(inputs)) to (..., out_features), this rank's part of the sum."""
+        """Map (..., len(inputs)) to (..., out_features), this rank's part of the sum."""
         return functional.linear(inputs, self.weight, self.bias)
 
     def slices(self) -> dict[str, tuple[TensorSlice, ...]]:
@@ -83,13 +83,13 @@ class RowParallelLinear(nn.Module):
 
 
 class GatheredLinear(nn.Module):
-    """Many layers with one input as one matrix; each rank computes a share of all outputs, then all meet.
+    """Many layers with one input as one matrix; ranks compute shares of the outputs and gather the rest.
 
     Args:
-        axis: whose ranks divide the outputs.
-        names: of the layers in the checkpoint.
-        in_features: of each.
-        out_features: of each.
+        axis: the ranks that divide the outputs.
+        names: names of the layers in the checkpoint.
+        in_features: inputs of each layer.
+        out_features: outputs of each layer.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class GatheredLinear(nn.Module):
         self.bias = _parameter(len(self._outputs))
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """(B, in_features), the same on every rank, to (B, out_features) of each layer."""
+        """Map (B, in_features), the same on every rank, to (B, out_features) for each layer."""
         outputs = functional.linear(inputs, self.weight, self.bias)
         gathered = self._axis.all_gather_shares(outputs, self._total, dim=-1)
         return torch.split(gathered, [out_features for _, out_features in self._layers], dim=-1)
@@ -128,10 +128,10 @@ class SwiGLU(nn.Module):
     """A gated feed-forward with SiLU; ranks divide its hidden units.
 
     Args:
-        name: in the checkpoint.
-        axis: whose ranks divide the hidden units.
-        width: of inputs and outputs.
-        num_hidden: units in all.
+        name: name in the checkpoint.
+        axis: the ranks that divide the hidden units.
+        width: number of inputs, and of outputs.
+        num_hidden: hidden units of all ranks together.
     """
 
     def __init__(self, name: str, axis: Axis, width: int, num_hidden: int) -> None:
@@ -141,9 +141,9 @@ class SwiGLU(nn.Module):
         self.down = RowParallelLinear(f"{name}.w2", axis, hidden, width, bias=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(..., width) to (..., width), this rank's part of the sum."""
+        """Map (..., width) to (..., width), this rank's part of the sum."""
         gate, up = self.gate_and_up(inputs)
-        # In place: nobody else has these, and fresh memory costs more than the arithmetic.
+        # In place, since new memory would cost more than the arithmetic.
         partial: Tensor = self.down(functional.silu(gate, inplace=True).mul_(up))
         return partial
 

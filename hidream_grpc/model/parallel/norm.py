@@ -16,9 +16,9 @@ class ParallelRMSNorm(nn.Module):
     """The weights of one RMSNorm; `rms_norms` applies it.
 
     Args:
-        name: in the checkpoint.
-        channels: those that this rank has.
-        eps: added to the mean square.
+        name: name in the checkpoint.
+        channels: channels that this rank has.
+        eps: number added to the mean square.
     """
 
     def __init__(self, name: str, channels: range, eps: float) -> None:
@@ -37,8 +37,8 @@ def rms_norms(axis: Axis, width: int, pairs: Sequence[tuple[ParallelRMSNorm, Ten
     """Apply several norms, each to a tensor of its own, with one all-reduce for all mean squares.
 
     Args:
-        axis: whose ranks divide the channels.
-        width: channels in all.
+        axis: the ranks that divide the channels.
+        width: channels of all ranks together.
         pairs: norm and (B, T, this rank's channels); B is common, T is not.
 
     Returns:

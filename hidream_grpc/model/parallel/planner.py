@@ -1,4 +1,4 @@
-"""Which layout a number of devices gets, and whether one that was asked for can be."""
+"""Which layout a number of devices gets, and whether a requested layout is possible."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MIN_REPLICA_DEVICES = 8
 
 @dataclass(frozen=True, slots=True)
 class ModelDivisions:
-    """Into how many parts a model can be divided.
+    """The numbers that decide into how many parts a model can be divided.
 
     Shares of hidden units may differ from rank to rank, so they forbid no layout.
 
@@ -40,17 +40,17 @@ def choose_layout(
     divisions: ModelDivisions,
     flag: str = LAYOUT_FLAG,
 ) -> Layout:
-    """The layout to run, which may leave devices idle.
+    """Choose the layout to run, which may leave devices idle.
 
     Args:
-        asked: by the operator, such as "tp=4,ep=2"; None has one planned.
-        num_devices: that the operator named; None gives the layout as many as it needs.
-        default: where the operator said neither; every model must allow it.
-        divisions: of the model.
-        flag: what the operator used to ask, for the error's text.
+        asked: the layout that the operator requested, such as "tp=4,ep=2"; None to plan one.
+        num_devices: number of devices that the operator named; None for as many as the layout needs.
+        default: the layout where the operator named neither; every model must allow it.
+        divisions: how the model can be divided.
+        flag: flag of the request, for the text of the error.
 
     Raises:
-        ConfigurationError: what was asked for is no layout, or cannot be.
+        ConfigurationError: the request is no layout, or is impossible.
     """
     if asked is None:
         return parse_layout(default) if num_devices is None else plan_layout(num_devices, divisions)
@@ -63,7 +63,7 @@ def parse_layout(text: str, flag: str = LAYOUT_FLAG) -> Layout:
     """Read a layout such as "tp=2,ep=2,cfg=2": any of tp, ep, cfg and dp in any order, the others are 1.
 
     Raises:
-        ConfigurationError: not such a layout.
+        ConfigurationError: the text is no such layout.
     """
     sizes: dict[str, int] = {}
     for part in (part.strip() for part in text.split(",")):
@@ -90,20 +90,20 @@ def parse_layout(text: str, flag: str = LAYOUT_FLAG) -> Layout:
 
 
 def plan_layout(num_devices: int, divisions: ModelDivisions) -> Layout:
-    """The best layout that fits.
+    """Plan the best layout for a number of devices.
 
-    Most devices in use come first, then tensor parallel as near to 4 as the heads allow (beyond, a share
-    of a layer is too small for what its all-reduces cost), then few replicas. Expert parallel takes what
-    is left: it costs no all-reduce in the attention. Replicas, which need the memory of a whole model
-    each, have at least 8 devices. Guidance is not divided: expert parallel's groups take its halves. With
-    20 heads and 4 experts:
+    It uses as many devices as possible; then tensor parallel as near to 4 as the heads allow, since beyond
+    that a share of a layer is too small for the cost of its all-reduces; then few replicas. Expert parallel
+    takes the rest: it needs no all-reduce in the attention. A replica, which needs the memory of a whole
+    model, has at least 8 devices. Guidance is not divided, since the groups of expert parallel take its
+    halves. With 20 heads and 4 experts:
 
         devices  1     2     4     5     8          16         24              32
         layout   tp=1  tp=2  tp=4  tp=5  tp=4,ep=2  tp=4,ep=4  tp=4,ep=2,dp=3  tp=4,ep=4,dp=2
 
     Args:
-        num_devices: at least 1.
-        divisions: of the model.
+        num_devices: number of devices, at least 1.
+        divisions: how the model can be divided.
     """
     layouts = allowed_layouts(
         num_devices, divisions, max_data_parallel=max(1, num_devices // _MIN_REPLICA_DEVICES)
@@ -119,14 +119,14 @@ def plan_layout(num_devices: int, divisions: ModelDivisions) -> Layout:
 
 
 def smaller_layouts(full: Layout, divisions: ModelDivisions) -> tuple[Layout, ...]:
-    """What can serve instead of a layout when devices are lost, down to one device; most devices first.
+    """The layouts to fall back to when devices are lost, down to one device, those of most devices first.
 
-    Of the layouts with as many ranks the one whose axes change least, by their ratios: what a rank holds
-    of the model, and so needs of memory, grows no more than it must.
+    Of the layouts of equally many ranks it is the one whose axes change least, by their ratios, so that the
+    memory that a rank needs grows as little as possible.
 
     Args:
-        full: that was asked for.
-        divisions: of the model, which allow `full`.
+        full: the requested layout.
+        divisions: how the model can be divided; they allow `full`.
     """
     by_size: dict[int, list[Layout]] = {}
     for layout in allowed_layouts(full.world_size - 1, divisions, full.cfg_parallel, full.data_parallel):
@@ -141,10 +141,10 @@ def smaller_layouts(full: Layout, divisions: ModelDivisions) -> tuple[Layout, ..
 def check_layout(
     layout: Layout, num_devices: int, divisions: ModelDivisions, flag: str = LAYOUT_FLAG
 ) -> None:
-    """See that a model on so many devices allows a layout; fewer ranks than devices are allowed.
+    """Check that a model on so many devices allows a layout; it may have fewer ranks than devices.
 
     Raises:
-        ConfigurationError: it does not. The text names the nearest layouts that it allows.
+        ConfigurationError: the layout is not allowed; the text names the nearest ones that are.
     """
     are = "is 1" if num_devices == 1 else f"are {num_devices}"
     reasons = []
@@ -165,7 +165,7 @@ def check_layout(
 
 
 def _nearest(asked: Layout, num_devices: int, divisions: ModelDivisions) -> list[Layout]:
-    """One or two that are allowed: that which uses most devices, that which changes least."""
+    """One or two allowed layouts: the one that uses most devices, and the one that changes least."""
     layouts = list(allowed_layouts(num_devices, divisions, asked.cfg_parallel, asked.data_parallel))
 
     def use(layout: Layout) -> tuple[float, ...]:
@@ -175,13 +175,13 @@ def _nearest(asked: Layout, num_devices: int, divisions: ModelDivisions) -> list
 
 
 def _change(asked: Layout, layout: Layout) -> tuple[float, ...]:
-    """How much a layout differs from the one that was asked for: first in how many axes."""
+    """How much a layout differs from the requested one: by the number of axes, then by their ratios."""
     ratios = _ratios(asked, layout)
     return (sum(ratio > 1 for ratio in ratios), sum(ratios), *(-value for value in _preference(layout)))
 
 
 def _ratios(asked: Layout, layout: Layout) -> list[float]:
-    """Of the sizes of each axis, from 1."""
+    """For each axis the ratio of the larger size to the smaller one."""
     sizes = [(getattr(layout, axis), getattr(asked, axis)) for axis in AXIS_KEYS.values()]
     return [max(size / wanted, wanted / size) for size, wanted in sizes]
 
@@ -204,7 +204,7 @@ def allowed_layouts(
 
 
 def _preference(layout: Layout) -> tuple[float, ...]:
-    """Greater is better, see `plan_layout`."""
+    """Rank of a layout in the order of `plan_layout`; greater is better."""
     ratio = layout.tensor_parallel / _PREFERRED_TENSOR_PARALLEL
     return layout.world_size, -max(ratio, 1 / ratio), -layout.data_parallel, -layout.tensor_parallel
 

@@ -32,14 +32,14 @@ def divide_rows(num_rows: int, groups: ParallelGroups) -> RowDivision:
     """Divide the rows of a step among the sample groups, contiguous and as even as possible.
 
     Args:
-        num_rows: of the step.
-        groups: of this rank.
+        num_rows: rows of the step.
+        groups: the axes of this rank.
     """
     samples, num_expert_ranks = groups.samples, groups.expert.size
     first_group = samples.index - groups.expert.index
     shares = [share(num_rows, first_group + index, samples.size) for index in range(num_expert_ranks)]
     longest = max(shares, key=len)
-    # A rank without enough rows computes one twice: it would wait for the others anyway.
+    # A rank with fewer rows repeats some, since it would wait for the others anyway.
     padded = [(*rows, *longest[len(rows) :]) for rows in shares]
     unpadded = [
         position * len(longest) + index for position, rows in enumerate(shares) for index in range(len(rows))
@@ -53,12 +53,12 @@ def divide_rows(num_rows: int, groups: ParallelGroups) -> RowDivision:
 
 
 def gather_rows(own: Tensor, num_rows: int, groups: ParallelGroups) -> Tensor:
-    """Put together the rows that `divide_rows` divided.
+    """Gather the rows that `divide_rows` divided.
 
     Args:
-        own: (`num_unpadded`, ...), this rank's.
-        num_rows: of the step.
-        groups: of this rank.
+        own: (`num_unpadded`, ...), the rows of this rank.
+        num_rows: rows of the step.
+        groups: the axes of this rank.
 
     Returns:
         (num_rows, ...), the same on every rank.

@@ -14,9 +14,9 @@ class TensorSlice:
     """A part of one tensor of a checkpoint.
 
     Attributes:
-        name: of the tensor.
-        rows: of dimension 0; None for all.
-        columns: of dimension 1; None for all.
+        name: name of the tensor.
+        rows: range of dimension 0; None for all.
+        columns: range of dimension 1; None for all.
     """
 
     name: str
@@ -29,13 +29,13 @@ class Sharded(Protocol):
     """A module that holds parts of a checkpoint's tensors."""
 
     def slices(self) -> dict[str, tuple[TensorSlice, ...]]:
-        """For each of its own parameters the slices that, one under another, make it up."""
+        """For each parameter of the module itself, the slices that form it, one below another."""
 
 
 def parameter_slices(module: nn.Module) -> dict[str, tuple[TensorSlice, ...]]:
-    """For every parameter of a tree of modules the slices it is made of.
+    """For every parameter of a tree of modules, the slices that form it.
 
-    A module that is not `Sharded` has the parameters that the checkpoint calls by the same names.
+    The parameters of a module that is not `Sharded` have the same names in the checkpoint.
     """
     return dict(_walk(module))
 

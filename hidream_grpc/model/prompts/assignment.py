@@ -1,4 +1,4 @@
-"""Which rank holds which text encoder, and whether it fits the rank's device. Pure."""
+"""Which rank holds which text encoder, and whether the encoder fits the rank's device. Pure."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _Name = TypeVar("_Name", bound=str)
 
 
 def assign_to_ranks(sizes_bytes: Mapping[_Name, int], world_size: int) -> dict[_Name, int]:
-    """Spread components over ranks that are equally full: the largest first, onto the emptiest rank.
+    """Assign components to ranks as evenly as possible: the largest first, each to the emptiest rank.
 
-    Every rank comes to the same result from the same sizes.
+    Every rank computes the same result from the same sizes.
 
     Args:
-        sizes_bytes: of each component, by its name.
-        world_size: ranks.
+        sizes_bytes: size of each component, by its name.
+        world_size: number of ranks.
 
     Returns:
         The rank of each component, in the order of `sizes_bytes`.
@@ -34,10 +34,10 @@ def assign_to_ranks(sizes_bytes: Mapping[_Name, int], world_size: int) -> dict[_
 
 
 def activation_reserve_bytes(memory: DeviceMemory) -> int:
-    """What must stay free on a device for denoising, decoding and cached prompts, beside all weights."""
+    """Memory that must stay free of weights on a device, for denoising, decoding and cached prompts."""
     return max(_MIN_RESERVE_BYTES, memory.total_bytes // _RESERVE_FRACTION)
 
 
 def fits(size_bytes: int, memory: DeviceMemory) -> bool:
-    """Whether a device with this memory, now, has room for so many bytes of weights and the reserve."""
+    """Whether the free memory of a device has room for so many bytes of weights and the reserve."""
     return memory.free_bytes - size_bytes >= activation_reserve_bytes(memory)

@@ -1,10 +1,9 @@
-"""Prompts to what the transformer is conditioned on: by all ranks together, once per distinct prompt.
+"""Encodes prompts for the transformer, on all ranks together, once per distinct prompt.
 
     every rank has it cached? ─→ owners run their encoders ─→ all succeeded? ─→ broadcast ─→ project
 
-Each arrow is an agreement or an exchange of all ranks, so all must encode the same prompts in the same
-order. What one prompt's encoders raise is agreed upon before anything is exchanged: no rank waits for
-another that gave up.
+Each arrow is a collective of all ranks, so all must encode the same prompts in the same order. The ranks
+agree on the errors of a prompt's encoders before they broadcast, so that no rank waits for one that failed.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from hidream_grpc.model.transformer.conditioning import Conditioning
 
 EMPTY_PROMPT = ""
 
-# An entry of the real model takes 32 MB.
+# An entry of the released model takes 32 MB.
 MAX_CACHED_PROMPTS = 16
 
 
@@ -34,7 +33,7 @@ class CaptionProjector(Protocol):
     """The part of the transformer that depends on the prompt alone."""
 
     def project_captions(self, t5: Tensor, llama: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring a prompt's states to the transformer's width; all ranks of a model must call it."""
+        """Project a prompt's states to the transformer's width; all ranks of a model must call it."""
 
     def embed_pooled(self, pooled: Tensor) -> Tensor:
         """Embed CLIP's pooled output."""
@@ -42,13 +41,13 @@ class CaptionProjector(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompts:
-    """What came of some prompts.
+    """The result of encoding some prompts.
 
     Attributes:
-        conditionings: of those that were encoded; the same prompts on every rank.
-        errors: why an encoder failed on this rank; other ranks may have others.
-        num_cache_hits: prompts, the empty one not counted, for which no encoder ran.
-        num_cache_misses: prompts for which encoders ran.
+        conditionings: the encoded prompts; they are the same on every rank.
+        errors: errors of this rank's encoders, by prompt; other ranks may have others.
+        num_cache_hits: number of prompts, without the empty one, for which no encoder ran.
+        num_cache_misses: number of prompts for which encoders ran.
     """
 
     conditionings: Mapping[str, Conditioning]
@@ -57,10 +56,10 @@ class EncodedPrompts:
     num_cache_misses: int
 
     def has_all_of(self, prompts: Sequence[str]) -> bool:
-        """Whether all of these were encoded.
+        """Whether all of these prompts were encoded.
 
         Raises:
-            Exception: what an encoder raised for one of them on this rank.
+            Exception: the error of an encoder for one of them on this rank.
         """
         for prompt in prompts:
             if prompt in self.errors:
@@ -68,11 +67,11 @@ class EncodedPrompts:
         return all(prompt in self.conditionings for prompt in prompts)
 
     def require(self, prompts: Sequence[str]) -> tuple[Conditioning, ...]:
-        """What became of these prompts, in their order.
+        """The conditionings of these prompts, in their order.
 
         Raises:
-            Exception: what an encoder raised for one of them on this rank.
-            LookupError: one of them failed on another rank only, or is not among these at all.
+            Exception: the error of an encoder for one of them on this rank.
+            LookupError: a prompt failed on another rank only, or was not to be encoded at all.
         """
         if not self.has_all_of(prompts):
             raise LookupError("a prompt was not encoded")
@@ -80,7 +79,7 @@ class EncodedPrompts:
 
 
 class ConditioningCache:
-    """The latest prompts, and the empty one, which guidance needs all the time, for good."""
+    """A cache of the latest prompts, and always of the empty one, which guidance needs."""
 
     def __init__(self) -> None:
         self._latest: OrderedDict[str, Conditioning] = OrderedDict()
@@ -95,7 +94,7 @@ class ConditioningCache:
         return self._latest[prompt]
 
     def keep(self, prompt: str, conditioning: Conditioning) -> None:
-        """Make this the latest prompt; the oldest one goes when there are too many."""
+        """Cache this prompt as the latest; the oldest one is dropped when there are too many."""
         if prompt == EMPTY_PROMPT:
             self._empty = conditioning
             return
@@ -109,10 +108,10 @@ class PromptEncoder:
     """Encodes prompts on all ranks of the world, each with its own encoders and share of the transformer.
 
     Args:
-        text_encoders: of this rank.
-        projector: this rank's transformer.
+        text_encoders: the text encoders of this rank.
+        projector: the transformer of this rank.
         world: all ranks.
-        device: of this rank.
+        device: device of this rank.
     """
 
     def __init__(
@@ -126,23 +125,23 @@ class PromptEncoder:
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[str]) -> EncodedPrompts:
-        """Encode those prompts that some rank does not have cached; all ranks must call it alike.
+        """Encode the prompts that are not cached on every rank; all ranks must call it with the same prompts.
 
         Args:
-            prompts: the same on every rank; may name one more than once.
+            prompts: the same prompts on every rank; one may occur more than once.
 
         Raises:
             CollectiveError: a rank is gone.
-            Exception: the transformer could not project what the encoders gave, here. This rank must
+            Exception: the transformer could not project the outputs of the encoders here. This rank must
                 leave the group, since the others wait for it.
         """
         distinct = tuple(dict.fromkeys(prompts))
         cached_here = [prompt in self._cache for prompt in distinct]
-        # A rank that was replaced has none, so the ranks' caches differ.
+        # The caches of the ranks differ, since a new rank has an empty one.
         is_cached = self._all_true(cached_here)
         conditionings: dict[str, Conditioning] = {}
         errors: dict[str, Exception] = {}
-        # From the cache first: what is encoded now may push them out.
+        # Read the cache first, since encoding the others may drop entries.
         for prompt, hit in zip(distinct, is_cached, strict=True):
             if hit:
                 conditionings[prompt] = self._cache[prompt]
@@ -160,7 +159,7 @@ class PromptEncoder:
 
     @torch.inference_mode()
     def blank(self) -> Conditioning:
-        """A conditioning of the shape that every prompt's has; all ranks of a model must call it."""
+        """A conditioning of zeros in the shape that all prompts have; all ranks of a model must call it."""
         return self._project(self._text_encoders.blank())
 
     def _encode(self, prompt: str, errors: dict[str, Exception]) -> Conditioning | None:
@@ -169,7 +168,7 @@ class PromptEncoder:
         try:
             outputs = self._text_encoders.encode(prompt)
         except Exception as error:
-            # Its frames hold what the next prompt may need the memory of.
+            # Its frames hold memory that the next prompt may need.
             traceback.clear_frames(error.__traceback__)
             errors[prompt] = error
         (succeeded,) = self._all_true([prompt not in errors])
@@ -180,7 +179,7 @@ class PromptEncoder:
         return self._project(outputs)
 
     def _project(self, outputs: Mapping[TextEncoderName, Tensor]) -> Conditioning:
-        """What the encoders gave, as the transformer's blocks take it."""
+        """Project the outputs of the encoders for the transformer's blocks."""
         embeds = PromptEmbeds.from_outputs(outputs)
         t5, llama = self._projector.project_captions(embeds.t5, embeds.llama)
         return Conditioning(self._projector.embed_pooled(embeds.pooled), t5, llama)

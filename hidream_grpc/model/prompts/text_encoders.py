@@ -1,4 +1,4 @@
-"""This rank's text encoders: a prompt becomes what the transformer's captions are projected from.
+"""The text encoders of this rank, which turn a prompt into the input of the caption projection.
 
 Legend of shapes: T tokens (the padded length), L Llama layers that the transformer reads.
 """
@@ -39,12 +39,12 @@ _GB = 1e9
 
 @dataclass(frozen=True, slots=True)
 class PromptEmbeds:
-    """What the text encoders give for one prompt, in the model's dtype, on its device.
+    """The outputs of the text encoders for one prompt, in the model's dtype, on its device.
 
     Attributes:
         pooled: (P,), the pooled embeddings of both CLIP encoders.
         t5: (T, D), the last states of T5.
-        llama: (L, T, D), states after those layers of Llama that the transformer reads.
+        llama: (L, T, D), the states after the layers of Llama that the transformer reads.
     """
 
     pooled: Tensor
@@ -53,7 +53,7 @@ class PromptEmbeds:
 
     @classmethod
     def from_outputs(cls, outputs: Mapping[TextEncoderName, Tensor]) -> PromptEmbeds:
-        """Put together the outputs of the four encoders."""
+        """Combine the outputs of the four encoders."""
         return cls(
             pooled=torch.cat((outputs[TextEncoderName.CLIP_L], outputs[TextEncoderName.CLIP_G])),
             t5=outputs[TextEncoderName.T5],
@@ -65,21 +65,21 @@ class TextEncoder(Protocol):
     """One encoder with its tokenizer."""
 
     def encode(self, prompt: str) -> Tensor:
-        """What this encoder gives for one prompt; see `TextEncoderFiles.output_shape`."""
+        """Encode one prompt into a tensor of `TextEncoderFiles.output_shape`."""
 
 
 class TextEncoders:
     """The text encoders of a checkpoint, of which this rank runs its own.
 
     Attributes:
-        owners: the rank of each encoder; every rank knows all.
-        num_parameters: of all encoders, wherever they are.
+        owners: the rank of each encoder; the same on every rank.
+        num_parameters: number of weights of all encoders on all ranks.
 
     Args:
         own: the encoders of this rank.
-        files: of all encoders.
+        files: the files of all encoders.
         owners: the rank of each encoder.
-        device: where the outputs go, in its dtype.
+        device: device of the outputs, which also decides their dtype.
     """
 
     def __init__(
@@ -106,19 +106,19 @@ class TextEncoders:
     ) -> TextEncoders:
         """Load this rank's encoders of a checkpoint, each onto the device where it has room.
 
-        Call it when everything else of the model is loaded: what is free then is measured.
+        Call it when everything else of the model is loaded, since it measures the free memory.
 
         Args:
             model_path: the checkpoint.
             extra_model_path: the Llama folder, where the checkpoint holds none.
-            llama_layers: layers whose states the transformer reads, each once.
-            device: of this rank.
+            llama_layers: layers of Llama whose states the transformer reads, each once.
+            device: device of this rank.
             world: the ranks that share the encoders.
         """
         files = text_encoder_files(model_path, extra_model_path, len(llama_layers))
         sizes_bytes = {name: f.num_parameters * device.dtype.itemsize for name, f in files.items()}
         owners = assign_to_ranks(sizes_bytes, world.size)
-        # The largest first: on the device it saves most.
+        # The largest first, since it gains most from the device.
         names = sorted(
             (name for name in files if owners[name] == world.index), key=sizes_bytes.__getitem__, reverse=True
         )
@@ -138,11 +138,11 @@ class TextEncoders:
         """Run this rank's encoders.
 
         Returns:
-            What each encoder gives, in the model's dtype, on its device; of other ranks' encoders a
-            tensor to receive it in.
+            The output of each encoder, in the model's dtype, on its device; for the encoders of other ranks
+            an empty tensor that can receive it.
 
         Raises:
-            NonFiniteError: one of them gives NaN or infinity.
+            NonFiniteError: an output holds NaN or infinity.
 
         Source: diffusers 0.42.1 pipeline_hidream_image.py, encode_prompt (padding and lengths).
         """
@@ -159,7 +159,7 @@ class TextEncoders:
         return outputs
 
     def blank(self) -> dict[TextEncoderName, Tensor]:
-        """Zeros in the shapes of what the encoders give for any prompt."""
+        """Zeros in the shapes of the outputs, which are the same for all prompts."""
         device, dtype = self._device.torch_device, self._device.dtype
         return {
             name: torch.zeros(shape, device=device, dtype=dtype)
@@ -193,11 +193,11 @@ class _T5Encoder:
 
 
 class _LlamaEncoder:
-    """LlamaModel is LlamaForCausalLM without the head that turns states into words."""
+    """Llama without the head that turns states into words, hence LlamaModel and not LlamaForCausalLM."""
 
     def __init__(self, files: TextEncoderFiles, layers: tuple[int, ...], device: Device) -> None:
         self._tokenizer = load_tokenizer(PreTrainedTokenizerFast, files.tokenizer_folder)
-        # Llama has no padding token; the pipeline takes this one.
+        # Llama has no padding token; the pipeline uses this one.
         self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model = load_module(LlamaModel, files.folder, device)
         self._layers = layers
@@ -224,22 +224,22 @@ def _load(
 
 
 def _choose_device(size_bytes: int, device: Device) -> tuple[Device, str]:
-    """The device, if it has room beside what denoising and decoding need, or else the CPU of its host.
+    """Choose the device, if it has room beside the needs of denoising and decoding, or else the host's CPU.
 
-    The host computes in what its CPU device says, float32: in bfloat16, half of its memory, the same
+    The host computes in the dtype of its CPU device, float32. In bfloat16, with half the memory, the same
     matrix product took 7 times as long on x86 without AVX-512 and 3.5 times without its bfloat16
     instructions, which few hosts of accelerators have (oneDNN in torch 2.13, ISA capped, 2026-11-25).
 
     Args:
-        size_bytes: of the encoder's weights on the device.
-        device: of this rank.
+        size_bytes: size of the encoder's weights on the device.
+        device: device of this rank.
 
     Returns:
-        Where the encoder goes, and why, for the log.
+        The device of the encoder, and the reason, for the log.
     """
     if device.backend == CPU.backend:
         return device, f"on the CPU, {size_bytes / _GB:.3g} GB"
-    # What torch has cached counts as used.
+    # Memory that torch has cached counts as used.
     device.empty_cache()
     memory = device.memory()
     size, free, reserve = (
@@ -256,7 +256,7 @@ def _choose_device(size_bytes: int, device: Device) -> tuple[Device, str]:
 def _tokenize(
     tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Tokens of one prompt, padded to the length that the transformer was trained with.
+    """Tokenize one prompt, padded to the length that the transformer was trained with.
 
     Returns:
         input_ids and attention_mask, (1, T), int64, on the device.

@@ -1,6 +1,6 @@
-"""From the text encoders' widths to the transformer's: once per prompt.
+"""Projects the outputs of the text encoders to the width of the transformer, once per prompt.
 
-Legend: L tokens, D width of the transformer, blocks: of both kinds, layers: of Llama that blocks read.
+Legend: L tokens, D width of the transformer, blocks of both kinds, layers of Llama that blocks read.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class CaptionProjection(nn.Module):
     """One projection of Llama's states for each block, and one of T5's; ranks divide the outputs.
 
     Args:
-        config: of the transformer.
-        axis: whose ranks divide the outputs.
+        config: configuration of the transformer.
+        axis: the ranks that divide the outputs.
     """
 
     def __init__(self, config: TransformerConfig, axis: Axis) -> None:
@@ -36,7 +36,7 @@ class CaptionProjection(nn.Module):
         self.t5 = nn.Parameter(torch.empty(len(self._outputs), t5_channels), requires_grad=False)
 
     def forward(self, t5: Tensor, llama: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, channels) and (layers, L, channels) to (T, D) and (blocks, L, D)."""
+        """Map (T, channels) and (layers, L, channels) to (T, D) and (blocks, L, D)."""
         of_blocks = llama[list(self._layer_of_block)] @ self.llama.transpose(-2, -1)
         of_t5 = functional.linear(t5, self.t5)
         return (

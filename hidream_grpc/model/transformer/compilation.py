@@ -1,4 +1,4 @@
-"""Compiling the transformer's blocks at boot, for the steps that the operator named, and never again."""
+"""Compiles the transformer's blocks at boot, for the steps that the operator named, and never later."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from hidream_grpc.model.checkpoint.step_shapes import StepShape
 
 logger = logging.getLogger(__name__)
 
-# All blocks of a kind share their graphs: more than this for one function and shape is a defect.
+# All blocks of a kind share their graphs; more graphs for one function and shape are a defect.
 _MAX_GRAPHS_PER_SHAPE = 8
 
 
 def compile_blocks(
     blocks: Sequence[nn.Module], shapes: Sequence[StepShape], run_step: Callable[[StepShape], object]
 ) -> None:
-    """Compile blocks for steps of some shapes; whatever else they get runs as if they were not compiled.
+    """Compile blocks for steps of some shapes; steps of other shapes run uncompiled.
 
-    Blocks of one kind share what is compiled. From here on this process compiles nothing, whoever asks.
+    Blocks of one kind share their graphs. Afterwards this process compiles nothing any more.
 
     Args:
-        blocks: of a transformer.
-        shapes: of the steps, each once.
-        run_step: runs the blocks as such a step does.
+        blocks: blocks of a transformer.
+        shapes: shapes of the steps, each once.
+        run_step: runs the blocks as a step of such a shape does.
 
     Raises:
-        Exception: the compiler's own, where it fails or is not there.
+        Exception: the error of the compiler, where it fails or is missing.
     """
     for block in blocks:
         block.compile(dynamic=False)

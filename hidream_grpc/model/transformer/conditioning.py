@@ -1,4 +1,4 @@
-"""What a prompt becomes, once, for all steps of all requests that have it."""
+"""The encoded form of a prompt, made once for all steps of all requests with that prompt."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """A prompt as the transformer's blocks take it: model dtype, on the device, the same on every rank.
+    """A prompt as input of the transformer's blocks: model dtype, on the device, the same on every rank.
 
     Attributes:
-        pooled: (D,), the embedding of CLIP's pooled output; a step adds its timestep's.
+        pooled: (D,), the embedding of CLIP's pooled output, to which a step adds that of its timestep.
         t5: (T, D), projected states of T5.
         llama: (blocks, T, D), for each block the projected states of its layer of Llama.
     """

@@ -1,9 +1,8 @@
-"""The diffusion transformer of HiDream-I1: one model on one rank or many, exact and without waste.
+"""The diffusion transformer of HiDream-I1, on one rank or many.
 
-Its output is that of diffusers' HiDreamImageTransformer2DModel. What it leaves out has no effect there:
-padding tokens are all alike, so that one which counts as often stands for them; Llama's tokens leave
-after each block, so that they are keys and values only; and what depends on the prompt, the schedule or
-the size alone is computed once.
+Its output is that of diffusers' HiDreamImageTransformer2DModel, for less work. All padding tokens are alike,
+so one token that counts as often replaces them. Llama's tokens are dropped after each block, so they are keys
+and values only. What depends on the prompt, the schedule or the size alone is computed once.
 
 Legend: B samples, N image tokens (with the padding token, if any, which is the first), T text tokens that
 go from block to block, L tokens of Llama that a block appends, S = N + T + L, D width, H heads of this
@@ -48,13 +47,13 @@ _MAX_GRIDS = 16
 
 @dataclass(frozen=True, slots=True)
 class RankRows:
-    """The samples of one forward, as a rank sees them. All ranks of the expert axis have equally many.
+    """The samples of one forward, as a rank sees them; all ranks of the expert axis have equally many.
 
     Attributes:
-        latents: (B, C, height, width), of this rank.
+        latents: (B, C, height, width), latents of this rank's samples.
         time_and_prompt: (B of all ranks of the expert axis, D), timestep embedding plus pooled prompt
             of each sample, in the order of the axis.
-        conditioning: of this rank's samples.
+        conditioning: prompts of this rank's samples.
         unpadded_samples: indices of the samples of all ranks of the expert axis that are not padding; None
             for all.
     """
@@ -69,9 +68,9 @@ class HiDreamTransformer(nn.Module):
     """One rank's share of the transformer.
 
     Args:
-        config: of the checkpoint.
-        groups: the axes of the layout. Their collectives run in every forward.
-        device: whose kernels are used.
+        config: configuration of the transformer.
+        groups: the axes of the layout, whose collectives run in every forward.
+        device: the device, whose kernels are used.
     """
 
     def __init__(self, config: TransformerConfig, groups: ParallelGroups, device: Device) -> None:
@@ -91,7 +90,7 @@ class HiDreamTransformer(nn.Module):
             SingleBlock(f"single_stream_blocks.{index}.block", config, groups, device)
             for index in range(config.num_single_layers)
         )
-        # All blocks' modulations depend on the timestep and the pooled prompt alone: one product for all.
+        # The modulations of all blocks depend on timestep and pooled prompt alone, so one product gives all.
         names, num_outputs = zip(*modulations(config), strict=True)
         self.modulation = GatheredLinear(groups.model, names, width, num_outputs)
         num_channels = config.out_channels or config.in_channels
@@ -102,17 +101,17 @@ class HiDreamTransformer(nn.Module):
         self._grids: dict[tuple[int, int, int], TokenGrid] = {}
 
     def embed_timesteps(self, timesteps: Tensor) -> Tensor:
-        """(S,), scheduler units, to (S, D): what a sample's step adds to its pooled prompt."""
+        """Map timesteps (S,), in scheduler units, to the (S, D) that steps add to their pooled prompts."""
         embeds: Tensor = self.t_embedder(timesteps, self.x_embedder.proj.weight.dtype)
         return embeds
 
     def embed_pooled(self, pooled: Tensor) -> Tensor:
-        """(P,), CLIP's pooled output, to (D,)."""
+        """Map CLIP's pooled output (P,) to (D,)."""
         embeds: Tensor = self.p_embedder(pooled[None])[0]
         return embeds
 
     def project_captions(self, t5: Tensor, llama: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring a prompt's states to the transformer's width; all ranks of a model must call it.
+        """Project a prompt's states to the transformer's width; all ranks of a model must call it.
 
         Args:
             t5: (T, channels of T5).
@@ -161,7 +160,7 @@ class HiDreamTransformer(nn.Module):
         return unpatchify(output, self.config.patch_size, grid)
 
     def _grid(self, latents: Tensor, num_text_tokens: int) -> TokenGrid:
-        """Positions of the tokens of one size, computed once."""
+        """The positions of the tokens of one size, computed once."""
         rows, columns = (side // self.config.patch_size for side in latents.shape[-2:])
         key = rows, columns, num_text_tokens
         if key not in self._grids:
@@ -174,7 +173,7 @@ class HiDreamTransformer(nn.Module):
 
 
 class DoubleBlock(nn.Module):
-    """Image and text, each with weights of its own, attend to each other and to Llama's tokens."""
+    """A block in which image and text, with their own weights, attend to both and to Llama's tokens."""
 
     def __init__(self, name: str, config: TransformerConfig, groups: ParallelGroups, device: Device) -> None:
         super().__init__()
@@ -192,7 +191,7 @@ class DoubleBlock(nn.Module):
         grid: TokenGrid,
         unpadded_samples: tuple[int, ...] | None,
     ) -> tuple[Tensor, Tensor]:
-        """(B, N, D) and (B, T, D) to the same; llama: (B, L, D); modulation: (B, 1, 12 D)."""
+        """Map (B, N, D) and (B, T, D) to the same; llama: (B, L, D); modulation: (B, 1, 12 D)."""
         image_modulation, text_modulation = modulation.chunk(2, dim=-1)
         shift, scale, gate, ff_shift, ff_scale, ff_gate = image_modulation.chunk(6, dim=-1)
         shift_t, scale_t, gate_t, ff_shift_t, ff_scale_t, ff_gate_t = text_modulation.chunk(6, dim=-1)
@@ -213,7 +212,7 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """Image and text as one stream attend to themselves and to Llama's tokens."""
+    """A block in which image and text, as one stream, attend to themselves and to Llama's tokens."""
 
     def __init__(self, name: str, config: TransformerConfig, groups: ParallelGroups, device: Device) -> None:
         super().__init__()
@@ -229,7 +228,7 @@ class SingleBlock(nn.Module):
         grid: TokenGrid,
         unpadded_samples: tuple[int, ...] | None,
     ) -> Tensor:
-        """(B, N + T, D) to the same; llama: (B, L, D); modulation: (B, 1, 6 D)."""
+        """Map (B, N + T, D) to the same; llama: (B, L, D); modulation: (B, 1, 6 D)."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.chunk(6, dim=-1)
         (attended,) = self.attn1([_modulated(hidden, shift, scale)], _modulated(llama, shift, scale), grid)
         hidden = torch.addcmul(hidden, gate, attended)
@@ -241,8 +240,9 @@ class Attention(nn.Module):
     """Attention of one or two streams; this rank has some of the heads.
 
     Args:
-        name: in the checkpoint.
-        streams: suffix of the names of each stream's weights. The last one's also serve Llama's tokens.
+        name: name in the checkpoint.
+        streams: suffix of the names of each stream's weights; those of the last stream also serve Llama's
+            tokens.
     """
 
     def __init__(
@@ -259,7 +259,7 @@ class Attention(nn.Module):
         )
 
     def forward(self, streams: Sequence[Tensor], llama: Tensor, grid: TokenGrid) -> tuple[Tensor, ...]:
-        """(B, tokens, D) of each stream, and (B, L, D), to (B, tokens, D) of each stream."""
+        """Map (B, tokens, D) of each stream, and Llama's (B, L, D), to (B, tokens, D) of each stream."""
         lengths = [stream.shape[1] for stream in streams]
         stream_weights = cast("list[AttentionWeights]", list(self.streams))
         queries, keys, values = [], [], []
@@ -307,7 +307,7 @@ class AttentionWeights(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Routed experts and one that every token passes; gives this rank's part of the sum."""
+    """Routed experts and a shared one for every token; the result is this rank's part of the sum."""
 
     def __init__(self, name: str, config: TransformerConfig, groups: ParallelGroups, device: Device) -> None:
         super().__init__()
@@ -325,7 +325,7 @@ class MixtureOfExperts(nn.Module):
         )
 
     def forward(self, tokens: Tensor, unpadded_samples: tuple[int, ...] | None) -> Tensor:
-        """(B, tokens, D) to the same."""
+        """Map (B, tokens, D) to the same, this rank's part of the sum."""
         routed: Tensor = self.experts(tokens, unpadded_samples)
         shared: Tensor = self.shared_experts(tokens)
         return routed + shared

@@ -1,4 +1,4 @@
-"""Latents as tokens, and where the tokens stand.
+"""Turns latents into tokens and back, and computes the positions of the tokens.
 
 Legend: B samples, N image tokens (with the padding token, if any, which is the first), T text tokens.
 """
@@ -19,7 +19,7 @@ class TokenGrid:
     """The tokens of latents of one size, and of their text.
 
     Attributes:
-        rows, columns: of patches.
+        rows, columns: numbers of patches.
         padding_count: how many padding tokens the first token stands for; 0 where it is an image token.
         cosines, sines: (N + T, half the channels of a head that are rotated), float32.
     """
@@ -40,9 +40,9 @@ class TokenGrid:
         rotary_embedding: HiDreamImageEmbedND,
         device: torch.device,
     ) -> TokenGrid:
-        """The grid of one size.
+        """Compute the grid of one size.
 
-        Padding and text stand at position 0. Only latents that are not square are padded.
+        Padding and text have position 0. Only latents that are not square are padded.
 
         Source: diffusers 0.42.1 transformer_hidream_image.py, patchify and rope.
         """
@@ -63,7 +63,7 @@ class TokenGrid:
 
 
 def patchify(latents: Tensor, patch_size: int, grid: TokenGrid) -> Tensor:
-    """(B, C, height, width) to (B, N, patch size² × C); a padding token is all zeros."""
+    """Map (B, C, height, width) to (B, N, patch size² × C); a padding token is all zeros."""
     batch, channels = latents.shape[:2]
     patches = latents.reshape(batch, channels, grid.rows, patch_size, grid.columns, patch_size)
     tokens = patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, grid.rows * grid.columns, -1)
@@ -71,7 +71,7 @@ def patchify(latents: Tensor, patch_size: int, grid: TokenGrid) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, patch_size: int, grid: TokenGrid) -> Tensor:
-    """(B, N, patch size² × C) to (B, C, height, width); a padding token is dropped."""
+    """Map (B, N, patch size² × C) to (B, C, height, width); a padding token is dropped."""
     if grid.padding_count:
         tokens = tokens[:, 1:].contiguous()
     patches = tokens.view(tokens.shape[0], grid.rows, grid.columns, patch_size, patch_size, -1)

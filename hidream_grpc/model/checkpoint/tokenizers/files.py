@@ -1,4 +1,4 @@
-"""The files of a checkpoint's tokenizers, and whether they are whole."""
+"""The files of a checkpoint's tokenizers, and a check that they are complete."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ TOKENIZER_FILES = (
     "merges.txt",
     "spiece.model",
 )
-"""Whatever of these is there is read."""
+"""All files of a tokenizer that are read if they exist."""
 
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def check_tokenizers(model_path: Path, extra_model_path: Path | None) -> None:
-    """Check that the four tokenizers are there, and that what is there of them is whole.
+    """Check that the four tokenizers exist, and that their files can be read.
 
     Raises:
         ModelNotFoundError: a file is missing, or cannot be read.
@@ -41,7 +41,7 @@ def check_tokenizers(model_path: Path, extra_model_path: Path | None) -> None:
 
 
 def _check_tokenizer(folder: Path, flag: str, vocabulary: tuple[str, ...]) -> None:
-    """Check one that is a tokenizer.json, or else these files."""
+    """Check one tokenizer, which is a tokenizer.json or else these files."""
     has_vocabulary = any(os.path.lexists(folder / name) for name in vocabulary)
     if os.path.lexists(folder / "tokenizer.json") or not has_vocabulary:
         vocabulary = ("tokenizer.json",)

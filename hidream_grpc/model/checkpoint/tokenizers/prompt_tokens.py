@@ -1,6 +1,6 @@
-"""How many tokens a prompt has, for each text encoder.
+"""Counts the tokens of a prompt, for each text encoder.
 
-The pipeline cuts what an encoder has no room for; this service refuses it, so it must count first.
+The pipeline cuts prompts that are too long for an encoder; this service refuses them, so it must count first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from hidream_grpc.model.checkpoint.tokenizers.t5 import t5_tokenizer
 
 @dataclass(frozen=True, slots=True)
 class TokenCount:
-    """Tokens of one prompt for one text encoder, special tokens included."""
+    """Number of tokens of one prompt for one text encoder, special tokens included."""
 
     encoder: str
     num_tokens: int
@@ -37,13 +37,13 @@ class TokenCount:
 
     @property
     def fits(self) -> bool:
-        """Whether the encoder gets all of them."""
+        """Whether the encoder has room for all of them."""
         return self.num_tokens <= self.max_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class PromptTokenCounter:
-    """The tokenizers of a checkpoint, by encoder, with the most tokens that each may give."""
+    """The tokenizers of a checkpoint, by encoder, each with the most tokens that its encoder takes."""
 
     _tokenizers: Mapping[str, tuple[Tokenizer, int]]
 
@@ -52,7 +52,7 @@ class PromptTokenCounter:
         """Load the four tokenizers of a checkpoint that `describe_checkpoint` has accepted.
 
         Raises:
-            ModelNotFoundError: one cannot be read, or gives tokens that its text encoder does not have.
+            ModelNotFoundError: a tokenizer cannot be read, or has tokens that its text encoder does not have.
         """
         clip_l, clip_g, t5 = (model_path / name for name in ("tokenizer", "tokenizer_2", "tokenizer_3"))
         llama, flag = llama_tokenizer_folder(model_path, extra_model_path), llama_flag(model_path)
@@ -87,7 +87,7 @@ class PromptTokenCounter:
 
 
 def _vocabulary_sizes(model_path: Path, extra_model_path: Path | None) -> tuple[int, ...]:
-    """Tokens that each text encoder has an embedding of."""
+    """Number of tokens for which each text encoder has an embedding."""
     clip_l, clip_g = (
         read_json(model_path / name / "config.json", ClipConfig, MODEL_PATH_FLAG)
         for name in ("text_encoder", "text_encoder_2")
@@ -115,7 +115,7 @@ def _t5_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _clip_tokenizer(folder: Path) -> Tokenizer:
-    """CLIP's byte-level BPE; published checkpoints hold it as vocab.json and merges.txt alone.
+    """Make CLIP's byte-level BPE from vocab.json and merges.txt, which alone published checkpoints hold.
 
     Source: OpenAI's CLIP, simple_tokenizer.py; transformers builds the same in CLIPTokenizer.
     """

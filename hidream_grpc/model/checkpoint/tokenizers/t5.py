@@ -1,4 +1,4 @@
-"""T5's tokenizer from the file that SentencePiece wrote, where a checkpoint holds no other."""
+"""Makes T5's tokenizer from the file of SentencePiece, where a checkpoint holds no other."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class _T5TokenizerConfig(msgspec.Struct, frozen=True):
 
 
 def t5_tokenizer(folder: Path, flag: str) -> Tokenizer:
-    """Convert spiece.model into the tokenizer that the ranks have: the same tokens for any prompt.
+    """Convert spiece.model into the tokenizer of the ranks, with the same tokens for any prompt.
 
     Raises:
-        ModelNotFoundError: it is no model of SentencePiece.
+        ModelNotFoundError: the file is no model of SentencePiece.
 
     Source: transformers 5.24 tokenization_t5.py, convert_slow_tokenizer.py (T5Converter).
     """
-    # Few checkpoints come without tokenizer.json, and no other server waits for this import.
+    # Imported here, since few checkpoints have no tokenizer.json and other servers need not wait for it.
     from sentencepiece import sentencepiece_model_pb2
 
     path = folder / "spiece.model"
-    # Its classes are made when it is imported.
+    # The module makes its classes when it is imported.
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         model.ParseFromString(path.read_bytes())

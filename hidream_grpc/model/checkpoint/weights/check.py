@@ -1,4 +1,4 @@
-"""Whether weights are what their configuration says, told from the headers of their files."""
+"""Checks weights against their configuration, by the headers of their files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DTYPES = ("F64", "F32", "F16", "BF16", *_FLOAT8)
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
-# Why a tensor that is not read must not be passed over, by what its name has in it.
+# Why a tensor that is not read must not be ignored, by a part of its name.
 _UNREAD_KINDS = (
     (re.compile("lora", re.IGNORECASE), "LoRA tensors; merge them into the weights"),
     (
@@ -36,12 +36,12 @@ _UNREAD_KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class _Contents:
-    """What a configuration says of a component's weights.
+    """The tensors that a component's files must or may hold, by its configuration.
 
     Attributes:
-        shapes: of the tensors that are read, once for each way to name them.
-        unread: names of other tensors that may be there: buffers, and parts of a larger model.
-        twins: two names of one tensor, of which the library reads either.
+        shapes: shapes of the tensors that are read, once for each way to name them.
+        unread: names of other tensors that may exist: buffers, and parts of a larger model.
+        twins: pairs of names of one tensor, of which the library reads either.
     """
 
     shapes: tuple[Shapes, ...]
@@ -58,13 +58,13 @@ _T5_EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 
 
 def check_weights(model_path: Path, extra_model_path: Path | None, configs: CheckpointConfigs) -> list[str]:
-    """Check that every tensor that is read is there, is a number to compute with, and that no other is.
+    """Check that all tensors that are read exist in a dtype to compute with, and that there are no others.
 
     Returns:
-        What an operator should know of weights that are loaded: a line for each component.
+        Lines for the operator about weights that can be loaded, at most one for each component.
 
     Raises:
-        ModelNotFoundError: a file is missing, is not whole, or holds something else.
+        ModelNotFoundError: a file is missing, is incomplete, or holds other tensors.
     """
     _check_no_adapter(model_path, MODEL_PATH_FLAG)
     contents = _contents(configs)
@@ -80,7 +80,7 @@ def check_weights(model_path: Path, extra_model_path: Path | None, configs: Chec
 
 
 def _contents(configs: CheckpointConfigs) -> dict[str, _Contents]:
-    """By component."""
+    """The tensors of each component."""
     t5, llama = t5_tensors(configs.t5), llama_tensors(configs.llama)
     own_name, other_name = _T5_EMBEDDINGS
     t5_by_other_name = {name.replace(own_name, other_name): shape for name, shape in t5.items()}
@@ -92,7 +92,7 @@ def _contents(configs: CheckpointConfigs) -> dict[str, _Contents]:
         "text_encoder_3": _Contents(
             (t5, t5_by_other_name, t5 | t5_by_other_name), _UNREAD_OF_T5, _T5_EMBEDDINGS
         ),
-        # LlamaForCausalLM writes the first, LlamaModel the second.
+        # The first is written by LlamaForCausalLM, the second by LlamaModel.
         LLAMA: _Contents(
             (llama, {name.removeprefix("model."): shape for name, shape in llama.items()}), _UNREAD_OF_LLAMA
         ),
@@ -149,7 +149,7 @@ def _check_component(component: Component, contents: _Contents) -> dict[str, Sto
 
 
 def _worst(names: Iterable[str]) -> tuple[str, str]:
-    """The name that says most about what is wrong, and what that is."""
+    """The wrong tensor whose name explains most, and the explanation."""
     return next(
         (name, reason) for kind, reason in _UNREAD_KINDS for name in sorted(names) if kind.search(name)
     )

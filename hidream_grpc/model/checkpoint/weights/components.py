@@ -1,4 +1,4 @@
-"""The components of a checkpoint that hold weights: where each lies, of which library it is."""
+"""The components of a checkpoint that hold weights, with their folders and libraries."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Component:
     """One component of a checkpoint.
 
     Attributes:
-        name: what model_index.json calls it.
-        folder: the folder of its configuration and weights.
-        library: the library that it is of.
-        flag: the flag that named the folder.
+        name: its name in model_index.json.
+        folder: folder of its configuration and weights.
+        library: library of its class.
+        flag: flag that named the folder.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Component:
 
 
 def components(model_path: Path, extra_model_path: Path | None) -> tuple[Component, ...]:
-    """List the components of a checkpoint, Llama last, in whichever folder it lies."""
+    """List the components of a checkpoint, with Llama, which may have a folder of its own, last."""
     llama = llama_folder(model_path, extra_model_path)
     return (
         *(

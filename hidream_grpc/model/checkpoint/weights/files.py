@@ -1,4 +1,4 @@
-"""The one reader of what holds a component's weights: which files, and the tensors in them."""
+"""Reads which files hold the weights of a component, and which tensors are in them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hidream_grpc.model.checkpoint.hub import has_unfinished_download
 
 
 class Library(StrEnum):
-    """The library that a component is of; the value is what it calls the component's weights."""
+    """The library of a component; the value is its name for the file of the weights."""
 
     DIFFUSERS = "diffusion_pytorch_model"
     TRANSFORMERS = "model"
@@ -28,12 +28,12 @@ class Library(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a component, as the header of its file says.
+    """One tensor of a component, as the header of its file describes it.
 
     Attributes:
-        file: that holds it.
-        dtype: as safetensors writes it: F32, BF16, F8_E4M3, I64.
-        shape: of the tensor.
+        file: path of the file that holds the tensor.
+        dtype: name of the dtype in safetensors, such as F32, BF16, F8_E4M3 or I64.
+        shape: shape of the tensor.
     """
 
     file: Path
@@ -42,12 +42,12 @@ class StoredTensor:
 
     @property
     def num_elements(self) -> int:
-        """How many numbers it is made of."""
+        """Number of elements of the tensor."""
         return math.prod(self.shape)
 
     @property
     def size_bytes(self) -> int:
-        """Its size in the file."""
+        """Size of the tensor in the file."""
         bits = re.search(r"\d+", self.dtype)
         return self.num_elements * (8 if bits is None else int(bits[0])) // 8
 
@@ -57,7 +57,7 @@ class _WeightIndex(msgspec.Struct, frozen=True):
 
 
 class _Place(msgspec.Struct, frozen=True):
-    """Where the data of a tensor lie, as the header of its file says; its metadata lie nowhere."""
+    """An entry in the header of a file: where the data of a tensor are; the metadata have none."""
 
     data_offsets: tuple[int, int] = (0, 0)
 
@@ -66,13 +66,13 @@ _CHUNK_BYTES = 2**20
 
 
 def weight_files(folder: Path, library: Library, flag: str = MODEL_PATH_FLAG) -> tuple[Path, ...]:
-    """Files that a component is loaded from: its index, where there is one, and those with its tensors.
+    """List the files that a component is loaded from: its index, if any, and the files with its tensors.
 
-    What else lies in the folder counts for nothing: weights in another precision, such as
-    `model.fp16.safetensors`, their index, and an index whose files are gone beside one whole file.
+    Other files in the folder are ignored: weights in another precision, such as `model.fp16.safetensors`,
+    their index, and an index whose files are gone beside one complete file.
 
     Raises:
-        ModelNotFoundError: there are none, or one that the index names is missing.
+        ModelNotFoundError: there are no such files, or one that the index names is missing.
     """
     single = folder / f"{library}.safetensors"
     index = folder / f"{library}.safetensors.index.json"
@@ -105,8 +105,8 @@ def read_tensors(folder: Path, library: Library, flag: str = MODEL_PATH_FLAG) ->
         All tensors of the component by name.
 
     Raises:
-        ModelNotFoundError: a file is missing, is not a whole safetensors file, or holds a tensor that
-            another one holds too.
+        ModelNotFoundError: a file is missing, is no complete safetensors file, or holds a tensor that
+            another file holds too.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder, library, flag):
@@ -121,12 +121,12 @@ def read_tensors(folder: Path, library: Library, flag: str = MODEL_PATH_FLAG) ->
 
 
 def num_weights(tensors: Mapping[str, StoredTensor]) -> int:
-    """How many numbers the weights of a component are, all of whose tensors are read."""
+    """Number of elements of all these tensors."""
     return sum(tensor.num_elements for tensor in tensors.values())
 
 
 def have_equal_data(name: str, other_name: str, tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether two tensors of a component, which `read_tensors` has read, are the same bytes."""
+    """Whether two tensors of a component have the same bytes in their files."""
     with ExitStack() as stack:
         streams = []
         for tensor_name in (name, other_name):

@@ -1,4 +1,4 @@
-"""Which tensors the text encoders are made of, told from their configurations."""
+"""The tensors of the text encoders, derived from their configurations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hidream_grpc.model.checkpoint.weights.transformer import Shapes, linear
 
 
 def clip_tensors(config: ClipConfig) -> Shapes:
-    """Shape of every tensor, by the name that it has in a checkpoint.
+    """The shape of every tensor, by its name in a checkpoint.
 
     Source: transformers 5.24 modeling_clip.py, CLIPTextModelWithProjection.
     """
@@ -29,7 +29,7 @@ def clip_tensors(config: ClipConfig) -> Shapes:
 
 
 def t5_tensors(config: T5Config) -> Shapes:
-    """Shape of every tensor, by the name that it has in a checkpoint.
+    """The shape of every tensor, by its name in a checkpoint.
 
     Source: transformers 5.24 modeling_t5.py, T5EncoderModel.
     """
@@ -56,7 +56,7 @@ def t5_tensors(config: T5Config) -> Shapes:
 
 
 def llama_tensors(config: LlamaConfig) -> Shapes:
-    """Shape of every tensor, by the name that it has in a checkpoint.
+    """The shape of every tensor, by its name in a checkpoint.
 
     Source: transformers 5.24 modeling_llama.py, LlamaForCausalLM without its head.
     """

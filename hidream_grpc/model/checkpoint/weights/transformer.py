@@ -1,4 +1,4 @@
-"""Which tensors the transformer is made of, told from its configuration."""
+"""The tensors of the transformer, derived from its configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FREQUENCY_EMBEDDING = 256
 
 
 def transformer_tensors(config: TransformerConfig) -> Shapes:
-    """Shape of every tensor, by the name that it has in a checkpoint.
+    """The shape of every tensor, by its name in a checkpoint.
 
     Source: diffusers 0.42.1 transformer_hidream_image.py, HiDreamImageTransformer2DModel.
     """
@@ -30,7 +30,7 @@ def transformer_tensors(config: TransformerConfig) -> Shapes:
         shapes |= linear(name, width, num_outputs)
     for index in range(config.num_blocks):
         shapes |= linear(f"caption_projection.{index}.linear", llama_channels, width, bias=False)
-    # T5's projection is counted as one more block's.
+    # The projection of T5 is numbered as that of one more block.
     shapes |= linear(f"caption_projection.{config.num_blocks}.linear", t5_channels, width, bias=False)
     for index in range(config.num_layers):
         name = f"double_stream_blocks.{index}.block"
@@ -44,7 +44,7 @@ def transformer_tensors(config: TransformerConfig) -> Shapes:
 
 
 def modulations(config: TransformerConfig) -> Iterator[tuple[str, int]]:
-    """Name and number of outputs of each layer that modulates a block, and of the final one."""
+    """Name and number of outputs of each layer that modulates a block, and of the final layer."""
     for index in range(config.num_layers):
         yield f"double_stream_blocks.{index}.block.adaLN_modulation.1", 12 * config.width
     for index in range(config.num_single_layers):
@@ -53,7 +53,7 @@ def modulations(config: TransformerConfig) -> Iterator[tuple[str, int]]:
 
 
 def swiglu_units(hidden_dim: int) -> int:
-    """Units of a SwiGLU that is called `hidden_dim` wide.
+    """Number of hidden units of a SwiGLU whose nominal width is `hidden_dim`.
 
     Source: diffusers 0.42.1 transformer_hidream_image.py, HiDreamImageFeedForwardSwiGLU.
     """
@@ -62,7 +62,7 @@ def swiglu_units(hidden_dim: int) -> int:
 
 
 def linear(name: str, num_inputs: int, num_outputs: int, *, bias: bool = True) -> Shapes:
-    """Tensors of one linear layer."""
+    """The tensors of one linear layer."""
     weight: Shapes = {f"{name}.weight": (num_outputs, num_inputs)}
     return weight | {f"{name}.bias": (num_outputs,)} if bias else weight
 

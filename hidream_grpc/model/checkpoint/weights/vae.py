@@ -1,4 +1,4 @@
-"""Which tensors the autoencoder is made of, told from its configuration."""
+"""The tensors of the autoencoder, derived from its configuration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hidream_grpc.model.checkpoint.weights.transformer import Shapes, linear
 
 
 def vae_tensors(config: VaeConfig) -> Shapes:
-    """Shape of every tensor, by the name that it has in a checkpoint.
+    """The shape of every tensor, by its name in a checkpoint.
 
     Source: diffusers 0.42.1 autoencoder_kl.py, AutoencoderKL; vae.py, Encoder and Decoder.
     """
@@ -24,7 +24,7 @@ def vae_tensors(config: VaeConfig) -> Shapes:
 
 
 def _half(config: VaeConfig, name: str, num_inputs: int, num_outputs: int) -> Shapes:
-    """Tensors of the encoder, or of the decoder: blocks in reverse, each with one layer more."""
+    """The tensors of the encoder, or of the decoder: its blocks are in reverse, with one more layer each."""
     is_encoder = name == "encoder"
     channels = config.block_out_channels if is_encoder else config.block_out_channels[::-1]
     block, sampler = ("down_blocks", "downsamplers") if is_encoder else ("up_blocks", "upsamplers")

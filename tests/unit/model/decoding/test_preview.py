@@ -32,7 +32,7 @@ def test_a_preview_looks_like_the_picture(vae: AutoencoderKL) -> None:
     with torch.inference_mode():
         encoded = vae.encode(picture).latent_dist.mode()
     latents = (encoded - vae.config.shift_factor) * vae.config.scaling_factor
-    preview = LatentPreview.fit(vae).draw(latents[0])
+    preview = LatentPreview.fit(vae).render(latents[0])
     assert preview.shape == (64, 64, 3)
     small = adaptive_avg_pool2d(picture[0], (64, 64)).movedim(0, -1).numpy() * 127.5 + 127.5
     for channel in range(3):
@@ -54,13 +54,13 @@ def test_a_preview_looks_like_the_picture(vae: AutoencoderKL) -> None:
 def test_a_preview_stays_within_its_limits_and_keeps_the_shape(
     latents_size: tuple[int, int], preview_size: tuple[int, int], vae: AutoencoderKL
 ) -> None:
-    preview = LatentPreview.fit(vae).draw(torch.zeros(16, *latents_size))
+    preview = LatentPreview.fit(vae).render(torch.zeros(16, *latents_size))
     assert preview.shape == (*preview_size, 3)
 
 
 def test_the_fit_is_the_same_every_time(vae: AutoencoderKL) -> None:
     latents = torch.randn(16, 32, 32, generator=torch.Generator().manual_seed(1))
-    assert np.array_equal(LatentPreview.fit(vae).draw(latents), LatentPreview.fit(vae).draw(latents))
+    assert np.array_equal(LatentPreview.fit(vae).render(latents), LatentPreview.fit(vae).render(latents))
 
 
 def test_an_autoencoder_that_gives_no_numbers_is_told_before_anything_is_drawn(vae: AutoencoderKL) -> None:
