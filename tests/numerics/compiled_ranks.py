@@ -10,6 +10,7 @@ import multiprocessing
 import sys
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,16 @@ def _be_rank(rank: int, checkpoint: Path, layout: Layout, folder: Path, others: 
     dist.destroy_process_group()
 
 
-def main(checkpoint: Path, layout: Layout, folder: Path) -> None:
-    """Start one rank after another, each when the one before has compiled; wait for all."""
+def main(checkpoint: Path, layout: Layout, folder: Path, backend: str) -> None:
+    """Start one rank after another, each when the one before has compiled; wait for all.
+
+    Args:
+        checkpoint: its folder.
+        layout: of the ranks.
+        folder: where each rank writes what it did.
+        backend: of torch's compiler, instead of the one that the service uses.
+    """
+    torch.compile = partial(torch.compile, backend=backend)  # type: ignore[assignment]
     context = multiprocessing.get_context("fork")
     ranks = []
     for rank in range(layout.world_size):
@@ -127,4 +136,4 @@ def main(checkpoint: Path, layout: Layout, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), parse_layout(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]), parse_layout(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])

@@ -19,13 +19,26 @@ LAYOUT = "tp=2"
 NUM_BLOCKS = 2
 RELATIVE_TOLERANCE = 1e-5
 
-pytestmark = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on a CPU"
-)
+# The first runs the blocks' graphs as they are; the service's own makes C++ of them for most of a minute.
+BACKENDS = [
+    "eager",
+    pytest.param(
+        "inductor",
+        marks=[
+            pytest.mark.long,
+            pytest.mark.skipif(
+                shutil.which(os.environ.get("CXX", "g++")) is None,
+                reason="torch.compile needs a C++ compiler on a CPU",
+            ),
+        ],
+    ),
+]
 
 
-@pytest.fixture(scope="module")
-def compiled_ranks(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[CompiledRank]:
+@pytest.fixture(scope="module", params=BACKENDS)
+def compiled_ranks(
+    request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[CompiledRank]:
     """Every rank of a layout whose blocks have collectives inside."""
     folder = tmp_path_factory.mktemp("compiled")
     # Blocks of one kind only: the compiler takes half a second for each kernel.
@@ -43,7 +56,7 @@ def compiled_ranks(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
         "TORCHINDUCTOR_VEC_ISA_OK": "1",
     }
     subprocess.run(
-        [sys.executable, "-m", "tests.numerics.compiled_ranks", checkpoint, LAYOUT, folder],
+        [sys.executable, "-m", "tests.numerics.compiled_ranks", checkpoint, LAYOUT, folder, request.param],
         env=os.environ | compiler,
         check=True,
     )
