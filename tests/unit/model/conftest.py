@@ -18,7 +18,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def split_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint without Llama, and the Llama folder."""
+    """A checkpoint without Llama, and a Llama folder."""
     folder = tmp_path_factory.mktemp("checkpoints")
     return write_tiny_checkpoint(folder / "tiny", folder / "llama"), folder / "llama"
 

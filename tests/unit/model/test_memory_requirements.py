@@ -9,7 +9,7 @@ from hidream_grpc.model.memory_requirements import MemoryRequirements
 from hidream_grpc.model.model_weights import ModelWeights
 from hidream_grpc.model.parallel.planner import ModelDivisions, parse_layout
 
-# The released model.
+# Sizes of the released model.
 WEIGHTS = ModelWeights(
     on_every_rank=100_000_000,
     divided_by_tensor=3_850_000_000,
@@ -34,7 +34,7 @@ def refusal(
     host: DeviceMemory,
     ranks: tuple[int, ...] | None = None,
 ) -> str:
-    """What the operator reads; empty where there is room."""
+    """The error line for the operator; empty where there is room."""
     try:
         warning(device_type, layout, memory, host, ranks)
     except InsufficientMemoryError as error:
@@ -49,7 +49,7 @@ def warning(
     host: DeviceMemory,
     ranks: tuple[int, ...] | None = None,
 ) -> str | None:
-    """What the operator reads where there is room, but little."""
+    """The line for the operator where there is little room."""
     parsed = parse_layout(layout)
     requirements = MemoryRequirements(WEIGHTS, ModelDivisions(20, 4), device_type)
     devices = dict.fromkeys(range(parsed.world_size) if ranks is None else ranks, memory)
@@ -96,7 +96,7 @@ def test_every_rank_counts_towards_the_host_and_only_those_that_start() -> None:
     assert "leaves no room on the devices for Llama, T5 and CLIP-L" in refusal(CUDA, "tp=2", device, host)
     assert refusal(CUDA, "tp=2", device, host, ranks=(0,)) == ""
     assert refusal(CUDA, "tp=2", device, host, ranks=(1,)) == ""
-    # Beside ranks that hold their weights it is no matter of layouts.
+    # Another layout is no help beside ranks that hold their weights.
     assert refusal(CUDA, "tp=2", device, gigabytes(10), ranks=(1,)).endswith("and there are 10.0 GB free")
 
 

@@ -30,14 +30,14 @@ from tests.support.denoising import decode, denoise, is_denoised, parameters, ta
 @pytest.fixture(scope="module")
 def model(tiny_checkpoint: Path) -> HiDreamModel:
     model = HiDreamModel.from_pretrained(tiny_checkpoint, None, open_device("cpu", 0))
-    # As a rank does when it has joined its group.
+    # A rank does this when it has joined its group.
     model.encode([EMPTY_PROMPT])
     return model
 
 
 @pytest.fixture
 def encoder_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Prompts that the text encoders really ran for."""
+    """The prompts for which the text encoders ran."""
     prompts: list[str] = []
     encode = TextEncoders.encode
 
@@ -141,7 +141,7 @@ def test_predictions_gathered_outside_of_inference_mode_can_be_used(model: HiDre
     assert state.step == 1
 
 
-def test_a_preview_is_a_small_jpeg_of_the_pictures_shape(model: HiDreamModel) -> None:
+def test_a_preview_is_a_small_jpeg_of_the_images_shape(model: HiDreamModel) -> None:
     with Image.open(io.BytesIO(model.preview(model.begin(parameters(width=128, height=64))))) as preview:
         assert preview.format == "JPEG"
         assert preview.size == (64, 32)
@@ -176,7 +176,7 @@ def test_loading_and_drawing_write_nothing_to_the_terminal(tiny_checkpoint: Path
 
 
 def test_a_loaded_model_has_its_weights_in_memory_and_not_in_its_files(own_checkpoint: Path) -> None:
-    # In the dtype of the files, in which the libraries keep a mapping of them.
+    # With the dtype of the files, the libraries would keep a mapping of them.
     model = HiDreamModel.from_pretrained(own_checkpoint, None, open_device("cpu", 0))
     before = denoise(model, parameters()).latents
     assert str(own_checkpoint) not in Path("/proc/self/maps").read_text()

@@ -1,4 +1,4 @@
-"""Whole snapshots that are not of this request, and what no snapshot of it can be."""
+"""Snapshots that are complete but of another request, or impossible for this one, are refused."""
 
 from __future__ import annotations
 

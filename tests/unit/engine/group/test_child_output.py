@@ -20,7 +20,7 @@ async def output() -> AsyncIterator[ChildOutput]:
 
 
 async def passed_on(capsys: pytest.CaptureFixture[str], ends_with: str) -> str:
-    """What has come out at stderr, once it ends so."""
+    """Wait until stderr ends with a text; return all of it."""
     text = ""
     async with asyncio.timeout(TIMEOUT_SECONDS):
         while not text.endswith(ends_with):

@@ -67,7 +67,7 @@ def test_folders_of_other_users_of_other_programs_and_behind_links_stay(
     left = folder_of_a_killed_server(tmp_path)
     stranger = os.geteuid() + 1
     with monkeypatch.context() as patched:
-        # As another user: nothing here is its own.
+        # Another user owns nothing here.
         patched.setattr(os, "geteuid", lambda: stranger)
         with pytest.raises(PermissionError):
             GroupFolder()
@@ -78,7 +78,7 @@ def test_a_folder_without_the_marker_of_a_server_stays_whatever_its_name(tmp_pat
     kept = [
         *(tmp_path / "hidream.data" / name for name in ("jobs.sqlite", ".of-hidream-grpc")),
         tmp_path / "hidream.model" / "model_index.json",
-        # As long as those that a server makes.
+        # The suffix is as long as that of a server's folder.
         tmp_path / "hidream.weights1" / "ranks",
     ]
     for path in kept:

@@ -19,7 +19,7 @@ def detector(num_threads: int = 1, *, may_all_wait: bool = False) -> HangDetecto
 
 
 def hanging_after(hangs: HangDetector, num_samples: int, **ranks: object) -> dict[int, str]:
-    """The first ranks found in so many seconds, in which each rank is as its function of the second says."""
+    """The first ranks found to hang, where each rank's function returns its sample for a second."""
     for second in range(num_samples):
         samples = {int(name[4:]): sample_at(second) for name, sample_at in ranks.items()}  # type: ignore[operator]
         if hanging := hangs.observe(samples, 1.0):

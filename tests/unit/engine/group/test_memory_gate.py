@@ -30,7 +30,7 @@ async def test_no_rank_loads_before_the_last_one_has_opened_its_device_or_failed
     gate.leave(1)
     await asyncio.gather(*waiting)
     assert check.calls == [{0: MEMORY, 2: MEMORY}]
-    # Whatever became of them.
+    # In any state.
     for rank in range(3):
         gate.leave(rank)
     assert len(check.calls) == 1

@@ -12,7 +12,7 @@ FOUR, TWO, ONE = Layout(tensor_parallel=4), Layout(tensor_parallel=2), Layout()
 
 @pytest.fixture
 def placement() -> GroupPlacement:
-    """Four ranks on five devices."""
+    """A placement of four ranks on five devices."""
     return GroupPlacement(select_devices(CPU, (0, 1, 2, 3, 4)), FOUR, (TWO, ONE))
 
 

@@ -21,7 +21,7 @@ _plan_ids = itertools.count(1)
 
 @pytest.fixture
 def limits() -> PlanTimeouts:
-    """In a generation whose first plan is done."""
+    """Timeouts in a generation whose first plan is done."""
     limits = PlanTimeouts(MIN_SECONDS, UNKNOWN_SECONDS)
     assert run(limits, plan(), 50.0) == UNKNOWN_SECONDS
     return limits
@@ -39,7 +39,7 @@ def admit(claim_id: str, side: int = 64) -> Admission:
 
 
 def run(limits: PlanTimeouts, to_run: StepPlan, seconds: float, **answer: object) -> float:
-    """Have a plan take so long; its limit."""
+    """Run a plan that takes so many seconds; return its limit."""
     limit = limits.start(to_run)
     done = PlanDone(plan_id=to_run.plan_id, encode_seconds=0.0, step_seconds=0.0, **answer)  # type: ignore[arg-type]
     limits.done((done,), seconds)
@@ -52,7 +52,7 @@ def test_the_limit_is_ten_times_the_longest_of_the_latest_plans_of_its_kind(limi
     assert run(limits, plan(step_claims=("a",)), 1.0) == 20.0
     for _ in range(NUM_RECENT_PLANS - 2):
         assert run(limits, plan(step_claims=("a",)), 0.7) == 20.0
-    # The long one is forgotten, its successor is not yet.
+    # The longest plan is forgotten, the one after it not yet.
     run(limits, plan(step_claims=("a",)), 0.7)
     assert run(limits, plan(step_claims=("a",)), 0.7) == 10.0
 
@@ -75,7 +75,7 @@ def test_an_image_is_work_until_it_is_decoded(limits: PlanTimeouts) -> None:
     run(limits, plan(), 0.1)
     decode = Decode(claim_id="a", image_index=0, rank=0)
     run(limits, plan(decodes=(decode,)), 30.0)
-    # It goes on in a plan that says nothing of it.
+    # It goes on in a plan that does not name it.
     assert run(limits, plan(), 30.0) == 300.0
     image = DecodedImage(claim_id="a", image_index=0, data=b"", decode_seconds=60.0)
     assert run(limits, plan(), 1.0, images=(image,)) == 300.0

@@ -1,4 +1,4 @@
-"""How often a group that cannot start is tried again; its processes are played."""
+"""How often a group that cannot start is tried again, with stand-ins for its processes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hidream_grpc.errors import InsufficientMemoryError
 from tests.support.rank_groups import group_config
 
 
-class PlayedProcesses:
-    """Ranks that find no memory the first times that they start."""
+class StandInProcesses:
+    """Ranks that find no memory in their first starts."""
 
     def __init__(self, num_refusals: int, *, fits_total: bool) -> None:
         self.num_starts = 0
@@ -38,7 +38,7 @@ class PlayedProcesses:
         pass
 
 
-def group_of(processes: PlayedProcesses, monkeypatch: pytest.MonkeyPatch) -> RankGroup:
+def group_of(processes: StandInProcesses, monkeypatch: pytest.MonkeyPatch) -> RankGroup:
     monkeypatch.setattr(rank_group, "DEVICE_PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(rank_group, "RankProcesses", lambda _config: processes)
     return RankGroup(group_config(2))
@@ -47,7 +47,7 @@ def group_of(processes: PlayedProcesses, monkeypatch: pytest.MonkeyPatch) -> Ran
 async def test_the_first_start_waits_for_memory_that_a_killed_server_has_not_given_back_yet(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    processes = PlayedProcesses(2, fits_total=True)
+    processes = StandInProcesses(2, fits_total=True)
     await group_of(processes, monkeypatch).start()
     assert (processes.num_starts, processes.generation) == (3, 1)
 
@@ -56,7 +56,7 @@ async def test_the_first_start_waits_for_memory_that_a_killed_server_has_not_giv
 async def test_the_first_start_ends_where_the_memory_does_not_come_or_would_never_do(
     fits_total: bool, num_starts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    processes = PlayedProcesses(9, fits_total=fits_total)
+    processes = StandInProcesses(9, fits_total=fits_total)
     with pytest.raises(InsufficientMemoryError, match="dp=2 needs too much"):
         await group_of(processes, monkeypatch).start()
     assert processes.num_starts == num_starts

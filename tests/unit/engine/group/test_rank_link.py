@@ -1,4 +1,4 @@
-"""The loss of a rank is told to all who wait for it, and a device that hangs is told from those that wait."""
+"""The loss of a rank ends all waiting for it, and a device that hangs is no rank that waits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from hidream_grpc.errors import DeviceFailedError, InsufficientMemoryError, Rank
 
 
 class BrokenChannel:
-    """A connection that fails once something was sent."""
+    """A connection that fails once a message was sent."""
 
     def __init__(self) -> None:
         self._has_sent = asyncio.Event()
@@ -76,7 +76,7 @@ async def test_a_rank_whose_messages_cannot_be_taken_is_lost_and_killed_and_the_
 
 
 class MortalZygote(Zygote):
-    """Starts ranks that are gone at once."""
+    """A zygote whose ranks end at once."""
 
     folder: Path
 
@@ -115,7 +115,7 @@ LOAD_SECONDS = 100.0
 
 
 class ScriptedChannel:
-    """The connection of a rank whose device opens at once, or hangs; it loads at once when it may."""
+    """The connection of a rank whose device opens at once, or hangs; it loads as soon as it may."""
 
     def __init__(self, *, hangs: bool = False) -> None:
         self.sent: list[object] = []
@@ -138,7 +138,7 @@ class ScriptedChannel:
 
 
 class Starter(Zygote):
-    """Zygote and listener of ranks whose connections are scripted."""
+    """A zygote and listener for ranks whose connections are scripted."""
 
     def __init__(self, folder: Path, *channels: ScriptedChannel) -> None:
         self.folder = folder
@@ -177,7 +177,7 @@ async def test_a_device_that_hangs_while_it_is_opened_does_not_take_those_with_i
     monkeypatch.setattr(loop, "time", lambda: clock() + late_seconds)
     starter = Starter(tmp_path, ScriptedChannel(), ScriptedChannel(hangs=True))
     gate = MemoryGate(range(2), lambda _devices: None)
-    # The healthy one starts first, so that its time would be over first.
+    # The healthy rank starts first, so that its time would end first.
     healthy, hanging = (starter.start(rank, partial(gate.pass_through, rank)) for rank in range(2))
     hanging.add_done_callback(lambda _task: gate.leave(1))
     await until_quiet()

@@ -1,4 +1,4 @@
-"""Processes that are stopped or hang are found, also after a time in which nobody could look."""
+"""Processes that are stopped or hang are found, also after a time in which no sample could be taken."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def no_file_descriptors_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 async def stopped_process() -> AsyncIterator[int]:
-    """A process that is stopped, and that nothing but SIGCONT or SIGKILL reaches."""
+    """A stopped process, which only SIGCONT or SIGKILL reaches."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", "input()", stdin=asyncio.subprocess.PIPE
     )
@@ -56,7 +56,7 @@ async def stopped_process() -> AsyncIterator[int]:
 
 
 async def until(found: asyncio.Event, watching: Awaitable[object]) -> None:
-    """Run the watch until it has found what it looks for."""
+    """Run a watch until it has found something."""
     task = asyncio.ensure_future(watching)
     try:
         async with asyncio.timeout(30):

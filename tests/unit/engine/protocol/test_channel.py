@@ -42,7 +42,7 @@ LENGTH_BYTES = 4
 
 @dataclass
 class Pair:
-    """The two ends of one connection: a rank's, and the server's as a channel and as a raw socket."""
+    """Both ends of one connection: a rank's, and the server's as a channel and as a raw socket."""
 
     rank: BlockingChannel[Command]
     server: AsyncChannel[Event]

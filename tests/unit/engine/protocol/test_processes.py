@@ -69,7 +69,7 @@ async def test_a_process_that_is_gone_is_not_waited_for() -> None:
 
 @pytest.fixture
 def no_file_descriptors(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[None]]:
-    """As many calls as the list is long find no free file descriptor."""
+    """Let as many calls as the list has entries find no free file descriptor."""
     failures: list[None] = []
     open_pidfd, read_text = os.pidfd_open, Path.read_text
 

@@ -18,7 +18,7 @@ SIZE = (8, 8)
 
 
 class HeldFile:
-    """Writes a file once it is told to."""
+    """Encodes a file once it is allowed to."""
 
     def __init__(self) -> None:
         self.may_end = threading.Event()
@@ -29,7 +29,7 @@ class HeldFile:
 
 
 class OneSecondSlices(ImageDecoding):
-    """The decoder, with a clock of its own: a slice takes one second, nothing else takes any."""
+    """A decoder with its own clock, by which a slice takes one second and all else no time."""
 
     now_seconds = 0.0
 

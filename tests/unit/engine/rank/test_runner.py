@@ -1,4 +1,4 @@
-"""What one rank answers when the numbers of a job are NaN or infinite."""
+"""The answer of a rank when the numbers of a request are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.pipeline import HiDreamModel
 from tests.support.rank_groups import admission, picture, plan
 
-# Far beyond what a caller may ask for: 32 bits do not hold the squares of such latents.
+# Far beyond what callers may request: float32 cannot hold the squares of such latents.
 OVERFLOWING_GUIDANCE = 1e25
 
 
 @pytest.fixture(scope="module")
 def runner() -> Runner:
-    """One rank that has the whole demo model."""
+    """The runner of a rank that has the whole demo model."""
     device = open_device("cpu", 0)
     model = HiDreamModel.from_pretrained(demo_checkpoint_path(), None, device)
     return Runner(model, device, ParallelGroups(Layout()).world)

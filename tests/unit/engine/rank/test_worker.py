@@ -1,4 +1,4 @@
-"""A rank that cannot load says why in one line, and whether its device is to blame."""
+"""A rank that cannot load says why in one line, and whether its device is the cause."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = ["one_thread"]
 
 
 class Channel:
-    """The server, which lets the rank load its weights, and then has it leave."""
+    """A connection to a server that lets the rank load its weights, and then has it leave."""
 
     def __init__(self) -> None:
         self.sent: list[object] = []
@@ -64,7 +64,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def failure_of(model_path: Path, folder: Path, compile_shapes: tuple[StepShape, ...] = ()) -> LoadFailed:
-    """What a rank sends that cannot load; a file in the folder gets its log."""
+    """The message of a rank that cannot load, whose log is written to a file in the folder."""
     channel = Channel()
     load = Load(
         model_path=model_path,

@@ -81,7 +81,7 @@ def test_own_defaults_may_be_some_of_them(own_checkpoint: Path) -> None:
 
 
 def test_a_tokenizer_without_a_limit_of_its_own_leaves_the_models(own_checkpoint: Path) -> None:
-    # What transformers writes where there is no limit.
+    # transformers writes this where there is no limit.
     edit(own_checkpoint / "tokenizer_3" / "tokenizer_config.json", model_max_length=int(1e30))
     assert describe_checkpoint(own_checkpoint, None).max_prompt_tokens == 128
 

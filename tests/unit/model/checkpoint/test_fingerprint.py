@@ -19,7 +19,7 @@ Change = Callable[[Path], object]
 
 
 def retrain(weights: Path) -> None:
-    """Every weight a little different, in a file of the same size and header."""
+    """Change every weight a little, in a file of the same size and header."""
     size_bytes = weights.stat().st_size
     tensors = load_file(weights)
     save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, weights, {"format": "pt"})

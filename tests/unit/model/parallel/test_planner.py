@@ -80,7 +80,7 @@ def test_whatever_is_planned_fits_and_may_be_asked_for(num_devices: int, divisio
     layout = plan_layout(num_devices, divisions)
     assert is_allowed(layout, num_devices, divisions)
     assert choose_layout(str(layout), num_devices, "tp=1", divisions) == layout
-    # A replica takes the memory of a whole model.
+    # A replica needs the memory of a whole model.
     assert layout.data_parallel == 1 or layout.world_size >= 8 * layout.data_parallel
 
 
@@ -214,7 +214,7 @@ def test_two_ranks_on_a_cpu_divide_the_guidance_unless_devices_are_named() -> No
     [
         ("tp=4,ep=2", REAL_MODEL, ["tp=5", "tp=4", "tp=2", "tp=1"]),
         ("tp=4", DEMO_MODEL, ["tp=2", "tp=1"]),
-        # The memory of each rank stays what it is.
+        # The memory of each rank stays the same.
         ("dp=4", DEMO_MODEL, ["dp=3", "dp=2", "tp=1"]),
         ("tp=2,cfg=2", REAL_MODEL, ["tp=2", "tp=1"]),
         ("cfg=2", REAL_MODEL, ["tp=1"]),

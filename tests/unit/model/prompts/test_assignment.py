@@ -8,7 +8,7 @@ from hidream_grpc.devices.device_types import DeviceMemory
 from hidream_grpc.model.prompts.assignment import activation_reserve_bytes, assign_to_ranks, fits
 
 GB = 10**9
-# Of the released model in bfloat16.
+# Sizes of the released model in bfloat16.
 RELEASED_BYTES = {
     "CLIP-L": 250_000_000,
     "CLIP-G": 1_400_000_000,
@@ -47,7 +47,7 @@ def test_every_rank_comes_to_the_same_assignment_in_whatever_order_it_lists_the_
     assert assign_to_ranks(dict(shuffled), world_size) == ranks
     assert ranks.keys() == sizes_bytes.keys()
     loads = [sum(sizes_bytes[name] for name in ranks if ranks[name] == rank) for rank in range(world_size)]
-    # No rank could give one away and be better off.
+    # Moving one encoder to another rank would not help any rank.
     smallest_of_fullest = min(sizes_bytes[name] for name in ranks if ranks[name] == loads.index(max(loads)))
     assert max(loads) - smallest_of_fullest <= min(loads)
 

@@ -95,7 +95,7 @@ def test_a_prompt_that_fails_does_not_keep_others_from_being_encoded(
         encoded.has_all_of(["a star", "broken"])
     with pytest.raises(RuntimeError, match="no room"):
         encoded.require(["broken"])
-    # What failed is not remembered as if it had not.
+    # A prompt that failed is not cached.
     assert model.encode(["broken"]).num_cache_misses == 1
 
 

@@ -19,7 +19,7 @@ GIB = 1024**3
 
 
 class Accelerator(CpuDevice):
-    """Computes in bfloat16, has a memory of its own, and is no CPU to those who ask."""
+    """A stand-in for an accelerator, which computes in bfloat16 and has memory of its own."""
 
     backend = "nccl"
     dtype = torch.bfloat16
@@ -103,7 +103,7 @@ def test_the_largest_encoder_gets_the_room_that_there_is(
     tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Filling(Accelerator):
-        """Has room for one encoder."""
+        """An accelerator with room for one encoder."""
 
         def memory(self) -> DeviceMemory:
             memory = super().memory()

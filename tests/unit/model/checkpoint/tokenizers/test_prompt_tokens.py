@@ -76,12 +76,12 @@ def test_counts_agree_for_any_text(prompt: str, checkpoint: Checkpoint) -> None:
 
 def test_a_prompt_fits_up_to_the_last_token_of_each_encoder(tiny_checkpoint: Path) -> None:
     counter = PromptTokenCounter.from_checkpoint(tiny_checkpoint, None)
-    # T5 gives one token a word, and one at the end.
+    # T5 has one token per word, and one at the end.
     most = " ".join(["red"] * (MAX_TOKENS_OF_T5 - 1))
     assert all(count.fits for count in counter.count(most))
     counts = {count.encoder: count for count in counter.count(most + " red")}
     assert (counts["T5"].num_tokens, counts["T5"].max_tokens) == (MAX_TOKENS_OF_T5 + 1, MAX_TOKENS_OF_T5)
     assert not counts["T5"].fits
-    # CLIP gives one token a word, and one at each end.
+    # CLIP has one token per word, and one at each end.
     assert (counts["CLIP-L"].num_tokens, counts["CLIP-L"].max_tokens) == (MAX_TOKENS_OF_T5 + 2, 128)
     assert counts["CLIP-L"].fits

@@ -1,4 +1,4 @@
-"""A checkpoint is what it says, or is refused in one line that names the file and what is wrong."""
+"""A checkpoint that does not match its configuration is refused in one line, with the file and the reason."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def refused(checkpoint: Path, extra_model_path: Path | None = None) -> str:
 
 
 def beside(suffix: str, tensor: Tensor) -> Callable[[Tensors], Tensors]:
-    """A tensor beside a matrix of the model, called like it but for the end."""
+    """A tensor beside a matrix of the model, whose name differs from it in the end."""
     return lambda tensors: tensors | {a_matrix(tensors).removesuffix("weight") + suffix: tensor}
 
 
@@ -191,7 +191,7 @@ ENCODER_CLASSES: dict[str, type[nn.Module]] = {
 
 
 def loaded_weights(encoder: str, checkpoint: Path) -> Tensors:
-    """What transformers makes of a text encoder's files."""
+    """The weights that transformers loads from a text encoder's files."""
     module: nn.Module = load_module(ENCODER_CLASSES[encoder], checkpoint / encoder, CpuDevice())
     return module.state_dict()
 

@@ -1,4 +1,4 @@
-"""Which files hold the weights of a component, and what of them is found out before anything is loaded."""
+"""Which files hold the weights of a component, and what is read of them before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a configuration says of the tensors is what the libraries' own modules are made of."""
+"""The tensors derived from a configuration are those of the libraries' own modules."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_the_t5_of_the_library_has_these_tensors(config: dict[str, Any]) -> None
     with torch.device("meta"):
         module = transformers.T5EncoderModel(transformers.T5Config(**config))
     shapes = shapes_of(module)
-    # The same matrix by another name.
+    # The same matrix under another name.
     assert shapes.pop("encoder.embed_tokens.weight") == shapes["shared.weight"]
     assert t5_tensors(ours(config, T5Config)) == shapes
 
