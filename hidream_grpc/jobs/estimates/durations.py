@@ -17,8 +17,8 @@ MAX_SHAPES = 256
 MIN_SECONDS = 1e-6
 """Nothing takes less, whatever the clock says."""
 
-StepShape = tuple[int, int, int]
-"""Width and height in pixels, samples of the forward."""
+StepKind = tuple[int, int, int]
+"""What the time of a step depends on: width and height in pixels, and samples of the forward."""
 Size = tuple[int, int]
 
 Key = TypeVar("Key")
@@ -93,7 +93,7 @@ class MeasuredDurations:
     """
 
     def __init__(self) -> None:
-        self._steps: _Scaled[StepShape] = _Scaled()
+        self._steps: _Scaled[StepKind] = _Scaled()
         self._images: _Scaled[Size] = _Scaled()
         self._between_steps = _Recent()
         self._prompts = _Recent()
