@@ -22,7 +22,7 @@ settings.load_profile("shared cores")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the tests marked long too")
     group = parser.getgroup("promises", "the failure harness, tests/failure/test_promises.py")
-    group.addoption("--promise-minutes", type=float, default=1.0, help="how long things fail in each run")
+    group.addoption("--promise-minutes", type=float, help="how long things fail in each run")
     group.addoption("--promise-seed", default="1", help="of what fails, and of what callers do")
     group.addoption("--promise-fault", action="append", default=[], help="a fault to play, or all of them")
 

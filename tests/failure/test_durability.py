@@ -12,18 +12,17 @@ from hidream.v1 import image_gen_pb2
 from tests.failure.kill_loop import LONG_STEPS, KillLoop, downloaded, flags_of, job_request
 from tests.support.live_server import running_server, wait_until
 
-NUM_KILLS = 2
 
-
+@pytest.mark.parametrize("num_kills", [1, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize("store", ["sqlite", "postgresql"])
 def test_no_acknowledged_job_is_lost_or_drawn_twice_when_everything_is_killed(
-    store: str, tmp_path: Path
+    store: str, num_kills: int, tmp_path: Path
 ) -> None:
     with flags_of(store, tmp_path) as flags:
-        loop = KillLoop(7, NUM_KILLS, flags)
+        loop = KillLoop(7, num_kills, flags)
         watcher = loop.run()
     counts = loop.counts
-    assert counts.kills == NUM_KILLS
+    assert counts.kills == num_kills
     assert counts.states == {"JOB_STATE_SUCCEEDED": counts.acknowledged}
     assert (counts.lost, counts.drawn_twice, counts.wrong_bytes, counts.sequences_that_fell) == (0, 0, 0, 0)
     assert watcher.has_ended

@@ -1,7 +1,8 @@
 """While everything fails, every promise is kept: three replicas on PostgreSQL, and one server on SQLite.
 
-A run lasts a minute, or as many as `--promise-minutes` says. What fails, and what callers do, comes from
-`--promise-seed`; the failure says which, and the log has one line of counts for each run.
+A run lasts a quarter of a minute, with `--long` a minute, or as many as `--promise-minutes` says. What fails,
+and what callers do, comes from `--promise-seed`; the failure says which, and the log has one line of counts
+for each run.
 """
 
 from __future__ import annotations
@@ -29,12 +30,16 @@ RUNNING = (
     *("--orphan-sweep-seconds", "3"),
 )
 NAMES = ("first", "second", "third")
+SHORT_SECONDS = 15.0
+LONG_SECONDS = 60.0
 
 
 @pytest.fixture
 def seconds(request: pytest.FixtureRequest) -> float:
-    minutes: float = request.config.getoption("--promise-minutes")
-    return 60.0 * minutes
+    minutes: float | None = request.config.getoption("--promise-minutes")
+    if minutes is not None:
+        return 60.0 * minutes
+    return LONG_SECONDS if request.config.getoption("--long") else SHORT_SECONDS
 
 
 @pytest.fixture
