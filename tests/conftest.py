@@ -9,6 +9,7 @@ from hypothesis import settings
 
 from hidream.v1 import image_gen_pb2_grpc
 from tests.support.live_server import LiveServer, running_server
+from tests.support.warm_zygotes.starts import start_warm
 
 UNIT_TESTS = Path(__file__).parent / "unit"
 
@@ -25,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--promise-minutes", type=float, help="how long things fail in each run")
     group.addoption("--promise-seed", default="1", help="of what fails, and of what callers do")
     group.addoption("--promise-fault", action="append", default=[], help="a fault to play, or all of them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # With --long every zygote is a new interpreter, as in operation.
+    if not config.getoption("--long"):
+        start_warm()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

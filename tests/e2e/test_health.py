@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 from hidream.v1 import image_gen_pb2, server_info_pb2
 from tests.support.live_server import LiveServer, check_health, running_server, wait_until
 from tests.support.streams import follow, request
+from tests.support.warm_zygotes.starts import COLD
 
 Status = health_pb2.HealthCheckResponse.ServingStatus
 READINESS = ("", "hidream.v1.ImageGen")
@@ -50,7 +51,7 @@ def test_reflection_describes_the_service_without_a_proto_file(server: LiveServe
 
 def test_a_loading_server_answers_but_takes_no_request() -> None:
     with (
-        running_server("--grace-seconds", "5", wait=False) as server,
+        running_server("--grace-seconds", "5", wait=False, environment=COLD) as server,
         grpc.insecure_channel(server.address) as channel,
         server.stub() as stub,
     ):

@@ -25,6 +25,7 @@ from tests.e2e.conftest import NarrowServer
 from tests.support.live_server import LiveServer, running_server
 from tests.support.refused_starts import refused_line, refused_line_here
 from tests.support.streams import follow, request
+from tests.support.warm_zygotes.starts import COLD
 
 
 def test_a_port_in_use_is_told_before_anything_is_loaded(server: LiveServer) -> None:
@@ -216,7 +217,7 @@ def test_devices_that_no_layout_fits_are_told_and_stay_idle() -> None:
 
 def test_health_info_and_calls_are_answered_while_the_ranks_load() -> None:
     flags = ("--devices", "0", "--max-num-inference-steps", "5", "--max-guidance-scale", "2.5")
-    with running_server(*flags, wait=False) as loading:
+    with running_server(*flags, wait=False, environment=COLD) as loading:
         with grpc.insecure_channel(loading.address) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             readiness = health.Check(health_pb2.HealthCheckRequest(service="hidream.v1.ImageGen"))

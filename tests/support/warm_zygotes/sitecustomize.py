@@ -1,0 +1,43 @@
+"""Gives a server the zygote that waits beside it; the interpreter of the server imports this at its start."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from typing import Any
+
+# This folder is on the path, since Python has found this file.
+handover = importlib.import_module("handover")
+
+
+def _expect_zygote() -> None:
+    descriptor, zygote_pid = map(int, os.environ.pop("WAITING_ZYGOTE").split())
+    os.set_inheritable(descriptor, False)
+    waiting = [socket.socket(fileno=descriptor)]
+
+    def make(start: Any) -> int | None:
+        # When this zygote is lost, the next one is started as ever.
+        if handover.ZYGOTE_MODULE not in start.words or not waiting:
+            return None
+        with waiting.pop() as channel:
+            handover.send(channel, start.words, (*start.streams, *start.inherited))
+        return zygote_pid
+
+    handover.replace_starts(make)
+
+
+def _run_hidden_one() -> None:
+    """Leave the path, and do what the module of this name does that Python would have found instead."""
+    folder, _, others = os.environ["PYTHONPATH"].partition(os.pathsep)
+    os.environ["PYTHONPATH"] = others
+    sys.path.remove(folder)
+    if (spec := PathFinder.find_spec("sitecustomize")) is not None and spec.loader is not None:
+        spec.loader.exec_module(module_from_spec(spec))
+
+
+_expect_zygote()
+_run_hidden_one()

@@ -1,0 +1,78 @@
+"""Servers and rank groups of tests start with a zygote that is a fork of one warm process.
+
+To import torch and the libraries of the model takes seconds of a core, at every start of a server. What is
+left out here is that import alone: the interpreter of a server is new, a zygote and its ranks do all that
+they do, and a zygote that replaces a lost one is a new interpreter. With `--long` everything starts as ever.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from tests.support.warm_zygotes.handover import ZYGOTE_MODULE, Start, receive, replace_starts, send
+from tests.support.warm_zygotes.warm_process import is_possible
+
+COLD = {"START": "cold"}
+"""Variables of a server that is to start as ever, seconds before its ranks are there."""
+
+_SERVE = [sys.executable, "-m", "hidream_grpc", "serve"]
+# What may differ from the environment of the warm process: no library reads it when it is imported.
+_MAY_DIFFER = {"PYTEST_CURRENT_TEST", "STEPPED_CLOCK", "TMPDIR", "XDG_DATA_HOME", "HOME"}
+
+
+class _WarmProcess:
+    """The process that is forked; it starts when it is first needed."""
+
+    def __init__(self) -> None:
+        self._environment = dict(os.environ)
+        self._lock = threading.Lock()
+        self._channel: socket.socket | None = None
+
+    def make(self, start: Start) -> int | None:
+        """A child of this process, or None where it must be started as ever."""
+        is_zygote = ZYGOTE_MODULE in start.words
+        if not is_zygote and start.words[:4] != _SERVE:
+            return None
+        environment = dict(os.environ) if start.environment is None else start.environment
+        if not self._is_like_this(environment):
+            return None
+        request = {
+            "words": start.words,
+            "folder": start.folder or str(Path.cwd()),
+            "environment": environment,
+        }
+        streams = [number if file == -1 else file for number, file in enumerate(start.streams)]
+        with self._lock:
+            channel = self._channel = self._channel or self._start()
+            send(channel, request, (*streams, *start.inherited))
+            pid, _files = receive(channel)
+        return int(pid)
+
+    def _is_like_this(self, environment: dict[str, str]) -> bool:
+        names = {name for name, _value in self._environment.items() ^ environment.items()}
+        # The clock of a server is stepped by a module that only servers heed.
+        may_differ = _MAY_DIFFER | ({"PYTHONPATH"} if "STEPPED_CLOCK" in environment else set())
+        return all(name in may_differ or name.startswith("AWS_") for name in names)
+
+    def _start(self) -> socket.socket:
+        channel, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with its_end:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.warm_zygotes.warm_process", str(its_end.fileno())],
+                cwd=Path(__file__).parents[3],
+                env=self._environment,
+                pass_fds=(its_end.fileno(),),
+                start_new_session=True,
+            )
+        return channel
+
+
+def start_warm() -> None:
+    """Start servers and zygotes so from now on, where this machine can."""
+    if is_possible():
+        replace_starts(_WarmProcess().make)

@@ -1,0 +1,147 @@
+"""A process that has imported what ranks need, and whose forks are the zygotes of tests.
+
+A zygote must be a child of the process that it serves. For the process of the tests, which is the parent
+of this one, a fork is made whose parent it is (CLONE_PARENT). For a server, such a fork makes one more, which
+waits to become the zygote, and then executes the server, whose child it stays.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hidream_grpc.engine.protocol.processes import num_threads
+from hidream_grpc.engine.zygote import zygote
+from tests.support.warm_zygotes.handover import ZYGOTE_MODULE, receive, send
+
+_SYS_CLONE = {"x86_64": 56, "aarch64": 220}
+_CLONE_PARENT = 0x8000  # linux/sched.h
+
+
+def is_possible() -> bool:
+    """Whether this machine's number of the system call is known."""
+    return sys.platform == "linux" and platform.machine() in _SYS_CLONE
+
+
+def main() -> None:
+    """Entry point: the file descriptor of the socket to the tests."""
+    descriptor = int(sys.argv[1])
+    channel = socket.socket(fileno=descriptor)
+    os.set_inheritable(descriptor, False)
+    # As the zygote does before its imports.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    zygote.import_what_ranks_need()
+    # Not before: numpy starts threads unless it is told not to.
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    # A table of a thousand regular expressions, which a rank makes for its first text encoder.
+    get_checkpoint_conversion_mapping("t5")
+    if num_threads() != 1:
+        raise RuntimeError("a process with threads must not fork")
+    while True:
+        try:
+            request, files = receive(channel)
+        except EOFError:
+            return
+        pid = _fork_beside()
+        if pid == 0:
+            _become(channel, request, files)
+        for file in files:
+            os.close(file)
+        send(channel, pid)
+
+
+def _fork_beside() -> int:
+    """As os.fork, but the new process is a child of this one's parent."""
+    python = ctypes.pythonapi
+    python.PyOS_BeforeFork()
+    # Not ctypes.CDLL, which would let go of the interpreter's lock.
+    pid = int(
+        ctypes.PyDLL(None).syscall(_SYS_CLONE[platform.machine()], _CLONE_PARENT | signal.SIGCHLD, 0, 0, 0, 0)
+    )
+    if pid == 0:
+        python.PyOS_AfterFork_Child()
+    else:
+        python.PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise OSError("this process cannot be forked")
+    return pid
+
+
+def _become(channel: socket.socket, request: dict[str, Any], files: list[int]) -> NoReturn:
+    try:
+        channel.close()
+        if ZYGOTE_MODULE in request["words"]:
+            _work_as_zygote(request["words"], files)
+        else:
+            _execute_server(request, files)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def _execute_server(request: dict[str, Any], files: list[int]) -> NoReturn:
+    server_end, zygote_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    waiting_pid = os.fork()
+    if waiting_pid == 0:
+        server_end.close()
+        for file in files:
+            os.close(file)
+        _wait_to_be_a_zygote(zygote_end)
+    server_end.set_inheritable(True)
+    environment: dict[str, str] = request["environment"]
+    environment["WAITING_ZYGOTE"] = f"{server_end.fileno()} {waiting_pid}"
+    environment["PYTHONPATH"] = os.pathsep.join(
+        (str(Path(__file__).parent), environment.get("PYTHONPATH", ""))
+    )
+    os.chdir(request["folder"])
+    _take_streams(files)
+    # Python ignores them, and an ignored signal stays so.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    words: list[str] = request["words"]
+    os.execve(words[0], words, environment)
+
+
+def _wait_to_be_a_zygote(channel: socket.socket) -> NoReturn:
+    try:
+        words, files = receive(channel)
+        channel.close()
+        _work_as_zygote(words, files)
+        os._exit(0)
+    except EOFError:
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def _work_as_zygote(words: list[str], files: list[int]) -> None:
+    """Do as a new interpreter does with this command line.
+
+    Args:
+        words: the last two are the number of the socket to its server, and the server's process id.
+        files: its standard streams, and that socket.
+    """
+    os.setsid()
+    _take_streams(files[:3])
+    sys.argv = [zygote.__file__, str(files[3]), words[-1]]
+    zygote.main()
+
+
+def _take_streams(files: list[int]) -> None:
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+
+
+if __name__ == "__main__":
+    main()
