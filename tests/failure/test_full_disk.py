@@ -79,7 +79,7 @@ def test_on_a_full_disk_new_jobs_are_refused_and_all_that_were_accepted_end_when
         assert drawn(stub, seed=3).state == job_pb2.JOB_STATE_SUCCEEDED
         # However long it lasts, the log says it once.
         for activity in ("keep snapshots", "keep what was drawn"):
-            assert server.log.count(f"cannot {activity} of job {runs}") == 1
+            assert len(server.logged_lines(f"cannot {activity} of job {runs}")) == 1
 
 
 def test_a_server_that_was_killed_on_a_full_disk_says_so_at_its_start_and_goes_on_when_there_is_room(

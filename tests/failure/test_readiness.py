@@ -78,7 +78,7 @@ def test_health_is_not_serving_while_the_store_refuses_everything_and_serving_on
 ) -> None:
     live = on_postgres.live
     database = f"/{on_postgres.role.rpartition('_')[0]}"
-    num_before = live.log.count("health says NOT_SERVING")
+    num_lines = len(live.log_lines)
     with watched_health(live) as next_status:
         assert next_status() == Status.SERVING
         heal = fault(on_postgres, postgres, database)
@@ -90,7 +90,7 @@ def test_health_is_not_serving_while_the_store_refuses_everything_and_serving_on
             heal()
         assert next_status() == Status.SERVING
     line = f"the job store has refused what a job needs for {OUTAGE_SECONDS:g} s: health says NOT_SERVING"
-    assert live.log.count(line) == num_before + 1
+    assert len(live.logged_lines(line, after=num_lines)) == 1
     with live.stub() as stub:
         assert is_accepted(stub)
 
@@ -152,7 +152,7 @@ def test_while_the_file_of_the_jobs_is_taken_away_nothing_is_accepted_that_would
     take_away, name = WAYS[way]
     line = f"{folder / (name or 'jobs.sqlite')} was removed or replaced while it is in use: put it back, or"
     reason = f"cannot use the job store: the job store does not answer ({line}"
-    num_before = server.log.count(reason)
+    num_lines = len(server.log_lines)
     with server.stub() as stub, watched_health(server) as next_status:
         assert next_status() == Status.SERVING
         # Until it has ended there is something to write into the folder.
@@ -161,7 +161,7 @@ def test_while_the_file_of_the_jobs_is_taken_away_nothing_is_accepted_that_would
         with take_away(folder / name if name else folder):
             assert not is_accepted(stub)
             assert next_status() == Status.NOT_SERVING
-            assert server.log.count(reason) == num_before + 1
+            assert len(server.logged_lines(reason, after=num_lines)) == 1
         assert next_status() == Status.SERVING
         # Put back, it goes on as if nothing had happened.
         for job_id in (runs, submit(stub, num_inference_steps=1).job_id):

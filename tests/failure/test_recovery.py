@@ -65,7 +65,10 @@ def test_a_rank_killed_in_mid_picture_is_replaced_and_the_image_is_the_same(
         )
         # No step that a caller was told of is taken again.
         assert resumed_from_step >= max(before_restart)
-        assert after_restart == list(range(resumed_from_step + 1, 21))
+        # A busy reader may miss one: the newest progress is kept.
+        assert after_restart == sorted(set(after_restart))
+        assert after_restart[0] > resumed_from_step
+        assert after_restart[-1] == 20
 
     after = mortal_server.info()
     assert after.generation > before.generation

@@ -87,11 +87,16 @@ class LiveServer:
         with self.stub() as stub:
             return stub.GetServerInfo(image_gen_pb2.GetServerInfoRequest())
 
-    def logged_lines(self, *texts: str) -> list[str]:
-        """The lines that hold all of these texts, once there is one: lines come after what they tell."""
+    def logged_lines(self, *texts: str, after: int = 0) -> list[str]:
+        """The lines that hold all of these texts, once there is one: lines come after what they tell.
+
+        Args:
+            texts: in any order.
+            after: this many lines of the log, which are passed over.
+        """
 
         def lines() -> list[str]:
-            return [line for line in self.log_lines if all(text in line for text in texts)]
+            return [line for line in self.log_lines[after:] if all(text in line for text in texts)]
 
         wait_until(lambda: bool(lines()), 10, f"a line of the log holds {texts}")
         return lines()

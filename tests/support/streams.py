@@ -47,6 +47,11 @@ class Stream:
         return [event for event in self.events if event.HasField(kind)]  # type: ignore[arg-type]
 
     @property
+    def steps(self) -> list[int]:
+        """The steps that were told, in order; a busy reader may miss some, since the newest is kept."""
+        return [event.progress.step for event in self.of_kind("progress")]
+
+    @property
     def job(self) -> job_pb2.Job:
         """The job as its last event gives it."""
         return self.events[-1].succeeded.job
@@ -78,6 +83,11 @@ def read_until(
         if condition(response.event):
             return responses
     raise AssertionError(f"the stream ended after {Stream(responses).kinds} without the event")
+
+
+def grow_to(steps: list[int], last: int) -> bool:
+    """Whether steps only grow, and end with the last one."""
+    return steps == sorted(set(steps)) and steps[-1:] == [last]
 
 
 def is_progress(event: job_pb2.JobEvent) -> bool:
