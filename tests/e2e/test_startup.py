@@ -28,19 +28,25 @@ from tests.support.streams import follow, request
 from tests.support.warm_zygotes.starts import COLD
 
 
+@pytest.fixture(autouse=True)
+def data_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a server would keep its jobs that starts in the process of the tests."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data home"))
+
+
 def test_a_port_in_use_is_told_before_anything_is_loaded(server: LiveServer) -> None:
     line = refused_line(["--listen", server.address])
     assert line == f"hidream-grpc: --listen: {server.address} is already in use by another process"
 
 
 def test_a_metrics_port_in_use_is_told_before_anything_is_loaded(server: LiveServer) -> None:
-    line = refused_line(["--listen", "127.0.0.1:0", "--metrics-port", str(server.metrics_port)])
+    line = refused_line_here(["--listen", "127.0.0.1:0", "--metrics-port", str(server.metrics_port)])
     assert line.startswith("hidream-grpc: --metrics-port: ")
     assert "already in use" in line
 
 
 def test_a_data_folder_has_one_server_at_a_time(narrow_server: NarrowServer) -> None:
-    line = refused_line(["--listen", "127.0.0.1:0", "--data-dir", narrow_server.data_dir])
+    line = refused_line_here(["--listen", "127.0.0.1:0", "--data-dir", narrow_server.data_dir])
     jobs_file = narrow_server.data_dir / "jobs.sqlite"
     assert line == f"hidream-grpc: --data-dir: {jobs_file} is in use by another server"
     narrow_server.live.info()
@@ -92,10 +98,7 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize(("flags", "words"), BAD_FLAGS.values(), ids=list(BAD_FLAGS))
-def test_whatever_is_wrong_with_a_flag_is_one_line_that_names_it(
-    flags: list[str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+def test_whatever_is_wrong_with_a_flag_is_one_line_that_names_it(flags: list[str], words: list[str]) -> None:
     line = refused_line_here(["--listen", "127.0.0.1:0", *flags] if "--listen" not in flags else flags)
     assert all(word in line for word in words), line
 
@@ -115,14 +118,14 @@ def test_a_checkpoint_that_is_not_what_it_says_is_one_line_before_any_rank_start
 def test_a_device_type_that_is_absent_is_one_line(device_type: str) -> None:
     if any(Path("/dev").glob({"npu": "davinci[0-9]*", "cuda": "nvidia[0-9]*"}[device_type])):
         pytest.skip(f"this machine has {device_type} devices")
-    line = refused_line(["-t", device_type])
+    line = refused_line_here(["-t", device_type])
     assert line.startswith(f"hidream-grpc: --device-type: {device_type} asked for, but ")
 
 
 def test_a_wrong_line_of_the_tokens_is_told_by_its_number_and_without_the_token(tmp_path: Path) -> None:
     tokens_file = tmp_path / "tokens"
     tokens_file.write_text("# callers\nalice a-secret-of-hers and more\n", encoding="utf-8")
-    line = refused_line(["--tokens-file", tokens_file])
+    line = refused_line_here(["--tokens-file", tokens_file])
     assert line == f"hidream-grpc: --tokens-file: {tokens_file}, line 2: must be a name and a token"
 
 
@@ -139,7 +142,7 @@ def test_a_bad_environment_variable_is_one_line_that_names_it() -> None:
 def test_a_bad_config_file_is_one_line_that_names_it(tmp_path: Path, content: str) -> None:
     config_file = tmp_path / "hidream.toml"
     config_file.write_text(content, encoding="utf-8")
-    line = refused_line(["--config", config_file])
+    line = refused_line_here(["--config", config_file])
     assert str(config_file) in line
 
 
@@ -151,9 +154,8 @@ def test_a_bad_config_file_is_one_line_that_names_it(tmp_path: Path, content: st
     ],
 )
 def test_a_pipe_where_a_file_should_be_is_told_and_not_waited_for(
-    flag: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flag: str, reason: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     line = refused_line_here(["--listen", "127.0.0.1:0", flag, pipe])

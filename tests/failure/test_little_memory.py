@@ -18,7 +18,7 @@ from hidream_grpc.model.parallel.layout import Layout
 from tests.support.checkpoints import write_promised, write_tiny_checkpoint
 from tests.support.faulty_ranks import Devices, faults, send
 from tests.support.rank_groups import draw, group_config, picture
-from tests.support.refused_starts import refused_line
+from tests.support.refused_starts import refused_line_here
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,8 @@ def test_a_checkpoint_that_promises_more_than_the_host_has_is_one_line_before_an
         "llama_layers": [0, 1, 2, *[2] * 45],
     }
     folder = write_promised(write_tiny_checkpoint(tmp_path / "tiny"), tmp_path / "large", **sizes)
-    line = refused_line(["-m", str(folder), "--layout", "dp=64"])
+    data_dir = ("--data-dir", tmp_path / "data")
+    line = refused_line_here(["-m", folder, *data_dir, "--listen", "127.0.0.1:0", "--layout", "dp=64"])
     assert line.startswith("hidream-grpc: --layout: dp=64 needs ")
     for words in ("GB of the host's memory for 64 ranks (", "GB of weights, ", "GB free; ", " would fit"):
         assert words in line
