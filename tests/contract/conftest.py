@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest_asyncio
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.support.job_stores import StoreDatabase
 from tests.support.postgres import PostgresServer, running_postgres
+from tests.support.s3_server import BUCKET, S3Server, running_s3_server
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +53,16 @@ async def other(database: StoreDatabase, store: SqlJobStore) -> AsyncIterator[Sq
     else:
         async with database.opened() as other:
             yield other
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[S3Server]:
+    with running_s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_location(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}/of a test"

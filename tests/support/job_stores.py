@@ -10,7 +10,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+
+from hidream_grpc.errors import HiDreamError
 from hidream_grpc.jobs.job import Execution, Job, JobState, Priority, StoredImage, Submission, claim_sequence
+from hidream_grpc.jobs.store.changes import Change, ChangeKind, Subscription
 from hidream_grpc.jobs.store.records import QueueLimits
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.model.parameters import GenerationParameters
@@ -130,3 +134,32 @@ async def eventually(attempt: Callable[[], Awaitable[T | None]], timeout_seconds
             if result := await attempt():
                 return result
             await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def connected(database: StoreDatabase) -> AsyncIterator[AsyncConnection]:
+    """A connection beside the store, that knows nothing of it."""
+    engine = create_async_engine(database.url)
+    try:
+        async with engine.begin() as connection:
+            yield connection
+    finally:
+        await engine.dispose()
+
+
+async def told(store: SqlJobStore) -> HiDreamError | None:
+    """How the store answers a caller now; None when it accepts a job."""
+    try:
+        await added(store, new_job())
+    except HiDreamError as error:
+        return error
+    return None
+
+
+async def until(changes: Subscription, kind: ChangeKind, job_id: str = "") -> Change:
+    """The next change of this kind; those before it are passed over."""
+    async with asyncio.timeout(20.0):
+        async for change in changes:
+            if (change.kind, change.job_id) == (kind, job_id):
+                return change
+    raise AssertionError("a subscription is endless")

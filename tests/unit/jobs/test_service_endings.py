@@ -28,7 +28,7 @@ from tests.unit.jobs.service_bench import DATA, TIMEOUT_SECONDS, Bench, bench_in
 
 
 class FullStore(ArtifactStore):
-    """A store that says what `contract/test_artifact_store.py` shows a real one to say on a full disk."""
+    """A store that says what `contract/test_artifact_folder.py` shows a real one to say on a full disk."""
 
     async def write(
         self, job_id: str, claim_number: int, index: int, parameters: GenerationParameters, data: bytes
