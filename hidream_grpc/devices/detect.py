@@ -16,6 +16,9 @@ from hidream_grpc.errors import ConfigurationError, DeviceUnavailableError
 
 _logger = logging.getLogger(__name__)
 
+DEVICE_TYPE_FLAG = "--device-type"
+DEVICES_FLAG = "--devices"
+
 AUTO = "auto"
 
 MAX_DEVICE_INDEX = 1023
@@ -130,14 +133,11 @@ class DeviceSelection:
         return sorted(self.runtime_names, key=lambda name: int(name) if name.isdecimal() else -1)
 
 
-def detect(
-    device_type: str = AUTO, flag: str = "--device-type", machine: Machine | None = None
-) -> DeviceType:
+def detect(device_type: str = AUTO, machine: Machine | None = None) -> DeviceType:
     """The device type to use: the one asked for, or the first that this machine has.
 
     Args:
         device_type: "auto", or the name of one.
-        flag: what the operator used to ask, for the error's text.
         machine: where to look for devices; this machine by default.
 
     Raises:
@@ -149,23 +149,25 @@ def detect(
         return _first_present(machine)
     if device_type not in DEVICE_TYPES:
         raise ConfigurationError(
-            flag, f"unknown device type {device_type!r}: auto, {', '.join(DEVICE_TYPES)}"
+            DEVICE_TYPE_FLAG, f"unknown device type {device_type!r}: auto, {', '.join(DEVICE_TYPES)}"
         )
     asked = DEVICE_TYPES[device_type]
     if asked is CPU:
         return asked
     if not machine.visible_devices(asked):
-        raise DeviceUnavailableError(flag, f"{asked.name} asked for, but {_what_is_missing(asked, machine)}")
+        raise DeviceUnavailableError(
+            DEVICE_TYPE_FLAG, f"{asked.name} asked for, but {_what_is_missing(asked, machine)}"
+        )
     missing = machine.missing_software(asked)
     if missing:
-        raise DeviceUnavailableError(flag, f"{asked.name} asked for, but {missing}")
+        raise DeviceUnavailableError(DEVICE_TYPE_FLAG, f"{asked.name} asked for, but {missing}")
     return asked
 
 
 def select_devices(
     device_type: DeviceType,
     devices: tuple[int, ...],
-    flag: str = "--devices",
+    flag: str = DEVICES_FLAG,
     machine: Machine | None = None,
 ) -> DeviceSelection:
     """Check that the devices are on this machine.
@@ -191,7 +193,7 @@ def select_devices(
     return DeviceSelection(device_type, devices, tuple(visible[device] for device in devices))
 
 
-def parse_devices(value: str, flag: str = "--devices") -> tuple[int, ...]:
+def parse_devices(value: str) -> tuple[int, ...]:
     """Read a device list such as "0,1,2,3", "0-3" or "0,4-7".
 
     Raises:
@@ -202,19 +204,20 @@ def parse_devices(value: str, flag: str = "--devices") -> tuple[int, ...]:
         match = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", part)
         if match is None:
             raise ConfigurationError(
-                flag, f"{part!r} in {value!r} is no device: give indices from 0, such as 0,1,2,3 or 0-3"
+                DEVICES_FLAG,
+                f"{part!r} in {value!r} is no device: give indices from 0, such as 0,1,2,3 or 0-3",
             )
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise ConfigurationError(flag, f"the range {part!r} in {value!r} ends before it starts")
+            raise ConfigurationError(DEVICES_FLAG, f"the range {part!r} in {value!r} ends before it starts")
         if last > MAX_DEVICE_INDEX:
             raise ConfigurationError(
-                flag, f"{last} in {value!r} is above the highest index {MAX_DEVICE_INDEX}"
+                DEVICES_FLAG, f"{last} in {value!r} is above the highest index {MAX_DEVICE_INDEX}"
             )
         devices.extend(range(first, last + 1))
     for position, device in enumerate(devices):
         if device in devices[:position]:
-            raise ConfigurationError(flag, f"device {device} is named twice in {value!r}")
+            raise ConfigurationError(DEVICES_FLAG, f"device {device} is named twice in {value!r}")
     return tuple(devices)
 
 

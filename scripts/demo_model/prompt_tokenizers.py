@@ -6,9 +6,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from tokenizers import decoders as token_decoders
@@ -131,11 +129,3 @@ def _train_llama(captions: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=begin, eos_token=end, pad_token=end, model_max_length=MAX_TOKENS
     )
-
-
-def each_tokenizer(tokenizers: PromptTokenizers) -> Iterator[tuple[str, Any]]:
-    """Pairs of a checkpoint folder's name and its tokenizer."""
-    yield "tokenizer", tokenizers.clip
-    yield "tokenizer_2", tokenizers.clip_2
-    yield "tokenizer_3", tokenizers.t5
-    yield "tokenizer_4", tokenizers.llama

@@ -30,7 +30,7 @@ class StepShape:
 
 
 def choose_compile_shapes(
-    asked: str | None, device_type: DeviceType, size_limits: SizeLimits, flag: str = COMPILE_SHAPES_FLAG
+    asked: str | None, device_type: DeviceType, size_limits: SizeLimits
 ) -> tuple[StepShape, ...]:
     """The shapes to compile for; none where the operator named none.
 
@@ -38,7 +38,6 @@ def choose_compile_shapes(
         asked: the operator's text, as `parse_step_shapes` reads it.
         device_type: type of the ranks' devices.
         size_limits: size limits of the checkpoint.
-        flag: flag of the text, for the text of the error.
 
     Raises:
         ConfigurationError: the text is no list of shapes, or the device type cannot compile.
@@ -46,8 +45,8 @@ def choose_compile_shapes(
     if asked is None:
         return ()
     if not device_type.can_compile:
-        raise ConfigurationError(flag, f"not supported on {device_type.name} yet")
-    return parse_step_shapes(asked, size_limits, flag)
+        raise ConfigurationError(COMPILE_SHAPES_FLAG, f"not supported on {device_type.name} yet")
+    return parse_step_shapes(asked, size_limits)
 
 
 def parse_step_shapes(

@@ -38,7 +38,6 @@ def choose_layout(
     num_devices: int | None,
     default: str,
     divisions: ModelDivisions,
-    flag: str = LAYOUT_FLAG,
 ) -> Layout:
     """Choose the layout to run, which may leave devices idle.
 
@@ -47,19 +46,18 @@ def choose_layout(
         num_devices: number of devices that the operator named; None for as many as the layout needs.
         default: the layout where the operator named neither; every model must allow it.
         divisions: how the model can be divided.
-        flag: flag of the request, for the text of the error.
 
     Raises:
         ConfigurationError: the request is no layout, or is impossible.
     """
     if asked is None:
         return parse_layout(default) if num_devices is None else plan_layout(num_devices, divisions)
-    layout = parse_layout(asked, flag)
-    check_layout(layout, layout.world_size if num_devices is None else num_devices, divisions, flag)
+    layout = parse_layout(asked)
+    check_layout(layout, layout.world_size if num_devices is None else num_devices, divisions)
     return layout
 
 
-def parse_layout(text: str, flag: str = LAYOUT_FLAG) -> Layout:
+def parse_layout(text: str) -> Layout:
     """Read a layout such as "tp=2,ep=2,cfg=2": any of tp, ep, cfg and dp in any order, the others are 1.
 
     Raises:
@@ -71,20 +69,20 @@ def parse_layout(text: str, flag: str = LAYOUT_FLAG) -> Layout:
         if match is None or match[1] not in AXIS_KEYS:
             keys = ", ".join(AXIS_KEYS)
             raise ConfigurationError(
-                flag, f"{part!r} in {text!r} is no axis: give {keys} a size from 1, such as tp=4,ep=2"
+                LAYOUT_FLAG, f"{part!r} in {text!r} is no axis: give {keys} a size from 1, such as tp=4,ep=2"
             )
         axis = AXIS_KEYS[match[1]]
         if axis in sizes:
-            raise ConfigurationError(flag, f"{match[1]} is named twice in {text!r}")
+            raise ConfigurationError(LAYOUT_FLAG, f"{match[1]} is named twice in {text!r}")
         sizes[axis] = int(match[2])
     if sizes.get("cfg_parallel", 1) > 2:
         raise ConfigurationError(
-            flag, f"cfg={sizes['cfg_parallel']} in {text!r}: guidance has two halves, so cfg is 1 or 2"
+            LAYOUT_FLAG, f"cfg={sizes['cfg_parallel']} in {text!r}: guidance has two halves, so cfg is 1 or 2"
         )
     layout = Layout(**sizes)
     if layout.world_size > _MAX_WORLD_SIZE:
         raise ConfigurationError(
-            flag, f"{text!r} needs {layout.world_size} devices, more than {_MAX_WORLD_SIZE}"
+            LAYOUT_FLAG, f"{text!r} needs {layout.world_size} devices, more than {_MAX_WORLD_SIZE}"
         )
     return layout
 
@@ -138,9 +136,7 @@ def smaller_layouts(full: Layout, divisions: ModelDivisions) -> tuple[Layout, ..
     return tuple(min(by_size[size], key=change) for size in sorted(by_size, reverse=True))
 
 
-def check_layout(
-    layout: Layout, num_devices: int, divisions: ModelDivisions, flag: str = LAYOUT_FLAG
-) -> None:
+def check_layout(layout: Layout, num_devices: int, divisions: ModelDivisions) -> None:
     """Check that a model on so many devices allows a layout; it may have fewer ranks than devices.
 
     Raises:
@@ -161,7 +157,7 @@ def check_layout(
     if reasons:
         nearest = " or ".join(str(allowed) for allowed in _nearest(layout, num_devices, divisions))
         on = "1 device" if num_devices == 1 else f"{num_devices} devices"
-        raise ConfigurationError(flag, f"{', '.join(reasons)}; {nearest} would work on {on}")
+        raise ConfigurationError(LAYOUT_FLAG, f"{', '.join(reasons)}; {nearest} would work on {on}")
 
 
 def _nearest(asked: Layout, num_devices: int, divisions: ModelDivisions) -> list[Layout]:

@@ -102,30 +102,39 @@ def test_a_type_that_is_there_can_be_asked_for_by_name(make_machine: MakeMachine
     ("asked", "nodes", "options", "line"),
     [
         pytest.param(
-            "cuda", (), {}, "-t: cuda asked for, but this machine has none (no {dev}/nvidiaN)", id="no GPU"
+            "cuda",
+            (),
+            {},
+            "--device-type: cuda asked for, but this machine has none (no {dev}/nvidiaN)",
+            id="no GPU",
         ),
         pytest.param(
-            "npu", NVIDIA, {}, "-t: npu asked for, but this machine has none (no {dev}/davinciN)", id="no NPU"
+            "npu",
+            NVIDIA,
+            {},
+            "--device-type: npu asked for, but this machine has none (no {dev}/davinciN)",
+            id="no NPU",
         ),
         pytest.param(
             "cuda",
             NVIDIA,
             {"environment": {"CUDA_VISIBLE_DEVICES": ""}},
-            "-t: cuda asked for, but CUDA_VISIBLE_DEVICES= leaves none of {dev}/nvidiaN visible",
+            "--device-type: cuda asked for, but CUDA_VISIBLE_DEVICES= leaves none of {dev}/nvidiaN visible",
             id="all hidden",
         ),
         pytest.param(
             "npu",
             DAVINCI,
             {"has_torch_npu": False},
-            "-t: npu asked for, but the Python package torch_npu is not installed (install the extra 'npu')",
+            "--device-type: npu asked for, but the Python package torch_npu is not installed "
+            "(install the extra 'npu')",
             id="no torch_npu",
         ),
         pytest.param(
             "cuda",
             NVIDIA,
             {"torch_cuda_version": None},
-            "-t: cuda asked for, but the installed torch is not built for CUDA",
+            "--device-type: cuda asked for, but the installed torch is not built for CUDA",
             id="torch for CPUs",
         ),
     ],
@@ -135,13 +144,15 @@ def test_an_absent_type_is_one_line_that_names_the_flag_and_what_is_missing(
 ) -> None:
     machine = make_machine(nodes, **options)
     with pytest.raises(DeviceUnavailableError) as raised:
-        detect(asked, flag="-t", machine=machine)
+        detect(asked, machine=machine)
     assert str(raised.value) == line.format(dev=machine.dev_directory)
 
 
 def test_an_unknown_type_is_told_the_ones_there_are() -> None:
-    with pytest.raises(ConfigurationError, match=r"^-t: unknown device type 'tpu': auto, npu, cuda, cpu$"):
-        detect("tpu", flag="-t")
+    with pytest.raises(
+        ConfigurationError, match=r"^--device-type: unknown device type 'tpu': auto, npu, cuda, cpu$"
+    ):
+        detect("tpu")
 
 
 @pytest.mark.parametrize(
@@ -240,32 +251,38 @@ def test_device_lists_that_work(value: str, expected: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("value", "line"),
     [
-        pytest.param("0,1,0", "-d: device 0 is named twice in '0,1,0'", id="twice"),
-        pytest.param("0-3,2", "-d: device 2 is named twice in '0-3,2'", id="twice by a range"),
+        pytest.param("0,1,0", "--devices: device 0 is named twice in '0,1,0'", id="twice"),
+        pytest.param("0-3,2", "--devices: device 2 is named twice in '0-3,2'", id="twice by a range"),
         pytest.param(
-            "-1", "-d: '-1' in '-1' is no device: give indices from 0, such as 0,1,2,3 or 0-3", id="negative"
+            "-1",
+            "--devices: '-1' in '-1' is no device: give indices from 0, such as 0,1,2,3 or 0-3",
+            id="negative",
         ),
         pytest.param(
-            "", "-d: '' in '' is no device: give indices from 0, such as 0,1,2,3 or 0-3", id="empty"
+            "", "--devices: '' in '' is no device: give indices from 0, such as 0,1,2,3 or 0-3", id="empty"
         ),
         pytest.param(
-            "0,,1", "-d: '' in '0,,1' is no device: give indices from 0, such as 0,1,2,3 or 0-3", id="gap"
+            "0,,1",
+            "--devices: '' in '0,,1' is no device: give indices from 0, such as 0,1,2,3 or 0-3",
+            id="gap",
         ),
         pytest.param(
             "gpu0",
-            "-d: 'gpu0' in 'gpu0' is no device: give indices from 0, such as 0,1,2,3 or 0-3",
+            "--devices: 'gpu0' in 'gpu0' is no device: give indices from 0, such as 0,1,2,3 or 0-3",
             id="words",
         ),
         pytest.param(
-            "٣", "-d: '٣' in '٣' is no device: give indices from 0, such as 0,1,2,3 or 0-3", id="other digits"
+            "٣",
+            "--devices: '٣' in '٣' is no device: give indices from 0, such as 0,1,2,3 or 0-3",
+            id="other digits",
         ),
-        pytest.param("3-1", "-d: the range '3-1' in '3-1' ends before it starts", id="backwards"),
-        pytest.param("0-9999", "-d: 9999 in '0-9999' is above the highest index 1023", id="too many"),
+        pytest.param("3-1", "--devices: the range '3-1' in '3-1' ends before it starts", id="backwards"),
+        pytest.param("0-9999", "--devices: 9999 in '0-9999' is above the highest index 1023", id="too many"),
     ],
 )
 def test_a_bad_device_list_is_one_line_with_the_flag_and_the_part(value: str, line: str) -> None:
     with pytest.raises(ConfigurationError) as raised:
-        parse_devices(value, flag="-d")
+        parse_devices(value)
     assert str(raised.value) == line
 
 
