@@ -96,10 +96,6 @@ class DeviceSelection:
         """Number of ranks: one for each device."""
         return len(self.devices)
 
-    def first(self, num_ranks: int) -> DeviceSelection:
-        """The first of these devices, one for each of so many ranks; the others stay idle."""
-        return self.only(self.devices[:num_ranks])
-
     def only(self, devices: tuple[int, ...]) -> DeviceSelection:
         """Some of these devices, one for each rank in this order; the others stay idle."""
         positions = [self.devices.index(device) for device in devices]

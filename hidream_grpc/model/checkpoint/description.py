@@ -17,7 +17,6 @@ from hidream_grpc.model.checkpoint.files import (
     MODEL_PATH_FLAG,
     GenerationConfig,
     SchedulerConfig,
-    has_llama,
     llama_flag,
     llama_tokenizer_folder,
     read_json,
@@ -61,7 +60,6 @@ class CheckpointDescription:
         max_prompt_tokens: most tokens of a prompt for each text encoder, special tokens included.
         num_attention_heads: attention heads of the transformer, which tensor parallel divides.
         num_routed_experts: routed experts of the transformer, which expert parallel divides.
-        needs_extra_model: whether the checkpoint itself holds no Llama.
         fingerprint: distinguishes the checkpoint from any other, also from a later one in the same folder.
     """
 
@@ -74,7 +72,6 @@ class CheckpointDescription:
     max_prompt_tokens: int
     num_attention_heads: int
     num_routed_experts: int
-    needs_extra_model: bool
     fingerprint: str
 
 
@@ -120,7 +117,6 @@ def describe_checkpoint(model_path: Path, extra_model_path: Path | None) -> Chec
         ),
         num_attention_heads=transformer.num_attention_heads,
         num_routed_experts=transformer.num_routed_experts,
-        needs_extra_model=not has_llama(model_path),
         fingerprint=fingerprint_of(model_path, extra_model_path),
     )
     # Last, so that a refused checkpoint gives one line.

@@ -202,7 +202,7 @@ def test_ranks_see_only_their_group_s_devices(make_machine: MakeMachine) -> None
 
 
 def test_devices_without_a_rank_are_told_and_no_rank_sees_them(make_machine: MakeMachine) -> None:
-    selection = select_devices(CUDA, (3, 0, 2), machine=make_machine(NVIDIA)).first(2)
+    selection = select_devices(CUDA, (3, 0, 2), machine=make_machine(NVIDIA)).only((3, 0))
     assert (selection.devices, selection.idle_devices) == ((3, 0), (2,))
     assert selection.num_ranks == 2
     assert selection.environment({})["CUDA_VISIBLE_DEVICES"] == "0,3"

@@ -36,7 +36,6 @@ def test_a_whole_checkpoint_says_what_it_is(tiny_checkpoint: Path) -> None:
     assert description.max_prompt_tokens == MAX_TOKENS_OF_T5
     assert description.num_attention_heads == 4
     assert description.num_routed_experts == 4
-    assert not description.needs_extra_model
 
 
 @pytest.mark.parametrize(
@@ -87,12 +86,12 @@ def test_a_tokenizer_without_a_limit_of_its_own_leaves_the_models(own_checkpoint
 
 
 def test_llama_may_lie_in_a_folder_of_its_own(split_checkpoint: tuple[Path, Path]) -> None:
-    description = describe_checkpoint(*split_checkpoint)
-    assert description.needs_extra_model
+    assert describe_checkpoint(*split_checkpoint).num_attention_heads == 4
 
 
 def test_the_llama_folder_is_not_looked_at_when_the_checkpoint_has_one(tiny_checkpoint: Path) -> None:
-    assert not describe_checkpoint(tiny_checkpoint, Path("/no/such/folder")).needs_extra_model
+    description = describe_checkpoint(tiny_checkpoint, Path("/no/such/folder"))
+    assert description == describe_checkpoint(tiny_checkpoint, None)
 
 
 def test_weights_may_be_in_several_files(own_checkpoint: Path) -> None:
@@ -110,7 +109,6 @@ def test_the_shipped_demo_checkpoint_is_whole() -> None:
     description = describe_checkpoint(demo_checkpoint_path(), None)
     assert description.name == "demo"
     assert description.variant is Variant.FULL
-    assert not description.needs_extra_model
 
 
 @pytest.mark.parametrize(
