@@ -155,7 +155,7 @@ class Controller:
             for observe in self._prompt_observers:
                 observe(prompts)
         faults = Faults.of(answers)
-        for fault in faults.others:
+        for fault in faults.fatal:
             fail_for(self._running, fault)
         if plan.step_claims:
             self._report_step(planned, answers, faults, start_time)
@@ -185,7 +185,7 @@ class Controller:
     # --- when something went wrong ----------------------------------------------------------------
 
     async def _retry_alone(self, claim_id: str, at_work: Mapping[str, int]) -> None:
-        """Start a request that had no room again, with none beside it; fail one that was alone before."""
+        """Let a request that had no room go on alone; fail it if it was alone before."""
         in_question = {claim_id: at_work[claim_id]}
         logger.warning("job %s", OUT_OF_MEMORY_REASON, extra=self._running[claim_id].log_fields)
         was_alone = at_work == in_question
@@ -199,7 +199,7 @@ class Controller:
         at_work = {} if lost is None else lost.at_work
         if lost is not None and loss.cause is LossCause.OUT_OF_MEMORY:
             self._step_limit.run_out(step_pixels(self._running, lost.plan.step_claims))
-        in_question = {claim_id: at_work[claim_id] for claim_id in at_work.keys() & self._running.keys()}
+        in_question = {c: progress for c, progress in at_work.items() if c in self._running}
         if in_question and loss.cause is not LossCause.OUTSIDE:
             self._attribute(in_question, str(loss), loss.cause, was_alone=len(at_work) == 1)
         # A survivor may hold states of the plan that failed: all ranks forget, and start alike.

@@ -36,16 +36,16 @@ class Faults:
     """The requests that failed in a round while the group is whole.
 
     Attributes:
-        claim_ids: all of them.
+        claim_ids: claims of all of them.
         out_of_memory: claims for which a device had no room.
         refused_snapshots: claim to the reason why its snapshot cannot be used.
-        others: faults that end their requests.
+        fatal: faults that end their requests.
     """
 
     claim_ids: frozenset[str]
     out_of_memory: frozenset[str]
     refused_snapshots: Mapping[str, str]
-    others: tuple[JobFault, ...]
+    fatal: tuple[JobFault, ...]
 
     @classmethod
     def of(cls, answers: Sequence[PlanDone]) -> Faults:
@@ -53,8 +53,8 @@ class Faults:
         faults = {fault.claim_id: fault for answer in answers for fault in answer.faults}
         out_of_memory = {c for c, fault in faults.items() if fault.kind == OutOfDeviceMemoryError.__name__}
         refused = {c: fault.reason for c, fault in faults.items() if fault.kind == SnapshotError.__name__}
-        others = tuple(fault for c, fault in faults.items() if c not in out_of_memory | refused.keys())
-        return cls(frozenset(faults), frozenset(out_of_memory), refused, others)
+        fatal = tuple(fault for c, fault in faults.items() if c not in out_of_memory | refused.keys())
+        return cls(frozenset(faults), frozenset(out_of_memory), refused, fatal)
 
 
 def report_prompts(
