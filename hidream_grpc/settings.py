@@ -1,6 +1,7 @@
 """Everything that an operator can set: flag > environment (`HIDREAM_…`) > file > default.
 
-Below `cli.py` and `server/app.py` nobody sees these settings: each layer takes a small frozen value.
+Only `cli.py` and the server see these settings: the layers below take the small frozen values that
+`server/configuration.py` makes of them.
 """
 
 from __future__ import annotations
