@@ -79,6 +79,6 @@ def end_within(seconds: float) -> None:
 
 
 def _end_now() -> None:
-    logger.warning("stopped, without waiting any longer for stores that do not answer")
+    logger.warning("stopped, without waiting any longer for stores or ranks that do not answer")
     end_logging()
     os._exit(0)

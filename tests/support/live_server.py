@@ -25,6 +25,9 @@ _METRICS = re.compile(r"metrics on port (\d+)")
 START_TIMEOUT_SECONDS = 120.0
 # Longer than the default grace, which jobs use up where the cores are busy.
 STOP_TIMEOUT_SECONDS = 120.0
+# Threads of one rank spin while they wait for each other: with two of them a step beside busy cores takes ten
+# times as long as with one.
+ONE_THREAD_PER_RANK = ("--threads-per-rank", "1")
 
 
 def wait_until(condition: Callable[[], bool], timeout_seconds: float, what: str) -> None:
@@ -145,7 +148,8 @@ def running_server(
     """
     with tempfile.TemporaryDirectory(prefix="hidream-test-") as folder:
         own_folder = () if "--data-dir" in flags else ("--data-dir", folder)
-        words = ("--listen", "127.0.0.1:0", *own_folder, *flags)
+        threads = () if "--threads-per-rank" in flags else ONE_THREAD_PER_RANK
+        words = ("--listen", "127.0.0.1:0", *own_folder, *threads, *flags)
         with _running_server(words, wait, {**os.environ, **(environment or {})}) as server:
             yield server
 
