@@ -83,7 +83,7 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a shape that the model forbids": (
         ["--compile-shapes", "256x256x2,1000x1000x2"],
-        ["--compile-shapes: 1000x1000 cannot be drawn: both sides must be multiples of 16"],
+        ["--compile-shapes: 1000x1000 cannot be generated: both sides must be multiples of 16"],
     ),
     "unknown device type": (["-t", "tpu"], ["--device-type", "tpu", "npu, cuda, cpu"]),
     "listen without a port": (["--listen", "localhost"], ["--listen", "HOST:PORT"]),

@@ -81,7 +81,7 @@ class RankListener:
             del self._arrivals[child.pid]
 
     async def stop(self) -> None:
-        """Stop listening, close the connections nobody waited for, remove the folder; may be called twice."""
+        """Stop listening, close the connections left over, remove the folder; may be called twice."""
         if self._server is not None:
             self._server.close()
             self._server = None

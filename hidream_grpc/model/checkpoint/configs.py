@@ -109,7 +109,7 @@ def _read_vae(model_path: Path) -> VaeConfig:
     if vae.scaling_factor == 0:
         _refuse(folder, "scaling_factor is 0")
     if (vae.in_channels, vae.out_channels) != (3, 3):
-        reason = f"in_channels and out_channels are {vae.in_channels} and {vae.out_channels}, a picture has 3"
+        reason = f"in_channels and out_channels are {vae.in_channels} and {vae.out_channels}, an image has 3"
         _refuse(folder, reason)
     return vae
 

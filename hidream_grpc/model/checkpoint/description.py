@@ -141,7 +141,7 @@ def _defaults(model_path: Path, scheduler: SchedulerConfig, size_limits: SizeLim
     own = read_json(path, GenerationConfig, MODEL_PATH_FLAG) if os.path.lexists(path) else GenerationConfig()
     size = ImageSize(own.width or size.width, own.height or size.height)
     if not size_limits.allows(size):
-        raise ModelNotFoundError(MODEL_PATH_FLAG, path, f"{size.width}×{size.height} cannot be drawn")
+        raise ModelNotFoundError(MODEL_PATH_FLAG, path, f"{size.width}×{size.height} cannot be generated")
     return GenerationDefaults(
         width=size.width,
         height=size.height,

@@ -14,7 +14,7 @@ _EDITING_MODEL = "HiDream-E1"
 
 
 def check_no_editing_model(transformer_folder: Path, config: TransformerConfig) -> None:
-    """Check that a transformer is not that of HiDream-E1, as far as its files tell.
+    """Check that a transformer is not that of HiDream-E1, as far as its files show.
 
     Its tensors have the names and shapes of HiDream-I1's. Only the recorded origin differs, and the room for
     a source image beside the generated one.
@@ -27,7 +27,7 @@ def check_no_editing_model(transformer_folder: Path, config: TransformerConfig) 
         _refuse(transformer_folder / "config.json", f"comes from {name}")
     num_beside = config.max_tokens // 2
     if config.max_tokens == 2 * math.isqrt(num_beside) ** 2:
-        _refuse(transformer_folder / "config.json", "max_resolution has room for two pictures side by side")
+        _refuse(transformer_folder / "config.json", "max_resolution has room for two images side by side")
     for path in weight_files(transformer_folder, Library.DIFFUSERS):
         if _EDITING_MODEL in (repository := repository_name(path) or ""):
             _refuse(path, f"is a file of {repository}")

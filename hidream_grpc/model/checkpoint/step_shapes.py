@@ -74,7 +74,7 @@ def parse_step_shapes(
         if not size_limits.allows(ImageSize(shape.width, shape.height)):
             raise ConfigurationError(
                 flag,
-                f"{shape.width}x{shape.height} cannot be drawn: both sides must be multiples of "
+                f"{shape.width}x{shape.height} cannot be generated: both sides must be multiples of "
                 f"{size_limits.size_multiple} from {size_limits.min_side_pixels} on, "
                 f"width x height at most {size_limits.max_pixels}",
             )

@@ -1,4 +1,4 @@
-"""Linear layers of which a rank holds a share, and the feed-forward made of them. Knows no model.
+"""Linear layers of which a rank holds a share, and the feed-forward made of them. Independent of any model.
 
 No layer here sums over the axis: a row-parallel layer returns a partial result, so that its caller can sum
 several of them in one all-reduce.

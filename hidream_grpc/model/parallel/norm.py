@@ -1,4 +1,4 @@
-"""RMSNorm over channels that ranks divide. Knows no model."""
+"""RMSNorm over channels that ranks divide. Independent of any model."""
 
 from __future__ import annotations
 

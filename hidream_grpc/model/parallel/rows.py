@@ -1,4 +1,4 @@
-"""Which rows of a step each rank computes, and how all ranks get all of them. Knows no model."""
+"""Which rows of a step each rank computes, and how all ranks get all of them. Independent of any model."""
 
 from __future__ import annotations
 

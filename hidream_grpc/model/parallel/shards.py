@@ -1,4 +1,4 @@
-"""Which part of a checkpoint's tensors a parameter is made of. Knows no model."""
+"""Which part of a checkpoint's tensors a parameter is made of. Independent of any model."""
 
 from __future__ import annotations
 

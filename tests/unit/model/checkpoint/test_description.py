@@ -205,8 +205,8 @@ Break = Callable[[Path], None]
         ),
         pytest.param(
             lambda folder: (folder / "generation_config.json").write_text('{"width": 100}'),
-            "100×128 cannot be drawn",
-            id="default size that cannot be drawn",
+            "100×128 cannot be generated",
+            id="default size that cannot be generated",
         ),
         pytest.param(
             lambda folder: (folder / "generation_config.json").write_text('{"steps": 9}'),
@@ -250,7 +250,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
         (VAE, {"norm_num_groups": 7}, "block_out_channels (8, 8, 8, 8) are not all multiples of"),
         (VAE, {"act_fn": "nonsense"}, "'nonsense' - at `$.act_fn`"),
         (VAE, {"scaling_factor": 0}, "scaling_factor is 0"),
-        (VAE, {"out_channels": 4}, "in_channels and out_channels are 3 and 4, a picture has 3"),
+        (VAE, {"out_channels": 4}, "in_channels and out_channels are 3 and 4, an image has 3"),
         (VAE, {"layers_per_block": 10**9}, "<= 512"),
         (CLIP, {"num_attention_heads": 7}, "hidden_size is 32, no multiple of num_attention_heads, 7"),
         (CLIP, {"num_hidden_layers": 10**9}, "<= 512"),

@@ -262,7 +262,7 @@ def test_a_refusal_after_weights_in_float8_is_one_line(
 ) -> None:
     rewrite(own_checkpoint / VAE, as_float8)
     (own_checkpoint / "generation_config.json").write_text('{"width": 100}')
-    assert refused(own_checkpoint).endswith("100×128 cannot be drawn")
+    assert refused(own_checkpoint).endswith("100×128 cannot be generated")
     assert caplog.messages == []
 
 
