@@ -35,9 +35,9 @@ Seconds = Annotated[float, Field(ge=0, le=86_400)]
 
 
 def _not_blank(value: Any) -> Any:
-    """Refuse an empty text: what is not to be set is left out.
+    """Refuse an empty text: a setting that shall have its default is left out.
 
-    Else a manifest's `${UNSET}` would give each replica a store of its own, without a word.
+    Otherwise a manifest's `${UNSET}` would silently give each replica a store of its own.
     """
     if isinstance(value, str) and not value.strip():
         raise ValueError("is empty; leave it out to have its default")
@@ -45,7 +45,7 @@ def _not_blank(value: Any) -> Any:
 
 
 def _path_text(value: Any) -> Any:
-    """Refuse what is no path, and a `~` that no shell has expanded; every other name is taken as it is."""
+    """Refuse a text that is no path, and a `~` that no shell has expanded; take every other name as it is."""
     if not isinstance(value, str):
         return value
     if value.startswith("~"):

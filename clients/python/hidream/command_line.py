@@ -53,7 +53,7 @@ _ARGUMENTS = {
 
 
 def connected(command: Callable[Concatenate[Client, ...], None]) -> Callable[..., None]:
-    """The command as typer runs it: with the options of a connection behind its own.
+    """Return the command as typer runs it: with the options of a connection behind its own.
 
     Args:
         command: what to do with a client of the server that those options describe; its errors end
@@ -102,7 +102,7 @@ def _new_client(
 
 @contextmanager
 def exit_codes(address: str) -> Iterator[None]:
-    """Within it, an error ends the command with its lines on stderr and its exit code."""
+    """Let an error end the command, with its lines on stderr and its exit code."""
     try:
         yield
     except KeyboardInterrupt:

@@ -34,7 +34,7 @@ class Download(
         self._image_index = image_index
         self._path = path
         self._part_path = part_path(path, job.job_id, image_index)
-        # Absent from a job that has not drawn it yet: the server then says so in its own words.
+        # A job that has not finished the image does not list it; the server's error then says so.
         announced = next((info for info in job.images if info.index == image_index), None)
         self._check = ImageCheck(image_index, announced)
         self._part: BinaryIO
@@ -68,7 +68,7 @@ class Download(
         self._part.write(response.chunk.data)
 
     def ended(self) -> None:
-        """Raises BrokenImageError when the image is not whole."""
+        """Say that a call has ended with OK; raises BrokenImageError when the image is not whole."""
         if not self.is_over:
             self._check.finish()
 

@@ -114,7 +114,7 @@ class UnauthenticatedError(ServerError):
 
 
 class PermissionDeniedError(ServerError):
-    """The token is known, but not for this."""
+    """The token is known, but does not allow this call."""
 
 
 class NotFoundError(ServerError):
@@ -164,7 +164,7 @@ class CancelledError(ServerError):
 
 
 class UnimplementedError(ServerError):
-    """This version of the server does not have that."""
+    """This version of the server does not have the method."""
 
 
 class DataLossError(ServerError):
@@ -281,7 +281,7 @@ def error_from_call(call: grpc.RpcError) -> ServerError:
 
 @contextmanager
 def translated_errors() -> Iterator[None]:
-    """Within it, calls of either transport raise the errors of this module."""
+    """Let calls of either transport raise the errors of this module."""
     try:
         yield
     except grpc.RpcError as call:

@@ -21,7 +21,7 @@ from hidream.v1 import image_pb2, job_pb2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobEvent:
-    """What every event carries.
+    """The fields of every event.
 
     Attributes:
         job_id: the server's name of the job.
@@ -36,7 +36,7 @@ class JobEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Queued(JobEvent):
-    """The job waits; `queue_position` is 1 for the next. Comes again when the position changes."""
+    """The job waits; `queue_position` is 1 for the next. The event comes again when the position changes."""
 
     queue_position: int
     estimated_wait_seconds: float | None
@@ -102,7 +102,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Succeeded(JobEvent):
-    """All images are there. The last event."""
+    """All images have arrived; this is the last event."""
 
     job: job_pb2.Job
     timings: Timings

@@ -24,23 +24,23 @@ class ImageFileFormat(StrEnum):
 
     @property
     def output_format(self) -> OutputFormat:
-        """The same, as a request names it."""
+        """The name of the format in a request."""
         return cast(OutputFormat, self.name)
 
     @property
     def suffix(self) -> str:
-        """What the names of its files end in."""
+        """The end of the names of such files, with its dot."""
         return f".{self.value}"
 
 
 def format_of_suffix(suffix: str) -> ImageFileFormat | None:
-    """The format that a file's name tells; None when it tells none."""
+    """Return the format of a file by the suffix of its name; None where it says none."""
     name = suffix.lower().removeprefix(".").replace("jpg", "jpeg")
     return ImageFileFormat(name) if name in set(ImageFileFormat) else None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that nobody ever sees half of it; an older one is replaced.
+    """Write a file in one rename, so that no reader sees half of it; an older one is replaced.
 
     Raises:
         OSError: the folder is missing or full, or may not be written to.

@@ -23,12 +23,12 @@ class HealthStatus(StrEnum):
 
 
 def health_request(service: str) -> health_pb2.HealthCheckRequest:
-    """Asks for one service; the empty name means the server as a whole."""
+    """Return the request about one service; the empty name means the server as a whole."""
     return health_pb2.HealthCheckRequest(service=service)
 
 
 def health_status(response: health_pb2.HealthCheckResponse) -> HealthStatus:
-    """What the answer says; a value that this client does not know is UNKNOWN."""
+    """Return the status of an answer; a value that this client does not know is UNKNOWN."""
     name = health_pb2.HealthCheckResponse.ServingStatus.Name
     try:
         return HealthStatus(name(response.status))
@@ -56,7 +56,7 @@ class ServingWait:
         return remaining_seconds
 
     def is_over(self, response: health_pb2.HealthCheckResponse) -> bool:
-        """Take one answer of `Watch`; whether it is the one waited for."""
+        """Take one answer of `Watch`, and say whether the wait is over."""
         self._last_status = health_status(response)
         return self._last_status is HealthStatus.SERVING
 

@@ -17,7 +17,7 @@ class Image:
     Attributes:
         index: which image of its request, from 0.
         width, height: in pixels.
-        seed: draws this image alone.
+        seed: the seed that gives this image alone.
         mime_type: such as `image/png`.
         sha256: of `data`, 32 bytes; checked on arrival.
         data: the file.
@@ -33,10 +33,10 @@ class Image:
 
 
 class ImageCheck:
-    """Holds the pieces of one image against what was announced: their place, their sum, the SHA-256."""
+    """Compares the pieces of one image with its announcement: their place, their size, the SHA-256."""
 
     def __init__(self, image_index: int, announced: image_pb2.ImageInfo | None = None) -> None:
-        """What was announced may also come with the first piece."""
+        """The announcement may also come with the first piece."""
         self._image_index = image_index
         self._announced = announced
         self._sha256 = hashlib.sha256()
@@ -44,12 +44,12 @@ class ImageCheck:
 
     @property
     def announced(self) -> image_pb2.ImageInfo | None:
-        """What the image is to be; None while nothing has said so."""
+        """The image as it was announced; None before its announcement."""
         return self._announced
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that have arrived."""
+        """Number of bytes that have arrived."""
         return self._num_bytes
 
     @property
@@ -117,7 +117,7 @@ class ImageAssembler:
 
     @property
     def num_finished(self) -> int:
-        """Images that are complete."""
+        """Number of images that are complete."""
         return len(self._checks) - len(self._unfinished)
 
     def add(self, chunk: image_pb2.ImageChunk) -> Image | None:

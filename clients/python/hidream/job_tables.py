@@ -16,17 +16,17 @@ _COLUMNS = "{:<32}  {:<9}  {:>9}  {:<19}  {}"
 
 
 def state_name(job: job_pb2.Job) -> str:
-    """Where the job stands, such as `RUNNING`."""
+    """Return the state of a job, such as `RUNNING`."""
     return job_pb2.JobState.Name(job.state).removeprefix("JOB_STATE_")
 
 
 def job_table(job: job_pb2.Job) -> str:
-    """One job, one fact a line."""
+    """Return one job, one fact a line."""
     return table(_job_rows(job))
 
 
 def jobs_table(jobs: Iterable[job_pb2.Job], has_header: bool) -> Iterator[str]:
-    """One line a job, below the names of the columns where wanted."""
+    """Yield one line a job, below the names of the columns where wanted."""
     if has_header:
         yield _COLUMNS.format("job", "state", "step", "accepted (UTC)", "prompt")
     for job in jobs:

@@ -16,17 +16,17 @@ from hidream.images import Image
 
 
 def message_json(message: Message) -> str:
-    """A message over several lines, with every field."""
+    """Return a message as JSON over several lines, with every field."""
     return json.dumps(_dictionary(message), indent=2, ensure_ascii=False)
 
 
 def message_json_line(message: Message) -> str:
-    """The same on one line."""
+    """Return a message as JSON on one line, with every field."""
     return json.dumps(_dictionary(message), ensure_ascii=False)
 
 
 def event_json_line(event: Event) -> str:
-    """One event on one line: its kind, and its fields without the bytes of images."""
+    """Return one event as JSON on one line: its kind, and its fields without the bytes of images."""
     kind = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
     return json.dumps({"event": kind, **_fields(event)}, ensure_ascii=False)
 

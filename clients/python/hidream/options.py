@@ -72,13 +72,13 @@ CaFile = Annotated[
     Path | None,
     typer.Option(
         envvar=VARIABLES["ca_file"],
-        help="PEM file of who vouches for the server, in place of the public ones.",
+        help="PEM file of the authorities that vouch for the server, in place of the public ones.",
     ),
 ]
 
 # What to draw.
 Prompt = Annotated[str, typer.Argument(help="What to draw.", show_default=False)]
-Seed = Annotated[int | None, typer.Option(help="Of the first image. Default: a random one.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the first image. Default: a random one.")]
 SizeOption = Annotated[
     Size | None, typer.Option(parser=Size.parse, metavar="WIDTHxHEIGHT", help="In pixels.")
 ]
@@ -88,7 +88,7 @@ Guidance = Annotated[
 ]
 Negative = Annotated[str | None, typer.Option(help="What to keep away from.")]
 Images = Annotated[int | None, typer.Option(help="How many images; each is drawn from the next seed.")]
-Quality = Annotated[int | None, typer.Option(help="Of JPEG and WebP, 1 to 100.")]
+Quality = Annotated[int | None, typer.Option(help="Quality of JPEG and WebP, 1 to 100.")]
 Model = Annotated[
     str | None, typer.Option(help="Which model draws, one that `hidream info` names. Default: the server's.")
 ]
@@ -126,5 +126,5 @@ def state_names(states: Iterable[State] | None) -> list[JobStateName]:
 
 
 def labels_by_key(labels: Iterable[Label] | None) -> dict[str, str]:
-    """The labels that were given; of those with the same key the last."""
+    """Return the labels that were given; the last one counts where several have the same key."""
     return {label.key: label.value for label in labels or ()}

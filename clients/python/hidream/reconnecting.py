@@ -27,7 +27,7 @@ class ReconnectPolicy:
     """What a stream does when its connection is lost.
 
     Attributes:
-        timeout_seconds: of the whole, from its start, however often it reconnects; None is none.
+        timeout_seconds: deadline of the whole stream, from its start, over all reconnections; None is none.
         reconnect_seconds: it gives up when it gets no answer for this long. 0 gives up at once.
         on_connection_lost: called with the error each time, before the next attempt.
     """
@@ -65,7 +65,7 @@ class ResumableStream(ABC, Generic[_RequestT, _ResponseT, _ItemT]):
 
     @abstractmethod
     def read(self, response: _ResponseT) -> _ItemT | None:
-        """Take the next response; what it brings to the caller, if anything."""
+        """Take the next response, and return what it brings to the caller, if anything."""
 
     @abstractmethod
     def ended(self) -> None:
@@ -105,7 +105,7 @@ class ResumableStream(ABC, Generic[_RequestT, _ResponseT, _ItemT]):
             raise error from call
         if self._policy.on_connection_lost:
             self._policy.on_connection_lost(error)
-        # Spread, or all who lost one server come back in the same moment.
+        # Random, so that clients which lost one server do not come back in the same moment.
         delay_seconds = self._delay_seconds * random.uniform(0.5, 1.0)
         self._delay_seconds = min(2 * self._delay_seconds, _MAX_DELAY_SECONDS)
         return min(max(delay_seconds, error.retry_after_seconds or 0.0), left_seconds)

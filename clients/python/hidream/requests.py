@@ -31,15 +31,15 @@ class SubmitOptions(TypedDict, total=False):
         num_inference_steps: denoising steps.
         guidance_scale: how closely to follow the prompt; 1 or less is none, in half the time, and gives poor
             images of a model that is trained with guidance, such as Full.
-        num_images: image i is drawn from seed + i.
-        seed: of image 0; the server picks one when absent, and `Started.spec` says which.
+        num_images: number of images; image i is generated from seed + i.
+        seed: seed of image 0; the server picks one when absent, and `Started.spec` says which.
         output_format: file format of the images.
-        quality: of JPEG and WebP, 1 to 100.
+        quality: quality of JPEG and WebP, 1 to 100.
         request_id: a name for this request, so that a retry does not draw twice.
         preview: also send a small preview of image 0 after each step.
         priority: which jobs go first when several wait.
         labels: free labels, to find the job again.
-        model: name of the model that is to draw, one of `info().live_models`; the server's own when absent.
+        model: name of the model that generates, one of `info().live_models`; the server's own when absent.
     """
 
     negative_prompt: str | None

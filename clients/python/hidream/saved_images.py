@@ -14,7 +14,7 @@ class SavedImages:
     """Writes the images of one job as they are finished."""
 
     def __init__(self, pattern: OutputPattern, num_images: int, seed: int = 0) -> None:
-        """Nothing is written yet.
+        """Write nothing yet.
 
         Args:
             pattern: where the images go.

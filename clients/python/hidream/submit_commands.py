@@ -54,7 +54,9 @@ def submit(
     images: Images = None,
     file_format: Annotated[ImageFileFormat | None, typer.Option("--format", help="Default: png.")] = None,
     quality: Quality = None,
-    preview: Annotated[bool, typer.Option("--preview", help="Who watches it sees previews.")] = False,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Send previews to those that watch the job.")
+    ] = False,
     priority: Annotated[PriorityOption | None, typer.Option(help="Which jobs go first.")] = None,
     label: Annotated[
         list[Label] | None,
@@ -102,7 +104,7 @@ def batch(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Which model draws what names none. Default: the server's.")
+        str | None, typer.Option(help="Which model draws the lines that name none. Default: the server's.")
     ] = None,
     as_json: AsJson = False,
     timeout: Timeout = 60.0,

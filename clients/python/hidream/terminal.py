@@ -17,7 +17,7 @@ _WAITING_FORMAT = "{desc}{postfix}"
 
 
 class ProgressBar:
-    """One line on stderr that tells where a request stands; nothing of it is guessed here."""
+    """One line on stderr with the state of a request, as the server reports it."""
 
     def __init__(self, is_shown: bool = True) -> None:
         # Every step is shown when it ends, however short; tqdm would skip some.
@@ -78,7 +78,7 @@ class ProgressBar:
             postfix += f", {format_seconds(progress.estimated_remaining_seconds)} left"
         self._bar.n = progress.step
         self._bar.total = progress.total_steps
-        # Who joins late, or comes back, sees a step first.
+        # For a reader that joins late, or comes back, a step is the first event.
         self._bar.bar_format = _BAR_FORMAT
         self._bar.set_description_str("drawing", refresh=False)
         self._bar.set_postfix_str(postfix)
@@ -92,7 +92,7 @@ class ProgressBar:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration for people: `85 ms`, `3.2 s`, `2 min 5 s`."""
+    """Return a duration for people: `85 ms`, `3.2 s`, `2 min 5 s`."""
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 59.95:  # what would read 60.0 s is a minute
@@ -102,7 +102,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def summary_line(succeeded: Succeeded) -> str:
-    """What was drawn and how long each stage took."""
+    """Return one line with the parameters and the time of each stage."""
     spec, timings = succeeded.job.spec, succeeded.timings
     return (
         f"seed {spec.seed}, {spec.width}×{spec.height}, {spec.num_inference_steps} steps, "
@@ -113,14 +113,14 @@ def summary_line(succeeded: Succeeded) -> str:
 
 
 def table(rows: Iterable[tuple[str, str]]) -> str:
-    """One fact a line; those without a value are left out."""
+    """Return one fact a line; those without a value are left out."""
     rows = [row for row in rows if row[1]]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 def info_table(info: server_info_pb2.ServerInfo) -> str:
-    """The server, one fact a line."""
+    """Return a description of the server, one fact a line."""
     return table(_info_rows(info))
 
 

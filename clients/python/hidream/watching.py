@@ -31,14 +31,14 @@ class JobWatch(ResumableStream[image_gen_pb2.WatchJobRequest, image_gen_pb2.Watc
         return image_gen_pb2.WatchJobRequest(job_id=self._job_id, after_sequence=self._last_sequence)
 
     def read(self, response: image_gen_pb2.WatchJobResponse) -> Event | None:
-        """The event of one response."""
+        """Return the event of one response; None for a piece that completes no image."""
         event = self._reader.read(response.job_id, response.event)
         self._last_sequence = response.event.sequence
         self._has_succeeded = isinstance(event, Succeeded)
         return event
 
     def ended(self) -> None:
-        """Raises StreamError when the job has not ended."""
+        """Say that a call has ended with OK; raises StreamError when the job has not ended."""
         self._reader.finish()
 
 
@@ -79,7 +79,7 @@ class AllJobsWatch(
         return self._request
 
     def read(self, response: image_gen_pb2.WatchJobsResponse) -> JobChange | None:
-        """The change, if it is one."""
+        """Return the change; None for a state that was reported before."""
         job = response.job
         if self._states.get(job.job_id) == job.state:
             return None
@@ -87,5 +87,5 @@ class AllJobsWatch(
         return JobChange(job, response.change_time.ToDatetime(tzinfo=UTC))
 
     def ended(self) -> None:
-        """Raises StreamError: only the caller ends it."""
+        """Say that a call has ended with OK, which is a StreamError: only the caller ends the stream."""
         raise StreamError("the stream of changes ended")
