@@ -436,7 +436,7 @@ class NonFiniteError(HiDreamError):
 
 
 class ClaimLostError(HiDreamError):
-    """Whoever says so does not have the job any more: another replica has it, or it has ended."""
+    """This replica does not have the job any more: another one has it, or it has ended."""
 
     def __init__(self, job_id: str, claim_number: int) -> None:
         super().__init__(f"claim {claim_number} of job {job_id} is lost")

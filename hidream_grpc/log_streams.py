@@ -54,7 +54,7 @@ class DroppingWriter(io.RawIOBase):
         _writers.append(self)
 
     def writable(self) -> bool:
-        """Always."""
+        """Say that lines are taken, as they always are."""
         return True
 
     def write(self, data: bytes) -> int:  # type: ignore[override]

@@ -49,7 +49,7 @@ class LogConfig:
 
 _NOT_ON_TERMINAL = "is_not_on_terminal"
 NOT_ON_TERMINAL = {_NOT_ON_TERMINAL: True}
-"""As `extra` of a record that is for the file, and on the terminal at DEBUG only."""
+"""The `extra` of a record that is for the file, and on the terminal at DEBUG only."""
 _SPELT_OUT = {number: repr(chr(number))[1:-1] for number in (*range(0x20), *range(0x7F, 0xA0))}
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 PROJECT = Path(__file__).parent.parent
 DONE = (
     "clients/python/hidream",
-    "hidream_grpc/cli.py",
-    "hidream_grpc/settings.py",
-    "hidream_grpc/settings_help.py",
-    "scripts/blocking_client.py",
-    "scripts/configuration.py",
-    "scripts/docstrings.py",
+    *(str(path.relative_to(PROJECT)) for path in PROJECT.glob("hidream_grpc/*.py")),
+    "hidream_grpc/devices",
+    "hidream_grpc/engine",
+    "hidream_grpc/model",
+    "hidream_grpc/server",
+    "scripts",
 )
 GENERATED = PROJECT / "clients" / "python" / "hidream" / "v1"
 

@@ -97,7 +97,7 @@ class MemoryRequirements:
         return num_weights * CPU.bytes_per_weight
 
     def _fitting_on_host(self, asked: Layout, host: DeviceMemory) -> Iterator[str]:
-        """Of the layouts that fit the host, the one of most ranks and the one that needs least memory."""
+        """Yield the layout of most ranks that fits the host, and the one that needs least memory."""
         totals = {
             layout: self._host_weights_bytes(layout, range(layout.world_size))
             + layout.world_size * _MIN_HOST_WORK_BYTES

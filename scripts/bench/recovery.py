@@ -31,7 +31,7 @@ from scripts.chaos.service import Service, running_service
 
 NUM_STEPS_BETWEEN = 10
 MAX_STEPS = 150
-"""Of one request; the next one goes on where it ends."""
+"""Steps of one request at most; the next request goes on where it ends."""
 
 
 def main(

@@ -19,8 +19,9 @@ from hidream.requests import GenerateOptions
 DRAW_TIMEOUT_SECONDS = 180.0
 
 PIXEL_TOLERANCE = 1
-"""Of 255. A batch of other company moves latents by at most 2e-5 (tests/numerics/test_batching.py), which
-decodes to far less than one level: a value may be rounded the other way, and no more."""
+"""Largest difference of a value, of 255. A batch of other company moves latents by at most 2e-5
+(tests/numerics/test_batching.py), which decodes to far less than one level: a value may be rounded the other
+way, and no more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from scripts.chaos.service import Service
 MEAN_PAUSE_SECONDS = 2.0
 SHORT_PAUSE_SECONDS = 0.5
 SHORT_PAUSE_SHARE = 0.3
-"""Of the pauses: the next card then comes while the ranks recover from the last one."""
+"""Share of the pauses that are short: the next card then comes while the ranks recover from the last one."""
 
 
 class Card(StrEnum):
@@ -65,7 +65,7 @@ class Saboteur:
         self._thread = threading.Thread(target=self._play)
 
     def start(self) -> None:
-        """Begin."""
+        """Begin to play cards."""
         self._thread.start()
 
     @property

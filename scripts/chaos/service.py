@@ -71,7 +71,7 @@ class Service:
         return self._titled(_STORE_TITLE)
 
     def survivors(self) -> list[psutil.Process]:
-        """Those of all processes that were ever seen that still live."""
+        """All processes that were ever seen and still live."""
         return [process for process in self._seen if _lives(process)]
 
     def metric(self, name: str) -> float:

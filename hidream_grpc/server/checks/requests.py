@@ -20,7 +20,7 @@ MAX_RETRIED_REQUESTS = 1_000
 `--max-queued-jobs` it may have been accepted. 16 times the default; a larger one is refused at once."""
 
 _REQUESTS_PER_TURN = 100
-"""Of a batch that is looked up; then other calls have their turn, so that none waits for it."""
+"""Number of requests of a batch that are looked up before other calls have their turn."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ PRIORITIES = {
 NO_DEFAULTS = RequestDefaults(width=0, height=0, num_inference_steps=0, guidance_scale=0.0)
 """What stands for a field that a retry left open: the job that it finds knows what was applied."""
 DIGEST_VERSION = "sent-1"
-"""Of the rule that `_digest` follows; digests of two rules are not compared."""
+"""The version of the rule that `_digest` follows; digests of two rules are not compared."""
 _OPTIONAL_PARAMETERS = tuple(
     field.name for field in image_pb2.ImageSpec.DESCRIPTOR.fields if field.has_presence
 )

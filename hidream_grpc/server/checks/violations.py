@@ -12,7 +12,7 @@ from hidream_grpc.server.checks.submissions import JobRequest
 MAX_STATUS_BYTES = 7_500
 """A status travels in headers, of which clients accept 8 KiB: a longer one hides what was wrong."""
 FRAME_BYTES = 8
-"""Of a violation in the details, at most, besides what it says."""
+"""Bytes that a violation takes in the details at most, besides its text."""
 MAX_LABELS_NAMED = 4
 MAX_LABEL_CHARACTERS_SHOWN = 32
 
