@@ -111,7 +111,7 @@ def test_no_caller_gets_a_second_turn_before_another_that_waits_has_had_one(
         for number, (caller, priority) in enumerate(waiting)
     }
     order = list(claim_order(jobs.values(), CallerLoads(last_turns)))
-    assert sorted(job.number for job in order) == list(range(len(waiting)))
+    assert sorted(job.acceptance_number for job in order) == list(range(len(waiting)))
     assert [job.priority for job in order] == sorted((job.priority for job in order), reverse=True)
     for earlier, later in itertools.pairwise(order):
         if earlier.priority == later.priority and earlier.caller == later.caller:

@@ -14,9 +14,9 @@ from tests.support.job_stores import MODEL, OWNER, StoreDatabase, added, claimed
 
 DAMAGES = {
     "a state of a newer version": "state = 'PAUSED'",
-    "a stage of a newer version": """run = '{"stage": "UPSCALING"}'""",
-    "an error of a newer version": """run = '{"error": {"name": "NewError", "facts": {}}}'""",
-    "no JSON": "run = 'x'",
+    "a stage of a newer version": """progress_document = '{"stage": "UPSCALING"}'""",
+    "an error of a newer version": """progress_document = '{"error": {"name": "NewError", "facts": {}}}'""",
+    "no JSON": "progress_document = 'x'",
     "a submission that is no JSON": "submission = '{'",
     "a priority of a newer version": """submission = replace(submission, '"priority":2', '"priority":9')""",
     "a reason to cancel of a newer version": "cancel_reason = 'BORED'",
@@ -60,7 +60,7 @@ async def test_a_row_that_became_unreadable_while_its_replica_lives_is_no_end(
 ) -> None:
     await added(store, new_job())
     (job,) = await claimed(store)
-    await damage(database, job, "run = 'x'")
+    await damage(database, job, "progress_document = 'x'")
     with pytest.raises(JobInternalError):
         await store.get(OWNER, job.job_id)
     with pytest.raises(JobInternalError):

@@ -94,6 +94,6 @@ def test_a_snapshot_that_was_altered_on_the_disk_costs_the_steps_and_not_the_ima
 def kept_step(data_dir: Path, job_id: str) -> int | None:
     """The step after which the job's row says that there is a snapshot."""
     with contextlib.closing(sqlite3.connect(data_dir / "jobs.sqlite")) as connection:
-        query = "SELECT json_extract(run, '$.snapshot.step') FROM jobs WHERE job_id = ?"
+        query = "SELECT json_extract(progress_document, '$.snapshot.step') FROM jobs WHERE job_id = ?"
         step: int | None = connection.execute(query, (job_id,)).fetchone()[0]
     return step

@@ -20,7 +20,7 @@ from tests.support.postgres import PostgresServer
 
 CHANGES = {
     "an unknown state": "state = 'PAUSED'",
-    "a broken run": "run = '{\"stage\": '",
+    "a broken progress document": "progress_document = '{\"stage\": '",
     "a broken submission": "submission = '[]'",
 }
 

@@ -77,7 +77,7 @@ async def try_out(connection: AsyncConnection, replica_id: str, is_sqlite: bool)
     await _insert(connection, [job])
     await _attach(connection, job, AttachedCall(unused_id, replica_id))
     row = (await connection.execute(queries.by_job_id(None, job.job_id))).one()
-    await connection.execute(queries.claim(row.number, replica_id))
+    await connection.execute(queries.claim(row.acceptance_number, replica_id))
     await connection.execute(queries.take_turn(unused_id, is_sqlite))
 
 

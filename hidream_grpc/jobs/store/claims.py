@@ -64,10 +64,10 @@ async def claim_first(
     chosen = order.claimable[:limit]
     if not chosen:
         return ()
-    query = queries.to_claim([waiting.number for waiting in chosen])
-    rows = {row.number: row for row in await connection.execute(query)}
+    query = queries.to_claim([waiting.acceptance_number for waiting in chosen])
+    rows = {row.acceptance_number: row for row in await connection.execute(query)}
     claimed: list[Job] = []
-    for number in (waiting.number for waiting in chosen if waiting.number in rows):
+    for number in (waiting.acceptance_number for waiting in chosen if waiting.acceptance_number in rows):
         job = job_of(rows[number])
         if job.is_unreadable:
             assert isinstance(job.error, JobInternalError)
@@ -124,17 +124,17 @@ async def release(connection: AsyncConnection, job: Job, now: float) -> Job:
     kept = job_of(row)
     released = replace(job.requeued(), cancel_reason=kept.cancel_reason, deadline_time=kept.deadline_time)
     if released.cancel_reason is None:
-        await connection.execute(queries.write_released(row.number, released))
+        await connection.execute(queries.write_released(row.acceptance_number, released))
     else:
         released = released.cancelled_unclaimed(released.cancel_reason, now)
-        await connection.execute(queries.write_ended_unclaimed(row.number, released))
+        await connection.execute(queries.write_ended_unclaimed(row.acceptance_number, released))
     return released
 
 
-async def detach(connection: AsyncConnection, job_number: int, call: AttachedCall) -> bool:
+async def detach(connection: AsyncConnection, acceptance_number: int, call: AttachedCall) -> bool:
     """Note that a caller waits no more; returns whether it was the last one that waited."""
     await connection.execute(queries.detach(call.call_id))
-    return (await connection.execute(queries.num_attached(job_number))).scalar_one() == 0
+    return (await connection.execute(queries.num_attached(acceptance_number))).scalar_one() == 0
 
 
 def _reason_to_end(job: Job, now: float) -> CancelReason | None:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class WaitingJob:
-    """A job that no replica has; the number grows with the time of its acceptance.
+    """A job that no replica has; its number grows with the time of acceptance.
 
     Attributes:
         was_begun: whether it lost the replica that drew it: it has had its turn.
     """
 
-    number: int
+    acceptance_number: int
     job_id: str
     caller: str
     priority: int
@@ -60,7 +60,7 @@ def claim_order(waiting: Iterable[WaitingJob], loads: CallerLoads) -> ClaimOrder
 
     The caller whose last turn is longest ago gives its oldest job.
     """
-    jobs = sorted(waiting, key=lambda job: job.number)
+    jobs = sorted(waiting, key=lambda job: job.acceptance_number)
     num_running = Counter(loads.num_running)
     limit = loads.max_running_jobs
     claimable: list[WaitingJob] = []
@@ -84,7 +84,10 @@ def _in_turns(jobs: Iterable[WaitingJob], last_turns: Mapping[str, int]) -> Iter
     turns = dict(last_turns)
     next_turn = max(turns.values(), default=0) + 1
     for _, callers in sorted(by_priority.items(), reverse=True):
-        heap = [(turns.get(caller, 0), of_caller[0].number, caller) for caller, of_caller in callers.items()]
+        heap = [
+            (turns.get(caller, 0), of_caller[0].acceptance_number, caller)
+            for caller, of_caller in callers.items()
+        ]
         heapq.heapify(heap)
         while heap:
             caller = heapq.heappop(heap)[2]
@@ -92,5 +95,5 @@ def _in_turns(jobs: Iterable[WaitingJob], last_turns: Mapping[str, int]) -> Iter
             yield of_caller.popleft()
             turns[caller] = next_turn
             if of_caller:
-                heapq.heappush(heap, (next_turn, of_caller[0].number, caller))
+                heapq.heappush(heap, (next_turn, of_caller[0].acceptance_number, caller))
             next_turn += 1

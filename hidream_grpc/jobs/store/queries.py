@@ -54,11 +54,11 @@ def page(
     owner: str | None,
     states: Collection[JobState],
     labels: Mapping[str, str],
-    before_number: int | None,
+    before: int | None,
     limit: int,
 ) -> sa.Select[Any]:
-    """Jobs that match, newest first, from before a number on."""
-    query = sa.select(jobs).order_by(jobs.c.number.desc()).limit(limit)
+    """Jobs that match, newest first, from before an acceptance number on."""
+    query = sa.select(jobs).order_by(jobs.c.acceptance_number.desc()).limit(limit)
     if owner is not None:
         query = query.where(jobs.c.owner == owner)
     if states:
@@ -67,15 +67,15 @@ def page(
         carriers = sa.select(job_labels.c.job_number).where(
             job_labels.c.label_digest == label_digest(key, value)
         )
-        query = query.where(jobs.c.number.in_(carriers))
-    if before_number is not None:
-        query = query.where(jobs.c.number < before_number)
+        query = query.where(jobs.c.acceptance_number.in_(carriers))
+    if before is not None:
+        query = query.where(jobs.c.acceptance_number < before)
     return query
 
 
 def add_jobs() -> ReturningInsert[int]:
-    """Insert rows; their numbers come back in the same order, and grow in it."""
-    return sa.insert(jobs).returning(jobs.c.number, sort_by_parameter_order=True)
+    """Insert rows; their acceptance numbers come back in the same order, and grow in it."""
+    return sa.insert(jobs).returning(jobs.c.acceptance_number, sort_by_parameter_order=True)
 
 
 def add_labels() -> sa.Insert:
@@ -118,7 +118,7 @@ def first_to_claim(model_fingerprint: str, max_jobs: int) -> sa.Select[Any]:
     """
     age = (
         sa.func.row_number()
-        .over(partition_by=(_was_begun(), jobs.c.priority, jobs.c.caller), order_by=jobs.c.number)
+        .over(partition_by=(_was_begun(), jobs.c.priority, jobs.c.caller), order_by=jobs.c.acceptance_number)
         .label("age")
     )
     oldest = (
@@ -143,16 +143,16 @@ def to_claim(numbers: Collection[int]) -> sa.Select[Any]:
     """Those of the jobs that no replica has, locked; one that is being cancelled is passed over."""
     return (
         sa.select(jobs)
-        .where(jobs.c.number.in_(numbers), _is_unclaimed)
+        .where(jobs.c.acceptance_number.in_(numbers), _is_unclaimed)
         .with_for_update(of=jobs, skip_locked=True)
     )
 
 
-def claim(number: int, replica_id: str) -> sa.Update:
+def claim(acceptance_number: int, replica_id: str) -> sa.Update:
     """Give a job to a replica."""
     return (
         sa.update(jobs)
-        .where(jobs.c.number == number)
+        .where(jobs.c.acceptance_number == acceptance_number)
         .values(claim_number=jobs.c.claim_number + 1, replica_id=replica_id)
     )
 
@@ -232,7 +232,7 @@ def store_id() -> sa.Select[str]:
 
 def attach(call_id: str, job_id: str, replica_id: str) -> sa.Insert:
     """Note that a caller waits for a job at a replica."""
-    job_number = sa.select(jobs.c.number).where(jobs.c.job_id == job_id).scalar_subquery()
+    job_number = sa.select(jobs.c.acceptance_number).where(jobs.c.job_id == job_id).scalar_subquery()
     return sa.insert(attached_calls).values(call_id=call_id, job_number=job_number, replica_id=replica_id)
 
 
@@ -250,12 +250,12 @@ def move_calls(from_replica_id: str, to_replica_id: str) -> sa.Update:
     )
 
 
-def num_attached(number: int) -> sa.Select[int]:
+def num_attached(acceptance_number: int) -> sa.Select[int]:
     """How many callers wait for a job, at replicas that live."""
     return (
         sa.select(sa.func.count())
         .select_from(attached_calls.join(replicas, attached_calls.c.replica_id == replicas.c.replica_id))
-        .where(attached_calls.c.job_number == number)
+        .where(attached_calls.c.job_number == acceptance_number)
     )
 
 
@@ -283,25 +283,29 @@ def write_ended_claimed(job: Job) -> sa.Update:
     return update if job.state is JobState.CANCELLED else update.where(jobs.c.cancel_reason.is_(None))
 
 
-def write_ended_unclaimed(number: int, job: Job) -> sa.Update:
+def write_ended_unclaimed(acceptance_number: int, job: Job) -> sa.Update:
     """End a job that nobody has, and whose row is locked."""
     return (
         sa.update(jobs)
-        .where(jobs.c.number == number)
+        .where(jobs.c.acceptance_number == acceptance_number)
         .values(**changed_columns(job), **_no_claim(job), claim_number=job.claim_number)
     )
 
 
-def write_released(number: int, job: Job) -> sa.Update:
+def write_released(acceptance_number: int, job: Job) -> sa.Update:
     """Give back a job whose row is locked."""
-    return sa.update(jobs).where(jobs.c.number == number).values(**changed_columns(job), replica_id=None)
+    return (
+        sa.update(jobs)
+        .where(jobs.c.acceptance_number == acceptance_number)
+        .values(**changed_columns(job), replica_id=None)
+    )
 
 
-def ask_to_cancel(number: int, reason: str) -> sa.Update:
+def ask_to_cancel(acceptance_number: int, reason: str) -> sa.Update:
     """Note who or what wants a running job stopped; the first to ask stays."""
     return (
         sa.update(jobs)
-        .where(jobs.c.number == number)
+        .where(jobs.c.acceptance_number == acceptance_number)
         .values(cancel_reason=sa.func.coalesce(jobs.c.cancel_reason, reason))
     )
 
@@ -338,14 +342,14 @@ def ended(after: tuple[float, int] | None, limit: int) -> sa.Select[Any]:
     Columns of `EndedJob`.
     """
     query = (
-        sa.select(jobs.c.job_id, jobs.c.number, jobs.c.end_time, jobs.c.image_bytes)
+        sa.select(jobs.c.job_id, jobs.c.acceptance_number, jobs.c.end_time, jobs.c.image_bytes)
         .where(~_has_not_ended)
-        .order_by(jobs.c.end_time, jobs.c.number)
+        .order_by(jobs.c.end_time, jobs.c.acceptance_number)
         .limit(limit)
     )
     if after is None:
         return query
-    return query.where(sa.tuple_(jobs.c.end_time, jobs.c.number) > sa.tuple_(*after))
+    return query.where(sa.tuple_(jobs.c.end_time, jobs.c.acceptance_number) > sa.tuple_(*after))
 
 
 def usage() -> sa.Select[Any]:
@@ -361,13 +365,13 @@ def notify(channel: str, texts: Sequence[str]) -> sa.Select[Any]:
     return sa.select(sa.func.pg_notify(channel, sa.func.unnest(sa.cast(list(texts), ARRAY(sa.Text)))))
 
 
-def write(number: int, columns: Mapping[str, Any]) -> sa.Update:
+def write(acceptance_number: int, columns: Mapping[str, Any]) -> sa.Update:
     """Write columns of a job whose row is locked."""
-    return sa.update(jobs).where(jobs.c.number == number).values(**columns)
+    return sa.update(jobs).where(jobs.c.acceptance_number == acceptance_number).values(**columns)
 
 
 def _waiting_columns() -> tuple[sa.ColumnElement[Any], ...]:
-    return (jobs.c.number, jobs.c.job_id, jobs.c.caller, jobs.c.priority, _was_begun())
+    return (jobs.c.acceptance_number, jobs.c.job_id, jobs.c.caller, jobs.c.priority, _was_begun())
 
 
 def _was_begun() -> sa.ColumnElement[bool]:

@@ -60,7 +60,7 @@ class EndedJob:
     """What retention has to know of a job that has ended."""
 
     job_id: str
-    number: int
+    acceptance_number: int
     end_time: float
     image_bytes: int
 

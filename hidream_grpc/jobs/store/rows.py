@@ -59,7 +59,7 @@ class _ErrorDocument:
 
 
 @dataclass(frozen=True, slots=True)
-class _RunDocument:
+class _ProgressDocument:
     """What no query asks for; a field that is added needs a default, for the rows that lack it."""
 
     stage: JobStage | None = None
@@ -74,7 +74,7 @@ class _RunDocument:
     snapshot: StoredSnapshot | None = None
 
 
-_run_decoder = msgspec.json.Decoder(_RunDocument)
+_progress_decoder = msgspec.json.Decoder(_ProgressDocument)
 _submission_decoder = msgspec.json.Decoder(Submission)
 
 
@@ -108,8 +108,8 @@ def changed_columns(job: Job) -> dict[str, Any]:
         "state": job.state,
         "end_time": job.end_time,
         "image_bytes": sum(image.size_bytes for image in job.images),
-        "run": _json(
-            _RunDocument(
+        "progress_document": _json(
+            _ProgressDocument(
                 stage=job.stage,
                 execution=job.execution,
                 progress=job.progress,
@@ -139,11 +139,11 @@ def job_of(row: Row[Any]) -> Job:
 
 def failed_columns(job: Job, error: JobInternalError, now: float) -> dict[str, Any]:
     """What ends a job whose row cannot be read, and that no replica has; counts as a claim of its own."""
-    run = _RunDocument(error=_error_document(error), last_sequence=job.last_sequence)
+    document = _ProgressDocument(error=_error_document(error), last_sequence=job.last_sequence)
     return {
         "state": JobState.FAILED,
         "end_time": max(now, job.create_time),
-        "run": _json(run),
+        "progress_document": _json(document),
         "replica_id": None,
         "cancel_reason": None,
         "claim_number": job.claim_number + 1,
@@ -154,7 +154,7 @@ def _unreadable(row: Row[Any], reason: Exception) -> Job:
     error = _kept_error(row)
     if error is None:
         # The same id at every replica, and after a restart: the row is read again and again.
-        digest = hashlib.sha256(f"{row.job_id} {row.run} {row.submission} {row.state}".encode())
+        digest = hashlib.sha256(f"{row.job_id} {row.progress_document} {row.submission} {row.state}".encode())
         error = JobInternalError(digest.hexdigest()[:ERROR_ID_DIGITS])
         _log_once(row.job_id, error.error_id, str(reason))
     try:
@@ -178,7 +178,7 @@ def _unreadable(row: Row[Any], reason: Exception) -> Job:
 def _kept_error(row: Row[Any]) -> JobInternalError | None:
     """What the job was ended with when its row was found unreadable before."""
     try:
-        document = _run_decoder.decode(row.run).error
+        document = _progress_decoder.decode(row.progress_document).error
         error = None if document is None else _error_of(document)
     except (msgspec.MsgspecError, ValueError, TypeError, KeyError):
         return None
@@ -192,29 +192,29 @@ def _log_once(job_id: str, error_id: str, reason: str) -> None:
 
 
 def _read(row: Row[Any]) -> Job:
-    run = _run_decoder.decode(row.run)
-    if any(image.chunk_bytes < 1 for image in run.images):
+    document = _progress_decoder.decode(row.progress_document)
+    if any(image.chunk_bytes < 1 for image in document.images):
         raise ValueError("an image is in pieces of no bytes")
     return Job(
         job_id=row.job_id,
         submission=_submission_decoder.decode(row.submission),
         create_time=row.create_time,
         state=JobState(row.state),
-        stage=run.stage,
-        execution=run.execution,
-        progress=run.progress,
-        timings=run.timings,
-        images=run.images,
-        error=None if run.error is None else _error_of(run.error),
-        start_time=run.start_time,
+        stage=document.stage,
+        execution=document.execution,
+        progress=document.progress,
+        timings=document.timings,
+        images=document.images,
+        error=None if document.error is None else _error_of(document.error),
+        start_time=document.start_time,
         end_time=row.end_time,
         owner=row.owner,
         claim_number=row.claim_number,
-        started_sequence=run.started_sequence,
-        last_sequence=run.last_sequence,
+        started_sequence=document.started_sequence,
+        last_sequence=document.last_sequence,
         deadline_time=row.deadline_time,
         cancel_reason=None if row.cancel_reason is None else CancelReason(row.cancel_reason),
-        snapshot=run.snapshot,
+        snapshot=document.snapshot,
     )
 
 

@@ -1,7 +1,7 @@
 """The tables of the job store, the same in SQLite and PostgreSQL.
 
 A column is what a query asks for; all else of a job stands in two JSON documents (`rows.py`): the
-submission, which never changes, and the run. JSON is kept as text: PostgreSQL's own JSON refuses a NUL
+submission, which never changes, and the progress. JSON is kept as text: PostgreSQL's own JSON refuses a NUL
 in a prompt.
 """
 
@@ -24,8 +24,8 @@ _HOLDS_ITS_REQUEST_ID = sa.text("state NOT IN ('FAILED', 'CANCELLED')")
 jobs = sa.Table(
     "jobs",
     metadata,
-    # By acceptance; never used twice, so that a page token stays valid.
-    sa.Column("number", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True),
+    # Never used twice, so that a page token stays valid.
+    sa.Column("acceptance_number", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True),
     sa.Column("job_id", sa.Text, nullable=False),
     sa.Column("owner", sa.Text, nullable=False),
     sa.Column("request_id", sa.Text, nullable=False),
@@ -42,7 +42,7 @@ jobs = sa.Table(
     # A replica has the job for as long as it is in `replicas`; NULL: none has it.
     sa.Column("replica_id", sa.Text),
     sa.Column("submission", sa.Text, nullable=False),
-    sa.Column("run", sa.Text, nullable=False),
+    sa.Column("progress_document", sa.Text, nullable=False),
     # Empty in the rows of before there was the column: any server may draw those.
     sa.Column("model_fingerprint", sa.Text, nullable=False, server_default=""),
     sa.UniqueConstraint("job_id"),
@@ -54,12 +54,12 @@ jobs = sa.Table(
         sqlite_where=_HOLDS_ITS_REQUEST_ID,
         postgresql_where=_HOLDS_ITS_REQUEST_ID,
     ),
-    sa.Index("ix_jobs_owner_number", "owner", "number"),
+    sa.Index("ix_jobs_owner_number", "owner", "acceptance_number"),
     sa.Index("ix_jobs_caller", "caller"),
     sa.Index(
         "ix_jobs_not_ended",
         "priority",
-        "number",
+        "acceptance_number",
         sqlite_where=_HAS_NOT_ENDED,
         postgresql_where=_HAS_NOT_ENDED,
     ),
@@ -75,7 +75,7 @@ job_labels = sa.Table(
     sa.Column(
         "job_number",
         sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
-        sa.ForeignKey(jobs.c.number, ondelete="CASCADE"),
+        sa.ForeignKey(jobs.c.acceptance_number, ondelete="CASCADE"),
         primary_key=True,
     ),
     sa.Index("ix_job_labels_job_number", "job_number"),
@@ -108,7 +108,7 @@ attached_calls = sa.Table(
     sa.Column(
         "job_number",
         sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
-        sa.ForeignKey(jobs.c.number, ondelete="CASCADE"),
+        sa.ForeignKey(jobs.c.acceptance_number, ondelete="CASCADE"),
         nullable=False,
     ),
     sa.Column("replica_id", sa.Text, nullable=False),

@@ -276,13 +276,13 @@ class SqlJobStore:
         """
         labels = labels or {}
         filter_digest = filter_digest_of(owner, frozenset(states), labels)
-        before_number = decode_page_token(page_token, filter_digest) if page_token else None
+        before = decode_page_token(page_token, filter_digest) if page_token else None
         async with self._database.read() as connection:
-            query = queries.page(owner, states, labels, before_number, page_size + 1)
+            query = queries.page(owner, states, labels, before, page_size + 1)
             rows = (await connection.execute(query)).all()
         shown = rows[:page_size]
         has_more = len(rows) > page_size
-        next_page_token = encode_page_token(shown[-1].number, filter_digest) if has_more else ""
+        next_page_token = encode_page_token(shown[-1].acceptance_number, filter_digest) if has_more else ""
         return Page(tuple(map(job_of, shown)), next_page_token)
 
     @_uninterrupted
@@ -313,7 +313,7 @@ class SqlJobStore:
         """
         async with self._database.write() as connection:
             row = await _row(connection, None, job_id, for_update=True)
-            is_last = await claims.detach(connection, row.number, call)
+            is_last = await claims.detach(connection, row.acceptance_number, call)
             if not is_last or reason is None:
                 return None
             job, changes = await self._cancel(connection, row, reason)
@@ -531,7 +531,7 @@ class SqlJobStore:
     @_uninterrupted
     async def ended(self, after: EndedJob | None = None, limit: int = 100) -> tuple[EndedJob, ...]:
         """Jobs that have ended, the oldest end first; those behind one of them where it is given."""
-        behind = None if after is None else (after.end_time, after.number)
+        behind = None if after is None else (after.end_time, after.acceptance_number)
         async with self._database.read() as connection:
             rows = await connection.execute(queries.ended(behind, limit))
             return tuple(EndedJob(*row) for row in rows)
@@ -608,11 +608,11 @@ class SqlJobStore:
             return job, ()
         if row.is_unclaimed:
             job = job.cancelled_unclaimed(job.cancel_reason or reason, self.clock.now())
-            await connection.execute(queries.write_ended_unclaimed(row.number, job))
+            await connection.execute(queries.write_ended_unclaimed(row.acceptance_number, job))
             change = _changed(job)
         else:
             job = replace(job, cancel_reason=job.cancel_reason or reason)
-            await connection.execute(queries.ask_to_cancel(row.number, reason.value))
+            await connection.execute(queries.ask_to_cancel(row.acceptance_number, reason.value))
             change = Change(ChangeKind.CANCEL_REQUESTED, job.job_id)
         await self._tell(connection, [change])
         return job, (change,)

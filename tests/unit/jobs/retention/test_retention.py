@@ -32,7 +32,7 @@ ended_jobs = st.lists(
         end_time=st.floats(NOW - 100, NOW + 10),
         image_bytes=st.integers(0, 1000),
     ),
-    unique_by=(lambda job: job.job_id, lambda job: job.number),
+    unique_by=(lambda job: job.job_id, lambda job: job.acceptance_number),
     max_size=30,
 )
 limits = st.builds(
@@ -53,7 +53,7 @@ def oldest_first(ended: Iterable[EndedJob]) -> list[EndedJob]:
 
 
 def _age(ended: EndedJob) -> tuple[float, int]:
-    return ended.end_time, ended.number
+    return ended.end_time, ended.acceptance_number
 
 
 def chosen(ended: Sequence[EndedJob], limits: RetentionLimits, num_read: int = 1000) -> tuple[Removal, ...]:

@@ -52,7 +52,7 @@ def test_every_error_that_a_job_may_end_with_can_be_kept() -> None:
 
 
 def test_a_row_of_an_older_version_that_lacks_fields_can_be_read() -> None:
-    assert job_of(stored({**new_row(new_job()), "run": "{}"})).images == ()
+    assert job_of(stored({**new_row(new_job()), "progress_document": "{}"})).images == ()
 
 
 def test_labels_are_told_apart_wherever_key_ends_and_value_begins() -> None:
