@@ -1,4 +1,4 @@
-"""Accepting jobs, all or none, within one transaction."""
+"""Accepting jobs, all or none, within one transaction; and trying out whether that would work."""
 
 from __future__ import annotations
 
@@ -17,13 +17,72 @@ from hidream_grpc.errors import (
 )
 from hidream_grpc.jobs.job import Job, JobState, Submission, asks_for_the_same
 from hidream_grpc.jobs.store import queries
+from hidream_grpc.jobs.store.base import StoreBase, uninterrupted
+from hidream_grpc.jobs.store.changes import Change, ChangeKind
 from hidream_grpc.jobs.store.database import Database, Lock
 from hidream_grpc.jobs.store.failures import TransactionConflict
 from hidream_grpc.jobs.store.records import AttachedCall, QueueLimits
 from hidream_grpc.jobs.store.rows import NOTHING_KNOWN, job_of, new_row
 
 
-async def accept(
+class JobAcceptance(StoreBase):
+    """Calls that accept jobs, or try it out."""
+
+    @uninterrupted
+    async def add(
+        self,
+        new_jobs: Sequence[Job],
+        limits: QueueLimits,
+        attached_call: AttachedCall | None = None,
+        refusal: RequestError | None = None,
+    ) -> tuple[Job, ...]:
+        """Accept all jobs of one owner, or none.
+
+        A job whose request id is held already stands for the one that holds it: that one is returned in
+        its place, whatever its state, and the later deadline of the two is its own. Jobs that FAILED or
+        were CANCELLED hold their request id no more.
+
+        Args:
+            new_jobs: QUEUED, of one owner, with job ids of their own.
+            limits: of what waits afterwards, for the same model; jobs that were there do not count as new.
+            attached_call: a caller that waits for the job, where there is one; see `detach`.
+            refusal: why none of the jobs can be new; they can still stand for those that are there.
+
+        Returns:
+            A job for each one given: the same job id tells that it is new.
+
+        Raises:
+            RequestIdConflictError: a request id is held by a job that asks for something else.
+            QueueFullError, CallerQueueFullError: too many jobs wait.
+            RequestError: the refusal, where not all of the jobs are there.
+        """
+        if not new_jobs:
+            return ()
+        async with self._database.write() as connection:
+            accepted = await _accept(self._database, connection, new_jobs, limits, attached_call, refusal)
+            pairs = zip(new_jobs, accepted, strict=True)
+            changes = [Change(ChangeKind.ADDED, new.job_id) for new, job in pairs if new.job_id == job.job_id]
+            await self._notify(connection, changes)
+        self._committed(changes)
+        return accepted
+
+    @uninterrupted
+    async def probe(self, replica_id: str, is_in_doubt: bool) -> None:
+        """Do all that accepting and claiming a job take, and undo it.
+
+        Args:
+            replica_id: of this replica.
+            is_in_doubt: write a little that lasts, too: what is undone needs no room in a file.
+        """
+        async with self._database.write() as connection:
+            await _try_out(connection, replica_id, self._database.is_sqlite)
+            await connection.rollback()
+        if is_in_doubt:
+            async with self._database.write() as connection:
+                await connection.execute(queries.beat(replica_id))
+
+
+async def _accept(
     database: Database,
     connection: AsyncConnection,
     new_jobs: Sequence[Job],
@@ -31,7 +90,7 @@ async def accept(
     attached_call: AttachedCall | None,
     refusal: RequestError | None,
 ) -> tuple[Job, ...]:
-    """Insert the jobs whose request ids are free; see `SqlJobStore.add`."""
+    """Insert the jobs whose request ids are free; see `JobAcceptance.add`."""
     (owner,) = {job.owner for job in new_jobs}
     request_ids = {job.submission.request_id for job in new_jobs}
     holders: dict[str, Job] = {}
@@ -64,7 +123,7 @@ async def accept(
     return (await _attach(connection, job, attached_call),)
 
 
-async def try_out(connection: AsyncConnection, replica_id: str, is_sqlite: bool) -> None:
+async def _try_out(connection: AsyncConnection, replica_id: str, is_sqlite: bool) -> None:
     """Accept a job and claim it, in a transaction that is to be rolled back: nobody ever sees it.
 
     It takes no lock of others: a server that stands still in the middle of it holds up nobody.

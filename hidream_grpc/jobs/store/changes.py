@@ -15,6 +15,7 @@ import msgspec
 
 from hidream_grpc.background import Outage
 from hidream_grpc.errors import StoreUnavailableError
+from hidream_grpc.jobs.job import Job
 from hidream_grpc.jobs.retrying import wait_at_most
 from hidream_grpc.jobs.store.database import Database
 from hidream_grpc.jobs.store.failures import translated
@@ -61,6 +62,11 @@ class Change:
 _decoder = msgspec.json.Decoder(Change)
 
 
+def row_changed(job: Job) -> Change:
+    """That the row of a job was written."""
+    return Change(ChangeKind.CHANGED, job.job_id, claim_number=job.claim_number)
+
+
 class Subscription(AsyncIterator[Change]):
     """Changes from its making on, in order; endless. A reader that is far behind gets ANYTHING instead."""
 
@@ -103,7 +109,7 @@ class ChangeHub:
         finally:
             self._subscriptions.discard(subscription)
 
-    def tell(self, changes: Sequence[Change]) -> None:
+    def publish(self, changes: Sequence[Change]) -> None:
         """Hand changes to every subscription."""
         for subscription in self._subscriptions:
             for change in changes:
@@ -150,7 +156,7 @@ class PostgresListener:
                         num_failures = 0
                         outage.note_success()
                         if listens.done():
-                            self._hub.tell([Change(ChangeKind.ANYTHING)])
+                            self._hub.publish([Change(ChangeKind.ANYTHING)])
                         else:
                             listens.set_result(None)
             except Exception as error:
@@ -177,4 +183,4 @@ class PostgresListener:
                     return
 
     def _on_notification(self, driver: asyncpg.Connection, pid: int, channel: str, text: str) -> None:
-        self._hub.tell([_decoder.decode(text)])
+        self._hub.publish([_decoder.decode(text)])

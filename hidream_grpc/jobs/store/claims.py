@@ -1,4 +1,4 @@
-"""Claims of jobs, each change within a transaction of the caller's."""
+"""Claims of jobs: a replica takes a job, writes what it makes of it, and ends it or gives it back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,126 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from hidream_grpc.errors import ClaimLostError, JobInternalError
 from hidream_grpc.jobs.job import CancelReason, Job, JobState
 from hidream_grpc.jobs.store import queries
+from hidream_grpc.jobs.store.base import StoreBase, uninterrupted
+from hidream_grpc.jobs.store.changes import Change, ChangeKind, row_changed
+from hidream_grpc.jobs.store.database import Lock
 from hidream_grpc.jobs.store.order import CallerLoads, ClaimOrder, WaitingJob, claim_order
-from hidream_grpc.jobs.store.records import AttachedCall
+from hidream_grpc.jobs.store.records import HeldClaim
 from hidream_grpc.jobs.store.rows import failed_columns, job_of
 
+MAX_CLAIM_ROUNDS = 10
+"""Of one call, in which jobs may end and none be claimed."""
 
-async def orders_to_tell(
+
+class Saved(Enum):
+    """What became of a job that was to be written."""
+
+    WRITTEN = "written"
+    WAS_WRITTEN = "was written before"
+    IS_TO_BE_CANCELLED = "is to be cancelled"
+    """It was to end otherwise; nothing was written."""
+
+
+class JobClaims(StoreBase):
+    """Calls of the replicas that draw jobs."""
+
+    @uninterrupted
+    async def claim(
+        self,
+        replica_id: str,
+        model_fingerprint: str,
+        limit: int,
+        max_running_jobs_of_caller: int | None = None,
+    ) -> tuple[Job, ...]:
+        """Take jobs of a model to draw: those that lost their replica, then in the order of `queue_orders`.
+
+        Claims of all replicas are made one after another. A claimed job is as it was left, QUEUED or
+        RUNNING, with a claim number of its own. Jobs that are to be cancelled, too late, or unreadable end
+        here instead: ask again when fewer come than were asked for.
+        """
+        for _ in range(MAX_CLAIM_ROUNDS):
+            jobs = await self._claim_some(replica_id, model_fingerprint, limit, max_running_jobs_of_caller)
+            claimed = tuple(job for job in jobs if not job.state.has_ended)
+            if claimed or not jobs:
+                return claimed
+        return ()
+
+    @uninterrupted
+    async def held(self, replica_id: str) -> tuple[HeldClaim, ...]:
+        """The claims that a replica has, by the store."""
+        async with self._database.read() as connection:
+            rows = (await connection.execute(queries.held(replica_id))).all()
+        return tuple(
+            HeldClaim(
+                row.job_id,
+                row.claim_number,
+                None if row.cancel_reason is None else _reason_of(row.cancel_reason),
+            )
+            for row in rows
+        )
+
+    @uninterrupted
+    async def abandon(self, replica_id: str, claim: HeldClaim) -> None:
+        """Give a job back as it is, of which its replica knows nothing; nothing if it has it no more."""
+        change = Change(ChangeKind.CHANGED, claim.job_id, claim_number=claim.claim_number)
+        async with self._database.write() as connection:
+            query = queries.abandon(replica_id, claim.job_id, claim.claim_number)
+            if (await connection.execute(query)).rowcount:
+                await self._notify(connection, [change])
+        self._committed([change])
+
+    @uninterrupted
+    async def save(self, job: Job) -> Saved:
+        """Write what the replica that has the job made of it. With a job that has ended the claim ends too.
+
+        A job that somebody wants cancelled ends as CANCELLED alone: any other end is not written then.
+
+        `cancel_reason` and `deadline_time` of a job that has not ended are not written: they are others'.
+        To write the same end again, after a StoreUnavailableError, is no error.
+
+        Raises:
+            ClaimLostError: another claim has the job, or it was given back, has ended or was deleted.
+        """
+        change = row_changed(job)
+        async with self._database.write() as connection:
+            saved = await _save(connection, job)
+            if saved is not Saved.WRITTEN:
+                return saved
+            await self._notify(connection, [change])
+        self._committed([change], job)
+        return saved
+
+    @uninterrupted
+    async def release(self, job: Job) -> Job:
+        """Give a job back: QUEUED again, with its images and snapshot, or CANCELLED if that was asked for.
+
+        Raises:
+            ClaimLostError: as `save`.
+        """
+        change = row_changed(job)
+        async with self._database.write() as connection:
+            released = await _release(connection, job, self.clock.now())
+            await self._notify(connection, [change])
+        self._committed([change], released)
+        return released
+
+    async def _claim_some(
+        self, replica_id: str, model_fingerprint: str, limit: int, max_running_jobs_of_caller: int | None
+    ) -> tuple[Job, ...]:
+        async with self._database.write() as connection:
+            await self._database.lock(connection, Lock.CLAIM)
+            order = await _order_to_claim(connection, model_fingerprint, max_running_jobs_of_caller, limit)
+            jobs = await _claim_first(
+                connection, replica_id, order, self.clock.cautious_now(), self._database.is_sqlite, limit
+            )
+            changes = [row_changed(job) for job in jobs]
+            await self._notify(connection, changes)
+        for job, change in zip(jobs, changes, strict=True):
+            self._committed([change], job)
+        return jobs
+
+
+async def orders_by_model(
     connection: AsyncConnection, model_fingerprint: str, max_running_jobs_of_caller: int | None
 ) -> dict[str, ClaimOrder]:
     """The order of the jobs of each model that wait, by fingerprint.
@@ -29,7 +143,7 @@ async def orders_to_tell(
     return {fingerprint: claim_order(jobs, loads) for fingerprint, jobs in waiting.items()}
 
 
-async def order_to_claim(
+async def _order_to_claim(
     connection: AsyncConnection,
     model_fingerprint: str,
     max_running_jobs_of_caller: int | None,
@@ -52,7 +166,7 @@ async def _loads(connection: AsyncConnection, max_running_jobs_of_caller: int | 
     return CallerLoads(last_turns, num_running, max_running_jobs_of_caller)
 
 
-async def claim_first(
+async def _claim_first(
     connection: AsyncConnection,
     replica_id: str,
     order: ClaimOrder,
@@ -84,16 +198,7 @@ async def claim_first(
     return tuple(claimed)
 
 
-class Saved(Enum):
-    """What became of a job that was to be written."""
-
-    WRITTEN = "written"
-    WAS_WRITTEN = "was written before"
-    IS_TO_BE_CANCELLED = "is to be cancelled"
-    """It was to end otherwise; nothing was written."""
-
-
-async def save(connection: AsyncConnection, job: Job) -> Saved:
+async def _save(connection: AsyncConnection, job: Job) -> Saved:
     """Write a claimed job; a job that is to be cancelled ends in no other way.
 
     Raises:
@@ -111,11 +216,11 @@ async def save(connection: AsyncConnection, job: Job) -> Saved:
     raise ClaimLostError(job.job_id, job.claim_number)
 
 
-async def release(connection: AsyncConnection, job: Job, now: float) -> Job:
+async def _release(connection: AsyncConnection, job: Job, now: float) -> Job:
     """Give a claimed job back, or end it if that was asked for; returns it as it is then.
 
     Raises:
-        ClaimLostError: as `save`.
+        ClaimLostError: as `_save`.
     """
     row = (await connection.execute(queries.by_job_id(None, job.job_id, for_update=True))).one_or_none()
     is_held = row is not None and row.replica_id is not None and row.end_time is None
@@ -131,14 +236,16 @@ async def release(connection: AsyncConnection, job: Job, now: float) -> Job:
     return released
 
 
-async def detach(connection: AsyncConnection, acceptance_number: int, call: AttachedCall) -> bool:
-    """Note that a caller waits no more; returns whether it was the last one that waited."""
-    await connection.execute(queries.detach(call.call_id))
-    return (await connection.execute(queries.num_attached(acceptance_number))).scalar_one() == 0
-
-
 def _reason_to_end(job: Job, now: float) -> CancelReason | None:
     if job.cancel_reason is not None:
         return job.cancel_reason
     is_late = job.deadline_time is not None and job.deadline_time <= now
     return CancelReason.DEADLINE if is_late else None
+
+
+def _reason_of(text: str) -> CancelReason:
+    """Why a job is to be cancelled; what only another version of the service knows is a request."""
+    try:
+        return CancelReason(text)
+    except ValueError:
+        return CancelReason.REQUESTED

@@ -1,0 +1,133 @@
+"""Reading jobs: one, many, a page, their numbers, and the order in which they wait."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from sqlalchemy import Row
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from hidream_grpc.errors import JobNotFoundError
+from hidream_grpc.jobs.job import Job, JobState
+from hidream_grpc.jobs.store import queries
+from hidream_grpc.jobs.store.base import StoreBase, uninterrupted
+from hidream_grpc.jobs.store.claims import orders_by_model
+from hidream_grpc.jobs.store.page_token import decode_page_token, encode_page_token, filter_digest_of
+from hidream_grpc.jobs.store.records import Page
+from hidream_grpc.jobs.store.rows import job_of
+
+_STATES = frozenset(state.value for state in JobState)
+
+
+class JobReading(StoreBase):
+    """Calls that change nothing."""
+
+    @uninterrupted
+    async def get(self, owner: str | None, job_id: str) -> Job:
+        """A job as it is now; of anybody where the owner is None.
+
+        Raises:
+            JobNotFoundError: no such job, or it is another's.
+            JobInternalError: its row cannot be read, and whoever claims it has not ended it yet.
+        """
+        async with self._database.read() as connection:
+            return readable(await row_of(connection, owner, job_id))
+
+    @uninterrupted
+    async def get_all(self, job_ids: Collection[str]) -> tuple[Job, ...]:
+        """Those of the jobs that are there, in any order."""
+        found: list[Job] = []
+        async with self._database.read() as connection:
+            for some in queries.batches(job_ids):
+                found.extend(map(job_of, await connection.execute(queries.by_job_ids(some))))
+        return tuple(found)
+
+    @uninterrupted
+    async def held_request_ids(self, owner: str, request_ids: Collection[str]) -> frozenset[str]:
+        """Those of the request ids that stand for a job of the owner already."""
+        held: set[str] = set()
+        async with self._database.read() as connection:
+            for some in queries.batches(request_ids):
+                held.update(
+                    row.request_id for row in await connection.execute(queries.by_request_ids(owner, some))
+                )
+        return frozenset(held)
+
+    @uninterrupted
+    async def list(
+        self,
+        owner: str | None,
+        states: Collection[JobState] = (),
+        labels: Mapping[str, str] | None = None,
+        page_size: int = 100,
+        page_token: str = "",
+    ) -> Page:
+        """Jobs in one of the states (none: all) that carry all of the labels, newest first.
+
+        A page token stays valid, whatever is added or removed meanwhile.
+
+        Raises:
+            InvalidRequestError: the token is none of ours, or of another filter.
+        """
+        labels = labels or {}
+        filter_digest = filter_digest_of(owner, frozenset(states), labels)
+        before = decode_page_token(page_token, filter_digest) if page_token else None
+        async with self._database.read() as connection:
+            query = queries.page(owner, states, labels, before, page_size + 1)
+            rows = (await connection.execute(query)).all()
+        shown = rows[:page_size]
+        has_more = len(rows) > page_size
+        next_page_token = encode_page_token(shown[-1].acceptance_number, filter_digest) if has_more else ""
+        return Page(tuple(map(job_of, shown)), next_page_token)
+
+    @uninterrupted
+    async def counts(self, owner: str | None = None) -> Counter[JobState]:
+        """Jobs by state that are kept; of one owner only those that have not ended."""
+        query = queries.counts() if owner is None else queries.counts_of_owner(owner)
+        async with self._database.read() as connection:
+            rows = (await connection.execute(query)).all()
+        # Another version of the service may know more states.
+        return Counter({JobState(state): count for state, count in rows if state in _STATES})
+
+    @uninterrupted
+    async def queue_orders(
+        self, model_fingerprint: str, max_running_jobs_of_caller: int | None = None
+    ) -> Mapping[str, tuple[str, ...]]:
+        """Ids of the jobs that wait, in the order in which they will be claimed, by their model.
+
+        Args:
+            model_fingerprint: of the model that also draws the jobs that any may draw.
+            max_running_jobs_of_caller: of each caller; None for any number.
+        """
+        async with self._database.read() as connection:
+            orders = await orders_by_model(connection, model_fingerprint, max_running_jobs_of_caller)
+        return {fingerprint: tuple(job.job_id for job in order) for fingerprint, order in orders.items()}
+
+    @uninterrupted
+    async def overdue(self, limit: int = 100) -> tuple[str, ...]:
+        """Ids of jobs whose deadline has passed: `request_cancel` each with CancelReason.DEADLINE."""
+        async with self._database.read() as connection:
+            return tuple(
+                (await connection.execute(queries.overdue(self.clock.cautious_now(), limit))).scalars()
+            )
+
+
+def readable(row: Row[Any]) -> Job:
+    """The job of a row that was not found unreadable; raises JobInternalError for one that just was."""
+    job = job_of(row)
+    if job.is_unreadable and row.end_time is None and job.error is not None:
+        raise job.error
+    return job
+
+
+async def row_of(
+    connection: AsyncConnection, owner: str | None, job_id: str, for_update: bool = False
+) -> Row[Any]:
+    """The row of a job of an owner, of anybody where that is None; raises JobNotFoundError."""
+    query = queries.by_job_id(owner, job_id, for_update)
+    row: Row[Any] | None = (await connection.execute(query)).one_or_none()
+    if row is None:
+        raise JobNotFoundError(job_id)
+    return row
