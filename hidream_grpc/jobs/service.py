@@ -25,10 +25,9 @@ from hidream_grpc.jobs.replicas.attached_callers import AttachedCallers
 from hidream_grpc.jobs.replicas.membership import LiveModel, Membership
 from hidream_grpc.jobs.replicas.store_follower import StoreFollower
 from hidream_grpc.jobs.retention.housekeeping import Housekeeping
-from hidream_grpc.jobs.retention.removal import remove_job
-from hidream_grpc.jobs.retention.retention import Retention, RetentionLimits, RetentionReport
+from hidream_grpc.jobs.retention.retention import Retention, RetentionLimits, RetentionReport, remove_job
+from hidream_grpc.jobs.store.probe import StoreProbe
 from hidream_grpc.jobs.store.records import AttachedCall, Page
-from hidream_grpc.jobs.store_probe import StoreProbe
 from hidream_grpc.jobs.uninterrupted import RunningCalls
 from hidream_grpc.jobs.watching.events import JobEvent, Queued
 from hidream_grpc.jobs.watching.feeds import JobFeeds

@@ -14,10 +14,10 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from hidream_grpc.errors import HiDreamError, StoreUnavailableError
-from hidream_grpc.jobs import store_probe
+from hidream_grpc.jobs.store import probe as store_probe
+from hidream_grpc.jobs.store.probe import StoreProbe
 from hidream_grpc.jobs.store.records import AttachedCall
 from hidream_grpc.jobs.store.store import SqlJobStore
-from hidream_grpc.jobs.store_probe import StoreProbe
 from tests.support.job_stores import MODEL, ROOMY, StoreDatabase, added, eventually, joined, new_job
 from tests.support.postgres import PostgresServer
 

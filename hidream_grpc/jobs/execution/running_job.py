@@ -39,7 +39,7 @@ from hidream_grpc.errors import (
 )
 from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
 from hidream_grpc.jobs.estimates.estimator import JobEstimator
-from hidream_grpc.jobs.execution.claim import ClaimState, StopReason, Storing
+from hidream_grpc.jobs.execution.claim_state import ClaimState, StopReason, Storing
 from hidream_grpc.jobs.execution.snapshot_keeper import SnapshotKeeper
 from hidream_grpc.jobs.job import CancelReason, Execution, Job, JobState, Progress, StoredSnapshot
 from hidream_grpc.jobs.retrying import TRANSIENT_ERRORS, wait_at_most

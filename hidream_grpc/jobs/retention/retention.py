@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from hidream_grpc.background import Outage
-from hidream_grpc.errors import ArtifactUnavailableError
+from hidream_grpc.errors import ArtifactUnavailableError, JobNotEndedError
 from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
 from hidream_grpc.jobs.store.records import EndedJob, Usage
 from hidream_grpc.jobs.store.store import SqlJobStore
@@ -91,6 +91,20 @@ def choose_removals(
         num_jobs -= 1
         image_bytes -= job.image_bytes
     return tuple(removals)
+
+
+async def remove_job(store: SqlJobStore, artifacts: ArtifactStore, owner: str | None, job_id: str) -> None:
+    """Remove the files, then the row: whatever is killed between the two leaves nothing behind for ever.
+
+    Raises:
+        JobNotFoundError: no such job, or it is another's.
+        JobNotEndedError: it is queued or running.
+    """
+    job = await store.get(owner, job_id)
+    if not job.state.has_ended:
+        raise JobNotEndedError(job_id)
+    await artifacts.remove(job_id)
+    await store.delete(owner, job_id)
 
 
 class Retention:

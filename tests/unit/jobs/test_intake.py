@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hidream_grpc.errors import CallerQuotaError, InvalidRequestError
-from hidream_grpc.jobs.quotas import WINDOW_SECONDS, CallerQuotas
+from hidream_grpc.jobs.intake import WINDOW_SECONDS, CallerQuotas
 
 LIMIT = 100
 

@@ -9,8 +9,8 @@ import pytest
 from sqlalchemy.exc import TimeoutError as NoFreeConnectionError
 
 from hidream_grpc.errors import StoreFullError, StoreUnavailableError
+from hidream_grpc.jobs.store.probe import NUM_TICKS, StoreProbe
 from hidream_grpc.jobs.store.store import SqlJobStore
-from hidream_grpc.jobs.store_probe import NUM_TICKS, StoreProbe
 from tests.unit.jobs.service_bench import until
 
 OUTAGE_SECONDS = 1234.5
@@ -85,7 +85,7 @@ async def bench(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
         timers.append(Timer(partial(action, *args)))
         return timers[-1]
 
-    monkeypatch.setattr("hidream_grpc.jobs.store_probe.PROBE_SECONDS", 0.0)
+    monkeypatch.setattr("hidream_grpc.jobs.store.probe.PROBE_SECONDS", 0.0)
     monkeypatch.setattr(loop, "call_later", intercepted)
     bench = Bench(timers)
     task = asyncio.create_task(bench.probe.run())

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hidream_grpc.jobs.execution.claim import ClaimState, StopReason, Storing
+from hidream_grpc.jobs.execution.claim_state import ClaimState, StopReason, Storing
 from hidream_grpc.jobs.job import CancelReason
 
 REQUESTS = {
