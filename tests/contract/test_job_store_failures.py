@@ -107,8 +107,8 @@ async def test_a_database_that_hangs_is_told_and_heals(
             "ALTER TABLE jobs RENAME TO jobs_away", "ALTER TABLE jobs_away RENAME TO jobs", id="no table"
         ),
         pytest.param(
-            "ALTER TABLE jobs RENAME COLUMN run TO ran",
-            "ALTER TABLE jobs RENAME COLUMN ran TO run",
+            "ALTER TABLE jobs RENAME COLUMN progress_document TO elsewhere",
+            "ALTER TABLE jobs RENAME COLUMN elsewhere TO progress_document",
             id="no column",
         ),
     ],
