@@ -12,11 +12,11 @@ from hidream_grpc.jobs.job import JobState
 from hidream_grpc.jobs.store.store import SqlJobStore
 
 PAUSE_SECONDS = 0.5
-"""Between two counts, however much changes."""
+"""Seconds between two counts, however much changes."""
 
 
 class JobCounts:
-    """The jobs of the store by state, as last counted."""
+    """Numbers of jobs in the store by state, as last counted."""
 
     def __init__(self, store: SqlJobStore) -> None:
         self._store = store
@@ -27,7 +27,7 @@ class JobCounts:
 
     async def refresh(self) -> None:
         """Count anew; while the store does not answer, the old numbers stay."""
-        # The log says it already: the counting that never ends fails, too.
+        # `run` logs the same failure.
         with contextlib.suppress(HiDreamError):
             self._by_state = await self._store.counts()
 

@@ -1,4 +1,4 @@
-"""Folders that the service keeps jobs and images in."""
+"""Folders that hold jobs and images: make them, or say why they cannot be written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def make_writable(folder: Path) -> None:
     """Make a folder, unless it is there already.
 
     Raises:
-        OSError: it cannot be made, or nothing can be written into it.
+        OSError: the folder cannot be made or written.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))

@@ -22,14 +22,14 @@ from hidream_grpc.jobs.store.records import AttachedCall, QueueLimits
 from hidream_grpc.jobs.store.store import SqlJobStore
 
 WINDOW_SECONDS = 60.0
-"""Of the limit of each caller's work."""
+"""The time in which the work of each caller is limited."""
 
 
 class JobIntake:
-    """Accepts what the limits of the queue and of its caller allow.
+    """Accepts the requests that the limits of the queue and of each caller allow.
 
     Args:
-        wait_for_end: of a job, by its id; may raise JobNotFoundError.
+        wait_for_end: waits for the end of a job, by its id; may raise JobNotFoundError.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class JobIntake:
         attached_call: AttachedCall | None = None,
         refusal: RequestError | None = None,
     ) -> tuple[Job, ...]:
-        """The job of each request: a new one, or the one that has its request id; durable on return.
+        """Accept requests; return the job of each, a new one or the one with its request id, once durable.
 
         Args:
             refusal: why the requests cannot become new jobs; they can still find those that they became.
@@ -78,7 +78,7 @@ class JobIntake:
         return accepted
 
     async def _new_pixel_steps(self, submissions: Sequence[Submission], owner: str) -> int:
-        """Of those requests that are no retries: only they are charged for."""
+        """Pixel steps of the requests that are no retries: only those are charged."""
         held: Collection[str] = ()
         if self._quotas.has_limit:
             held = await self._store.held_request_ids(owner, [s.request_id for s in submissions])
@@ -86,7 +86,7 @@ class JobIntake:
 
 
 def _being_cancelled(given: Sequence[Job], accepted: Sequence[Job]) -> list[Job]:
-    """Jobs that a retry found, that stop at their next step and then hold its request id no more."""
+    """Jobs that a retry found, which stop at their next step and then hold its request id no more."""
     pairs = zip(given, accepted, strict=True)
     return [
         job
@@ -103,28 +103,28 @@ def _new_job(submission: Submission, owner: str, now: float) -> Job:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Charge:
-    """Work that was accepted at a moment of the clock; two of the same amount are not the same."""
+    """Work that was accepted at one moment; two charges of the same amount stay distinct."""
 
     time: float
     pixel_steps: int
 
 
 class CallerQuotas:
-    """Counts each caller's work: no 60 seconds hold more of it than the limit.
+    """Counts the work of each caller: no 60 seconds hold more of it than the limit.
 
-    A token bucket would let up to twice the limit through. What it remembers is one entry for each
-    request that was accepted in the last minute, in this process.
+    A token bucket would let up to twice the limit through. It remembers one entry for each request that
+    was accepted by this process in the last minute.
     """
 
     def __init__(self, max_pixel_steps_per_minute_per_caller: int | None, clock: Callable[[], float]) -> None:
-        """A limit of None lets everything through; clock gives seconds and never goes back."""
+        """Take the limit (None: everything is accepted) and a clock in seconds that never goes back."""
         self._max_pixel_steps = max_pixel_steps_per_minute_per_caller
         self._clock = clock
         self._charges: dict[str, deque[_Charge]] = {}
 
     @property
     def has_limit(self) -> bool:
-        """Whether anything is counted."""
+        """Whether there is a limit, so that work is counted."""
         return self._max_pixel_steps is not None
 
     @contextlib.contextmanager
@@ -132,8 +132,8 @@ class CallerQuotas:
         """Charge a caller for work that is accepted within; an error from there takes the charge back.
 
         Raises:
-            CallerQuotaError: it does not fit now; says when it will.
-            InvalidRequestError: it would not fit into any minute.
+            CallerQuotaError: the work does not fit now; the error says when it will.
+            InvalidRequestError: the work would not fit into any minute.
         """
         if self._max_pixel_steps is None:
             yield
@@ -164,7 +164,7 @@ class CallerQuotas:
         return charge
 
     def _forget(self, now: float) -> None:
-        """Drop what has left the window, and the callers of whom nothing is left."""
+        """Drop the charges that have left the window, and callers without charges."""
         for caller, charges in list(self._charges.items()):
             while charges and charges[0].time + WINDOW_SECONDS <= now:
                 charges.popleft()
@@ -172,13 +172,13 @@ class CallerQuotas:
                 del self._charges[caller]
 
     def _take_back(self, caller: str, charge: _Charge) -> None:
-        # It may have left the window meanwhile.
+        # The charge may have left the window meanwhile.
         if charge in self._charges.get(caller, ()):
             self._charges[caller].remove(charge)
 
 
 def _time_until_less(charges: deque[_Charge], excess: int) -> float:
-    """When at least this much of the work will have left the window."""
+    """The moment at which at least this much of the work will have left the window."""
     for charge in charges:
         excess -= charge.pixel_steps
         if excess <= 0:

@@ -60,10 +60,10 @@ class CancelReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """Which model checked a request, and draws it.
+    """The model that checked a request, and that generates its images.
 
     Attributes:
-        fingerprint: of the checkpoint's configuration and weights; another one draws other images.
+        fingerprint: identifies configuration and weights; with another one the images are others.
     """
 
     name: str
@@ -78,10 +78,10 @@ class Submission:
     Attributes:
         request_id: the caller's name of the request, or one that was made up.
         caller: who asked; callers take turns.
-        model: None in what was kept before there were several: any model draws it.
+        model: None in what was kept before there were several: any model may generate its images.
         deadline_seconds: time left until the caller's deadline; None for none.
-        request_digest: of what the caller sent, with the version of its rule before a colon; empty in what
-            was kept before there was one.
+        request_digest: digest of what the caller sent, after the version of its rule and a colon; empty in
+            what was kept before there was one.
         left_open: the parameters that the caller did not send, and `model` where it named none.
     """
 
@@ -98,7 +98,7 @@ class Submission:
 
 
 def asks_for_the_same(retry: Submission, earlier: Submission) -> bool:
-    """Whether a request is that of an earlier job once more: its caller sent the same.
+    """Whether a request repeats that of an earlier job: its caller sent the same.
 
     Where the digests were made by two rules, as after an upgrade of the service, every field that the
     retry sends has to be that of the earlier job.
@@ -122,7 +122,7 @@ def _rule_of(submission: Submission) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """How the images are drawn."""
+    """How the images are generated."""
 
     model: str
     scheduler: str
@@ -133,7 +133,7 @@ class Execution:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the denoising is; the remaining time, to the job's end, is None where it cannot be told."""
+    """How far the denoising is; the time to the job's end is None where it cannot be estimated."""
 
     step: int
     total_steps: int
@@ -157,10 +157,11 @@ class StoredImage:
     """A finished image in the artifact store.
 
     Attributes:
-        first_sequence: of the event of its first part.
+        first_sequence: sequence of the event of its first part.
         time: when that event happened, in seconds since the epoch.
-        chunk_bytes: of every part but the last, fixed when it is told: its parts keep their sequences.
-        claim_number: of the claim that stored it, which is part of its key.
+        chunk_bytes: size of every part but the last, fixed when the image is published: its parts keep
+            their sequences.
+        claim_number: number of the claim that stored it, which is part of its key.
     """
 
     index: int
@@ -177,17 +178,17 @@ class StoredImage:
 
     @property
     def last_sequence(self) -> int:
-        """Of the event of its last part."""
+        """Sequence of the event of the image's last part."""
         return self.first_sequence + max(0, self.size_bytes - 1) // self.chunk_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class StoredSnapshot:
-    """What a job can go on from, in the artifact store.
+    """A snapshot in the artifact store, which a job can go on from.
 
     Attributes:
-        claim_number: of the claim that stored it, which is part of its key.
-        step: that it was taken after; the stored one may be newer.
+        claim_number: number of the claim that stored it, which is part of its key.
+        step: the step that it was taken after; the stored one may be newer.
     """
 
     claim_number: int
@@ -199,15 +200,15 @@ class Job:
     """One request for images as it is at one moment. Times are seconds since the epoch.
 
     Attributes:
-        owner: whose job it is; nobody else may see it.
-        claim_number: how often the job was taken by whoever draws or ends it; 0 while it waits for the
-            first time. Sequences of events grow with it.
-        started_sequence: of the newest `started` event; 0 for none.
-        last_sequence: of the newest event that is kept; of the last event of a job that has ended.
+        owner: the identity that submitted the job; no other may see it.
+        claim_number: how often the job was claimed, to run or to end it; 0 while it waits for the first
+            time. Sequences of events grow with it.
+        started_sequence: sequence of the newest `started` event; 0 for none.
+        last_sequence: sequence of the newest event that is kept; for a job that has ended, of its last event.
         deadline_time: when the job stops; None for never.
         cancel_reason: who or what stopped the job, or asks for it while the job still runs.
-        snapshot: the newest that counts; None without one.
-        is_unreadable: whether its row cannot be read: then it is FAILED, and what it asked for is made up.
+        snapshot: the newest snapshot that counts; None without one.
+        is_unreadable: whether its row cannot be read: then it is FAILED, and its submission is a stand-in.
     """
 
     job_id: str
@@ -233,11 +234,11 @@ class Job:
 
     @property
     def model_fingerprint(self) -> str:
-        """Of the model that draws the job; empty where any may."""
+        """Fingerprint of the model that generates the job's images; empty where any model may."""
         return "" if self.submission.model is None else self.submission.model.fingerprint
 
     def started(self, execution: Execution, now: float) -> Job:
-        """QUEUED → RUNNING; one that was given back has been started before, and keeps the time of that."""
+        """QUEUED → RUNNING; a job that was given back keeps the time of its first start."""
         self._expect(JobState.QUEUED)
         start_time = max(now, self.create_time) if self.start_time is None else self.start_time
         return replace(
@@ -250,13 +251,13 @@ class Job:
         )
 
     def encoded(self, encode_seconds: float) -> Job:
-        """The prompts were read; denoising begins."""
+        """The job once its prompts are encoded: denoising begins."""
         self._expect(JobState.RUNNING)
         timings = replace(self.timings, encode_seconds=self.timings.encode_seconds + encode_seconds)
         return replace(self, stage=_stage_after(self.progress), timings=timings)
 
     def progressed(self, progress: Progress, denoise_seconds: float) -> Job:
-        """A step ended."""
+        """The job after a step."""
         self._expect(JobState.RUNNING)
         return replace(
             self,
@@ -266,7 +267,7 @@ class Job:
         )
 
     def restarted(self, attempt: int, resumed_from_step: int) -> Job:
-        """The rank group was lost; the job goes on after a step, and its progress is what it was then."""
+        """The job after the rank group was lost: it goes on after a step, with the progress of that step."""
         self._expect(JobState.RUNNING)
         assert self.execution is not None
         progress = None
@@ -280,19 +281,19 @@ class Job:
         )
 
     def with_image(self, image: StoredImage, decode_seconds: float) -> Job:
-        """An image is finished and stored."""
+        """The job with an image that is finished and stored."""
         self._expect(JobState.RUNNING)
         timings = replace(self.timings, decode_seconds=self.timings.decode_seconds + decode_seconds)
         images = tuple(sorted((*self.images, image), key=lambda i: i.index))
         return replace(self, images=images, timings=timings)
 
     def requeued(self) -> Job:
-        """QUEUED or RUNNING → QUEUED: whoever had the job gives it back; images and snapshot stay."""
+        """QUEUED or RUNNING → QUEUED: the claim is given back; images and snapshot stay."""
         self._expect(JobState.QUEUED, JobState.RUNNING)
         return replace(self, state=JobState.QUEUED, stage=None, progress=None)
 
     def cancelled_unclaimed(self, reason: CancelReason, now: float) -> Job:
-        """QUEUED or RUNNING → CANCELLED while nobody has the job; counts as a claim of its own."""
+        """QUEUED or RUNNING → CANCELLED while no replica has the job; counts as a claim of its own."""
         is_late = reason is CancelReason.DEADLINE
         error = DeadlineExceededError(self.job_id) if is_late else JobCancelledError(self.job_id)
         claim_number = self.claim_number + 1
@@ -319,6 +320,6 @@ class Job:
 
 
 def _stage_after(progress: Progress | None) -> JobStage:
-    """What comes next once the prompts are read."""
+    """The stage that follows once the prompts are encoded."""
     is_denoised = progress is not None and progress.step == progress.total_steps
     return JobStage.DECODING if is_denoised else JobStage.DENOISING

@@ -1,4 +1,4 @@
-"""Every limit and default of a request, once: validation, the queue and `GetServerInfo` read them here."""
+"""Every limit and default of a request, in one place: validation, the queue and `GetServerInfo` use them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_TORCH_SEED = 2**32 - 1
 class RequestLimits:
     """What a request is checked against; the fields are those of `hidream.v1.RequestLimits`.
 
-    None is for no limit.
+    None means no limit.
     """
 
     max_prompt_tokens: int
@@ -45,7 +45,7 @@ class RequestLimits:
     max_webp_side_pixels: int | None = OutputFormat.WEBP.max_side_pixels
 
     def max_side_pixels(self, output_format: OutputFormat) -> int:
-        """Largest width and height of an image that such a file can hold."""
+        """Largest width and height of an image that a file of this format can hold."""
         by_format = {
             OutputFormat.JPEG: self.max_jpeg_side_pixels,
             OutputFormat.WEBP: self.max_webp_side_pixels,
@@ -56,7 +56,7 @@ class RequestLimits:
 
 @dataclass(frozen=True, slots=True)
 class RequestDefaults:
-    """What an absent field means; the fields are those of `hidream.v1.RequestDefaults`."""
+    """The values of absent fields; the fields are those of `hidream.v1.RequestDefaults`."""
 
     width: int
     height: int

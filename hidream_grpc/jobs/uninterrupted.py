@@ -1,4 +1,4 @@
-"""Calls that whoever made them may leave, but not stop in the middle."""
+"""Calls that go on to their ends when their callers are cancelled."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class RunningCalls:
     async def finish(
         self, call: Coroutine[Any, Any, Result], if_left: Callable[[Result], None] | None = None
     ) -> Result:
-        """Run a call to its end. A caller that is cancelled meanwhile goes at once; its call goes on.
+        """Run a call to its end; a caller that is cancelled meanwhile goes at once, and its call goes on.
 
         Args:
-            call: what is run.
-            if_left: is given the result that its caller did not wait for.
+            call: the call to run.
+            if_left: called with the result that the caller did not wait for.
         """
         task = asyncio.create_task(call)
         self._tasks.add(task)

@@ -42,7 +42,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """An image, or where it has no index a snapshot, or what a writer that was killed left half written."""
+    """An image; or, without an index, a snapshot or what a writer that was killed left half written."""
 
     key: str
     job_id: str
@@ -51,7 +51,7 @@ class StoredFile:
 
 
 class ArtifactStore:
-    """The images and snapshots of all jobs; what every replica sees, where they share the store.
+    """The images and snapshots of all jobs, for every replica that shares the store.
 
     No call blocks the event loop, and each ends within the timeouts. A call that is cancelled, or that
     took too long, may still have its effect. All may be repeated.
@@ -114,7 +114,7 @@ class ArtifactStore:
         await self._put(job_id, _snapshot_key(job_id, claim_number), data)
 
     async def read_snapshot(self, job_id: str, claim_number: int) -> bytes | None:
-        """The newest snapshot of a claim; None when there is none."""
+        """Read the newest snapshot of a claim; None when there is none."""
         key = _snapshot_key(job_id, claim_number)
         try:
             return await self._call(lambda: self._objects.get(key))
@@ -131,18 +131,18 @@ class ArtifactStore:
             await self._call(functools.partial(self._objects.remove_below, f"{folder}/{job_id}"))
 
     async def store_id(self) -> str | None:
-        """The job store that all files belong to; None where that is not written."""
+        """Id of the job store that all files belong to; None where that is not written."""
         try:
             return (await self._call(lambda: self._objects.get(STORE_ID))).decode(errors="replace")
         except FileNotFoundError:
             return None
 
     async def set_store_id(self, store_id: str) -> None:
-        """Write which job store the files belong to, unless another one was faster: read it again then."""
+        """Write which job store the files belong to, unless another server was faster: read it again then."""
         await self._call(lambda: self._objects.put_new(STORE_ID, store_id.encode()))
 
     async def files(self, max_files: int) -> AsyncIterator[tuple[StoredFile, ...]]:
-        """All images and snapshots, so many at a time.
+        """All images and snapshots, in tuples of at most `max_files`.
 
         A file that is made or removed meanwhile may be missing. What has another name is passed over.
         """
@@ -152,7 +152,7 @@ class ArtifactStore:
                 yield tuple(file for file in map(_file_of, keys) if file is not None)
 
     async def remove_files(self, files: Collection[StoredFile]) -> None:
-        """Remove files of `files`; one that is gone already is no error."""
+        """Remove files that `files` gave; one that is gone already is no error."""
         keys = [file.key for file in files]
         await self._call(lambda: self._objects.remove(keys))
 
@@ -165,7 +165,7 @@ class ArtifactStore:
             raise _unavailable("the bucket or the folder is not there") from error
 
     async def _call(self, call: Callable[[], Result]) -> Result:
-        """Do it in a thread; raises FileNotFoundError, _FullError or ArtifactUnavailableError."""
+        """Make a call in a thread; raises FileNotFoundError, _FullError or ArtifactUnavailableError."""
         try:
             async with asyncio.timeout(self._timeouts.call_seconds):
                 return await self._in_thread(call)

@@ -1,4 +1,4 @@
-"""Images from front to back for one stream, checked against what their rows say of them."""
+"""Reads images from front to back for one stream, and checks them against their rows."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from hidream_grpc.jobs.store.store import SqlJobStore
 logger = logging.getLogger(__name__)
 
 REMOVAL_SECONDS = 2.0
-"""Between the files and the rows of jobs that are removed together."""
+"""Longest time between the removal of a job's files and that of its row, when many are removed at once."""
 NUM_LOOKS = 4
 
 
 class ImageReader:
-    """Reads the images of one job, piece by piece; one at a time, for one reader.
+    """Reads the images of one job, piece by piece, one image at a time.
 
-    The last piece of an image is handed out only when all of its bytes were those that were stored. A
-    reader that begins in the middle costs a read of what lies before.
+    The last piece of an image is returned only when all of its bytes were those that were stored. To begin
+    in the middle costs a read of what lies before.
     """
 
     def __init__(self, job_id: str, store: SqlJobStore, artifacts: ArtifactStore) -> None:
@@ -34,7 +34,7 @@ class ImageReader:
         self._hash = hashlib.sha256()
 
     async def read(self, image: StoredImage, offset: int, length: int) -> bytes:
-        """So many bytes of an image, fewer at its end; for offsets below its size.
+        """Read so many bytes of an image, fewer at its end; the offset must be below its size.
 
         Raises:
             ImageDamagedError: the image is gone, short or altered.

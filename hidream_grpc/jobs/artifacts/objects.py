@@ -1,4 +1,4 @@
-"""Objects in an S3 bucket or a folder, whole or not at all. Every call blocks: call from a thread."""
+"""Objects in an S3 bucket or a folder, each whole or absent. Every call blocks: call from a thread."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _URL = re.compile(r"file://(localhost)?(?P<folder>/.*)|s3://[^/@:]+(/.*)?", re.DOTALL)
 # What begins another part of a URL, what its parsers remove, and a % without its two digits.
 _NOT_IN_URLS = re.compile(r"[?#\x00-\x1f\x7f]|[ ]\Z|%(?![0-9A-Fa-f]{2})")
-# obstore tells these in its text alone; the last three are what MinIO and Ceph answer.
+# obstore names these in its text alone; the last three are what MinIO and Ceph answer.
 _FULL = re.compile(
     rf"\(os error ({'|'.join(map(str, _FULL_ERRNOS))})\)"
     r"|\b(507 Insufficient Storage|XMinioStorageFull|QuotaExceeded)\b"
@@ -45,7 +45,7 @@ class ArtifactTimeouts:
 
 
 class Objects:
-    """A bucket. Errors are obstore's, and FileNotFoundError for an object that is not there."""
+    """A bucket; errors are obstore's, and FileNotFoundError for an object that is not there."""
 
     def __init__(self, store: S3Store | LocalStore) -> None:
         self._store = store
@@ -56,11 +56,11 @@ class Objects:
         obstore.put(self._store, key, data, use_multipart=False)
 
     def get(self, key: str) -> bytes:
-        """All bytes of an object."""
+        """Read all bytes of an object."""
         return bytes(obstore.get(self._store, key).bytes())
 
     def get_range(self, key: str, offset: int, length: int) -> bytes:
-        """Up to length bytes from offset on; none beyond the end."""
+        """Read up to length bytes from an offset on; none beyond the end."""
         try:
             if length > 0:
                 return bytes(obstore.get_range(self._store, key, start=offset, length=length))
@@ -76,7 +76,7 @@ class Objects:
             obstore.put(self._store, key, data, mode="create", use_multipart=False)
 
     def keys(self, folder: str, max_keys: int) -> Iterator[list[str]]:
-        """The keys of all objects of a folder, so many at a time."""
+        """The keys of all objects of a folder, in lists of at most `max_keys`."""
         for found in obstore.list(self._store, folder, chunk_size=max_keys):
             yield [item["path"] for item in found]
 
@@ -108,7 +108,7 @@ class FolderObjects(Objects):
             for each in (path, *list(path.parents)[: key.count("/")]):
                 _sync(each)
         except OSError:
-            # A network file system may tell only now that it had no room.
+            # A network file system may report only now that it had no room.
             path.unlink(missing_ok=True)
             raise
 
@@ -123,7 +123,7 @@ class FolderObjects(Objects):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self._directory))
 
     def keys(self, folder: str, max_keys: int) -> Iterator[list[str]]:
-        """The keys of all objects of a folder, and of staged files, so many at a time."""
+        """The keys of all objects of a folder, and of staged files, in lists of at most `max_keys`."""
         # Not Path.rglob: it fails when a folder is removed meanwhile.
         walk = os.walk(self._directory / folder)
         paths = (Path(parent, name) for parent, _, names in walk for name in names)
@@ -156,7 +156,7 @@ def _sync(path: Path) -> None:
 
 
 def open_objects(location: Path | str, timeouts: ArtifactTimeouts) -> Objects:
-    """A folder by path or file:// URL, or a bucket by s3://bucket/prefix; does not connect.
+    """Open a folder by path or file:// URL, or a bucket by s3://bucket/prefix, without connecting.
 
     Raises:
         ConfigurationError: the URL names neither, or the folder cannot be made.
@@ -169,7 +169,7 @@ def open_objects(location: Path | str, timeouts: ArtifactTimeouts) -> Objects:
         store = S3Store.from_url(
             location,
             client_options={
-                # Whoever names an http:// endpoint wants it.
+                # An http:// endpoint was named on purpose.
                 "allow_http": True,
                 "connect_timeout": timedelta(seconds=timeouts.connect_seconds),
                 "timeout": timedelta(seconds=timeouts.request_seconds),
@@ -218,5 +218,5 @@ def is_full(error: BaseError | OSError) -> bool:
 
 
 def first_line(error: Exception) -> str:
-    """What obstore says, without the dump of its data that follows."""
+    """The first line of an error of obstore, without the dump of data that follows."""
     return str(error).partition("\n")[0]

@@ -12,13 +12,13 @@ from hidream_grpc.jobs.store.store import SqlJobStore
 logger = logging.getLogger(__name__)
 
 MAX_FILES_READ = 200
-"""At once."""
+"""How many files are looked at together."""
 
 
 def is_named(file: StoredFile, job: Job | None) -> bool:
-    """Whether a job, as its row was read after the file was seen, names it, or its claim may still do so."""
+    """Whether a job names a file, or its claim may still do so; its row is read after the file was seen."""
     if job is None:
-        # Rows are there before their files: this one was removed.
+        # A row is written before its files, so this one was removed.
         return False
     if job.is_unreadable:
         return True
@@ -39,7 +39,7 @@ class OrphanedFiles:
         self._is_ours: bool | None = None
 
     async def sweep(self) -> None:
-        """Look at all files once; raises HiDreamError when one of the stores does not answer."""
+        """Remove the files that no job names; raises HiDreamError when one of the stores does not answer."""
         if self._is_ours is None:
             self._is_ours = await self._find_out_whose()
             if not self._is_ours:
@@ -59,7 +59,7 @@ class OrphanedFiles:
             logger.info("removed %d files that no job names", num_removed)
 
     async def remove_lost(self, job: Job) -> None:
-        """Remove what a claim that was lost has written and no row names; the job as it was then."""
+        """Remove what a lost claim has written and no row names; takes the job as that claim knew it."""
         newest = {found.job_id: found for found in await self._store.get_all([job.job_id])}
         indexes = range(job.submission.parameters.num_images)
         written = [image_file(job.job_id, job.claim_number, index) for index in indexes]

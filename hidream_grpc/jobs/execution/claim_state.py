@@ -1,4 +1,4 @@
-"""What can happen to one claim of a job. Pure: every change gives a new value.
+"""The states of one claim of a job. Pure: every change gives a new value.
 
     RUNNING → STOPPING (give back < cancel < lost) → ENDED
 
@@ -15,14 +15,14 @@ from hidream_grpc.jobs.job import CancelReason
 
 
 class StopReason(IntEnum):
-    """Why the job of a claim is drawn no further; the greater one is the stronger."""
+    """Why a claim stops; the greater reason is the stronger."""
 
     GIVE_BACK = 1
-    """It waits again, for any replica."""
+    """The job waits again, for any replica."""
     CANCEL = 2
-    """It ends as CANCELLED."""
+    """The job ends as CANCELLED."""
     LOST = 3
-    """Another replica has it, or it is there no more."""
+    """Another replica has the job, or it was removed."""
 
 
 class Storing(Enum):
@@ -35,11 +35,11 @@ class Storing(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ClaimState:
-    """Where a claim stands.
+    """The state of a claim.
 
     Attributes:
         stop_reason: None while it runs.
-        cancel_reason: the first that was given; of a claim that is or was to be cancelled.
+        cancel_reason: the first reason that was given, of a claim that is or was to be cancelled.
         has_ended: whether nothing more can happen to it.
     """
 
@@ -49,7 +49,7 @@ class ClaimState:
 
     @property
     def is_running(self) -> bool:
-        """Whether its job is drawn."""
+        """Whether the engine goes on with the job."""
         return self.stop_reason is None and not self.has_ended
 
     @property
@@ -64,19 +64,19 @@ class ClaimState:
                 return Storing.UNTIL_STORED
 
     def cancelled(self, reason: CancelReason) -> ClaimState:
-        """In any state: have the job end as CANCELLED, unless the claim is lost or has ended."""
+        """The state after a cancel: the job ends as CANCELLED, unless the claim is lost or has ended."""
         if self.has_ended or self.stop_reason in (StopReason.CANCEL, StopReason.LOST):
             return self
         return replace(self, stop_reason=StopReason.CANCEL, cancel_reason=reason)
 
     def given_back(self) -> ClaimState:
-        """In any state: have the job wait again, unless the claim is stopped or has ended."""
+        """The state after giving back: the job waits again, unless the claim is stopped or has ended."""
         return replace(self, stop_reason=StopReason.GIVE_BACK) if self.is_running else self
 
     def lost(self) -> ClaimState:
-        """In any state: note that the job is another's, unless the claim has ended."""
+        """The state after a loss: the job is another replica's, unless the claim has ended."""
         return self if self.has_ended else replace(self, stop_reason=StopReason.LOST)
 
     def ended(self) -> ClaimState:
-        """In any state: note that all is written, or never will be."""
+        """The state after the end: everything is written, or never will be."""
         return replace(self, has_ended=True)

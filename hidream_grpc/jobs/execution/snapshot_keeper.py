@@ -14,14 +14,14 @@ from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
 logger = logging.getLogger(__name__)
 
 SNAPSHOT_SECONDS = 1.0
-"""Between two that are stored, however many are taken."""
+"""Seconds between two snapshots that are stored, however many are taken."""
 
 
 class SnapshotKeeper:
-    """Stores the newest snapshot, now and then; one that could not be stored is tried again.
+    """Stores the newest snapshot, at most once a second, and retries one that could not be stored.
 
     Args:
-        on_stored: called with the step of each that is in the artifact store; may raise.
+        on_stored: called with the step of each snapshot that is in the artifact store; may raise.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class SnapshotKeeper:
         self._outage = Outage(logger, f"keep snapshots of job {job_id}")
 
     def take(self, snapshot: SnapshotTaken) -> None:
-        """Remember it in place of the one before: each is megabytes."""
+        """Remember a snapshot in place of the one before: each is megabytes."""
         self._newest = snapshot
         self._has_newest.set()
 
     async def run(self) -> None:
-        """Store the newest, now and then, until cancelled."""
+        """Store the newest snapshot, at most once a second, until cancelled."""
         while True:
             await self._has_newest.wait()
             begin = time.monotonic()
@@ -54,7 +54,7 @@ class SnapshotKeeper:
             await asyncio.sleep(max(0.0, begin + SNAPSHOT_SECONDS - time.monotonic()))
 
     async def store(self) -> None:
-        """Store the newest, where it is not stored; may be called beside `run`."""
+        """Store the newest snapshot, unless it is stored; may be called beside `run`."""
         async with self._storing:
             snapshot, self._newest = self._newest, None
             self._has_newest.clear()
@@ -64,7 +64,7 @@ class SnapshotKeeper:
                 await self._artifacts.write_snapshot(self._job_id, self._claim_number, snapshot.data)
                 await self._on_stored(snapshot.step)
             except Exception as error:
-                # Whatever it is: the job goes on, and so do its snapshots.
+                # No error of a store may stop the job or its snapshots.
                 self._outage.note_failure(error)
                 self._newest = self._newest or snapshot
                 self._has_newest.set()

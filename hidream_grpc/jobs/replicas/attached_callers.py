@@ -1,6 +1,6 @@
 """Callers that wait for their jobs: when the last one of a job goes away, the job is stopped.
 
-Who waits is written in the store, so that it holds for all replicas.
+The store holds which callers wait, for all replicas.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class AttachedCallers:
     """Callers that wait for their jobs at this server.
 
     Args:
-        closed: once it is set, nobody leaves any more: the server goes.
+        closed: once it is set, no caller is detached any more: the server ends.
         on_cancelled: called with a job that was stopped, as it is then.
     """
 
@@ -41,7 +41,7 @@ class AttachedCallers:
             self._tasks.start(self._detach(job_id, call, reason), f"let a caller of job {job_id} go")
 
     def forget(self, call: AttachedCall) -> None:
-        """Note that a caller does not wait, whose call may have been written though its answer was lost."""
+        """Note that a caller does not wait, where its call may be stored although the answer was lost."""
         self._tasks.start(self._store.forget_call(call.call_id), "forget a caller whose answer was lost")
 
     async def _detach(self, job_id: str, call: AttachedCall, reason: CancelReason | None) -> None:

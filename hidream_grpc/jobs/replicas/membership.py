@@ -1,8 +1,8 @@
-"""This server among those that share a store: it shows that it lives, and finds out which do not.
+"""Registers this server with the store that replicas share, and finds out which replicas are dead.
 
-A replica that lives raises its heartbeat in the store. What others see standing still for a whole lease,
-by the time that they were awake themselves, they remove; its jobs are then anybody's. No clock has a say
-in that but each observer's own, which never steps.
+A live replica raises its heartbeat in the store. A replica whose heartbeat stands still for a whole lease,
+by the time that the observer was awake itself, is removed; any other may then claim its jobs. The only
+clock that counts is each observer's own, which never steps.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 
 BEATS_PER_LEASE = 3
 WAKE_LOOK_SECONDS = 0.5
-"""How soon after a sleep of the machine, in which timers stand still, a beat that is due is made up for."""
+"""How soon a heartbeat that is due is sent after a sleep of the machine, in which timers stand still."""
 
 
 class SilenceObserver:
-    """How long the heartbeats of others stand still. Pure, but for what it remembers.
+    """Measures how long the heartbeats of others stand still. Pure, but for what it remembers.
 
     Args:
         lease_seconds: after so long a replica is dead.
-        max_gap_seconds: between two looks; a longer one is the observer's own pause, and counts as so long.
+        max_gap_seconds: the longest time between two looks that counts; a longer one is the observer's pause.
     """
 
     def __init__(self, lease_seconds: float, max_gap_seconds: float) -> None:
@@ -45,7 +45,7 @@ class SilenceObserver:
         self._look_time: float | None = None
 
     def dead(self, records: Iterable[ReplicaRecord], now: float) -> list[ReplicaRecord]:
-        """Look at the heartbeats as they are now, in seconds of any clock that never goes back."""
+        """The replicas that are dead, by their heartbeats as they are now; `now` never goes back."""
         gap_seconds = 0.0 if self._look_time is None else now - self._look_time
         self._look_time = now
         records = tuple(records)
@@ -62,10 +62,10 @@ class SilenceObserver:
 
 @dataclass(frozen=True, slots=True)
 class LiveModel:
-    """A model that a live replica draws with, and what a request for it is checked against.
+    """A model that a live replica serves, and what a request for it is checked against.
 
     Attributes:
-        tokenizer_fingerprint: of the tokenizers that its prompts are counted with.
+        tokenizer_fingerprint: identifies the tokenizers that its prompts are counted with.
     """
 
     identity: ModelIdentity
@@ -83,7 +83,7 @@ class Membership:
         replica_id: another one each time that this replica was removed as dead.
 
     Args:
-        on_removed: called when others have taken this replica for dead: its claims are lost.
+        on_removed: called when others have removed this replica as dead: its claims are lost.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Membership:
         self._observer = SilenceObserver(lease_seconds, 1.5 * self._beat_seconds)
         self._models: tuple[LiveModel, ...] = (model,)
         self._has_joined = False
-        # Who leaves waits for a beat that may join again.
+        # `leave` waits for a beat that may join again.
         self._joining = asyncio.Lock()
         self._has_left = False
         self._id_before: str | None = None
@@ -109,7 +109,7 @@ class Membership:
 
     @property
     def live_models(self) -> tuple[LiveModel, ...]:
-        """Models of all replicas that live, this one's first, as last heard."""
+        """Models of all live replicas, this one's first, as of the last heartbeat."""
         return self._models
 
     async def model(self, name: str | None) -> LiveModel:
@@ -118,12 +118,12 @@ class Membership:
         Of several of one name, as while a new version of it is rolled out, this replica's own goes first.
 
         Raises:
-            ModelNotServedError: no live replica draws with it.
+            ModelNotServedError: no live replica serves it.
             StoreUnavailableError: it cannot be found out which do.
         """
         if name is None or name == self.own_model.identity.name:
             return self.own_model
-        # One that came just now is known after its first look only.
+        # A replica that has just joined is not in the list of the last heartbeat.
         self._note_models(await self._store.replicas())
         for model in self._models:
             if model.identity.name == name:
@@ -166,7 +166,7 @@ class Membership:
         self._next_beat_time = boot_seconds() + self._beat_seconds
 
     async def pause(self) -> None:
-        """Wait until the next beat is due, also over a sleep of the machine."""
+        """Wait until the next heartbeat is due, also over a sleep of the machine."""
         while (left_seconds := self._next_beat_time - boot_seconds()) > 0:  # noqa: ASYNC110  (timers sleep too)
             await asyncio.sleep(min(left_seconds, WAKE_LOOK_SECONDS))
 

@@ -1,4 +1,4 @@
-"""What replicas tell each other of jobs, and no row tells: it is kept nowhere."""
+"""Events that replicas publish to each other and that stand in no row: they are kept nowhere."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hidream_grpc.jobs.watching.events import JobEvent, Progressed, Restarted
 logger = logging.getLogger(__name__)
 
 PUBLISH_INTERVAL_SECONDS = 0.25
-"""How often progress is told to other replicas, for each job."""
+"""Seconds between two publications of a job's progress to other replicas."""
 
 
 class RelayedEvent(msgspec.Struct, frozen=True, tag="relayed"):
-    """An event of a job that is drawn elsewhere: one of the two."""
+    """An event of a job that runs at another replica: its progress or a restart."""
 
     sequence: int
     time: float
@@ -30,14 +30,14 @@ class RelayedEvent(msgspec.Struct, frozen=True, tag="relayed"):
 
     @classmethod
     def of(cls, event: JobEvent) -> RelayedEvent:
-        """Of progress or a restart."""
+        """The message of an event of progress or of a restart."""
         if isinstance(event.body, Restarted):
             return cls(event.sequence, event.time, restarted=event.body)
         assert isinstance(event.body, Progressed)
         return cls(event.sequence, event.time, progress=event.body.progress)
 
     def event(self) -> JobEvent | None:
-        """The event; None when a newer version tells something else."""
+        """The event; None when a newer version of the service sent something else."""
         body = self.restarted or (None if self.progress is None else Progressed(self.progress))
         return None if body is None else JobEvent(self.sequence, self.time, body)
 
@@ -46,7 +46,7 @@ _decoder = msgspec.json.Decoder(RelayedEvent)
 
 
 def decode(payload: bytes) -> RelayedEvent | None:
-    """A message; None for one that only another version of the service knows."""
+    """The message in a payload; None for one that only another version of the service knows."""
     try:
         return _decoder.decode(payload)
     except msgspec.MsgspecError as error:
@@ -55,9 +55,9 @@ def decode(payload: bytes) -> RelayedEvent | None:
 
 
 class ReplicaPublisher:
-    """Tells other replicas, where there can be any, of progress now and then, and of every restart.
+    """Publishes progress, now and then, and every restart to other replicas, where there can be any.
 
-    It does not wait for the store; what is told while that is lost is lost.
+    It does not wait for the store: what is published during an outage is lost.
     """
 
     def __init__(self, store: SqlJobStore) -> None:
@@ -87,4 +87,4 @@ class ReplicaPublisher:
         try:
             await self._store.publish(job_id, payload)
         except HiDreamError as error:
-            logger.debug("other replicas were not told: %s", error)
+            logger.debug("an event did not reach other replicas: %s", error)

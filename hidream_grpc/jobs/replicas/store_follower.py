@@ -1,4 +1,4 @@
-"""What others do to jobs that are followed here: rows that changed are read, progress is passed on."""
+"""Keeps the feeds of this server up to date: reads rows that other replicas changed, relays progress."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class StoreFollower:
-    """Follows the changes of the store for feeds, executor and positions."""
+    """Follows the changes of the store for feeds, executor and queue positions."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class StoreFollower:
         self._executor = executor
         self._positions = positions
         self._outdated: set[str] = set()
-        # What is told of a job while its row is read waits: the row tells what came before.
+        # Events of a job that arrive while its row is read: the row holds what came before them.
         self._held_back: dict[str, list[JobEvent]] = {}
         self._is_outdated = asyncio.Event()
 
@@ -52,7 +52,7 @@ class StoreFollower:
                 self._receive(change)
                 outage.note_success()
             except Exception as error:
-                # Whatever it is: what comes after it must be heard.
+                # No error may end this: the changes that follow must be received.
                 outage.note_failure(error)
                 self._everything_changed()
 
@@ -83,7 +83,7 @@ class StoreFollower:
             self.outdate(job_id)
 
     def outdate(self, job_id: str) -> None:
-        """Read the job's row again for those who follow it here: what is known of it may be old."""
+        """Read the job's row again for its readers at this server: what is known of it may be old."""
         if self._feeds.get(job_id) is not None:
             self._read_again(job_id)
 
@@ -115,7 +115,7 @@ class StoreFollower:
             try:
                 await self._refresh(job_id)
             except Exception as error:
-                # The others are read all the same.
+                # The other jobs are read nevertheless.
                 self._outdated.add(job_id)
                 failures.append(error)
             if job_id not in self._outdated:
@@ -130,7 +130,7 @@ class StoreFollower:
         try:
             job = await self._store.get(None, job_id)
         except JobInternalError:
-            # Its row is not what its replica wrote, which will write it again, or is ended by the next claim.
+            # The replica that has the job writes the row again, or the next claim ends the job.
             return
         except JobNotFoundError as error:
             if feed := self._feeds.get(job_id):

@@ -1,4 +1,4 @@
-"""What nobody asks for: late jobs are stopped, old ones removed, and files that no job names."""
+"""Work that no caller asks for: stop late jobs, remove old ones, and files that no job names."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from hidream_grpc.jobs.store.store import SqlJobStore
 LATE_LOOK_SECONDS = 1.0
 SWEEP_SECONDS = 10.0
 MIN_SWEEP_SECONDS = 0.5
-"""Between two sweeps, however many jobs end."""
+"""Seconds between two sweeps, however many jobs end."""
 LATE_SECONDS = 0.01
 
 
 class Housekeeping:
-    """Looks at deadlines, at what has ended, and at files, again and again.
+    """Looks at deadlines, at jobs that have ended, and at files, again and again.
 
     Args:
-        orphan_sweep_seconds: between two looks at all files.
+        orphan_sweep_seconds: seconds between two looks at all files.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class Housekeeping:
         self._has_ended = asyncio.Event()
 
     def expect_late_job(self, seconds: float) -> None:
-        """Look for late jobs after a time, too."""
+        """Look for late jobs once more after this time."""
         asyncio.get_running_loop().call_later(seconds + LATE_SECONDS, self._has_late.set)
 
     def note_end(self) -> None:
-        """Note that a job has ended, so that there may be too many."""
+        """Note that a job has ended, so that too many may be kept."""
         self._has_ended.set()
 
     async def run(self) -> None:
@@ -61,7 +61,7 @@ class Housekeeping:
     async def _stop_late_jobs(self) -> None:
         self._has_late.clear()
         for job_id in await self._store.overdue():
-            # It may be stopped by another replica and removed, or its row cannot be read.
+            # Another replica may have stopped and removed it, or its row cannot be read.
             with contextlib.suppress(JobNotFoundError, JobInternalError):
                 await self._store.request_cancel(None, job_id, CancelReason.DEADLINE)
 

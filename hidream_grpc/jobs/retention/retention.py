@@ -1,4 +1,4 @@
-"""Which jobs that have ended are forgotten, with their images, and when."""
+"""Removes jobs that have ended, with their images: those that are too old, too many or too large."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hidream_grpc.jobs.store.store import SqlJobStore
 logger = logging.getLogger(__name__)
 
 MAX_JOBS_READ = 1000
-"""At once; a sweep goes on until all that goes is gone."""
+"""How many jobs are read together; a sweep goes on until all that is to go is removed."""
 JOBS_OF_A_BATCH = 500
-"""Removed together: their files at the same time, their rows in one transaction."""
+"""How many jobs are removed together: their files at the same time, their rows in one transaction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class RetentionLimits:
     Attributes:
         retention_seconds: how long each is kept after its end, at most.
         max_retained_jobs: how many; None for any number.
-        max_retained_bytes: images of all of them; None for any number.
-        is_dry_run: tell what would go, and keep it.
+        max_retained_bytes: bytes of the images of all of them; None for any number.
+        is_dry_run: log which jobs would go, and keep them.
     """
 
     retention_seconds: float
@@ -41,7 +41,7 @@ class RetentionLimits:
 
 
 class RemovalReason(StrEnum):
-    """Why a job goes."""
+    """Why a job is removed."""
 
     AGE = "age"
     NUMBER = "number"
@@ -50,7 +50,7 @@ class RemovalReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """A job that goes."""
+    """A job that is to be removed."""
 
     job: EndedJob
     reason: RemovalReason
@@ -58,7 +58,7 @@ class Removal:
 
 @dataclass(frozen=True, slots=True)
 class RetentionReport:
-    """What a sweep left, and what it removed; a dry run removes nothing."""
+    """The jobs that a sweep left and those that it removed; a dry run removes none."""
 
     num_retained_jobs: int
     retained_bytes: int
@@ -68,12 +68,12 @@ class RetentionReport:
 def choose_removals(
     oldest: Sequence[EndedJob], usage: Usage, limits: RetentionLimits, now: float
 ) -> tuple[Removal, ...]:
-    """The jobs that go, oldest first: those that are too old, then more while too much is left.
+    """Choose the jobs to remove, oldest first: those that are too old, then more while too much is left.
 
     Args:
         oldest: the jobs that ended first, in this order; there may be more.
-        usage: of all jobs that have ended.
-        limits: of what is kept.
+        usage: how much is kept of all jobs that have ended.
+        limits: how much may be kept.
         now: seconds since the epoch.
     """
     num_jobs, image_bytes = usage.num_ended_jobs, usage.image_bytes
@@ -94,10 +94,10 @@ def choose_removals(
 
 
 async def remove_job(store: SqlJobStore, artifacts: ArtifactStore, owner: str | None, job_id: str) -> None:
-    """Remove the files, then the row: whatever is killed between the two leaves nothing behind for ever.
+    """Remove a job: its files, then its row, so that a kill between the two leaves nothing behind for ever.
 
     Raises:
-        JobNotFoundError: no such job, or it is another's.
+        JobNotFoundError: there is no such job, or it is another owner's.
         JobNotEndedError: it is queued or running.
     """
     job = await store.get(owner, job_id)
@@ -108,7 +108,7 @@ async def remove_job(store: SqlJobStore, artifacts: ArtifactStore, owner: str | 
 
 
 class Retention:
-    """Applies the limits to what is in the store, each time that it is asked to."""
+    """Applies the limits to the jobs in the store, at each sweep."""
 
     def __init__(
         self,
@@ -118,26 +118,26 @@ class Retention:
         is_read: Callable[[str], bool],
         observe: Callable[[RetentionReport], None],
     ) -> None:
-        """Take what knows the readers of a job here, and what hears of every sweep."""
+        """Take what says whether a job is read here, and what is called after every sweep."""
         self._limits = limits
         self._store = store
         self._artifacts = artifacts
         self._is_read = is_read
         self._observe = observe
-        self._told: frozenset[str] = frozenset()
+        self._logged: frozenset[str] = frozenset()
         self._outage = Outage(logger, "remove the images of old jobs")
 
     async def sweep(self, now: float) -> RetentionReport:
-        """Remove what goes, oldest first; in a dry run say once of each job that it would go.
+        """Remove jobs beyond the limits, oldest first; in a dry run log once of each that it would go.
 
-        A job that somebody reads here, or whose images cannot be removed, stays until the next sweep, and
+        A job that is read here, or whose images cannot be removed, stays until the next sweep, and
         holds up no other.
 
         Args:
             now: seconds since the epoch by the store's clock.
 
         Raises:
-            StoreUnavailableError: what went before is reported, the rest is the next sweep's.
+            StoreUnavailableError: what was removed before is reported, the rest is left to the next sweep.
         """
         num_removed: Counter[RemovalReason] = Counter()
         usage = left = await self._store.usage()
@@ -163,11 +163,11 @@ class Retention:
             if num_removed:
                 facts = {reason.value: count for reason, count in num_removed.items()}
                 logger.info("removed %d old jobs", num_removed.total(), extra=facts)
-        self._tell(would_go)
+        self._log_removals(would_go)
         return report
 
     async def _remove(self, removals: Sequence[Removal]) -> list[Removal]:
-        """Remove jobs with their images; returns those that are gone."""
+        """Remove jobs with their images; return those that are gone."""
         removed: list[Removal] = []
         unread = [removal for removal in removals if not self._is_read(removal.job.job_id)]
         for start in range(0, len(unread), JOBS_OF_A_BATCH):
@@ -179,9 +179,9 @@ class Retention:
         return removed
 
     async def _remove_files(self, job: EndedJob) -> bool:
-        """Remove the images of a job; returns whether there are none now.
+        """Remove the images of a job; return whether there are none now.
 
-        The files go before the row: whatever is killed between the two leaves nothing behind for ever.
+        The files go before the row, as in `remove_job`.
         """
         if job.image_bytes == 0:
             return True
@@ -193,13 +193,13 @@ class Retention:
         self._outage.note_success()
         return True
 
-    def _tell(self, removals: Sequence[Removal]) -> None:
+    def _log_removals(self, removals: Sequence[Removal]) -> None:
         for removal in removals:
             job = removal.job
-            if job.job_id not in self._told:
+            if job.job_id not in self._logged:
                 facts = {"job_id": job.job_id, "reason": removal.reason.value, "size_bytes": job.image_bytes}
                 logger.info("job would be removed (dry run)", extra=facts)
-        self._told = frozenset(removal.job.job_id for removal in removals)
+        self._logged = frozenset(removal.job.job_id for removal in removals)
 
 
 def _without(usage: Usage, removals: Sequence[Removal]) -> Usage:

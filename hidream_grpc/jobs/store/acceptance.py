@@ -1,4 +1,4 @@
-"""Accepting jobs, all or none, within one transaction; and trying out whether that would work."""
+"""Accepts jobs, all or none, within one transaction, and tries out whether that would work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hidream_grpc.jobs.store.rows import NOTHING_KNOWN, job_of, new_row
 
 
 class JobAcceptance(StoreBase):
-    """Calls that accept jobs, or try it out."""
+    """Calls that accept jobs, or try out whether that would work."""
 
     @uninterrupted
     async def add(
@@ -38,23 +38,23 @@ class JobAcceptance(StoreBase):
     ) -> tuple[Job, ...]:
         """Accept all jobs of one owner, or none.
 
-        A job whose request id is held already stands for the one that holds it: that one is returned in
-        its place, whatever its state, and the later deadline of the two is its own. Jobs that FAILED or
-        were CANCELLED hold their request id no more.
+        Where a job's request id is held by an earlier job, that one is returned in its place, whatever its
+        state, and it keeps the later of both deadlines. Jobs that FAILED or were CANCELLED hold their
+        request id no more.
 
         Args:
             new_jobs: QUEUED, of one owner, with job ids of their own.
-            limits: of what waits afterwards, for the same model; jobs that were there do not count as new.
-            attached_call: a caller that waits for the job, where there is one; see `detach`.
-            refusal: why none of the jobs can be new; they can still stand for those that are there.
+            limits: how many may wait afterwards, for the same model; earlier jobs do not count as new.
+            attached_call: the caller that waits for the job, where there is one; see `detach`.
+            refusal: why none of the jobs can be new; earlier jobs are returned all the same.
 
         Returns:
-            A job for each one given: the same job id tells that it is new.
+            A job for each one given: it is new where the job id is the same.
 
         Raises:
             RequestIdConflictError: a request id is held by a job that asks for something else.
             QueueFullError, CallerQueueFullError: too many jobs wait.
-            RequestError: the refusal, where not all of the jobs are there.
+            RequestError: the refusal, where not all requests have earlier jobs.
         """
         if not new_jobs:
             return ()
@@ -68,11 +68,11 @@ class JobAcceptance(StoreBase):
 
     @uninterrupted
     async def probe(self, replica_id: str, is_in_doubt: bool) -> None:
-        """Do all that accepting and claiming a job take, and undo it.
+        """Do everything that it takes to accept and claim a job, and undo it.
 
         Args:
             replica_id: of this replica.
-            is_in_doubt: write a little that lasts, too: what is undone needs no room in a file.
+            is_in_doubt: also write a little that lasts: what is undone needs no room in a file.
         """
         async with self._database.write() as connection:
             await _try_out(connection, replica_id, self._database.is_sqlite)
@@ -112,7 +112,7 @@ async def _accept(
         elif holder is job:
             added.append(job)
     if added:
-        # For the numbers of jobs that wait; that a request id is free is the database's to see to.
+        # The lock is for the limits; the database itself keeps request ids unique.
         await database.lock(connection, Lock.ACCEPT)
         await _check_limits(connection, added, limits)
         await _insert(connection, added)
@@ -124,9 +124,9 @@ async def _accept(
 
 
 async def _try_out(connection: AsyncConnection, replica_id: str, is_sqlite: bool) -> None:
-    """Accept a job and claim it, in a transaction that is to be rolled back: nobody ever sees it.
+    """Accept a job and claim it, in a transaction that is to be rolled back: no other call ever sees it.
 
-    It takes no lock of others: a server that stands still in the middle of it holds up nobody.
+    It takes no lock that others wait for: a server that stands still in the middle of it delays no other.
     """
     unused_id = uuid4().hex
     submission = Submission(NOTHING_KNOWN, unused_id, unused_id, labels={"": ""})
@@ -141,24 +141,24 @@ async def _try_out(connection: AsyncConnection, replica_id: str, is_sqlite: bool
 
 
 async def _attach(connection: AsyncConnection, job: Job, call: AttachedCall) -> Job:
-    """Have a caller wait for a job that has not ended; returns it as it is then."""
+    """Attach a caller to a job that has not ended; return the job as it is then."""
     if job.state.has_ended or job.cancel_reason is not None:
         return job
     await connection.execute(queries.attach(call.call_id, job.job_id, call.replica_id))
-    # The new row has waited for one who stops the job at this moment, as its last caller.
+    # The insert has waited for a caller that stops the job at this moment, as its last one.
     row = (await connection.execute(queries.by_job_id(None, job.job_id))).one()
     attached = job_of(row)
     if attached.state in (JobState.FAILED, JobState.CANCELLED):
         # It does not hold its request id any more.
         raise TransactionConflict
     if attached.cancel_reason is not None:
-        # Whoever accepts waits for its end, and then tries again with the same call.
+        # `JobIntake` waits for its end, and then tries again with the same call.
         await connection.execute(queries.detach(call.call_id))
     return attached
 
 
 async def _with_later_deadline(connection: AsyncConnection, holder: Job, job: Job) -> Job:
-    """Of several callers of one request the one with the latest deadline decides; None is for ever."""
+    """Put off the deadline of a job that a retry found to the later one; None means no deadline."""
     deadline_time = holder.deadline_time
     if holder.state.has_ended or deadline_time is None:
         return holder

@@ -1,4 +1,4 @@
-"""What every call of the job store has in common: it goes on to its end, and tells of what it changed."""
+"""What every call of the job store has in common: it goes on to its end, and publishes what it changed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Store = TypeVar("Store", bound="StoreBase")
 def uninterrupted(
     method: Callable[Concatenate[Store, P], Coroutine[Any, Any, Result]], /
 ) -> Callable[Concatenate[Store, P], Coroutine[Any, Any, Result]]:
-    """A method that goes on to its end when its caller is cancelled, and begins anew after a conflict.
+    """Have a method go on to its end when its caller is cancelled, and begin anew after a conflict.
 
     SQLite's driver works in a thread, which a cancellation does not reach: a transaction that is left in
     the middle keeps the database locked for all others.
@@ -53,7 +53,7 @@ def uninterrupted(
             try:
                 return await method(self, *args, **kwargs)
             except TransactionConflict:
-                # Two that undo each other must not begin again at the same moment.
+                # Two calls that undo each other must not begin again at the same moment.
                 await asyncio.sleep(random.uniform(0, MAX_CONFLICT_SECONDS))
         raise StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS)
 
@@ -65,11 +65,12 @@ def uninterrupted(
 
 
 class StoreBase:
-    """The database, and who hears of its changes.
+    """The database, and the hub that publishes its changes.
 
     Attributes:
-        clock: tells the time of all that is kept.
-        observe_call: is told the name of each method that was called, and what the database refused it with.
+        clock: gives the time of all that is kept.
+        observe_call: called with the name of each method that was called, and what the database refused it
+            with.
     """
 
     def __init__(self, database: Database) -> None:

@@ -1,4 +1,4 @@
-"""Stopping jobs: because somebody asks for it, or because the last caller of one has gone."""
+"""Stops jobs: because a call asks for it, or because the last caller that waited has gone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class JobCancellation(StoreBase):
 
     @uninterrupted
     async def request_cancel(self, owner: str | None, job_id: str, reason: CancelReason) -> Job:
-        """End a job that nobody has; tell whoever has it to stop. Nothing happens to one that has ended.
+        """End a job that no replica has, or have its replica end it; one that has ended stays as it is.
 
         Returns:
             The job as it is then; one that runs has its `cancel_reason` set.
@@ -57,7 +57,7 @@ class JobCancellation(StoreBase):
 
     @uninterrupted
     async def forget_call(self, call_id: str) -> None:
-        """Note that a caller waits no more for whatever it waited for, if it did; nothing is cancelled."""
+        """Note that a caller waits no more for its job, if it did; nothing is cancelled."""
         async with self._database.write() as connection:
             await connection.execute(queries.detach(call_id))
 
@@ -81,6 +81,6 @@ class JobCancellation(StoreBase):
 
 
 async def _note_left(connection: AsyncConnection, acceptance_number: int, call: AttachedCall) -> bool:
-    """Note that a caller waits no more; returns whether it was the last one that waited."""
+    """Note that a caller waits no more; return whether it was the last one that waited."""
     await connection.execute(queries.detach(call.call_id))
     return (await connection.execute(queries.num_attached(acceptance_number))).scalar_one() == 0

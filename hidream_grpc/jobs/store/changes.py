@@ -1,4 +1,4 @@
-"""What changes in the store, for all who want to know: within one process, or over PostgreSQL."""
+"""Publishes the changes of the store to subscribers: within one process, or over PostgreSQL."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ CHECK_SECONDS = 10.0
 
 
 class ChangeKind(StrEnum):
-    """What happened."""
+    """The kinds of changes."""
 
     ADDED = "ADDED"
     CHANGED = "CHANGED"
-    """Its row was written: claimed, started, an image, released, ended."""
+    """A job's row was written: claimed, started, an image, released, ended."""
     CANCEL_REQUESTED = "CANCEL_REQUESTED"
-    """Whoever has the job is to stop it."""
+    """The replica that has the job is to stop it."""
     DELETED = "DELETED"
     PUBLISHED = "PUBLISHED"
     """No row was written: the payload is what `SqlJobStore.publish` was given."""
     ANYTHING = "ANYTHING"
-    """Changes were missed: everything may have changed. Names no job."""
+    """Changes were missed: everything may have changed. The change names no job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Change:
     """Something happened to a job.
 
     Attributes:
-        claim_number: of the job after a change of its row.
+        claim_number: the job's claim number after a change of its row.
     """
 
     kind: ChangeKind
@@ -63,19 +63,19 @@ _decoder = msgspec.json.Decoder(Change)
 
 
 def row_changed(job: Job) -> Change:
-    """That the row of a job was written."""
+    """The change that the row of a job was written."""
     return Change(ChangeKind.CHANGED, job.job_id, claim_number=job.claim_number)
 
 
 class Subscription(AsyncIterator[Change]):
-    """Changes from its making on, in order; endless. A reader that is far behind gets ANYTHING instead."""
+    """Changes from its creation on, in order, without end; one that is far behind gets ANYTHING instead."""
 
     def __init__(self) -> None:
         self._pending: deque[Change] = deque()
         self._has_pending = asyncio.Event()
 
     def put(self, change: Change) -> None:
-        """Hand over a change."""
+        """Append a change."""
         if len(self._pending) >= MAX_PENDING_CHANGES:
             self._pending.clear()
             change = Change(ChangeKind.ANYTHING)
@@ -83,7 +83,7 @@ class Subscription(AsyncIterator[Change]):
         self._has_pending.set()
 
     def skip(self) -> None:
-        """Forget what is pending, because all that it is about will be read anew."""
+        """Forget the pending changes: the reader reads anew everything that they are about."""
         self._pending.clear()
 
     async def __anext__(self) -> Change:
@@ -122,7 +122,7 @@ def to_text(change: Change) -> str:
 
 
 class PostgresListener:
-    """Hears what any replica changes, on a connection of its own that it opens again when it is lost."""
+    """Receives what any replica changes, on a connection of its own that it opens again when it is lost."""
 
     def __init__(self, database: Database, hub: ChangeHub) -> None:
         self._database = database
@@ -130,7 +130,7 @@ class PostgresListener:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Listen; every change that commits after this is heard, or made up for by ANYTHING.
+        """Listen; every change that commits after this is received, or made up for by ANYTHING.
 
         Raises:
             StoreUnavailableError: the first connection cannot be made.
@@ -160,7 +160,7 @@ class PostgresListener:
                         else:
                             listens.set_result(None)
             except Exception as error:
-                # Whatever it is: replicas must not go deaf.
+                # No error may end this: a replica must go on listening.
                 if not listens.done():
                     listens.set_exception(error)
                     return
@@ -178,7 +178,7 @@ class PostgresListener:
             await driver.add_listener(CHANNEL, self._on_notification)
             yield
             while not await wait_at_most(is_lost, CHECK_SECONDS):
-                # A peer that vanished says nothing; nor does a host that the others have left.
+                # A peer that vanished sends nothing; nor does a host that the others have left.
                 if not await self._database.is_heard_by(driver):
                     return
 

@@ -18,7 +18,7 @@ from hidream_grpc.jobs.store.records import HeldClaim
 from hidream_grpc.jobs.store.rows import failed_columns, job_of
 
 MAX_CLAIM_ROUNDS = 10
-"""Of one call, in which jobs may end and none be claimed."""
+"""How often one call tries again while it only ends jobs and claims none."""
 
 
 class Saved(Enum):
@@ -27,11 +27,11 @@ class Saved(Enum):
     WRITTEN = "written"
     WAS_WRITTEN = "was written before"
     IS_TO_BE_CANCELLED = "is to be cancelled"
-    """It was to end otherwise; nothing was written."""
+    """The job was to end otherwise; nothing was written."""
 
 
 class JobClaims(StoreBase):
-    """Calls of the replicas that draw jobs."""
+    """Calls of the replicas that run jobs."""
 
     @uninterrupted
     async def claim(
@@ -41,7 +41,7 @@ class JobClaims(StoreBase):
         limit: int,
         max_running_jobs_of_caller: int | None = None,
     ) -> tuple[Job, ...]:
-        """Take jobs of a model to draw: those that lost their replica, then in the order of `queue_orders`.
+        """Take jobs of a model to run: those that lost their replica, then in the order of `queue_orders`.
 
         Claims of all replicas are made one after another. A claimed job is as it was left, QUEUED or
         RUNNING, with a claim number of its own. Jobs that are to be cancelled, too late, or unreadable end
@@ -56,7 +56,7 @@ class JobClaims(StoreBase):
 
     @uninterrupted
     async def held(self, replica_id: str) -> tuple[HeldClaim, ...]:
-        """The claims that a replica has, by the store."""
+        """The claims that a replica has according to the store."""
         async with self._database.read() as connection:
             rows = (await connection.execute(queries.held(replica_id))).all()
         return tuple(
@@ -70,7 +70,7 @@ class JobClaims(StoreBase):
 
     @uninterrupted
     async def abandon(self, replica_id: str, claim: HeldClaim) -> None:
-        """Give a job back as it is, of which its replica knows nothing; nothing if it has it no more."""
+        """Give back a job that its replica does not know; nothing happens if the replica has it no more."""
         change = Change(ChangeKind.CHANGED, claim.job_id, claim_number=claim.claim_number)
         async with self._database.write() as connection:
             query = queries.abandon(replica_id, claim.job_id, claim.claim_number)
@@ -80,11 +80,11 @@ class JobClaims(StoreBase):
 
     @uninterrupted
     async def save(self, job: Job) -> Saved:
-        """Write what the replica that has the job made of it. With a job that has ended the claim ends too.
+        """Write a job as the replica that has it knows it; where the job has ended, so does the claim.
 
-        A job that somebody wants cancelled ends as CANCELLED alone: any other end is not written then.
+        A job that is to be cancelled ends as CANCELLED alone: any other end is not written then.
 
-        `cancel_reason` and `deadline_time` of a job that has not ended are not written: they are others'.
+        `cancel_reason` and `deadline_time` of a job that has not ended are not written: other calls do that.
         To write the same end again, after a StoreUnavailableError, is no error.
 
         Raises:
@@ -101,7 +101,7 @@ class JobClaims(StoreBase):
 
     @uninterrupted
     async def release(self, job: Job) -> Job:
-        """Give a job back: QUEUED again, with its images and snapshot, or CANCELLED if that was asked for.
+        """Give a job back: QUEUED with its images and snapshot, or CANCELLED where that was asked for.
 
         Raises:
             ClaimLostError: as `save`.
@@ -132,9 +132,9 @@ class JobClaims(StoreBase):
 async def orders_by_model(
     connection: AsyncConnection, model_fingerprint: str, max_running_jobs_of_caller: int | None
 ) -> dict[str, ClaimOrder]:
-    """The order of the jobs of each model that wait, by fingerprint.
+    """The order of the waiting jobs of each model, by fingerprint.
 
-    Jobs that any model may draw are among those of the given one.
+    Jobs that any model may run are among those of the given one.
     """
     waiting: dict[str, list[WaitingJob]] = {model_fingerprint: []}
     for *columns, fingerprint in await connection.execute(queries.waiting()):
@@ -149,7 +149,7 @@ async def _order_to_claim(
     max_running_jobs_of_caller: int | None,
     max_claims: int,
 ) -> ClaimOrder:
-    """As much as so many claims need of the order of the jobs of a model that no replica has."""
+    """The order of a model's unclaimed jobs, as far as so many claims need it."""
     query = queries.first_to_claim(model_fingerprint, max_claims)
     waiting = [WaitingJob(*row) for row in await connection.execute(query)]
     if not waiting:
@@ -217,7 +217,7 @@ async def _save(connection: AsyncConnection, job: Job) -> Saved:
 
 
 async def _release(connection: AsyncConnection, job: Job, now: float) -> Job:
-    """Give a claimed job back, or end it if that was asked for; returns it as it is then.
+    """Give a claimed job back, or end it where that was asked for; return it as it is then.
 
     Raises:
         ClaimLostError: as `_save`.
@@ -244,7 +244,7 @@ def _reason_to_end(job: Job, now: float) -> CancelReason | None:
 
 
 def _reason_of(text: str) -> CancelReason:
-    """Why a job is to be cancelled; what only another version of the service knows is a request."""
+    """The reason to cancel a job; one that only another version of the service knows is REQUESTED."""
     try:
         return CancelReason(text)
     except ValueError:

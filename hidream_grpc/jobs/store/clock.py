@@ -1,4 +1,4 @@
-"""One clock for all that a store keeps: the database's where replicas share one."""
+"""The clock of everything that a store keeps: the database's where replicas share one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 
 MAX_SAMPLE_SECONDS = 1.0
-"""A sample that took longer says too little: this process may have stood still meanwhile."""
+"""A sample that took longer is dropped: this process may have stood still meanwhile."""
 
 MAX_SLEW = 0.01
-"""What a step ahead adds to each second of `cautious_now`."""
+"""How much of a step ahead each second adds to `cautious_now`."""
 MAX_CAUTION_SECONDS = 86_400.0
 """`cautious_now` is never further behind: nothing is kept for longer than a day anyway."""
 
@@ -37,23 +37,23 @@ class StoreClock:
         return self._start + self._elapsed_seconds()
 
     def cautious_now(self) -> float:
-        """Now, but for what the database's clock was set ahead by, which is made up for slowly.
+        """Now, except that a step ahead of the database's clock is followed slowly.
 
-        What is too old or too late is judged by it: a clock that steps ahead by hours ends nothing early. A
-        deadline that no caller is there to keep may be late by the step: better than to end before its time.
+        Ages and deadlines are measured by it: a clock that steps ahead by hours ends nothing early. A
+        deadline without a caller may be late by the step, which is better than too early.
         """
         start = self._start if self._cautious_start is None else self._cautious_start
         return start + self._elapsed_seconds()
 
     def elapsed_seconds(self) -> float:
-        """What `follow` is told the moments of a sample in."""
+        """Seconds on the clock that `follow` takes the moments of a sample in."""
         return self._elapsed_seconds()
 
     def follow(self, epoch_seconds: float, asked_at: float) -> None:
-        """Take over the time that a database told.
+        """Take over the time that a database gave.
 
         Args:
-            epoch_seconds: what it told.
+            epoch_seconds: the time that it gave.
             asked_at: `elapsed_seconds` when it was asked; it has answered just now.
         """
         answered_at = self._elapsed_seconds()

@@ -30,7 +30,7 @@ CLOSE_SECONDS = 1.0
 
 
 class Lock(IntEnum):
-    """What must not be done twice at once over all replicas: numbers of PostgreSQL's advisory locks."""
+    """Work that only one replica at a time may do: numbers of PostgreSQL's advisory locks."""
 
     MIGRATE = 0x68696472
     ACCEPT = 0x68696473
@@ -139,22 +139,22 @@ class Database:
                 self._check_files()
 
     async def lock(self, connection: AsyncConnection, lock: Lock) -> None:
-        """Be the only one to do this, over all replicas, until the transaction ends.
+        """Take a lock over all replicas until the transaction ends.
 
-        Take it as late in a transaction as can be: a replica that is stopped meanwhile holds up all others.
+        Take it as late in a transaction as possible: a replica that is stopped meanwhile delays all others.
         """
         if not self.is_sqlite:
             await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock.value)))
 
     @asynccontextmanager
     async def listening(self) -> AsyncGenerator[asyncpg.Connection]:
-        """A session of PostgreSQL of one's own, to listen with."""
-        assert self._connector is not None, "SQLite tells nothing"
+        """A session of PostgreSQL to listen with, outside the pool."""
+        assert self._connector is not None, "SQLite sends no notifications"
         async with self._connector.listening() as driver:
             yield driver
 
     async def is_heard_by(self, driver: asyncpg.Connection) -> bool:
-        """Whether what is written here reaches a session of `listening`: both may be at different hosts."""
+        """Whether a notification sent here reaches a `listening` session, which may be at another host."""
 
         async def notify(channel: str) -> None:
             async with self.write() as connection:

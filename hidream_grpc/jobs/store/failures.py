@@ -1,4 +1,4 @@
-"""What a database's failure means to us. Nothing above the store sees an exception of a driver."""
+"""Translates the failures of databases: nothing above the store sees an exception of a driver."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class TransactionConflict(Exception):  # noqa: N818  (the caller's sign to begin
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Turn failures of the database into ours.
+    """Turn failures of the database into errors of the service.
 
-    Whatever a database says that is not foreseen here is an outage like any other: a right that was
-    revoked, a table that is gone, a password that was changed. Each can be put right without a restart.
+    A failure that is not foreseen here counts as an outage: a right that was revoked, a table that is gone,
+    a password that was changed. Each can be put right without a restart.
 
     Raises:
         StoreUnavailableError: the database cannot be reached, or not used now.

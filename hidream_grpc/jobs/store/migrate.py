@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from hidream_grpc.errors import StoreUnusableError, StoreVersionError
 
 _REVISION = r"\d{4}"
-"""What each migration of the service is called."""
+"""The form of the names of this service's migrations."""
 
 
 def is_migrated(connection: Connection, name: str) -> bool:
@@ -43,7 +43,7 @@ def is_migrated(connection: Connection, name: str) -> bool:
 
 
 def migrate(connection: Connection, name: str) -> None:
-    """Run the migrations that are missing, in the transaction of the connection; raise as `is_migrated`."""
+    """Run the migrations that are missing, in the transaction of the connection; raises as `is_migrated`."""
     # Another server may have done it meanwhile.
     if not is_migrated(connection, name):
         config = _config()

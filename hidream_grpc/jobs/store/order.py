@@ -1,4 +1,4 @@
-"""The order in which waiting jobs are claimed, and in which their places are told. Pure."""
+"""The order in which waiting jobs are claimed, which also gives their queue positions. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class WaitingJob:
     """A job that no replica has; its number grows with the time of acceptance.
 
     Attributes:
-        was_begun: whether it lost the replica that drew it: it has had its turn.
+        was_begun: whether it lost the replica that ran it: it has had its turn.
     """
 
     acceptance_number: int
@@ -25,7 +25,7 @@ class WaitingJob:
 
 @dataclass(frozen=True, slots=True)
 class CallerLoads:
-    """What is known of callers when an order is made.
+    """The turns and running jobs of callers when an order is made.
 
     Attributes:
         last_turns: when each caller last had a turn; grows from turn to turn, over all callers.

@@ -1,4 +1,4 @@
-"""Where the next page begins, as an opaque text. It belongs to one filter."""
+"""Page tokens: opaque texts that say where the next page begins, each for one filter."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from hidream_grpc.jobs.job import JobState
 
 
 def encode_page_token(number: int, filter_digest: bytes) -> str:
-    """The token of the page after the job with this number."""
+    """The token of the page after the job with this acceptance number."""
     return base64.urlsafe_b64encode(msgspec.msgpack.encode((number, filter_digest))).decode().rstrip("=")
 
 
 def decode_page_token(token: str, filter_digest: bytes) -> int:
-    """The number of the last job of the page before.
+    """Decode the acceptance number of the last job of the page before.
 
     Raises:
-        InvalidRequestError: the token is none of ours, or was given out for another filter.
+        InvalidRequestError: this service did not make the token, or made it for another filter.
     """
     try:
         packed = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
@@ -36,6 +36,6 @@ def decode_page_token(token: str, filter_digest: bytes) -> int:
 
 
 def filter_digest_of(owner: str | None, states: frozenset[JobState], labels: Mapping[str, str]) -> bytes:
-    """What tells a filter from others."""
+    """A digest that differs between filters."""
     content = msgspec.msgpack.encode((owner, sorted(states), sorted(labels.items())))
     return hashlib.sha256(content).digest()[:8]

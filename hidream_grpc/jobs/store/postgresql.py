@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL: to the host that may be written, and away from one that may be no more."""
+"""Connections to PostgreSQL: to the host that accepts writes, and away from one that no longer does."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ MAX_TRANSACTIONS = 5
 """At once, each with a session; one session more listens. Three servers fit into the 20 that PgBouncer has
 as its default, and into the smallest databases of providers; most writes wait for one another anyway."""
 
-# What a statement that was prepared in another session than the one that runs it ends with.
+# The errors of a statement that was prepared in another session than the one that runs it.
 _STATEMENTS_OF_OTHERS = (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError)
 
 
 class PostgresConnector:
-    """Connects to the first host of a database that can be written, and goes on with that one next time."""
+    """Connects to the first host of a database that accepts writes, and begins with that host next time."""
 
     def __init__(self, database: PostgresDatabase) -> None:
         self._arguments = database.arguments
@@ -42,7 +42,7 @@ class PostgresConnector:
         self._listening: set[asyncpg.Connection] = set()
 
     async def connect(self, **arguments: Any) -> asyncpg.Connection:
-        """A session without any settings of ours; the arguments are those of `asyncpg.connect`."""
+        """Open a session without settings of this service; the arguments are those of `asyncpg.connect`."""
         reasons: list[str] = []
         for host in self._hosts:
             try:
@@ -57,7 +57,7 @@ class PostgresConnector:
         raise ConnectionError("; ".join(reasons))
 
     async def connect_with_settings(self) -> asyncpg.Connection:
-        """A session whose statements and transactions end in time."""
+        """Open a session whose statements and transactions end in time."""
         driver = await self.connect()
         try:
             # By SQL: poolers refuse both as parameters of the connection.
@@ -72,8 +72,8 @@ class PostgresConnector:
 
     @asynccontextmanager
     async def listening(self) -> AsyncGenerator[asyncpg.Connection]:
-        """A session to listen with, until the block ends; it breaks when its host must be left."""
-        # A peer that vanished says nothing; what is asked here takes no time.
+        """A session to listen with until the block ends, or until its host must be left."""
+        # A peer that vanished sends nothing; the statements of this session take no time.
         driver = await self.connect(command_timeout=ECHO_TIMEOUT_SECONDS)
         self._listening.add(driver)
         try:
@@ -104,7 +104,7 @@ class PostgresConnector:
 
 
 def _reason_of(error: OSError | ValueError) -> str:
-    """What the system says of a connection; asyncio's own text names the address only."""
+    """The system's reason why a connection failed; asyncio's own text names the address only."""
     code = getattr(error, "errno", None)
     if isinstance(code, int) and code > 0 and not isinstance(error, ssl.SSLError):
         return os.strerror(code)
@@ -135,7 +135,7 @@ def postgresql_engine(connector: PostgresConnector) -> AsyncEngine:
 
 
 async def refuse_transaction_pooling(connector: PostgresConnector) -> None:
-    """Find out whether a session is one's own: behind a pooler in transaction mode nothing is heard.
+    """Refuse a pooler in transaction mode, behind which no notification arrives.
 
     Leaves no setting and no statement behind in a session that others may get.
 
@@ -160,22 +160,22 @@ async def refuse_transaction_pooling(connector: PostgresConnector) -> None:
 
 
 async def _sessions_hear(connector: PostgresConnector) -> bool:
-    """Whether one new session hears another one."""
+    """Whether one new session receives a notification of another one."""
     async with AsyncExitStack() as stack:
         sessions = []
         for _ in range(2):
             driver = await connector.connect(statement_cache_size=0)
             stack.callback(driver.terminate)
             sessions.append(driver)
-        listening, telling = sessions
+        listening, notifying = sessions
         try:
-            return await hears(listening, lambda channel: telling.execute(f"NOTIFY {channel}"))
+            return await hears(listening, lambda channel: notifying.execute(f"NOTIFY {channel}"))
         except _STATEMENTS_OF_OTHERS:
             return False
 
 
 async def hears(listening: asyncpg.Connection, notify: Callable[[str], Awaitable[object]]) -> bool:
-    """Whether a session hears in time what is told on a channel of its own."""
+    """Whether a session receives in time a notification on a channel of its own."""
     channel = f"hidream_echo_{uuid.uuid4().hex}"
     is_heard = asyncio.Event()
 

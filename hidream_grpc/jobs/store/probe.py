@@ -1,4 +1,4 @@
-"""Whether the job store would accept a job now: told by real calls and by one a second that tries."""
+"""Finds out whether the job store would accept a job now, from real calls and from one probe a second."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 1.0
 NUM_TICKS = 10
-"""In which an outage is measured: a pause of this process counts as one of them, however long it was."""
+"""The parts that an outage is measured in: a pause of this process counts as one of them at most."""
 
 _PROBE = SqlJobStore.probe.__name__
 _WATCHED = frozenset({SqlJobStore.add.__name__, SqlJobStore.claim.__name__, _PROBE})
 
 
 class StoreProbe:
-    """Notes when the store has refused for too long what a job needs: to be accepted, and to be claimed.
+    """Notes when the store has refused for too long to accept jobs, or to have them claimed.
 
-    What was refused is in doubt until the same succeeds, or until a probe succeeds that began after a whole
-    round without such a refusal. While nothing is in doubt, any success shows that the store is in use.
+    A call that was refused is in doubt until the same call succeeds, or until a probe succeeds that began
+    after a whole round without such a refusal. While nothing is in doubt, any success shows that the store
+    works.
 
     Attributes:
-        is_usable: False from the end of such an outage on, until nothing is in doubt.
+        is_usable: False once an outage has lasted too long, until nothing is in doubt.
 
     Args:
-        replica_id: of this replica, now.
-        max_outage_seconds: what callers are better told to wait for than sent elsewhere.
+        replica_id: gives the id of this replica as it is registered now.
+        max_outage_seconds: for so long callers do better to wait than to go elsewhere.
         on_change: called when `is_usable` has changed.
     """
 
@@ -57,7 +58,7 @@ class StoreProbe:
         self._refused: dict[str, int] = {}
 
     async def run(self) -> None:
-        """Ask until cancelled."""
+        """Probe the store once a second until cancelled."""
         self._store.observe_call = self.note_call
         try:
             await keep_doing("use the job store", self._probe, lambda: asyncio.sleep(PROBE_SECONDS))
@@ -65,10 +66,10 @@ class StoreProbe:
             self._stop_timer()
 
     def note_call(self, name: str, error: StoreUnavailableError | StoreFullError | None) -> None:
-        """Note what became of a call to the store, by the name of its method.
+        """Note how a call to the store ended, by the name of its method.
 
-        A store without room answers for all that it has, and removes what is old. That all connections are
-        in use says nothing.
+        A store without room still reads, and removes old jobs: it is usable. That all connections are in use
+        says nothing about the store.
         """
         if name not in _WATCHED or (error is not None and has_no_free_connection(error)):
             return

@@ -23,13 +23,13 @@ _MAX_VALUES = 1000
 
 
 def batches(values: Collection[str]) -> Iterator[list[str]]:
-    """So many values as one statement may hold on every database."""
+    """Lists of as many values as one statement may hold on every database."""
     ordered = list(values)
     return (ordered[start : start + _MAX_VALUES] for start in range(0, len(ordered), _MAX_VALUES))
 
 
 def by_job_id(owner: str | None, job_id: str, for_update: bool = False) -> sa.Select[Any]:
-    """A job of an owner; of anybody where the owner is None."""
+    """Select a job of an owner; of any owner where it is None."""
     query = sa.select(jobs, _is_unclaimed.label("is_unclaimed")).where(jobs.c.job_id == job_id)
     if owner is not None:
         query = query.where(jobs.c.owner == owner)
@@ -37,12 +37,12 @@ def by_job_id(owner: str | None, job_id: str, for_update: bool = False) -> sa.Se
 
 
 def by_job_ids(job_ids: Collection[str]) -> sa.Select[Any]:
-    """Jobs of anybody."""
+    """Select jobs of all owners."""
     return sa.select(jobs).where(jobs.c.job_id.in_(job_ids))
 
 
 def by_request_ids(owner: str, request_ids: Collection[str]) -> sa.Select[Any]:
-    """The jobs that hold one of the request ids."""
+    """Select the jobs that hold one of the request ids."""
     return sa.select(jobs).where(
         jobs.c.owner == owner,
         jobs.c.request_id.in_(request_ids),
@@ -57,7 +57,7 @@ def page(
     before: int | None,
     limit: int,
 ) -> sa.Select[Any]:
-    """Jobs that match, newest first, from before an acceptance number on."""
+    """Select jobs that match, newest first, whose acceptance numbers are below the given one."""
     query = sa.select(jobs).order_by(jobs.c.acceptance_number.desc()).limit(limit)
     if owner is not None:
         query = query.where(jobs.c.owner == owner)
@@ -74,7 +74,7 @@ def page(
 
 
 def add_jobs() -> ReturningInsert[int]:
-    """Insert rows; their acceptance numbers come back in the same order, and grow in it."""
+    """Insert rows; return their acceptance numbers in the same order, growing."""
     return sa.insert(jobs).returning(jobs.c.acceptance_number, sort_by_parameter_order=True)
 
 
@@ -90,31 +90,31 @@ def label_rows(job_number: int, labels: Mapping[str, str]) -> list[dict[str, Any
 
 
 def num_waiting(model_fingerprint: str, caller: str | None = None) -> sa.Select[int]:
-    """Jobs of a model that no replica has and that were not begun, of all callers or of one."""
+    """Count the jobs of a model that no replica has and that were not begun, of all callers or of one."""
     is_counted = sa.and_(_is_waiting, _is_of_model(model_fingerprint))
     query = sa.select(sa.func.count()).select_from(jobs).where(is_counted)
     return query if caller is None else query.where(jobs.c.caller == caller)
 
 
 def counts() -> sa.Select[str, int]:
-    """Jobs by state."""
+    """Count the jobs by state."""
     return sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)
 
 
 def counts_of_owner(owner: str) -> sa.Select[str, int]:
-    """An owner's jobs that have not ended, by state."""
+    """Count an owner's jobs that have not ended, by state."""
     return counts().where(jobs.c.owner == owner, _has_not_ended)
 
 
 def waiting() -> sa.Select[Any]:
-    """All jobs that wait and were not begun: columns of `WaitingJob`, and the model's fingerprint."""
+    """Select all jobs that wait and were not begun: columns of `WaitingJob`, and the model's fingerprint."""
     return sa.select(*_waiting_columns(), jobs.c.model_fingerprint).where(_is_waiting)
 
 
 def first_to_claim(model_fingerprint: str, max_jobs: int) -> sa.Select[Any]:
-    """Of the jobs that no replica has the oldest of each caller in each priority: columns of `WaitingJob`.
+    """Select the oldest unclaimed jobs of each caller in each priority: columns of `WaitingJob`.
 
-    Whoever claims so many jobs needs no others to put them in order, however many wait.
+    To claim so many jobs no others are needed for the order, however many wait.
     """
     age = (
         sa.func.row_number()
@@ -129,18 +129,18 @@ def first_to_claim(model_fingerprint: str, max_jobs: int) -> sa.Select[Any]:
 
 
 def last_turns() -> sa.Select[str, int]:
-    """When each caller last had a turn."""
+    """Select when each caller last had a turn."""
     return sa.select(turns.c.caller, turns.c.last_turn)
 
 
 def num_running_by_caller() -> sa.Select[str, int]:
-    """How many jobs of each caller replicas have now."""
+    """Count the jobs of each caller that replicas have now."""
     num_running = sa.func.count().label("num_running")
     return sa.select(jobs.c.caller, num_running).where(_has_not_ended, _is_held).group_by(jobs.c.caller)
 
 
 def to_claim(numbers: Collection[int]) -> sa.Select[Any]:
-    """Those of the jobs that no replica has, locked; one that is being cancelled is passed over."""
+    """Select and lock those of the jobs that no replica has, but for those that are being cancelled."""
     return (
         sa.select(jobs)
         .where(jobs.c.acceptance_number.in_(numbers), _is_unclaimed)
@@ -158,7 +158,7 @@ def claim(acceptance_number: int, replica_id: str) -> sa.Update:
 
 
 def take_turn(caller: str, is_sqlite: bool) -> Any:
-    """Put a caller behind all others."""
+    """Give a caller the newest turn: it is behind all others now."""
     newest = turns.alias()
     turn = sa.select(sa.func.coalesce(sa.func.max(newest.c.last_turn), 0) + 1).scalar_subquery()
     insert = sqlite_insert if is_sqlite else postgresql_insert
@@ -170,14 +170,14 @@ def take_turn(caller: str, is_sqlite: bool) -> Any:
 
 
 def held(replica_id: str) -> sa.Select[Any]:
-    """The claims that a replica has: columns of `HeldClaim`."""
+    """Select the claims that a replica has: columns of `HeldClaim`."""
     return sa.select(jobs.c.job_id, jobs.c.claim_number, jobs.c.cancel_reason).where(
         jobs.c.replica_id == replica_id, _has_not_ended
     )
 
 
 def abandon(replica_id: str, job_id: str, claim_number: int) -> sa.Update:
-    """Give back a job that its replica does not draw, as it is."""
+    """Give back, as it is, a job that its replica does not run."""
     return (
         sa.update(jobs)
         .where(
@@ -191,12 +191,12 @@ def abandon(replica_id: str, job_id: str, claim_number: int) -> sa.Update:
 
 
 def add_replica(replica_id: str, model: str) -> sa.Insert:
-    """Let a replica have jobs and callers."""
+    """Register a replica: from now on it may have jobs and callers."""
     return sa.insert(replicas).values(replica_id=replica_id, heartbeat=0, model=model)
 
 
 def beat(replica_id: str) -> sa.Update:
-    """Show that a replica lives."""
+    """Raise a replica's heartbeat."""
     return (
         sa.update(replicas)
         .where(replicas.c.replica_id == replica_id)
@@ -205,28 +205,28 @@ def beat(replica_id: str) -> sa.Update:
 
 
 def all_replicas() -> sa.Select[Any]:
-    """Every replica that has not been removed: columns of `ReplicaRecord`."""
+    """Select every replica that has not been removed: columns of `ReplicaRecord`."""
     return sa.select(replicas.c.replica_id, replicas.c.heartbeat, replicas.c.model)
 
 
 def remove_replica(replica_id: str, heartbeat: int | None = None) -> sa.Delete:
-    """Take a replica its jobs and callers, unless it has shown since that it lives."""
+    """Remove a replica, and with it its claims; with a heartbeat only if that is still its newest."""
     removal = sa.delete(replicas).where(replicas.c.replica_id == replica_id)
     return removal if heartbeat is None else removal.where(replicas.c.heartbeat == heartbeat)
 
 
 def remove_all_replicas() -> tuple[sa.Delete, sa.Delete]:
-    """Take every replica its jobs and callers: their processes are gone."""
+    """Remove every replica and all attached calls: their processes are gone."""
     return sa.delete(replicas), sa.delete(attached_calls)
 
 
 def database_time() -> sa.Select[float]:
-    """Seconds since the epoch by PostgreSQL's clock, which all replicas share."""
+    """Select seconds since the epoch by PostgreSQL's clock, which all replicas share."""
     return sa.select(sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Double))
 
 
 def store_id() -> sa.Select[str]:
-    """Which store this is."""
+    """Select the id of this store."""
     return sa.select(identity.c.store_id)
 
 
@@ -251,7 +251,7 @@ def move_calls(from_replica_id: str, to_replica_id: str) -> sa.Update:
 
 
 def num_attached(acceptance_number: int) -> sa.Select[int]:
-    """How many callers wait for a job, at replicas that live."""
+    """Count the callers that wait for a job, at replicas that live."""
     return (
         sa.select(sa.func.count())
         .select_from(attached_calls.join(replicas, attached_calls.c.replica_id == replicas.c.replica_id))
@@ -260,7 +260,7 @@ def num_attached(acceptance_number: int) -> sa.Select[int]:
 
 
 def write_claimed(job: Job) -> sa.Update:
-    """Write a job that has not ended, if its claim is still the newest and nobody has ended it."""
+    """Write a job that has not ended, if its claim is still the newest and it was not ended elsewhere."""
     return (
         sa.update(jobs)
         .where(
@@ -274,17 +274,17 @@ def write_claimed(job: Job) -> sa.Update:
 
 
 def write_ended_claimed(job: Job) -> sa.Update:
-    """As `write_claimed`, for a job that ends: no replica has it any more.
+    """Write a job that ends, as `write_claimed` does: no replica has it any more.
 
-    One that is to be cancelled is not written with another end. The row is written whole: what another
-    hand has made of it meanwhile is gone.
+    A job that is to be cancelled is not written with another end. The row is written whole, which undoes
+    what another program has changed in it.
     """
     update = write_claimed(job).values(**_no_claim(job), **submission_column(job))
     return update if job.state is JobState.CANCELLED else update.where(jobs.c.cancel_reason.is_(None))
 
 
 def write_ended_unclaimed(acceptance_number: int, job: Job) -> sa.Update:
-    """End a job that nobody has, and whose row is locked."""
+    """End a job that no replica has, and whose row is locked."""
     return (
         sa.update(jobs)
         .where(jobs.c.acceptance_number == acceptance_number)
@@ -302,7 +302,7 @@ def write_released(acceptance_number: int, job: Job) -> sa.Update:
 
 
 def ask_to_cancel(acceptance_number: int, reason: str) -> sa.Update:
-    """Note who or what wants a running job stopped; the first to ask stays."""
+    """Note why a running job is to stop; the first reason stays."""
     return (
         sa.update(jobs)
         .where(jobs.c.acceptance_number == acceptance_number)
@@ -311,13 +311,13 @@ def ask_to_cancel(acceptance_number: int, reason: str) -> sa.Update:
 
 
 def put_deadline_off(job_id: str, deadline_time: float | None) -> sa.Update:
-    """Have a job stop later, or never; nothing changes where it stops later already."""
+    """Put off a job's deadline, or remove it; nothing changes where it is later already."""
     update = sa.update(jobs).where(jobs.c.job_id == job_id).values(deadline_time=deadline_time)
     return update if deadline_time is None else update.where(jobs.c.deadline_time < deadline_time)
 
 
 def overdue(now: float, limit: int) -> sa.Select[str]:
-    """Jobs whose deadline has passed, and that do not yet know."""
+    """Select jobs whose deadline has passed and that are not being cancelled yet."""
     return (
         sa.select(jobs.c.job_id)
         .where(_has_not_ended, jobs.c.deadline_time <= now, jobs.c.cancel_reason.is_(None))
@@ -326,7 +326,7 @@ def overdue(now: float, limit: int) -> sa.Select[str]:
 
 
 def delete_ended(job_ids: Collection[str]) -> ReturningDelete[str]:
-    """Remove those of the jobs that have ended, and their labels with them; returns the ids."""
+    """Remove those of the jobs that have ended, and their labels with them; return their ids."""
     is_to_go = sa.and_(jobs.c.job_id.in_(job_ids), ~_has_not_ended)
     return sa.delete(jobs).where(is_to_go).returning(jobs.c.job_id)
 
@@ -337,9 +337,9 @@ def delete_idle_turns() -> sa.Delete:
 
 
 def ended(after: tuple[float, int] | None, limit: int) -> sa.Select[Any]:
-    """Jobs that have ended, those that ended first first, from behind an end time and number on.
+    """Select jobs that have ended, in the order of their ends, behind an end time and acceptance number.
 
-    Columns of `EndedJob`.
+    The columns are those of `EndedJob`.
     """
     query = (
         sa.select(jobs.c.job_id, jobs.c.acceptance_number, jobs.c.end_time, jobs.c.image_bytes)
@@ -353,7 +353,7 @@ def ended(after: tuple[float, int] | None, limit: int) -> sa.Select[Any]:
 
 
 def usage() -> sa.Select[Any]:
-    """How much is kept of jobs that have ended."""
+    """Sum up how much is kept of jobs that have ended."""
     return sa.select(
         sa.func.count().label("num_ended_jobs"),
         sa.func.coalesce(sa.func.sum(jobs.c.image_bytes), 0).label("image_bytes"),
@@ -361,7 +361,7 @@ def usage() -> sa.Select[Any]:
 
 
 def notify(channel: str, texts: Sequence[str]) -> sa.Select[Any]:
-    """Tell all who listen on PostgreSQL, when the transaction commits."""
+    """Notify all that listen on PostgreSQL, when the transaction commits."""
     return sa.select(sa.func.pg_notify(channel, sa.func.unnest(sa.cast(list(texts), ARRAY(sa.Text)))))
 
 

@@ -1,4 +1,4 @@
-"""Reading jobs: one, many, a page, their numbers, and the order in which they wait."""
+"""Reads jobs: one, many, a page, their numbers, and the order in which they wait."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class JobReading(StoreBase):
 
     @uninterrupted
     async def get(self, owner: str | None, job_id: str) -> Job:
-        """A job as it is now; of anybody where the owner is None.
+        """Read a job of an owner; of any owner where it is None.
 
         Raises:
-            JobNotFoundError: no such job, or it is another's.
-            JobInternalError: its row cannot be read, and whoever claims it has not ended it yet.
+            JobNotFoundError: there is no such job, or it is another owner's.
+            JobInternalError: its row cannot be read, and the claim that ends it has not come yet.
         """
         async with self._database.read() as connection:
             return readable(await row_of(connection, owner, job_id))
 
     @uninterrupted
     async def get_all(self, job_ids: Collection[str]) -> tuple[Job, ...]:
-        """Those of the jobs that are there, in any order."""
+        """Read those of the jobs that exist, in any order."""
         found: list[Job] = []
         async with self._database.read() as connection:
             for some in queries.batches(job_ids):
@@ -46,7 +46,7 @@ class JobReading(StoreBase):
 
     @uninterrupted
     async def held_request_ids(self, owner: str, request_ids: Collection[str]) -> frozenset[str]:
-        """Those of the request ids that stand for a job of the owner already."""
+        """Those of the request ids that jobs of the owner hold."""
         held: set[str] = set()
         async with self._database.read() as connection:
             for some in queries.batches(request_ids):
@@ -64,12 +64,12 @@ class JobReading(StoreBase):
         page_size: int = 100,
         page_token: str = "",
     ) -> Page:
-        """Jobs in one of the states (none: all) that carry all of the labels, newest first.
+        """Read jobs in one of the states (none: all) that carry all of the labels, newest first.
 
         A page token stays valid, whatever is added or removed meanwhile.
 
         Raises:
-            InvalidRequestError: the token is none of ours, or of another filter.
+            InvalidRequestError: this service did not make the token, or made it for another filter.
         """
         labels = labels or {}
         filter_digest = filter_digest_of(owner, frozenset(states), labels)
@@ -84,7 +84,7 @@ class JobReading(StoreBase):
 
     @uninterrupted
     async def counts(self, owner: str | None = None) -> Counter[JobState]:
-        """Jobs by state that are kept; of one owner only those that have not ended."""
+        """Count the jobs by state; of one owner only those that have not ended."""
         query = queries.counts() if owner is None else queries.counts_of_owner(owner)
         async with self._database.read() as connection:
             rows = (await connection.execute(query)).all()
@@ -98,8 +98,8 @@ class JobReading(StoreBase):
         """Ids of the jobs that wait, in the order in which they will be claimed, by their model.
 
         Args:
-            model_fingerprint: of the model that also draws the jobs that any may draw.
-            max_running_jobs_of_caller: of each caller; None for any number.
+            model_fingerprint: the model that also runs the jobs that any model may run.
+            max_running_jobs_of_caller: how many jobs of one caller may run; None for any number.
         """
         async with self._database.read() as connection:
             orders = await orders_by_model(connection, model_fingerprint, max_running_jobs_of_caller)

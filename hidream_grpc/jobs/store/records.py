@@ -1,4 +1,4 @@
-"""What the job store takes and gives besides jobs."""
+"""The values that the job store takes and returns besides jobs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hidream_grpc.jobs.job import CancelReason, Job
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """How many jobs may wait, in all and of one caller, and what is said when it is too many."""
+    """How many jobs may wait, in all and of one caller, and when to try again beyond that."""
 
     max_queued_jobs: int
     max_queued_jobs_of_caller: int | None = None
@@ -18,7 +18,7 @@ class QueueLimits:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Jobs, newest first; the token is empty on the last page."""
+    """A page of jobs, newest first; the token is empty on the last page."""
 
     jobs: tuple[Job, ...]
     next_page_token: str
@@ -34,7 +34,7 @@ class AttachedCall:
 
 @dataclass(frozen=True, slots=True)
 class HeldClaim:
-    """A claim that a replica has, and why others want its job stopped."""
+    """A claim that a replica has, and why its job is to stop, if it is."""
 
     job_id: str
     claim_number: int
@@ -43,11 +43,11 @@ class HeldClaim:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaRecord:
-    """A server that draws jobs of the store.
+    """A server that runs jobs of the store.
 
     Attributes:
-        heartbeat: grows while it lives.
-        model: what it told of its model when it came, as JSON.
+        heartbeat: a number that grows while the server lives.
+        model: its description of its model when it joined, as JSON.
     """
 
     replica_id: str
@@ -57,7 +57,7 @@ class ReplicaRecord:
 
 @dataclass(frozen=True, slots=True)
 class EndedJob:
-    """What retention has to know of a job that has ended."""
+    """The facts that retention needs about a job that has ended."""
 
     job_id: str
     acceptance_number: int

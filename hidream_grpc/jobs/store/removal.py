@@ -1,4 +1,4 @@
-"""Removing jobs that have ended: one that a caller deletes, or those that retention chooses."""
+"""Removes jobs that have ended: one that a caller deletes, or those that retention chooses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class JobRemoval(StoreBase):
         """Remove a job that has ended; its request id is free again.
 
         Raises:
-            JobNotFoundError: no such job, or it is another's.
+            JobNotFoundError: there is no such job, or it is another owner's.
             JobNotEndedError: it is queued or running.
         """
         change = Change(ChangeKind.DELETED, job_id)
@@ -39,7 +39,7 @@ class JobRemoval(StoreBase):
 
     @uninterrupted
     async def delete_ended(self, job_ids: Collection[str]) -> None:
-        """Remove those of the jobs that are there and have ended, of anybody."""
+        """Remove those of the jobs that exist and have ended, of all owners."""
         changes: list[Change] = []
         async with self._database.write() as connection:
             for some in queries.batches(job_ids):
@@ -51,7 +51,7 @@ class JobRemoval(StoreBase):
 
     @uninterrupted
     async def ended(self, after: EndedJob | None = None, limit: int = 100) -> tuple[EndedJob, ...]:
-        """Jobs that have ended, the oldest end first; those behind one of them where it is given."""
+        """Read jobs that have ended, the oldest end first; from behind one of them where it is given."""
         behind = None if after is None else (after.end_time, after.acceptance_number)
         async with self._database.read() as connection:
             rows = await connection.execute(queries.ended(behind, limit))
@@ -59,7 +59,7 @@ class JobRemoval(StoreBase):
 
     @uninterrupted
     async def usage(self) -> Usage:
-        """How much is kept of jobs that have ended."""
+        """Sum up how much is kept of jobs that have ended."""
         async with self._database.read() as connection:
             num_ended_jobs, image_bytes = (await connection.execute(queries.usage())).one()
         return Usage(num_ended_jobs, int(image_bytes))

@@ -1,4 +1,4 @@
-"""The servers that share a store: each joins, shows that it lives, and leaves or is removed as dead."""
+"""Registers the servers that share a store: each joins, shows that it lives, and leaves or is removed."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from hidream_grpc.jobs.store.records import ReplicaRecord
 
 
 class ReplicaRegistry(StoreBase):
-    """Calls about replicas, and what they have in common: the identity of the store and its clock."""
+    """Calls about replicas, and about what they share: the identity of the store and its clock."""
 
     @uninterrupted
     async def store_id(self) -> str:
-        """Which store this is: the same for all replicas, another one for each database."""
+        """The id of this store: the same for all replicas, another one for each database."""
         async with self._database.read() as connection:
             return str((await connection.execute(queries.store_id())).scalar_one())
 
     @uninterrupted
     async def join(self, replica_id: str, model: str, before: str | None = None) -> None:
-        """Let a replica have jobs and callers, from now until it leaves, or is removed as dead.
+        """Register a replica, which may have jobs and callers until it leaves or is removed as dead.
 
         Args:
-            replica_id: that no other replica had before.
-            model: what others are told of its model.
-            before: the id that it had, if it was removed as dead: its callers are still there.
+            replica_id: an id that no other replica had before.
+            model: its description of its model, for others.
+            before: the id that it had, if it was removed as dead: its callers still wait.
         """
         async with self._database.write() as connection:
-            # It may be there already, from a try whose answer was lost.
+            # It may be registered already, by a try whose answer was lost.
             await connection.execute(queries.remove_replica(replica_id))
             await connection.execute(queries.add_replica(replica_id, model))
             if before is not None:
@@ -36,7 +36,7 @@ class ReplicaRegistry(StoreBase):
 
     @uninterrupted
     async def beat(self, replica_id: str) -> tuple[ReplicaRecord, ...]:
-        """Show that a replica lives.
+        """Raise a replica's heartbeat.
 
         Returns:
             All replicas. Where this one is not among them it was removed as dead, with all its claims.
@@ -48,16 +48,16 @@ class ReplicaRegistry(StoreBase):
 
     @uninterrupted
     async def replicas(self) -> tuple[ReplicaRecord, ...]:
-        """All replicas that have not left, nor been removed as dead."""
+        """Read all replicas that have not left and were not removed as dead."""
         async with self._database.read() as connection:
             return tuple(ReplicaRecord(*row) for row in await connection.execute(queries.all_replicas()))
 
     @uninterrupted
     async def remove_replica(self, replica_id: str, heartbeat: int | None = None) -> bool:
-        """Take a replica its jobs and callers; with a heartbeat only if that is still its newest.
+        """Remove a replica, and with it its claims; with a heartbeat only if that is still its newest.
 
         Returns:
-            Whether it was removed.
+            Whether the replica was removed.
         """
         change = Change(ChangeKind.ANYTHING)
         async with self._database.write() as connection:

@@ -1,4 +1,4 @@
-"""A job as a row, and back."""
+"""Turns jobs into rows, and rows into jobs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ERROR_ID_DIGITS = 12
 NOTHING_KNOWN = GenerationParameters(
     prompt="", width=0, height=0, num_inference_steps=0, guidance_scale=0.0, seed=0
 )
-"""What an unreadable row asks for."""
+"""The parameters of a job whose row cannot be read."""
 
 _KEPT_ERRORS: Mapping[str, type[HiDreamError]] = {
     error_type.__name__: error_type
@@ -49,7 +49,7 @@ _KEPT_ERRORS: Mapping[str, type[HiDreamError]] = {
         errors.StorageFullError,
     )
 }
-"""What a job may end with. Their constructors take facts, which are attributes of the same names."""
+"""The errors that a job may end with. Their constructors take facts, attributes of the same names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class _ErrorDocument:
 
 @dataclass(frozen=True, slots=True)
 class _ProgressDocument:
-    """What no query asks for; a field that is added needs a default, for the rows that lack it."""
+    """The fields of a job that no query needs; a new field needs a default, for the rows that lack it."""
 
     stage: JobStage | None = None
     execution: Execution | None = None
@@ -98,7 +98,7 @@ def new_row(job: Job) -> dict[str, Any]:
 
 
 def submission_column(job: Job) -> dict[str, Any]:
-    """What was asked for, as it was accepted."""
+    """The column that holds the submission, which never changes."""
     return {"submission": _json(job.submission)}
 
 
@@ -126,10 +126,10 @@ def changed_columns(job: Job) -> dict[str, Any]:
 
 
 def job_of(row: Row[Any]) -> Job:
-    """The job that a row of the table `jobs` stands for.
+    """The job of a row of the table `jobs`.
 
-    A row that cannot be read, because a newer version of the service or a hand wrote it, stands for a job
-    that FAILED. The log says why, once, with the error id that callers are told.
+    A row that cannot be read, because a newer version of the service or a hand wrote it, gives a job that
+    FAILED. The log says why, once, with the error id that callers get.
     """
     try:
         return _read(row)
@@ -138,7 +138,7 @@ def job_of(row: Row[Any]) -> Job:
 
 
 def failed_columns(job: Job, error: JobInternalError, now: float) -> dict[str, Any]:
-    """What ends a job whose row cannot be read, and that no replica has; counts as a claim of its own."""
+    """The columns that end an unclaimed job whose row cannot be read; counts as a claim of its own."""
     document = _ProgressDocument(error=_error_document(error), last_sequence=job.last_sequence)
     return {
         "state": JobState.FAILED,
@@ -176,7 +176,7 @@ def _unreadable(row: Row[Any], reason: Exception) -> Job:
 
 
 def _kept_error(row: Row[Any]) -> JobInternalError | None:
-    """What the job was ended with when its row was found unreadable before."""
+    """The error that the job was ended with when its row was found unreadable before."""
     try:
         document = _progress_decoder.decode(row.progress_document).error
         error = None if document is None else _error_of(document)
@@ -219,7 +219,7 @@ def _read(row: Row[Any]) -> Job:
 
 
 def label_digest(key: str, value: str) -> str:
-    """What a label is found by."""
+    """The digest that a label is found by."""
     return hashlib.sha256(_json((key, value)).encode()).hexdigest()
 
 

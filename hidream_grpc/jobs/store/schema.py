@@ -39,11 +39,11 @@ jobs = sa.Table(
     sa.Column("cancel_reason", sa.Text),
     sa.Column("image_bytes", sa.BigInteger, nullable=False),
     sa.Column("claim_number", sa.BigInteger, nullable=False),
-    # A replica has the job for as long as it is in `replicas`; NULL: none has it.
+    # The replica that has the job, as long as it is in `replicas`; NULL where none has it.
     sa.Column("replica_id", sa.Text),
     sa.Column("submission", sa.Text, nullable=False),
     sa.Column("progress_document", sa.Text, nullable=False),
-    # Empty in the rows of before there was the column: any server may draw those.
+    # Empty in rows that are older than the column: any server may run those.
     sa.Column("model_fingerprint", sa.Text, nullable=False, server_default=""),
     sa.UniqueConstraint("job_id"),
     sa.Index(
@@ -70,7 +70,7 @@ jobs = sa.Table(
 job_labels = sa.Table(
     "job_labels",
     metadata,
-    # Of key and value (`rows.label_digest`): of one length, whatever the label holds.
+    # A digest of key and value (`rows.label_digest`): its length is the same for every label.
     sa.Column("label_digest", sa.Text, primary_key=True),
     sa.Column(
         "job_number",
@@ -99,7 +99,7 @@ replicas = sa.Table(
     sa.Column("heartbeat", sa.BigInteger, nullable=False),
     sa.Column("model", sa.Text, nullable=False),
 )
-"""The servers that draw jobs of this store. A replica that has no row has no jobs and no callers."""
+"""The servers that run jobs of this store. A replica without a row has no jobs and no callers."""
 
 attached_calls = sa.Table(
     "attached_calls",
@@ -118,4 +118,4 @@ attached_calls = sa.Table(
 """Callers that wait for their job, each at a replica: the last one that leaves stops the job."""
 
 identity = sa.Table("store_identity", metadata, sa.Column("store_id", sa.Text, primary_key=True))
-"""One row: which store this is. An artifact store belongs to one store of jobs."""
+"""One row: the id of this store. An artifact store belongs to one store of jobs."""

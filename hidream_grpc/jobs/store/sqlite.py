@@ -29,8 +29,8 @@ _ITERATION_ROWS = 64
 class StoreFiles:
     """The files of a job store: `jobs.sqlite`, `-wal`, `-shm`, and the lock that keeps other servers out.
 
-    What is written into a file that was removed or replaced is lost when the process ends. SQLite locks
-    `-shm`: another program that finds a new one there writes at the same time, and damages the file.
+    Writes to a file that was removed or replaced are lost when the process ends. SQLite locks `-shm`:
+    another program that finds a new one there writes at the same time, and damages the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -95,7 +95,7 @@ class StoreFiles:
                 )
 
     def give_free(self) -> None:
-        """Let other servers have the file. May be called twice."""
+        """Give the file free for other servers; may be called twice."""
         self._opened = {}
         if self._lock_descriptor is not None:
             os.close(self._lock_descriptor)

@@ -1,4 +1,4 @@
-"""The truth about jobs: what is in here survives every process."""
+"""The job store: what is written here survives every process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SqlJobStore(JobAcceptance, JobReading, JobCancellation, JobClaims, Replica
     """
 
     def __init__(self, location: Path | str) -> None:
-        """Know a store, without a connection to it.
+        """Take the location of a store, without connecting to it.
 
         Args:
             location: the file of a SQLite database, or a URL as `--store` has it, see `parse_store_url`.
@@ -49,8 +49,8 @@ class SqlJobStore(JobAcceptance, JobReading, JobCancellation, JobClaims, Replica
     async def open(self) -> None:
         """Bring the database to the newest schema and listen for changes.
 
-        A SQLite file is this process's alone, so that all claims in it are of processes that are gone:
-        the jobs can be claimed at once.
+        A SQLite file is this process's alone: all claims in it are of processes that are gone, and their
+        jobs can be claimed at once.
 
         Raises:
             StoreInUseError: another server has the SQLite file open.
@@ -79,7 +79,7 @@ class SqlJobStore(JobAcceptance, JobReading, JobCancellation, JobClaims, Replica
         await self._database.close()
 
     def subscribe(self) -> AbstractContextManager[Subscription]:
-        """`with store.subscribe() as changes: async for change in changes`: all that commits from now on.
+        """Receive all that commits from now on: `with store.subscribe() as changes`, then `async for`.
 
         Read what is there after subscribing, and nothing is missed.
         """
@@ -87,10 +87,10 @@ class SqlJobStore(JobAcceptance, JobReading, JobCancellation, JobClaims, Replica
 
     @uninterrupted
     async def publish(self, job_id: str, payload: bytes) -> None:
-        """Tell all subscribers, of all replicas, something that is kept nowhere.
+        """Send all subscribers, of all replicas, a payload that is kept nowhere.
 
         Args:
-            job_id: what it is about.
+            job_id: the job that it is about.
             payload: at most `changes.MAX_PAYLOAD_BYTES`.
         """
         if len(payload) > MAX_PAYLOAD_BYTES:

@@ -1,4 +1,4 @@
-"""What `--store` names: a SQLite file, or a PostgreSQL database in the forms that providers write."""
+"""Reads the value of `--store`: a SQLite file, or a PostgreSQL database in the forms that providers write."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _BESIDE_SYSTEM_CERTIFICATES = {"sslrootcert", "sslmode", "passfile"}
 
 @dataclass(frozen=True, slots=True)
 class SqliteFile:
-    """Jobs in a file."""
+    """A SQLite file that holds the jobs."""
 
     path: Path
 
@@ -65,8 +65,8 @@ class PostgresDatabase:
     """A database, and how to connect to it.
 
     Attributes:
-        hosts: to try in this order; empty for those of libpq's environment variables and defaults.
-        arguments: of `asyncpg.connect`, besides host and port.
+        hosts: the hosts to try, in this order; empty for those of libpq's environment variables and defaults.
+        arguments: the arguments of `asyncpg.connect`, besides host and port.
     """
 
     hosts: tuple[PostgresHost, ...]
@@ -77,7 +77,7 @@ def parse_store_url(url: str) -> SqliteFile | PostgresDatabase:
     """Read the value of `--store`.
 
     Raises:
-        ConfigurationError: in one line, which part is wrong; it never shows the password.
+        ConfigurationError: says in one line which part is wrong, and never shows the password.
     """
     scheme, separator, _ = url.partition("://")
     if "\0" in unquote(url):
@@ -133,7 +133,7 @@ def _postgres_database(text: str) -> PostgresDatabase:
 
 
 def _parameters(query: list[tuple[str, str]]) -> dict[str, str]:
-    """By name; which of two is meant, or what an empty one is to mean, is not guessed."""
+    """The parameters by name; one that is empty or stands there twice is refused."""
     parameters: dict[str, str] = {}
     for given, value in query:
         # SQLAlchemy's names.
@@ -149,7 +149,7 @@ def _parameters(query: list[tuple[str, str]]) -> dict[str, str]:
 
 
 def _connect_arguments(parameters: dict[str, str]) -> dict[str, Any]:
-    """Arguments of `asyncpg.connect` for parameters of a URL; a parameter that has none is refused."""
+    """The arguments of `asyncpg.connect` for parameters of a URL; any other parameter is refused."""
     settings = {"application_name": APPLICATION_NAME}
     arguments: dict[str, Any] = {"timeout": CONNECT_TIMEOUT_SECONDS, "target_session_attrs": "read-write"}
     dsn: dict[str, str] = {}
@@ -206,7 +206,7 @@ def _require_file(name: str, path: str) -> None:
 
 
 def _dsn(parameters: Mapping[str, str]) -> dict[str, str]:
-    """asyncpg takes these from a URL only."""
+    """The parameters that asyncpg takes from a URL only, as such a URL."""
     return {"dsn": f"postgresql:///?{urlencode(parameters, quote_via=quote)}"} if parameters else {}
 
 
@@ -217,7 +217,7 @@ def _system_certificates() -> ssl.SSLContext:
 
 
 def _timeout_seconds(text: str) -> float:
-    """Seconds; as with libpq 0 or less is for ever, which here means as long as may be."""
+    """The timeout in seconds; 0 or less is the longest that is allowed (libpq: for ever)."""
     try:
         seconds = float(int(text))
     except (ValueError, OverflowError):

@@ -1,7 +1,7 @@
-"""What happens to a job, for any number of readers at any pace.
+"""The events of a job, for any number of readers at any pace.
 
 A feed keeps the newest event of each kind, not a history. A reader is a number: the sequence of the
-last event that it took. So a reader that stops reading costs the feed nothing, and one that comes
+last event that it took. So a reader that stops reading costs the feed nothing, and a reader that comes
 back gets the newest state and all that follows.
 """
 
@@ -25,25 +25,25 @@ from hidream_grpc.jobs.job import (
 from hidream_grpc.model.parameters import GenerationParameters
 
 FIRST_POSITION = 1
-"""In the queue: next."""
+"""The position of the job that is claimed next."""
 MIN_NEWS_SECONDS = 1.0
 MIN_NEWS_SHARE = 0.25
-"""An estimate that changes by less than both is not told again."""
+"""An estimate that changes by less than both is not published again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The job waits; 1 is next. The wait is None where it cannot be told."""
+    """The job waits: position 1 is next. The wait is None where it cannot be estimated."""
 
     queue_position: int
     estimated_wait_seconds: float | None = None
 
-    def is_news(self, told: Queued, elapsed_seconds: float) -> bool:
-        """Whether who was told something some time ago would want to know."""
-        wait_seconds, told_seconds = self.estimated_wait_seconds, told.estimated_wait_seconds
-        if self.queue_position != told.queue_position or wait_seconds is None or told_seconds is None:
-            return self != told
-        expected_seconds = max(0.0, told_seconds - elapsed_seconds)
+    def is_news(self, published: Queued, elapsed_seconds: float) -> bool:
+        """Whether this differs enough from what was published some time ago to be published, too."""
+        wait_seconds, earlier_seconds = self.estimated_wait_seconds, published.estimated_wait_seconds
+        if self.queue_position != published.queue_position or wait_seconds is None or earlier_seconds is None:
+            return self != published
+        expected_seconds = max(0.0, earlier_seconds - elapsed_seconds)
         difference_seconds = abs(wait_seconds - expected_seconds)
         return difference_seconds > max(MIN_NEWS_SECONDS, MIN_NEWS_SHARE * expected_seconds)
 
@@ -92,7 +92,7 @@ class ImagePart:
 
 @dataclass(frozen=True, slots=True)
 class Succeeded:
-    """All images are there."""
+    """All images are stored."""
 
     job: Job
 
@@ -130,7 +130,7 @@ class JobEvent:
 
 
 def _part_after(image: StoredImage, sequence: int) -> JobEvent | None:
-    """An image takes one sequence number for each of its parts, from its first_sequence on."""
+    """The event of the first part of an image after a sequence: each part has one, from first_sequence on."""
     part_sequence = max(image.first_sequence, sequence + 1)
     if part_sequence > image.last_sequence:
         return None
@@ -142,11 +142,11 @@ def _part_after(image: StoredImage, sequence: int) -> JobEvent | None:
 class JobFeed:
     """The events of one job. Belongs to the event loop's thread.
 
-    What the job's row tells (`sync`) has the same sequences in every process; the rest is told once.
+    What follows from the job's row (`sync`) has the same sequences in every process; all else is sent once.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        """Take what tells seconds since the epoch."""
+        """Take a clock that gives seconds since the epoch."""
         self._clock = clock
         self._newest: dict[type[Body], JobEvent] = {}
         self._images: dict[int, StoredImage] = {}
@@ -172,7 +172,7 @@ class JobFeed:
         return self._next_sequence()
 
     def publish(self, body: Body) -> JobEvent:
-        """Make an event known; an older one of its kind is forgotten."""
+        """Publish an event with the next sequence; an older one of its kind is forgotten."""
         is_position = isinstance(body, Queued)
         sequence = self._last_sequence + 1 if is_position else self._next_sequence()
         event = JobEvent(sequence, self._clock(), body)
@@ -180,7 +180,7 @@ class JobFeed:
         return event
 
     def put(self, event: JobEvent) -> None:
-        """Make an event known that has its sequence; nothing happens when it is not new."""
+        """Publish an event that has its sequence; nothing happens when it is not new."""
         newest = self._newest.get(type(event.body))
         if newest is not None and newest.sequence >= event.sequence:
             return
@@ -193,19 +193,19 @@ class JobFeed:
         self._wake_readers()
 
     def publish_position(self, position: Queued) -> None:
-        """Make a position in the queue known, unless the job has started or the newest says much the same."""
-        told = self._newest_position()
-        if self._is_waiting and (told is None or position.is_news(told[0], self._clock() - told[1])):
+        """Publish a position in the queue, unless the job has started or the newest says much the same."""
+        newest = self._newest_position()
+        if self._is_waiting and (newest is None or position.is_news(newest[0], self._clock() - newest[1])):
             self.publish(position)
 
     def publish_first_position(self) -> None:
-        """Make known that the job is next, where that is not known yet: whoever is taken was."""
-        told = self._newest_position()
-        if self._is_waiting and (told is None or told[0].queue_position != FIRST_POSITION):
+        """Publish that the job is next, unless that is published: every job that is claimed was next."""
+        newest = self._newest_position()
+        if self._is_waiting and (newest is None or newest[0].queue_position != FIRST_POSITION):
             self.publish(Queued(FIRST_POSITION))
 
     def sync(self, job: Job) -> None:
-        """Make known what the job's row tells and is not known yet; nothing happens with an older row."""
+        """Publish what is new in the job's row; nothing happens with an older row."""
         if self._has_ended or job.claim_number < self._claim_number:
             return
         self._claim_number = job.claim_number
@@ -261,7 +261,7 @@ class JobFeed:
         return max(self._last_sequence, claim_sequence(self._claim_number, 0)) + 1
 
     def _newest_position(self) -> tuple[Queued, float] | None:
-        """What was told since the job began to wait, and when."""
+        """The position that was published since the job began to wait, and when."""
         event, started = self._newest.get(Queued), self._newest.get(Started)
         if event is None or (started is not None and event.sequence < started.sequence):
             return None

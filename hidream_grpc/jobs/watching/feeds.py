@@ -1,4 +1,4 @@
-"""The feeds of those jobs that run here, or that somebody follows here."""
+"""The feeds of the jobs that run or are followed at this server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hidream_grpc.jobs.watching.events import JobFeed
 
 @dataclass(slots=True)
 class _Entry:
-    """A feed, and who needs it."""
+    """A feed, and how many need it."""
 
     feed: JobFeed
     num_users: int = 0
@@ -20,10 +20,10 @@ class _Entry:
 
 
 class JobFeeds:
-    """One feed a job, however many need it; a feed that nobody needs is forgotten."""
+    """One feed for each job, however many need it; a feed that is not needed any more is forgotten."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        """Take what tells seconds since the epoch."""
+        """Take a clock that gives seconds since the epoch."""
         self._clock = clock
         self._entries: dict[str, _Entry] = {}
         self._closing_error: HiDreamError | None = None
@@ -45,27 +45,27 @@ class JobFeeds:
                 del self._entries[job_id]
 
     def get(self, job_id: str) -> JobFeed | None:
-        """The feed of a job, where somebody needs it."""
+        """The feed of a job, where one is in use."""
         entry = self._entries.get(job_id)
         return None if entry is None else entry.feed
 
     @property
     def job_ids(self) -> tuple[str, ...]:
-        """Of all feeds that somebody needs."""
+        """Ids of the jobs whose feeds are in use."""
         return tuple(self._entries)
 
     def has_readers(self, job_id: str) -> bool:
-        """Whether somebody follows the job here."""
+        """Whether the job is followed or read at this server."""
         entry = self._entries.get(job_id)
         return entry is not None and entry.num_readers > 0
 
     @property
     def num_readers(self) -> int:
-        """Of all jobs."""
+        """Number of readers over all jobs."""
         return sum(entry.num_readers for entry in self._entries.values())
 
     def close(self, error: HiDreamError) -> None:
-        """End all readers of jobs that have not ended, those to come included."""
+        """End all readers of jobs that have not ended, those to come included, with an error."""
         self._closing_error = error
         for entry in self._entries.values():
             entry.feed.close(error)

@@ -1,4 +1,4 @@
-"""Where each job waits, and how long: read from the store whenever something has changed."""
+"""The position and the estimated wait of each job that waits, read from the store when something changes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hidream_grpc.jobs.watching.events import FIRST_POSITION, JobFeed, Queued
 from hidream_grpc.jobs.watching.feeds import JobFeeds
 
 PAUSE_SECONDS = 0.1
-"""Between two looks at the queue, however much changes."""
+"""Seconds between two reads of the queue, however much changes."""
 REFRESH_SECONDS = 1.0
-"""What can be expected changes while nothing in the queue does."""
+"""Seconds until the queue is read again without a change in it: the estimates change meanwhile."""
 
 
 class QueuePositions:
-    """Tells those that wait, and knows the positions of all."""
+    """Knows the position of every waiting job, and publishes it to the readers of the job."""
 
     def __init__(
         self, store: SqlJobStore, feeds: JobFeeds, estimator: JobEstimator, limits: ClaimLimits
@@ -42,7 +42,7 @@ class QueuePositions:
         self._changed.set()
 
     async def of(self, job_ids: Collection[str]) -> list[Queued | None]:
-        """Where each of the jobs waits; None for one that does not.
+        """Position and estimated wait of each of the jobs; None for one that does not wait.
 
         Raises:
             StoreUnavailableError: the queue cannot be read.
@@ -52,14 +52,14 @@ class QueuePositions:
         return [self._position(job_id) for job_id in job_ids]
 
     async def publish_to(self, job_id: str, feed: JobFeed) -> None:
-        """Tell the readers of a job that waits its position, whatever becomes of it meanwhile."""
+        """Publish its position to the readers of a waiting job, whatever becomes of the job meanwhile."""
         try:
             (position,) = await self.of([job_id])
         except HiDreamError:
-            # It is told when the queue can be read again.
+            # It is published when the queue can be read again.
             return
         if position is None:
-            # Somebody took it meanwhile.
+            # It was claimed meanwhile.
             feed.publish_first_position()
         else:
             feed.publish_position(position)
@@ -80,7 +80,7 @@ class QueuePositions:
             await self._changed.wait()
 
     async def _refresh(self) -> None:
-        """Read the queue once for all who ask while it is being read."""
+        """Read the queue, once for all that ask while it is being read."""
         num_reads = self._num_reads
         async with self._reading:
             # The next read but one began after this was asked for.

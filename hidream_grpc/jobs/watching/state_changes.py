@@ -1,4 +1,4 @@
-"""The states of many jobs: first as they are, then every change, for dashboards and autoscalers."""
+"""Follows the states of many jobs, first as they are, then every change: for dashboards and autoscalers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class JobChange:
 
 
 class StateChanges:
-    """What one reader is told of the jobs that it may see.
+    """The changes that one reader gets, of the jobs that it may see.
 
     Args:
-        owner: whose jobs; everybody's where it is None.
-        states: only jobs in one of them, and those that leave them; none for all.
-        labels: only jobs that carry all of them.
+        owner: only jobs of this owner; of all owners where it is None.
+        states: only jobs in one of these states, and those that leave them; none for all.
+        labels: only jobs that carry all of these labels.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class StateChanges:
         self._owner = owner
         self._states = states
         self._labels = labels
-        self._told: dict[str, JobState] = {}
+        self._known_states: dict[str, JobState] = {}
 
     async def follow(self, closed: asyncio.Event, closing_error: HiDreamError) -> AsyncGenerator[JobChange]:
         """Yield the jobs that match, then each change of a state, until `closed` is set.
@@ -61,7 +61,7 @@ class StateChanges:
                     if news := await self._news_of(change.job_id):
                         yield news
                 elif change.kind is ChangeKind.DELETED:
-                    self._told.pop(change.job_id, None)
+                    self._known_states.pop(change.job_id, None)
         raise closing_error
 
     async def _everything(self, states: Collection[JobState]) -> AsyncGenerator[JobChange]:
@@ -75,22 +75,22 @@ class StateChanges:
             page_token = page.next_page_token
             if not page_token:
                 break
-        for deleted in self._told.keys() - seen:
-            del self._told[deleted]
+        for deleted in self._known_states.keys() - seen:
+            del self._known_states[deleted]
 
     async def _news_of(self, job_id: str) -> JobChange | None:
         try:
             job = await self._store.get(self._owner, job_id)
         except (JobNotFoundError, JobInternalError):
-            # An unreadable row is told once it has ended.
+            # A job with an unreadable row is shown once it has ended.
             return None
         if any(job.submission.labels.get(key) != value for key, value in self._labels.items()):
             return None
         return JobChange(job, job.end_time or self._store.clock.now()) if self._is_news(job) else None
 
     def _is_news(self, job: Job) -> bool:
-        before = self._told.get(job.job_id)
-        self._told[job.job_id] = job.state
+        before = self._known_states.get(job.job_id)
+        self._known_states[job.job_id] = job.state
         is_asked_for = not self._states or job.state in self._states or before in self._states
         return before is not job.state and is_asked_for
 
