@@ -17,7 +17,7 @@ from hidream_grpc.jobs.artifacts.image_reader import ImageReader
 from hidream_grpc.jobs.artifacts.orphans import OrphanedFiles
 from hidream_grpc.jobs.counts import JobCounts
 from hidream_grpc.jobs.execution.executor import ClaimLimits, Engine, JobExecutor
-from hidream_grpc.jobs.execution.running_job import JobTools
+from hidream_grpc.jobs.execution.job_tools import JobTools
 from hidream_grpc.jobs.intake import JobIntake
 from hidream_grpc.jobs.job import CancelReason, Job, JobState, Submission, claim_sequence
 from hidream_grpc.jobs.limits import RequestLimits

@@ -21,7 +21,7 @@ from hidream_grpc.engine.step_limit import StepLimit
 from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
 from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity
-from hidream_grpc.jobs.execution.running_job import JobTools
+from hidream_grpc.jobs.execution.job_tools import JobTools
 from hidream_grpc.jobs.job import Execution, ModelIdentity
 from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
 from hidream_grpc.jobs.replicas.membership import LiveModel

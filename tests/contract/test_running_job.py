@@ -14,7 +14,8 @@ from hidream_grpc.errors import StoreUnavailableError
 from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
 from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity
-from hidream_grpc.jobs.execution.running_job import JobTools, RunningJob
+from hidream_grpc.jobs.execution.job_tools import JobTools
+from hidream_grpc.jobs.execution.running_job import RunningJob
 from hidream_grpc.jobs.job import CancelReason, Execution, Job, StoredSnapshot
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.jobs.watching.events import Body, Cancelled, JobFeed, Progressed, Queued, Restarted, Started
@@ -67,7 +68,7 @@ async def test_a_place_that_is_told_while_a_row_is_written_hides_no_event(
 
         reader = asyncio.create_task(read())
         if starts:
-            running.tell(RequestStarted())
+            running.receive(RequestStarted())
         else:
             running.cancel(CancelReason.REQUESTED)
         await running.run()
@@ -105,7 +106,7 @@ async def test_a_job_goes_on_from_the_step_of_its_snapshot_whatever_its_row_says
         request = await running.engine_request()
         assert request is not None
         assert request.snapshot == given
-        running.tell(RequestStarted())
+        running.receive(RequestStarted())
         running_task = asyncio.create_task(running.run())
         async for event in feed.follow():
             if isinstance(event.body, Restarted):
@@ -124,7 +125,7 @@ async def test_progress_is_told_while_the_store_is_lost_and_the_row_names_the_sn
         (job,) = await claimed(store)
         feed = JobFeed()
         running = RunningJob(job, feed, tools_of(store, artifacts))
-        running.tell(RequestStarted())
+        running.receive(RequestStarted())
         running_task = asyncio.create_task(running.run())
         async with asyncio.timeout(TIMEOUT_SECONDS):
             async for event in feed.follow():
@@ -136,8 +137,8 @@ async def test_progress_is_told_while_the_store_is_lost_and_the_row_names_the_sn
             raise StoreUnavailableError(1.0)
 
         monkeypatch.setattr(store, "save", lost)
-        running.tell(StepFinished(1, 0.1))
-        running.tell(SnapshotTaken(1, packed_snapshot(1, PARAMETERS)))
+        running.receive(StepFinished(1, 0.1))
+        running.receive(SnapshotTaken(1, packed_snapshot(1, PARAMETERS)))
 
         async def is_stored() -> bool:
             return await artifacts.read_snapshot(job.job_id, job.claim_number) is not None
@@ -145,7 +146,7 @@ async def test_progress_is_told_while_the_store_is_lost_and_the_row_names_the_sn
         await eventually(is_stored)
         for _ in range(20):
             await asyncio.sleep(0)
-        running.tell(StepFinished(2, 0.1))
+        running.receive(StepFinished(2, 0.1))
         async with asyncio.timeout(TIMEOUT_SECONDS):
             async for event in feed.follow():
                 if isinstance(event.body, Progressed) and event.body.progress.step == 2:

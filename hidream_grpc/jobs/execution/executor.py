@@ -13,7 +13,8 @@ from typing import Protocol
 from hidream_grpc.background import BackgroundTasks, keep_doing
 from hidream_grpc.engine.requests import EngineRequest
 from hidream_grpc.errors import ClaimLostError
-from hidream_grpc.jobs.execution.running_job import JobTools, RunningJob
+from hidream_grpc.jobs.execution.job_tools import JobTools
+from hidream_grpc.jobs.execution.running_job import RunningJob
 from hidream_grpc.jobs.job import CancelReason, Job
 from hidream_grpc.jobs.retrying import TRANSIENT_ERRORS, wait_at_most
 from hidream_grpc.jobs.store.records import HeldClaim
