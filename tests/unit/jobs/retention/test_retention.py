@@ -28,7 +28,7 @@ ended_jobs = st.lists(
     st.builds(
         EndedJob,
         job_id=st.text("abcdef", min_size=1, max_size=4),
-        number=st.integers(1, 10**6),
+        acceptance_number=st.integers(1, 10**6),
         end_time=st.floats(NOW - 100, NOW + 10),
         image_bytes=st.integers(0, 1000),
     ),
