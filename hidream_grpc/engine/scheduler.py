@@ -1,9 +1,9 @@
-"""One round's plan, and whose turn it is. Pure: no clock, no process, no torch.
+"""Plans a round: which requests take a step, and what else the ranks do. Pure: no clock, no process.
 
     schedule(running, ...)                        -> all that the ranks do in a round
     next_forward(requests, max_step_pixels)       -> the requests that take the next step
     note_forward(running, claim_ids, seconds)        once they have taken it
-    next_decodes(requests, free_ranks(running, n))-> the images that free ranks begin
+    next_decodes(requests, free_ranks)            -> the images that free ranks begin
     note_decodes(running, decodes)                   once they have begun
 
 All but the first serve made-up time too: estimates run them with durations instead of ranks.
@@ -37,13 +37,13 @@ class Forward(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What the ranks do next.
+    """A plan, and what has to be known of it when its answers come or it is lost.
 
     Attributes:
         plan: the message to every rank.
         is_full: whether its step leaves out requests for want of room.
-        at_work: progress of each request that the ranks do something for: one of them may be the cause
-            when the plan is lost.
+        at_work: progress of each request that the ranks do something for; one of these may be the culprit
+            if the plan is lost.
     """
 
     plan: StepPlan

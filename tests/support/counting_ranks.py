@@ -131,7 +131,7 @@ class CountingRanks:
 
 
 class Service:
-    """A controller with its backlog, and everything that it tells."""
+    """A controller with its backlog, and everything that it reports."""
 
     def __init__(self, ranks: CountingRanks, max_running_requests: int = 10) -> None:
         self.events: list[tuple[str, EngineEvent]] = []
@@ -156,7 +156,7 @@ class Service:
     def submit(
         self, claim_id: str, num_inference_steps: int, job_id: str | None = None, **changes: object
     ) -> None:
-        """Queue a request; unless told otherwise it is of the job "job of <claim id>"."""
+        """Queue a request; without a job_id it is of the job "job of <claim id>"."""
         values: dict[str, object] = {
             "prompt": "",
             "width": 64,
@@ -206,7 +206,7 @@ class Service:
         return errors[0] if errors else None
 
     def steps_of(self, claim_id: str) -> list[int]:
-        """The steps that a job was told of, in order."""
+        """The steps that were reported of a request, in order."""
         return [e.step for j, e in self.events if j == claim_id and isinstance(e, StepFinished)]
 
     def _note(self, claim_id: str, event: EngineEvent) -> None:

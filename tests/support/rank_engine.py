@@ -1,4 +1,4 @@
-"""The controller on a real rank group, with everything that it tells about each job."""
+"""The controller on a real rank group, with everything that it reports of each job."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class RankEngine:
         return [event for event in self._events[job_id] if isinstance(event, kind)]
 
     def steps(self, job_id: str) -> list[int]:
-        """The steps that a request was told of, in order."""
+        """The steps that were reported of a request, in order."""
         return [event.step for event in self.events(job_id, StepFinished)]
 
     def images(self, job_id: str) -> list[bytes]:

@@ -125,7 +125,7 @@ def test_every_request_gets_all_its_steps_within_the_budget_and_in_batches_of_on
             waits[claim_id] = 0 if claim_id in claim_ids else waits[claim_id] + 1
             taken[claim_id] += claim_id in claim_ids
             if taken[claim_id] < asked[claim_id].num_inference_steps:
-                # Everybody else goes before it once at most.
+                # Each of the others goes before it once at most.
                 assert waits[claim_id] < len(asked)
     assert taken == {claim_id: request.num_inference_steps for claim_id, request in asked.items()}
 
