@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 import sqlalchemy as sa
 from alembic.command import upgrade
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from hidream_grpc.jobs.job import JobState
 from hidream_grpc.jobs.store import migrate
@@ -18,6 +14,7 @@ from tests.support.job_stores import (
     StoreDatabase,
     added,
     claimed,
+    connected,
     finished,
     ids,
     new_job,
@@ -26,16 +23,6 @@ from tests.support.job_stores import (
 
 FORMER_REVISION = "0002"
 FORMER_NAMES = {"acceptance_number": "number", "progress_document": "run"}
-
-
-@asynccontextmanager
-async def connected(database: StoreDatabase) -> AsyncIterator[AsyncConnection]:
-    engine = create_async_engine(database.url)
-    try:
-        async with engine.begin() as connection:
-            yield connection
-    finally:
-        await engine.dispose()
 
 
 def migrate_to_former(connection: sa.Connection) -> None:
