@@ -51,7 +51,7 @@ class Priority(IntEnum):
 
 
 class CancelReason(Enum):
-    """Who or what stopped a job."""
+    """Reasons why a job is stopped."""
 
     CALLER_LEFT = "CALLER_LEFT"
     REQUESTED = "REQUESTED"

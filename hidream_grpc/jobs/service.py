@@ -37,7 +37,7 @@ from hidream_grpc.jobs.watching.state_changes import JobChange, StateChanges
 logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 1.0
-"""What a call of the store that has begun still gets when the server ends."""
+"""Seconds that a call of the store which has begun still gets when the server ends."""
 START_RETRY_SECONDS = 2.0
 MIN_RETRY_SECONDS = 1.0
 MAX_RESUMED_COUNTER = 2**31
@@ -46,7 +46,7 @@ MAX_RESUMED_COUNTER = 2**31
 
 @dataclass(frozen=True, slots=True)
 class StorePolicy:
-    """How this server deals with the store and with the files.
+    """Times and limits by which this server uses the store and its files.
 
     Attributes:
         lease_seconds: after so long without a heartbeat a replica is dead.
@@ -123,21 +123,21 @@ class JobService:
 
     @property
     def num_queued(self) -> int:
-        """Jobs that wait, as last counted."""
+        """Number of jobs that wait, as last counted."""
         return self._counts[JobState.QUEUED]
 
     @property
     def num_running(self) -> int:
-        """Jobs that are being drawn, as last counted."""
+        """Number of jobs that run, as last counted."""
         return self._counts[JobState.RUNNING]
 
     @property
     def num_accepted(self) -> int:
-        """Jobs accepted here since the start."""
+        """Number of jobs accepted by this server since its start."""
         return self._intake.num_accepted
 
     def num_ended(self, state: JobState) -> int:
-        """Jobs that this server ended in a state since its start."""
+        """Number of jobs that this server ended in a state since its start."""
         return self._store.num_ended(state)
 
     @property
@@ -180,7 +180,7 @@ class JobService:
         await self._membership.join()
 
     async def run(self) -> None:
-        """Draw jobs, follow the store, and clean up, until cancelled."""
+        """Run jobs, follow the store, and clean up, until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             if self._store.is_shared:
                 tasks.create_task(
@@ -198,14 +198,14 @@ class JobService:
 
     @property
     def live_models(self) -> tuple[LiveModel, ...]:
-        """Models that live servers of the store draw with, this one's first, as last heard."""
+        """Models that live servers of the store serve, this one's first, as of the last heartbeat."""
         return self._membership.live_models
 
     async def model(self, name: str | None) -> LiveModel:
         """The model of a name; None is for this server's own.
 
         Raises:
-            ModelNotServedError: no live server draws with it.
+            ModelNotServedError: no live server serves it.
             StoreUnavailableError: it cannot be found out which do.
         """
         return await self._membership.model(name)
@@ -333,7 +333,7 @@ class JobService:
         return replace(page, jobs=tuple(map(self._newest, page.jobs)))
 
     async def queue_positions(self, jobs: Sequence[Job]) -> Sequence[Queued | None]:
-        """Where each of the jobs waits; None for one that does not."""
+        """Position and estimated wait of each of the jobs; None for one that does not wait."""
         waiting = [job.job_id for job in jobs if job.state is JobState.QUEUED]
         positions = dict(zip(waiting, await self._positions.of(waiting), strict=True))
         return [positions.get(job.job_id) for job in jobs]
@@ -372,8 +372,8 @@ class JobService:
             StoreUnavailableError: the store is lost.
         """
         changes = StateChanges(self._store, owner, states, labels).follow(self._closed, _going_away())
-        async with contextlib.aclosing(changes) as told:
-            async for change in told:
+        async with contextlib.aclosing(changes) as matching:
+            async for change in matching:
                 yield change
 
     async def cancel(self, owner: str | None, job_id: str, reason: CancelReason) -> Job:
@@ -392,7 +392,7 @@ class JobService:
 
     @contextlib.contextmanager
     def reading(self, job_id: str) -> Iterator[None]:
-        """Keep what a job has drawn from being removed as too old, and the service from going away."""
+        """Keep a job's images from being removed as too old, and the service from going away."""
         with self._feeds.used(job_id, is_reader=True):
             try:
                 yield
@@ -400,7 +400,7 @@ class JobService:
                 self._note_reader_left()
 
     def image_reader(self, job_id: str) -> ImageReader:
-        """What reads the finished images of a job for one stream, and checks them."""
+        """A reader of the finished images of a job for one stream, which checks them."""
         return ImageReader(job_id, self._store, self._artifacts)
 
     # --- the rest ---------------------------------------------------------------------------------
@@ -448,13 +448,13 @@ class JobService:
         if job.state.has_ended:
             self._housekeeping.note_end()
         elif self.executor.job(job.job_id) is None:
-            # What becomes of it now is told by its row.
+            # From now on its row holds what becomes of it.
             self._follower.outdate(job.job_id)
         self._positions.notify()
         self._changed.set()
 
     def _newest(self, job: Job) -> Job:
-        """A row, or what is known here of the same claim and not yet in it."""
+        """The newer of a job's row and of the same claim as it is known here."""
         held = self.executor.job(job.job_id)
         return job if held is None or held.claim_number != job.claim_number else held
 

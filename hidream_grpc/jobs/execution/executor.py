@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 RELEASE_SECONDS = 2.0
 LOOK_SECONDS = 5.0
-"""Between two looks for jobs, when nothing says that there are some, and at the claims of this server."""
+"""Seconds between two tries to claim without a notice of jobs, and between two checks of the claims."""
 
 
 class Engine(Protocol):
@@ -50,7 +50,7 @@ class JobExecutor:
     """The engine's backlog. Belongs to the event loop's thread.
 
     Args:
-        replica_id: of this server as it is registered now.
+        replica_id: gives the id of this server as it is registered now.
         may_claim: whether the engine can work.
         on_change: called when a job was claimed or is held no more, with it as it is then.
         on_lost: called when a claim was lost, with its job.
@@ -86,11 +86,11 @@ class JobExecutor:
 
     @property
     def num_held(self) -> int:
-        """Jobs that are claimed now."""
+        """Number of jobs that are claimed by this server now."""
         return len(self._held)
 
     def job(self, job_id: str) -> Job | None:
-        """A job as it is here and now; None when it is not claimed here."""
+        """The newest state of a job that is claimed here; None when it is not."""
         running = self._held.get(job_id)
         return None if running is None else running.job
 
@@ -107,13 +107,13 @@ class JobExecutor:
             self._early_cancels[job_id] = reason
 
     def note_claim(self, job_id: str, claim_number: int) -> None:
-        """Note that a job has this claim now, here or elsewhere."""
+        """Note that this is a job's newest claim, here or elsewhere."""
         running = self._held.get(job_id)
         if running is not None and running.job.claim_number < claim_number:
             self._lose(running)
 
     def lose_all(self) -> None:
-        """Note that this replica was removed as dead: its claims are others'."""
+        """Note that this replica was removed as dead: its claims are lost."""
         for running in self._held.values():
             self._lose(running)
 
@@ -165,7 +165,7 @@ class JobExecutor:
                 self._early_cancels.clear()
 
     async def _check_claims(self) -> None:
-        """Make up for answers of the store, and for cancels, that were lost on their way."""
+        """Make up for answers of the store, and for cancellations, that were lost on their way."""
         async with self._claiming:
             replica_id = self._replica_id()
             for claim in await self._tools.store.held(replica_id):
@@ -187,7 +187,7 @@ class JobExecutor:
         feed = resources.enter_context(self._feeds.used(job_id, is_reader=False))
         running = RunningJob(job, feed, self._tools)
         self._held[job_id] = running
-        # Whoever is taken at once has had a place, too.
+        # A job that is claimed at once has had a position, too.
         feed.publish_first_position()
         if reason := self._early_cancels.get(job_id):
             running.cancel(reason)

@@ -46,7 +46,7 @@ class JobReading(StoreBase):
 
     @uninterrupted
     async def held_request_ids(self, owner: str, request_ids: Collection[str]) -> frozenset[str]:
-        """Those of the request ids that jobs of the owner hold."""
+        """Find which of the request ids jobs of the owner hold."""
         held: set[str] = set()
         async with self._database.read() as connection:
             for some in queries.batches(request_ids):

@@ -99,7 +99,7 @@ class SimulatedEngine:
 
     @staticmethod
     def _errors(estimates: list[Estimate], moments: dict[str, float]) -> list[float]:
-        """Of estimate against what came, relative to what came."""
+        """The error of each estimate, relative to what came."""
         outcomes = [(e.in_seconds, moments[e.job_id] - e.at_seconds) for e in estimates]
         return [abs(foreseen - actual) / actual for foreseen, actual in outcomes if actual > 0]
 

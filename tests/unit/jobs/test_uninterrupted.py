@@ -1,4 +1,4 @@
-"""Who makes a call may go; the call goes on to its end."""
+"""A call goes on to its end when its caller goes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who waits here for a job and goes: the store is told, whenever it answers again."""
+"""A caller that waits here for a job and goes is detached in the store, once that answers again."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def records(heartbeats: Mapping[str, int]) -> list[ReplicaRecord]:
 
 
 def dead_after(looks: Sequence[tuple[float, Mapping[str, int]]]) -> set[str]:
-    """Those that the last of the looks finds dead."""
+    """The replicas that the last of the looks finds dead."""
     observer = SilenceObserver(LEASE_SECONDS, GAP_SECONDS)
     found: list[ReplicaRecord] = []
     for now, heartbeats in looks:

@@ -1,4 +1,4 @@
-"""Who follows a job here is told what other replicas do to it, in its order."""
+"""A reader of a job here gets what other replicas do to it, in order."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def job(job_id: str, age_seconds: float, image_bytes: int = 10) -> EndedJob:
 
 
 def oldest_first(ended: Iterable[EndedJob]) -> list[EndedJob]:
-    """As the store lists them."""
+    """The jobs in the order in which the store lists them."""
     return sorted(ended, key=_age)
 
 
