@@ -21,8 +21,12 @@ COLD = {"START": "cold"}
 """Variables of a server that is to start as ever, seconds before its ranks are there."""
 
 _SERVE = [sys.executable, "-m", "hidream_grpc", "serve"]
-# What may differ from the environment of the warm process: no library reads it when it is imported.
-_MAY_DIFFER = {"PYTEST_CURRENT_TEST", "STEPPED_CLOCK", "TMPDIR", "XDG_DATA_HOME", "HOME"}
+# What may differ from the environment of the warm process: its forks take it over, and no library has read it
+# when it was imported. (torch sets the folder of its compiler, also in the process of the tests.)
+_MAY_DIFFER = {
+    *("PYTEST_CURRENT_TEST", "PYTHONPATH", "BROKEN_DEVICES", "STEPPED_CLOCK", "XDG_DATA_HOME"),
+    "TORCHINDUCTOR_CACHE_DIR",
+}
 
 
 class _WarmProcess:
@@ -55,9 +59,7 @@ class _WarmProcess:
 
     def _is_like_this(self, environment: dict[str, str]) -> bool:
         names = {name for name, _value in self._environment.items() ^ environment.items()}
-        # The clock of a server is stepped by a module that only servers heed.
-        may_differ = _MAY_DIFFER | ({"PYTHONPATH"} if "STEPPED_CLOCK" in environment else set())
-        return all(name in may_differ or name.startswith("AWS_") for name in names)
+        return all(name in _MAY_DIFFER or name.startswith(("AWS_", "HIDREAM_")) for name in names)
 
     def _start(self) -> socket.socket:
         channel, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

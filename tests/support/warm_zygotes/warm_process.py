@@ -8,14 +8,18 @@ waits to become the zygote, and then executes the server, whose child it stays.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import platform
 import signal
 import socket
 import sys
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
+
+from setproctitle import setproctitle
 
 from hidream_grpc.engine.protocol.processes import num_threads
 from hidream_grpc.engine.zygote import zygote
@@ -35,6 +39,8 @@ def main() -> None:
     descriptor = int(sys.argv[1])
     channel = socket.socket(fileno=descriptor)
     os.set_inheritable(descriptor, False)
+    # The first title finds where titles go, from the variables that were there at the start.
+    setproctitle("tests: warm process")
     # As the zygote does before its imports.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     zygote.import_what_ranks_need()
@@ -79,7 +85,7 @@ def _become(channel: socket.socket, request: dict[str, Any], files: list[int]) -
     try:
         channel.close()
         if ZYGOTE_MODULE in request["words"]:
-            _work_as_zygote(request["words"], files)
+            _work_as_zygote(request["words"], files, request["environment"])
         else:
             _execute_server(request, files)
         os._exit(0)
@@ -90,14 +96,14 @@ def _become(channel: socket.socket, request: dict[str, Any], files: list[int]) -
 
 def _execute_server(request: dict[str, Any], files: list[int]) -> NoReturn:
     server_end, zygote_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    environment: dict[str, str] = request["environment"]
     waiting_pid = os.fork()
     if waiting_pid == 0:
         server_end.close()
         for file in files:
             os.close(file)
-        _wait_to_be_a_zygote(zygote_end)
+        _wait_to_be_a_zygote(zygote_end, environment)
     server_end.set_inheritable(True)
-    environment: dict[str, str] = request["environment"]
     environment["WAITING_ZYGOTE"] = f"{server_end.fileno()} {waiting_pid}"
     environment["PYTHONPATH"] = os.pathsep.join(
         (str(Path(__file__).parent), environment.get("PYTHONPATH", ""))
@@ -111,11 +117,11 @@ def _execute_server(request: dict[str, Any], files: list[int]) -> NoReturn:
     os.execve(words[0], words, environment)
 
 
-def _wait_to_be_a_zygote(channel: socket.socket) -> NoReturn:
+def _wait_to_be_a_zygote(channel: socket.socket, environment: dict[str, str]) -> NoReturn:
     try:
         words, files = receive(channel)
         channel.close()
-        _work_as_zygote(words, files)
+        _work_as_zygote(words, files, environment)
         os._exit(0)
     except EOFError:
         os._exit(0)
@@ -124,17 +130,29 @@ def _wait_to_be_a_zygote(channel: socket.socket) -> NoReturn:
         os._exit(1)
 
 
-def _work_as_zygote(words: list[str], files: list[int]) -> None:
+def _work_as_zygote(words: list[str], files: list[int], environment: dict[str, str]) -> None:
     """Do as a new interpreter does with this command line.
 
     Args:
         words: the last two are the number of the socket to its server, and the server's process id.
         files: its standard streams, and that socket.
+        environment: of the new interpreter.
     """
     os.setsid()
+    _take_environment(environment)
     _take_streams(files[:3])
     sys.argv = [zygote.__file__, str(files[3]), words[-1]]
     zygote.main()
+
+
+def _take_environment(environment: dict[str, str]) -> None:
+    """Have these variables, and the module of faults that a new interpreter would find with them."""
+    os.environ.clear()
+    os.environ.update(environment)
+    new_folders = [f for f in environment.get("PYTHONPATH", "").split(os.pathsep) if f and f not in sys.path]
+    sys.path[:0] = new_folders
+    if new_folders and find_spec("sitecustomize") is not None:
+        importlib.import_module("sitecustomize")
 
 
 def _take_streams(files: list[int]) -> None:
