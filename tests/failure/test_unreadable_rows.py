@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import grpc
 import pytest
@@ -51,9 +49,10 @@ def end_of(stream: StreamReader) -> str:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_waiting_job_whose_row_cannot_be_read_fails_alone(
-    change: str, postgres: PostgresServer, tmp_path: Path
+    change: str, postgres: PostgresServer, replicas: tuple[list[FaultyServer], list[Stub]]
 ) -> None:
-    with two_replicas(postgres, tmp_path) as (servers, stubs), readers() as streams:
+    servers, stubs = replicas
+    with readers() as streams:
         # Both replicas have work for as long as it takes.
         held = [running(stub) for stub in stubs]
         bad, good = (submit(stubs[0]).job_id for _ in range(2))
@@ -72,9 +71,10 @@ def test_a_waiting_job_whose_row_cannot_be_read_fails_alone(
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_running_job_whose_row_cannot_be_read_ends_and_disturbs_no_other(
-    change: str, postgres: PostgresServer, tmp_path: Path
+    change: str, postgres: PostgresServer, replicas: tuple[list[FaultyServer], list[Stub]]
 ) -> None:
-    with two_replicas(postgres, tmp_path) as (servers, stubs), readers() as streams:
+    servers, stubs = replicas
+    with readers() as streams:
         held, bad = (running(stub, width=128, height=128) for stub in stubs)
         watching = [streams.watch(stub, bad, f"WatchJob at {n}") for n, stub in enumerate(stubs)]
         for stream in watching:
@@ -87,14 +87,15 @@ def test_a_running_job_whose_row_cannot_be_read_ends_and_disturbs_no_other(
         all_serve(servers, stubs, held)
 
 
-@contextmanager
-def two_replicas(postgres: PostgresServer, folder: Path) -> Iterator[tuple[list[FaultyServer], list[Stub]]]:
-    """Two that draw one job at a time each."""
-    names = ("first", "second")
+@pytest.fixture(scope="module")
+def replicas(
+    postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[list[FaultyServer], list[Stub]]]:
+    """Two that generate one job at a time each; every test shows that they serve after it."""
+    folder = tmp_path_factory.mktemp("replicas")
+    flags = ("--max-running-jobs", "1", "--grace-seconds", "1")
     with (
-        servers_on_postgres(
-            postgres, folder, names, "--max-running-jobs", "1", "--grace-seconds", "1"
-        ) as servers,
+        servers_on_postgres(postgres, folder, ("first", "second"), *flags) as servers,
         servers[0].live.stub() as one,
         servers[1].live.stub() as other,
     ):

@@ -25,6 +25,7 @@ _METRICS = re.compile(r"metrics on port (\d+)")
 START_TIMEOUT_SECONDS = 120.0
 # Longer than the default grace, which jobs use up where the cores are busy.
 STOP_TIMEOUT_SECONDS = 120.0
+DRAIN_SECONDS = 2.0
 # Threads of one rank spin while they wait for each other: with two of them a step beside busy cores takes ten
 # times as long as with one.
 ONE_THREAD_PER_RANK = ("--threads-per-rank", "1")
@@ -135,6 +136,18 @@ def _read_log(server: LiveServer, has_address: threading.Event) -> None:
     has_address.set()
 
 
+def _end(process: subprocess.Popen[str]) -> None:
+    """Have a server end in order; what a test has left running is not waited for."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(DRAIN_SECONDS)
+    except subprocess.TimeoutExpired:
+        # The second signal ends the grace period.
+        process.send_signal(signal.SIGTERM)
+        process.wait(STOP_TIMEOUT_SECONDS)
+
+
 @contextmanager
 def running_server(
     *flags: str, wait: bool = True, environment: Mapping[str, str] | None = None
@@ -169,10 +182,8 @@ def _running_server(flags: tuple[str, ...], wait: bool, environment: dict[str, s
             server.wait_until_serving()
         yield server
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
         try:
-            process.wait(STOP_TIMEOUT_SECONDS)
+            _end(process)
         finally:
             process.kill()
             process.wait()
