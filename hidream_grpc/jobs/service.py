@@ -12,7 +12,7 @@ from functools import partial
 
 from hidream_grpc.background import keep_doing
 from hidream_grpc.engine.requests import EngineRequest, EngineState
-from hidream_grpc.errors import HiDreamError, NotServingError, RequestError, StoreUnavailableError
+from hidream_grpc.errors import HiDreamError, RequestError, StoreUnavailableError
 from hidream_grpc.jobs.artifacts.image_reader import ImageReader
 from hidream_grpc.jobs.artifacts.orphans import OrphanedFiles
 from hidream_grpc.jobs.counts import JobCounts
@@ -21,12 +21,12 @@ from hidream_grpc.jobs.execution.job_tools import JobTools
 from hidream_grpc.jobs.intake import JobIntake
 from hidream_grpc.jobs.job import CancelReason, Job, JobState, Submission, claim_sequence
 from hidream_grpc.jobs.limits import RequestLimits
+from hidream_grpc.jobs.readiness import Readiness, shutting_down
 from hidream_grpc.jobs.replicas.attached_callers import AttachedCallers
 from hidream_grpc.jobs.replicas.membership import LiveModel, Membership
 from hidream_grpc.jobs.replicas.store_follower import StoreFollower
 from hidream_grpc.jobs.retention.housekeeping import Housekeeping
 from hidream_grpc.jobs.retention.retention import Retention, RetentionLimits, RetentionReport, remove_job
-from hidream_grpc.jobs.store.probe import StoreProbe
 from hidream_grpc.jobs.store.records import AttachedCall, Page
 from hidream_grpc.jobs.uninterrupted import RunningCalls
 from hidream_grpc.jobs.watching.events import JobEvent, Queued
@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 1.0
 """Seconds that a call of the store which has begun still gets when the server ends."""
-START_RETRY_SECONDS = 2.0
 MIN_RETRY_SECONDS = 1.0
 MAX_RESUMED_COUNTER = 2**31
 """A reader may say that it has seen so many events of a claim; there is room for as many more."""
@@ -65,6 +64,10 @@ class JobService:
     """Every call about jobs, and the engine's backlog.
 
     Belongs to the event loop's thread; `run` must run meanwhile.
+
+    Attributes:
+        executor: runs the jobs that this server has claimed.
+        readiness: whether requests are taken.
     """
 
     def __init__(
@@ -87,13 +90,16 @@ class JobService:
         )
         self._positions = QueuePositions(self._store, self._feeds, self._estimator, claim_limits)
         self._membership = Membership(self._store, model, policy.lease_seconds, self._lose_all)
+        self.readiness = Readiness(
+            self._store, lambda: self._membership.replica_id, policy.max_outage_seconds, observe_readiness
+        )
         self.executor = JobExecutor(
             engine,
             self._feeds,
             tools,
             claim_limits,
             lambda: self._membership.replica_id,
-            self._may_claim,
+            lambda: self.readiness.may_claim,
             self._on_held,
             self._on_lost,
         )
@@ -105,17 +111,8 @@ class JobService:
             policy.retention, self._store, self._artifacts, self._feeds.has_readers, observe_retention
         )
         self._housekeeping = Housekeeping(self._store, retention, self._orphans, policy.orphan_sweep_seconds)
-        self._probe = StoreProbe(
-            self._store,
-            lambda: self._membership.replica_id,
-            policy.max_outage_seconds,
-            self._tell_readiness,
-        )
-        self._observe_readiness = observe_readiness
         self._counts = JobCounts(self._store)
         self._intake = JobIntake(self._store, limits, self._wait_for_end)
-        self._engine_state = EngineState.STARTING
-        self._is_draining = False
         self._changed = asyncio.Event()
         self._calls = RunningCalls()
 
@@ -140,31 +137,10 @@ class JobService:
         """Number of jobs that this server ended in a state since its start."""
         return self._store.num_ended(state)
 
-    @property
-    def engine_state(self) -> EngineState:
-        """Whether the rank group can work."""
-        return self._engine_state
-
     def set_engine_state(self, state: EngineState) -> None:
         """Note whether the rank group can work."""
-        self._engine_state = state
+        self.readiness.set_engine_state(state)
         self.executor.notify()
-        self._tell_readiness()
-
-    @property
-    def is_draining(self) -> bool:
-        """Whether nothing more is accepted."""
-        return self._is_draining
-
-    @property
-    def takes_requests(self) -> bool:
-        """Whether a request is accepted where the queue has room for it."""
-        return self._engine_state.takes_requests and not self._is_draining
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether callers are better sent here than elsewhere; one that comes all the same is tried."""
-        return self.takes_requests and self._probe.is_usable
 
     @property
     def retry_after_seconds(self) -> float:
@@ -192,7 +168,7 @@ class JobService:
                 self._positions,
                 self._housekeeping,
                 self._counts,
-                self._probe,
+                self.readiness.probe,
             ):
                 tasks.create_task(work.run())
 
@@ -219,7 +195,7 @@ class JobService:
 
         What waits is left to other replicas, or to the next start.
         """
-        self._is_draining = True
+        self.readiness.is_draining = True
         try:
             async with asyncio.timeout(grace_seconds):
                 await self._until(lambda: self.executor.num_held == 0)
@@ -302,7 +278,7 @@ class JobService:
             RequestError: the refusal, where not all requests have their jobs.
             StoreUnavailableError, StoreFullError: the store is lost or full.
         """
-        self._check_serving()
+        self.readiness.check()
         call = AttachedCall(call_id, self._membership.replica_id) if call_id else None
         accepting = self._intake.accept(submissions, owner, self.retry_after_seconds, call, refusal)
         try:
@@ -371,7 +347,7 @@ class JobService:
             NotServingError: the service goes away.
             StoreUnavailableError: the store is lost.
         """
-        changes = StateChanges(self._store, owner, states, labels).follow(self._closed, _going_away())
+        changes = StateChanges(self._store, owner, states, labels).follow(self._closed, shutting_down())
         async with contextlib.aclosing(changes) as matching:
             async for change in matching:
                 yield change
@@ -405,17 +381,6 @@ class JobService:
 
     # --- the rest ---------------------------------------------------------------------------------
 
-    def _check_serving(self) -> None:
-        if self._is_draining:
-            raise _going_away()
-        if self._engine_state is EngineState.STARTING:
-            raise NotServingError("the model is loading", START_RETRY_SECONDS)
-        if not self.takes_requests:
-            raise NotServingError("the devices are not available", START_RETRY_SECONDS)
-
-    def _tell_readiness(self) -> None:
-        self._observe_readiness(self.is_ready)
-
     def _detach_early(self, call_id: str, jobs: Sequence[Job]) -> None:
         for job in jobs:
             if call_id and not job.submission.is_detached:
@@ -440,9 +405,6 @@ class JobService:
             self._housekeeping.note_end()
         else:
             self.executor.cancel(job.job_id, job.cancel_reason or CancelReason.CALLER_LEFT)
-
-    def _may_claim(self) -> bool:
-        return self._engine_state is EngineState.SERVING and not self._is_draining
 
     def _on_held(self, job: Job) -> None:
         if job.state.has_ended:
@@ -470,8 +432,4 @@ class JobService:
 
     def _close(self) -> None:
         self._closed.set()
-        self._feeds.close(_going_away())
-
-
-def _going_away() -> NotServingError:
-    return NotServingError("the server is shutting down", START_RETRY_SECONDS)
+        self._feeds.close(shutting_down())

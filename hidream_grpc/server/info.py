@@ -58,9 +58,9 @@ class ServerDescription:
         """The server as it is now."""
         loaded, placement = self._group.loaded, self._group.placement
         checkpoint = self._checkpoint
-        state = _STATES[self._jobs.engine_state]
+        state = _STATES[self._jobs.readiness.engine_state]
         return server_info_pb2.ServerInfo(
-            state=server_info_pb2.SERVER_STATE_DRAINING if self._jobs.is_draining else state,
+            state=server_info_pb2.SERVER_STATE_DRAINING if self._jobs.readiness.is_draining else state,
             model=_model_info(
                 ModelIdentity(checkpoint.name, checkpoint.variant, checkpoint.fingerprint),
                 checkpoint.scheduler_name,

@@ -116,7 +116,7 @@ class Metrics:
                 "What one step may hold; less after a lack.",
                 lambda: step_limit.pixels,
             ),
-            ("hidream_serving", "1 while requests are taken.", lambda: jobs.is_ready),
+            ("hidream_serving", "1 while requests are taken.", lambda: jobs.readiness.is_ready),
         ):
             Gauge(name, text, registry=self.registry).set_function(read)
 

@@ -85,7 +85,7 @@ async def test_draining_lets_running_jobs_end_and_keeps_the_others_for_the_next_
         request, other = await bench.take(), await bench.take()
         waiting = await bench.submit(submission("c"))
         drain = asyncio.create_task(bench.service.drain(TIMEOUT_SECONDS))
-        await until(lambda: bench.service.is_draining)
+        await until(lambda: bench.service.readiness.is_draining)
         with pytest.raises(NotServingError):
             await bench.submit(submission("late"))
         draw(request)
@@ -115,7 +115,7 @@ async def test_draining_waits_until_the_images_are_read(bench: Bench) -> None:
 async def test_an_idle_service_is_drained_at_once(bench: Bench) -> None:
     async with asyncio.timeout(TIMEOUT_SECONDS):
         await bench.service.drain(3600)
-    assert bench.service.is_draining
+    assert bench.service.readiness.is_draining
 
 
 async def test_a_job_that_does_not_end_within_the_grace_period_goes_on_after_the_next_start(

@@ -24,5 +24,5 @@ def test_a_service_that_is_built_has_opened_no_store_and_no_port_and_started_no_
 
     service = asyncio.run(built())
     assert not list(tmp_path.glob("jobs.sqlite*"))
-    assert service.jobs.engine_state is EngineState.STARTING
-    assert not service.jobs.is_ready
+    assert service.jobs.readiness.engine_state is EngineState.STARTING
+    assert not service.jobs.readiness.is_ready
