@@ -1,4 +1,4 @@
-"""What callers are told about the time to come, against what then came."""
+"""The times that callers are told in advance, against what then came."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SIDES_PIXELS = (128, 256)
 NUM_STEPS = 12
 NUM_JOBS = 12
 NUM_RUNNING = 3
-NUM_BURSTS = 4
+MAX_BURSTS = 12
 
 
 @pytest.fixture
 def fresh_server(tmp_path: Path) -> Iterator[LiveServer]:
-    """A server of two callers that has measured nothing yet, and draws three jobs at a time."""
+    """A server of two callers that has measured nothing yet, and runs three jobs at a time."""
     tokens_file = tmp_path / "tokens"
     tokens_file.write_text("".join(f"caller-{n} {token}\n" for n, token in enumerate(TOKENS)))
     flags = (
@@ -44,24 +44,32 @@ def fresh_server(tmp_path: Path) -> Iterator[LiveServer]:
 def test_on_a_steady_load_the_median_error_of_estimates_is_under_a_quarter(fresh_server: LiveServer) -> None:
     with fresh_server.stub() as stub, ThreadPoolExecutor(NUM_JOBS) as threads:
 
-        def draw(number: int) -> Stream:
+        def generate(number: int) -> Stream:
             side = SIDES_PIXELS[number // 2 % 2]
             spec = request(width=side, height=side, num_inference_steps=NUM_STEPS, seed=number)
             credentials = (("authorization", f"Bearer {TOKENS[number % 2]}"),)
             return follow(stub.Generate(spec, metadata=credentials))
 
-        # In the first one every shape of step is measured that the load consists of.
-        bursts = [list(threads.map(draw, range(NUM_JOBS))) for _ in range(NUM_BURSTS)][1:]
-    wait_errors = [[error for stream in burst for error in _wait_errors(stream)] for burst in bursts]
-    remaining_errors = [
-        [error for stream in burst for error in _remaining_errors(stream)] for burst in bursts
-    ]
-    assert all(len(errors) >= NUM_JOBS - NUM_RUNNING for errors in wait_errors)
-    # One for each step of each job, of which a reader may miss some.
-    assert all(len(errors) > NUM_JOBS * NUM_STEPS / 2 for errors in remaining_errors)
-    # The load is steady, a host that others use is not: where estimates are wrong, they are in every burst.
-    assert min(median(errors) for errors in wait_errors) < MAX_MEDIAN_ERROR
-    assert min(median(errors) for errors in remaining_errors) < MAX_MEDIAN_ERROR
+        def burst() -> list[Stream]:
+            return list(threads.map(generate, range(NUM_JOBS)))
+
+        # Every shape of step that the load consists of is measured.
+        burst()
+        wait_error, remaining_error = 1.0, 1.0
+        for _ in range(MAX_BURSTS):
+            streams = burst()
+            wait_errors = [error for stream in streams for error in _wait_errors(stream)]
+            remaining_errors = [error for stream in streams for error in _remaining_errors(stream)]
+            assert len(wait_errors) >= NUM_JOBS - NUM_RUNNING
+            # One for each step of each job, of which a reader may miss some.
+            assert len(remaining_errors) > NUM_JOBS * NUM_STEPS / 2
+            wait_error = min(wait_error, median(wait_errors))
+            remaining_error = min(remaining_error, median(remaining_errors))
+            # The load is steady, a host that others use is not: wrong estimates are wrong in every burst.
+            if max(wait_error, remaining_error) < MAX_MEDIAN_ERROR:
+                break
+    assert wait_error < MAX_MEDIAN_ERROR
+    assert remaining_error < MAX_MEDIAN_ERROR
 
 
 def _wait_errors(stream: Stream) -> Iterator[float]:
@@ -79,7 +87,7 @@ def _remaining_errors(stream: Stream) -> Iterator[float]:
 def _error(
     message: job_pb2.Queued | job_pb2.JobProgress, field: str, actual_seconds: float
 ) -> Iterator[float]:
-    """Relative to what came, where something was foreseen and it did not come at once."""
+    """Relative to what came, where something was estimated and it did not come at once."""
     if message.HasField(field) and actual_seconds > 0:  # type: ignore[arg-type]
         yield abs(_seconds(getattr(message, field)) - actual_seconds) / actual_seconds
 

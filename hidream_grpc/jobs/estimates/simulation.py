@@ -1,35 +1,50 @@
-"""When each job starts and ends, foreseen from measured times and the engine's own rules. Pure.
+"""When each job starts and ends, estimated by running the engine's own scheduler in made-up time. Pure.
 
-Between two events (a job takes its last step, or ends) the engine repeats itself: sizes take turns, the
-requests of a size share forwards of at most `max_step_pixels`, and a rank that decodes does so for one
-step's time between two steps (`engine/scheduler.py`). So whole stretches are jumped over, and hundreds of
-jobs cost less than a step.
+The order in which jobs start is the queue's (`jobs/store/order.py`), and who steps and decodes in a round
+is decided by `engine/scheduler.py`. Only the durations are estimates, and how often a round is repeated:
+the next rounds are run one by one, and one that is far off stands for several like it. So the number of
+rounds grows with the logarithm of the work, and an estimate is as coarse as what it is of is far off.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from typing import Self
 
-from hidream_grpc.jobs.estimates.durations import MeasuredDurations, Size
+from hidream_grpc.engine.requests import EngineEvent, EngineRequest
+from hidream_grpc.engine.running_request import RunningRequest
+from hidream_grpc.engine.scheduler import (
+    free_ranks,
+    next_decodes,
+    next_forward,
+    note_decodes,
+    note_forward,
+)
+from hidream_grpc.jobs.estimates.durations import MeasuredDurations
 from hidream_grpc.jobs.job import Job
+from hidream_grpc.jobs.store.order import claimable
+from hidream_grpc.model.parameters import GenerationParameters
 
 MAX_SIMULATED_JOBS = 64
-"""Of those that wait; the others follow at the pace of the later half of these."""
+"""Number of waiting jobs that are simulated; the others follow at the pace of the later half of these."""
+MAX_EXACT_ROUNDS = 64
+"""Number of rounds after which estimates become coarse."""
+COARSENESS = 1 / 20
+"""How often a coarse round is repeated at once, as a share of all coarse forwards before it."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineCapacity:
-    """What the engine does at a time.
+    """How much the engine does at the same time.
 
     Attributes:
-        max_running_jobs: that are denoised or decoded.
-        max_running_jobs_of_caller: of these; None for any number.
+        max_running_jobs: jobs that are denoised or decoded.
+        max_running_jobs_of_caller: jobs of one caller among these; None for any number.
         max_step_pixels: width × height × samples of one forward; a single job may exceed it.
-        num_ranks: each decodes one image at a time.
+        num_ranks: ranks, each of which decodes one image at a time.
     """
 
     max_running_jobs: int
@@ -39,259 +54,286 @@ class EngineCapacity:
 
 
 @dataclass(frozen=True, slots=True)
-class RemainingWork:
-    """What a job still asks of the engine: steps and images; num_samples are its rows of one forward."""
+class JobWork:
+    """A job, and how much of it is done.
+
+    Attributes:
+        step: denoising steps that it has taken.
+        finished_images: indices of its images that are decoded.
+    """
 
     job_id: str
     caller: str
-    width: int
-    height: int
-    num_samples: int
-    num_inference_steps: int
-    steps: int
-    images: int
+    parameters: GenerationParameters
+    step: int = 0
+    finished_images: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, job: Job) -> RemainingWork:
-        """Of a job that the engine has not begun, or goes on with from its snapshot."""
-        parameters = job.submission.parameters
-        num_steps = parameters.num_inference_steps
+    def of(cls, job: Job) -> Self:
+        """The work of a job that the engine has not begun, or goes on with from its snapshot."""
         return cls(
             job_id=job.job_id,
             caller=job.submission.caller,
-            width=parameters.width,
-            height=parameters.height,
-            num_samples=parameters.num_samples,
-            num_inference_steps=num_steps,
-            steps=num_steps - (0 if job.snapshot is None else job.snapshot.step),
-            images=parameters.num_images - len(job.images),
+            parameters=job.submission.parameters,
+            step=0 if job.snapshot is None else job.snapshot.step,
+            finished_images=frozenset(image.index for image in job.images),
         )
 
-    def after_step(self, step: int) -> RemainingWork:
-        """Once so many steps are taken."""
-        return replace(self, steps=self.num_inference_steps - step)
+    def running_request(self) -> RunningRequest:
+        """The record that the engine's policies read; it reports to nobody."""
+        request = EngineRequest(
+            claim_id=self.job_id,
+            job_id=self.job_id,
+            request_id="",
+            parameters=self.parameters,
+            on_event=_ignore,
+            finished_images=self.finished_images,
+        )
+        return RunningRequest(request, step=self.step)
 
-    def after_image(self) -> RemainingWork:
-        """Once another image is decoded."""
-        return replace(self, images=self.images - 1)
-
-    @property
-    def size(self) -> Size:
-        """Width and height; only jobs of one size share a forward."""
-        return self.width, self.height
-
-
-def estimate_starts(
-    durations: MeasuredDurations,
-    capacity: EngineCapacity,
-    running: Sequence[RemainingWork],
-    waiting: Sequence[RemainingWork],
-) -> dict[str, float]:
-    """Seconds until each waiting job starts, by job id, as if nothing more were asked and nobody left.
-
-    Args:
-        durations: what was measured; while that is not one step, nothing is foreseen.
-        capacity: of the engine.
-        running: in the order of their start.
-        waiting: in the order in which they will be taken.
-    """
-    starts: dict[str, float] = {}
-    if not durations.has_steps:
-        return starts
-    simulation = _Simulation(durations, capacity, running, waiting[:MAX_SIMULATED_JOBS])
-    while simulation.waiting:
-        starts |= dict.fromkeys(simulation.admit(), simulation.seconds)
-        simulation.advance()
-    return starts | _later_starts(durations, waiting, starts)
+    def seconds_alone(self, durations: MeasuredDurations) -> float:
+        """How long it would take with the engine to itself."""
+        width, height = self.parameters.width, self.parameters.height
+        num_steps = self.parameters.num_inference_steps - self.step
+        num_images = self.parameters.num_images - len(self.finished_images)
+        step_seconds = durations.step_seconds(width, height, self.parameters.num_samples)
+        return num_steps * step_seconds + num_images * durations.image_seconds(width, height)
 
 
-def estimate_ends(
-    durations: MeasuredDurations,
-    capacity: EngineCapacity,
-    running: Sequence[RemainingWork],
-    waiting: Sequence[RemainingWork],
-) -> dict[str, float]:
-    """Seconds until each running job ends, by job id; arguments as of `estimate_starts`.
-
-    Those that wait take the places of those that end.
-    """
-    ends: dict[str, float] = {}
-    if not durations.has_steps:
-        return ends
-    missing = {work.job_id for work in running}
-    simulation = _Simulation(durations, capacity, running, waiting[:MAX_SIMULATED_JOBS])
-    while missing:
-        simulation.admit()
-        ended = missing.intersection(simulation.advance())
-        ends |= dict.fromkeys(ended, simulation.seconds)
-        missing -= ended
-    return ends
-
-
-@dataclass(slots=True)
-class _Request:
-    """A request on its way; pace is what it does in a second of what is left."""
-
-    work: RemainingWork
-    steps: float
-    # Of one rank.
-    decode_seconds: float
-    pace: float = 0.0
-
-    @property
-    def left(self) -> float:
-        """Steps, or seconds of decoding once those are done."""
-        return self.steps or self.decode_seconds
-
-    def go_on(self, elapsed_seconds: float) -> None:
-        left = _less(self.left, elapsed_seconds * self.pace)
-        if self.steps:
-            self.steps = left
-        else:
-            self.decode_seconds = left
-
-
-class _Simulation:
-    """The engine from now on.
+@dataclass(frozen=True, slots=True)
+class Estimates:
+    """Seconds from now by job id.
 
     Attributes:
-        waiting: who has not started yet.
+        starts: until each waiting job starts, in the order of the queue.
+        ends: until each running job ends.
+    """
+
+    starts: Mapping[str, float]
+    ends: Mapping[str, float]
+
+
+def estimate_jobs(
+    durations: MeasuredDurations,
+    capacity: EngineCapacity,
+    running: Sequence[JobWork],
+    waiting: Sequence[JobWork],
+) -> Estimates:
+    """Estimate when jobs start and end, as if no job came and none were cancelled.
+
+    Only the first `MAX_SIMULATED_JOBS` of those that wait are simulated: what is far off changes before it
+    comes, so the others follow at the pace of these, by the work in front of them.
+
+    Args:
+        durations: what was measured; while that is not one step, nothing is estimated.
+        capacity: of the engine.
+        running: jobs in the order of their start.
+        waiting: jobs in the order of the queue.
+    """
+    if not durations.has_steps:
+        return Estimates({}, {})
+    simulation = Simulation(durations, capacity, running, waiting[:MAX_SIMULATED_JOBS])
+    running_ids = [work.job_id for work in running]
+    while simulation.waiting or not simulation.ends.keys() >= set(running_ids):
+        simulation.run_round()
+    starts = {work.job_id: simulation.starts[work.job_id] for work in waiting[:MAX_SIMULATED_JOBS]}
+    ends = {job_id: simulation.ends[job_id] for job_id in running_ids}
+    return Estimates(starts | _later_starts(durations, waiting, starts), ends)
+
+
+class Simulation:
+    """The engine from now on.
+
+    A rotation is the rounds in which every job that steps has its turn. While nothing begins or ends, one
+    is like the other: it is repeated at once until shortly before the next end. That alone does not bound the
+    number of rounds, so late ones are repeated beyond the ends of jobs, which then have fewer steps in them.
+
+    Attributes:
+        waiting: jobs that have not started yet.
         seconds: the time that it has come to.
+        starts, ends: when jobs have started and ended.
     """
 
     def __init__(
         self,
         durations: MeasuredDurations,
         capacity: EngineCapacity,
-        running: Sequence[RemainingWork],
-        waiting: Sequence[RemainingWork],
+        running: Sequence[JobWork],
+        waiting: Sequence[JobWork],
     ) -> None:
-        self.waiting = list(waiting)
+        self.waiting = {work.job_id: work for work in waiting}
         self.seconds = 0.0
+        self.starts: dict[str, float] = {}
+        self.ends: dict[str, float] = {}
         self._durations = durations
+        self._encode_seconds = durations.encode_seconds
+        self._seconds_between_steps = durations.seconds_between_steps
         self._capacity = capacity
-        self._requests = [self._request(work) for work in running]
-        # Read by those that were admitted, while nobody steps.
-        self._encode_seconds = 0.0
+        self._running: dict[str, RunningRequest] = {}
+        self._callers: dict[str, str] = {}
+        self._num_running: Counter[str] = Counter()
+        # Of those that run, in the same order.
+        self._stepping: dict[str, RunningRequest] = {}
+        self._denoised: dict[str, RunningRequest] = {}
+        # What is left of each image that a rank is decoding, by job and index.
+        self._decode_seconds: dict[tuple[str, int], float] = {}
+        self._rotation = _Rotation()
+        self._num_rounds = 0
+        self._num_coarse_forwards = 0
+        for work in running:
+            self._start(work)
 
-    def _request(self, work: RemainingWork) -> _Request:
-        return _Request(work, work.steps, work.images * self._durations.image_seconds(*work.size))
+    def run_round(self) -> None:
+        """Do what the controller does in its next round, or in several like it."""
+        self._num_rounds += 1
+        self._start_next()
+        forward = next_forward(self._stepping, self._capacity.max_step_pixels)
+        self._start_decodes()
+        if forward.claim_ids:
+            self._decode(self._take_steps(forward.claim_ids))
+        else:
+            self._decode(min(self._decode_seconds.values(), default=0.0))
+        for job_id in [job_id for job_id, request in self._denoised.items() if request.is_finished]:
+            self.ends[job_id] = self.seconds
+            self._num_running[self._callers.pop(job_id)] -= 1
+            del self._running[job_id], self._denoised[job_id]
 
-    def admit(self) -> list[str]:
-        """Start those for which there is room now; a caller that has enough running is passed over."""
-        admitted: list[str] = []
-        limit = self._capacity.max_running_jobs_of_caller
-        callers = Counter(request.work.caller for request in self._requests)
-        for work in tuple(self.waiting):
-            if len(self._requests) >= self._capacity.max_running_jobs:
-                break
-            if limit is None or callers[work.caller] < limit:
-                callers[work.caller] += 1
-                self.waiting.remove(work)
-                self._requests.append(self._request(work))
-                admitted.append(work.job_id)
-        self._encode_seconds = self._durations.encode_seconds if admitted else 0.0
-        return admitted
-
-    def advance(self) -> list[str]:
-        """Go on to the next event; returns the jobs that have ended with it."""
-        self._set_paces()
-        elapsed = min(
-            # What came with nothing left to do has no pace.
-            (r.left / r.pace if r.left else 0.0 for r in self._requests if r.pace or not r.left),
-            default=0.0,
+    def _start_next(self) -> None:
+        """Start the jobs for which there is room; their prompts are encoded together."""
+        room = self._capacity.max_running_jobs - len(self._running)
+        if room <= 0 or not self.waiting:
+            return
+        may_start = claimable(
+            self.waiting.values(), self._num_running, self._capacity.max_running_jobs_of_caller
         )
-        self.seconds += self._encode_seconds + elapsed
-        for request in self._requests:
-            request.go_on(elapsed)
-        ended = [r.work.job_id for r in self._requests if not r.left]
-        self._requests = [r for r in self._requests if r.left]
-        return ended
+        if started := tuple(islice(may_start, room)):
+            for work in started:
+                self.starts[work.job_id] = self.seconds
+                del self.waiting[work.job_id]
+                self._start(work)
+            self.seconds += self._encode_seconds
 
-    def _set_paces(self) -> None:
-        rounds = _Rounds.of(self._durations, self._capacity, [r for r in self._requests if r.steps])
-        round_seconds = rounds.mean_seconds
-        free_ranks = self._capacity.num_ranks
-        decoding = [r for r in self._requests if r.left and not r.steps]
-        for request in decoding:
-            # The oldest goes first.
-            image_seconds = self._durations.image_seconds(*request.work.size)
-            at_once = min(free_ranks, math.ceil(request.decode_seconds / image_seconds))
-            free_ranks -= at_once
-            slice_seconds = rounds.slice_seconds(image_seconds)
-            # Of a round, until it is known how long that is.
-            request.pace = at_once * slice_seconds
-            if at_once:
-                round_seconds = max(round_seconds, rounds.mean_seconds + slice_seconds)
-        for request in decoding:
-            request.pace /= round_seconds
-        for request in self._requests:
-            if request.steps:
-                request.pace = rounds.steps[request.work.size] / (rounds.number * round_seconds)
+    def _start(self, work: JobWork) -> None:
+        request = work.running_request()
+        self._running[work.job_id] = request
+        self._callers[work.job_id] = work.caller
+        self._num_running[work.caller] += 1
+        (self._denoised if request.is_denoised else self._stepping)[work.job_id] = request
+
+    def _start_decodes(self) -> None:
+        if not self._denoised:
+            return
+        decodes = next_decodes(self._denoised, free_ranks(self._denoised, self._capacity.num_ranks))
+        note_decodes(self._denoised, decodes)
+        for decode in decodes:
+            size = self._denoised[decode.claim_id].size
+            self._decode_seconds[decode.claim_id, decode.image_index] = self._durations.image_seconds(*size)
+
+    def _take_steps(self, job_ids: tuple[str, ...]) -> float:
+        """Have jobs take steps together, as often as the round is repeated and as each has steps left.
+
+        Returns:
+            How long the steps take.
+        """
+        if self._rotation.is_over(job_ids):
+            self._rotation = _Rotation(self._choose_repeats())
+        max_forwards = self._rotation.num_repeats
+        stepping = [self._stepping[job_id] for job_id in job_ids]
+        step_seconds = self._step_seconds(stepping)
+        self._rotation.add(job_ids, step_seconds)
+        note_forward(self._stepping, job_ids, step_seconds)
+        num_forwards = 1
+        left = [request for request in stepping if not request.is_denoised]
+        while left and num_forwards < max_forwards:
+            num_steps = min(max_forwards - num_forwards, *map(_num_steps_left, left))
+            step_seconds += num_steps * self._step_seconds(left)
+            num_forwards += num_steps
+            for request in left:
+                request.step += num_steps
+            left = [request for request in left if not request.is_denoised]
+        if len(left) < len(stepping):
+            self._stepping = {job_id: r for job_id, r in self._stepping.items() if not r.is_denoised}
+            # In the order of their start.
+            self._denoised = {
+                job_id: r for job_id, r in self._running.items() if job_id not in self._stepping
+            }
+        if self._num_rounds > MAX_EXACT_ROUNDS:
+            self._num_coarse_forwards += num_forwards
+        self.seconds += step_seconds + num_forwards * self._seconds_between_steps
+        return step_seconds
+
+    def _choose_repeats(self) -> int:
+        """Choose how often the next rotation is repeated at once."""
+        num_repeats = 1
+        if self._rotation.is_like_the_next(self._stepping):
+            num_repeats = min(map(_num_steps_left, self._stepping.values())) - 1
+            if self._decode_seconds:
+                seconds = min(self._decode_seconds.values())
+                num_repeats = min(num_repeats, int(seconds / self._rotation.step_seconds))
+        return max(num_repeats, 1 + int(COARSENESS * self._num_coarse_forwards))
+
+    def _step_seconds(self, stepping: Sequence[RunningRequest]) -> float:
+        width, height = stepping[0].size
+        num_samples = sum([request.step_pixels for request in stepping]) // (width * height)
+        return self._durations.step_seconds(width, height, num_samples)
+
+    def _decode(self, budget_seconds: float) -> None:
+        """Have each rank go on with its image, beside the steps at most as long as these take."""
+        if not self._decode_seconds:
+            return
+        self.seconds += min(budget_seconds, max(self._decode_seconds.values()))
+        for (job_id, image_index), seconds in tuple(self._decode_seconds.items()):
+            if seconds > budget_seconds:
+                self._decode_seconds[job_id, image_index] = seconds - budget_seconds
+            else:
+                del self._decode_seconds[job_id, image_index]
+                self._running[job_id].finish_image(image_index)
 
 
-@dataclass(slots=True)
-class _Rounds:
-    """The rounds in which every request of every size has had its turn.
+class _Rotation:
+    """The rounds in which every job that steps has its turn, or in which it has several.
 
     Attributes:
-        number: forwards of all sizes; 0 where nobody steps.
-        seconds: of all, without images that are decoded in between.
-        step_seconds: of these, those of the steps.
-        steps: that each request of a size takes meanwhile.
+        num_repeats: how often each of its rounds is repeated at once.
+        step_seconds: duration of its steps without repeats.
     """
 
-    number: int = 0
-    seconds: float = 0.0
-    step_seconds: float = 0.0
-    steps: dict[Size, float] = field(default_factory=dict)
+    def __init__(self, num_repeats: int = 1) -> None:
+        self.num_repeats = num_repeats
+        self.step_seconds = 0.0
+        self._job_ids: set[str] = set()
+        self._num_turns = 0
 
-    @classmethod
-    def of(
-        cls, durations: MeasuredDurations, capacity: EngineCapacity, stepping: Sequence[_Request]
-    ) -> _Rounds:
-        sizes: dict[Size, list[int]] = {}
-        for request in stepping:
-            sizes.setdefault(request.work.size, []).append(request.work.num_samples)
-        rounds = cls()
-        for (width, height), samples in sizes.items():
-            mean_samples = sum(samples) / len(samples)
-            room = capacity.max_step_pixels // (width * height)
-            sharing = min(len(samples), max(1, int(room / mean_samples)))
-            number = math.ceil(len(samples) / sharing)
-            step_seconds = durations.step_seconds(width, height, round(sharing * mean_samples))
-            rounds.number += number
-            rounds.step_seconds += number * step_seconds
-            rounds.seconds += number * (step_seconds + durations.seconds_between_steps)
-            # A forward that is not full with those that wait is filled up with others.
-            rounds.steps[width, height] = number * sharing / len(samples)
-        return rounds
+    def add(self, job_ids: tuple[str, ...], step_seconds: float) -> None:
+        """Record a round."""
+        self._job_ids.update(job_ids)
+        self._num_turns += len(job_ids)
+        self.step_seconds += step_seconds
 
-    @property
-    def mean_seconds(self) -> float:
-        """Of one round; 0 where nobody steps."""
-        return self.seconds / self.number if self.number else 0.0
+    def is_over(self, next_job_ids: tuple[str, ...]) -> bool:
+        """Whether all have had their turn, since the one that has waited longest has."""
+        return next_job_ids[0] in self._job_ids
 
-    def slice_seconds(self, image_seconds: float) -> float:
-        """What a rank does for an image in one round: at most what a step takes, any time without steps."""
-        if not self.number:
-            return 1.0
-        return image_seconds / math.ceil(image_seconds * self.number / self.step_seconds)
+    def is_like_the_next(self, stepping: Mapping[str, RunningRequest]) -> bool:
+        """Whether the same jobs are to step again, each of which has had exactly one turn."""
+        return self._num_turns == len(self._job_ids) and self._job_ids == stepping.keys()
 
 
-def _less(amount: float, done: float) -> float:
-    """What is left; nothing rather than a rounding error."""
-    left = amount - done
-    return left if left > 1e-9 * amount else 0.0
+def _ignore(_: EngineEvent) -> None:
+    """Report nothing: the request is not a caller's."""
+
+
+def _num_steps_left(request: RunningRequest) -> int:
+    return request.request.parameters.num_inference_steps - request.step
 
 
 def _later_starts(
-    durations: MeasuredDurations, waiting: Sequence[RemainingWork], known_starts: Mapping[str, float]
+    durations: MeasuredDurations, waiting: Sequence[JobWork], known_starts: Mapping[str, float]
 ) -> dict[str, float]:
-    """Of those behind the ones that were simulated, by the work in front of them."""
+    """Estimate the starts of the jobs behind those that were simulated, by the work in front of them."""
     if len(waiting) <= MAX_SIMULATED_JOBS:
         return {}
-    amounts = [_alone_seconds(durations, work) for work in waiting]
+    amounts = [work.seconds_alone(durations) for work in waiting]
     half = MAX_SIMULATED_JOBS // 2
     last_start = max(known_starts.values())
     middle_start = max(known_starts[work.job_id] for work in waiting[:half])
@@ -299,9 +341,3 @@ def _later_starts(
     in_front = accumulate(amounts[MAX_SIMULATED_JOBS - 1 :])
     later = waiting[MAX_SIMULATED_JOBS:]
     return {work.job_id: last_start + pace * amount for work, amount in zip(later, in_front, strict=False)}
-
-
-def _alone_seconds(durations: MeasuredDurations, work: RemainingWork) -> float:
-    """What a job would take with the engine to itself."""
-    step_seconds = durations.step_seconds(work.width, work.height, work.num_samples)
-    return work.steps * step_seconds + work.images * durations.image_seconds(*work.size)

@@ -6,6 +6,7 @@ import heapq
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,14 @@ class WaitingJob:
     caller: str
     priority: int
     was_begun: bool = False
+
+
+class _OfCaller(Protocol):
+    @property
+    def caller(self) -> str: ...
+
+
+_JobOfCaller = TypeVar("_JobOfCaller", bound=_OfCaller)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +69,30 @@ def claim_order(waiting: Iterable[WaitingJob], loads: CallerLoads) -> ClaimOrder
 
     The caller whose last turn is longest ago gives its oldest job.
     """
-    jobs = sorted(waiting, key=lambda job: job.acceptance_number)
-    num_running = Counter(loads.num_running)
-    limit = loads.max_running_jobs
-    claimable: list[WaitingJob] = []
-    held_back: list[WaitingJob] = []
-    for job in _in_turns(jobs, loads.last_turns):
-        if limit is not None and num_running[job.caller] >= limit:
-            held_back.append(job)
-        else:
-            claimable.append(job)
-            num_running[job.caller] += 1
-    return ClaimOrder(tuple(claimable), tuple(held_back))
+    jobs = tuple(_in_turns(sorted(waiting, key=lambda job: job.acceptance_number), loads.last_turns))
+    first = tuple(claimable(jobs, loads.num_running, loads.max_running_jobs))
+    first_ids = {job.job_id for job in first}
+    return ClaimOrder(first, tuple(job for job in jobs if job.job_id not in first_ids))
+
+
+def claimable(
+    jobs: Iterable[_JobOfCaller], num_running: Mapping[str, int], max_running_jobs: int | None
+) -> Iterator[_JobOfCaller]:
+    """Choose the jobs that may be claimed one after another; one whose caller has enough is passed over.
+
+    Args:
+        jobs: in order.
+        num_running: jobs of each caller that run before the first of these.
+        max_running_jobs: jobs of one caller that may run; None for any number.
+    """
+    if max_running_jobs is None:
+        yield from jobs
+        return
+    num_of_caller = Counter(num_running)
+    for job in jobs:
+        if num_of_caller[job.caller] < max_running_jobs:
+            num_of_caller[job.caller] += 1
+            yield job
 
 
 def _in_turns(jobs: Iterable[WaitingJob], last_turns: Mapping[str, int]) -> Iterator[WaitingJob]:

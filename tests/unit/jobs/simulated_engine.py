@@ -7,26 +7,20 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from hidream_grpc.engine.protocol.messages import Decode
-from hidream_grpc.engine.requests import EngineRequest, StepReport
+from hidream_grpc.engine.requests import StepReport
 from hidream_grpc.engine.running_request import RunningRequest
-from hidream_grpc.engine.scheduler import free_ranks, next_decodes, next_forward, note_decodes, note_forward
-from hidream_grpc.jobs.estimates.durations import MeasuredDurations
-from hidream_grpc.jobs.estimates.simulation import (
-    EngineCapacity,
-    RemainingWork,
-    estimate_ends,
-    estimate_starts,
+from hidream_grpc.engine.scheduler import (
+    free_ranks,
+    next_decodes,
+    next_forward,
+    note_decodes,
+    note_forward,
 )
+from hidream_grpc.jobs.estimates.durations import MeasuredDurations
+from hidream_grpc.jobs.estimates.simulation import EngineCapacity, Estimates, JobWork, estimate_jobs
 from hidream_grpc.model.parameters import GenerationParameters
 
 SLICE_SECONDS = 0.05
-
-
-@dataclass(frozen=True)
-class Request:
-    job_id: str
-    caller: str
-    parameters: GenerationParameters
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What was foreseen of a job at one moment, and when that was."""
+    """What was estimated of a job at one moment, and when that was."""
 
     job_id: str
     at_seconds: float
@@ -50,31 +44,33 @@ class Estimate:
 
 @dataclass
 class SimulatedEngine:
-    """Runs requests as the controller does, measures, and foresees after every round.
+    """Runs jobs as the controller does, measures, and estimates now and then.
 
     Attributes:
+        rounds_per_estimate: all is estimated after each so many rounds.
         starts, ends: of the jobs, in seconds.
         waits, rests: every estimate of a job that waited or ran.
     """
 
     times: Times
     capacity: EngineCapacity
+    rounds_per_estimate: int = 1
     durations: MeasuredDurations = field(default_factory=MeasuredDurations)
     seconds: float = 0.0
+    waiting: list[JobWork] = field(default_factory=list)
+    running: dict[str, RunningRequest] = field(default_factory=dict)
     starts: dict[str, float] = field(default_factory=dict)
     ends: dict[str, float] = field(default_factory=dict)
     waits: list[Estimate] = field(default_factory=list)
     rests: list[Estimate] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.records: dict[str, RunningRequest] = {}
-        self.waiting: list[Request] = []
-        self.running: dict[str, Request] = {}
-        self.images: dict[str, int] = {}
+        # What each rank is decoding, and the seconds that are left of it.
         self.decodes: dict[int, tuple[Decode, float]] = {}
+        self.num_rounds = 0
 
-    def run(self, arrivals: Iterable[tuple[float, Request]]) -> None:
-        """Run all of these requests to their ends."""
+    def run(self, arrivals: Iterable[tuple[float, JobWork]]) -> None:
+        """Run all of these jobs to their ends."""
         arriving = sorted(arrivals, key=lambda arrival: arrival[0])
         while arriving or self.waiting or self.running:
             if not (self.waiting or self.running):
@@ -83,11 +79,19 @@ class SimulatedEngine:
                 self.waiting.append(arriving.pop(0)[1])
             self._round()
 
-    def estimate_starts(self) -> dict[str, float]:
-        return estimate_starts(self.durations, self.capacity, *self._work())
-
-    def estimate_ends(self) -> dict[str, float]:
-        return estimate_ends(self.durations, self.capacity, *self._work())
+    def estimate(self) -> Estimates:
+        """Estimate as a server would now that has measured what this engine did."""
+        running = [
+            JobWork(
+                job_id=job_id,
+                caller="caller",
+                parameters=request.request.parameters,
+                step=request.step,
+                finished_images=frozenset(range(request.request.parameters.num_images)) - request.undecoded,
+            )
+            for job_id, request in self.running.items()
+        ]
+        return estimate_jobs(self.durations, self.capacity, running, self.waiting)
 
     @property
     def wait_errors(self) -> list[float]:
@@ -101,18 +105,18 @@ class SimulatedEngine:
     def _errors(estimates: list[Estimate], moments: dict[str, float]) -> list[float]:
         """The error of each estimate, relative to what came."""
         outcomes = [(e.in_seconds, moments[e.job_id] - e.at_seconds) for e in estimates]
-        return [abs(foreseen - actual) / actual for foreseen, actual in outcomes if actual > 0]
+        return [abs(estimated - actual) / actual for estimated, actual in outcomes if actual > 0]
 
     def _round(self) -> None:
         admitted = self._admit()
         if admitted:
             self.seconds += self.times.encode_seconds
             self.durations.note_prompts(self.times.encode_seconds)
-        stepped = next_forward(self.records, self.capacity.max_step_pixels).claim_ids
-        decodes = next_decodes(self.records, free_ranks(self.records, self.capacity.num_ranks))
-        note_decodes(self.records, decodes)
+        stepped = next_forward(self.running, self.capacity.max_step_pixels).claim_ids
+        decodes = next_decodes(self.running, free_ranks(self.running, self.capacity.num_ranks))
+        note_decodes(self.running, decodes)
         for decode in decodes:
-            size = self._size(decode.claim_id)
+            size = self.running[decode.claim_id].size
             self.decodes[decode.rank] = (decode, self.times.image_seconds(*size))
         is_plain = not (admitted or self.decodes)
         step_seconds = self._step(stepped) if stepped else None
@@ -120,38 +124,36 @@ class SimulatedEngine:
         self.seconds += self.times.between_steps
         if step_seconds is not None:
             self._report(stepped, step_seconds, is_plain)
-        for job_id in [job_id for job_id in self.running if self.records[job_id].is_finished]:
+        for job_id in [job_id for job_id, request in self.running.items() if request.is_finished]:
             self.ends[job_id] = self.seconds
             del self.running[job_id]
-            del self.records[job_id]
-        self.waits += [Estimate(j, self.seconds, seconds) for j, seconds in self.estimate_starts().items()]
-        self.rests += [Estimate(j, self.seconds, seconds) for j, seconds in self.estimate_ends().items()]
+        self.num_rounds += 1
+        if self.num_rounds % self.rounds_per_estimate == 0:
+            self._note_estimates()
+
+    def _note_estimates(self) -> None:
+        estimates = self.estimate()
+        self.waits += [Estimate(j, self.seconds, seconds) for j, seconds in estimates.starts.items()]
+        self.rests += [Estimate(j, self.seconds, seconds) for j, seconds in estimates.ends.items()]
 
     def _admit(self) -> bool:
-        admitted = False
-        while self.waiting and len(self.records) < self.capacity.max_running_jobs:
-            request = self.waiting.pop(0)
-            self.running[request.job_id] = request
-            self.images[request.job_id] = request.parameters.num_images
-            self.records[request.job_id] = RunningRequest(
-                EngineRequest(request.job_id, request.job_id, "", request.parameters, lambda _event: None)
-            )
-            self.starts[request.job_id] = self.seconds
-            admitted = True
-        return admitted
+        admitted = self.waiting[: self.capacity.max_running_jobs - len(self.running)]
+        del self.waiting[: len(admitted)]
+        for work in admitted:
+            self.running[work.job_id] = work.running_request()
+            self.starts[work.job_id] = self.seconds
+        return bool(admitted)
 
     def _step(self, stepped: tuple[str, ...]) -> float:
-        samples = sum(self.running[job_id].parameters.num_samples for job_id in stepped)
-        step_seconds = self.times.step_seconds(*self._size(stepped[0]), samples)
+        step_seconds = self.times.step_seconds(*self.running[stepped[0]].size, self._num_samples(stepped))
         self.seconds += step_seconds
-        note_forward(self.records, stepped, step_seconds)
+        note_forward(self.running, stepped, step_seconds)
         return step_seconds
 
     def _report(self, stepped: tuple[str, ...], step_seconds: float, is_plain: bool) -> None:
-        samples = sum(self.running[job_id].parameters.num_samples for job_id in stepped)
         round_seconds = step_seconds + self.times.between_steps if is_plain else None
-        size = self._size(stepped[0])
-        self.durations.note_step(StepReport(step_seconds, *size, samples, round_seconds=round_seconds))
+        size, num_samples = self.running[stepped[0]].size, self._num_samples(stepped)
+        self.durations.note_step(StepReport(step_seconds, *size, num_samples, round_seconds=round_seconds))
 
     def _decode(self, budget_seconds: float | None) -> None:
         """Every rank goes on with its image, in slices, until the budget is spent."""
@@ -163,40 +165,25 @@ class SimulatedEngine:
             self.decodes[rank] = (decode, left - done)
             if left - done <= 1e-9:
                 del self.decodes[rank]
-                self.durations.note_image(
-                    *self._size(decode.claim_id), self.times.image_seconds(*self._size(decode.claim_id))
-                )
-                self.records[decode.claim_id].finish_image(decode.image_index)
-                self.images[decode.claim_id] -= 1
+                request = self.running[decode.claim_id]
+                self.durations.note_image(*request.size, self.times.image_seconds(*request.size))
+                request.finish_image(decode.image_index)
         self.seconds += max(spent)
 
-    def _size(self, job_id: str) -> tuple[int, int]:
-        parameters = self.running[job_id].parameters
-        return parameters.width, parameters.height
-
-    def _work(self) -> tuple[list[RemainingWork], list[RemainingWork]]:
-        """What runs and what waits."""
-        running = [self._remaining(r, self.records[job_id].step) for job_id, r in self.running.items()]
-        return running, [self._remaining(request, 0) for request in self.waiting]
-
-    def _remaining(self, request: Request, step: int) -> RemainingWork:
-        parameters = request.parameters
-        return RemainingWork(
-            job_id=request.job_id,
-            caller=request.caller,
-            width=parameters.width,
-            height=parameters.height,
-            num_samples=parameters.num_samples,
-            num_inference_steps=parameters.num_inference_steps,
-            steps=parameters.num_inference_steps - step,
-            images=self.images.get(request.job_id, parameters.num_images),
-        )
+    def _num_samples(self, job_ids: tuple[str, ...]) -> int:
+        return sum(self.running[job_id].request.parameters.num_samples for job_id in job_ids)
 
 
-def request(
-    number: int, width: int = 512, steps: int = 20, images: int = 1, caller: str = "caller", height: int = 0
-) -> Request:
-    """A request without guidance: as many samples as images."""
+def work_of(
+    number: int,
+    width: int = 512,
+    steps: int = 20,
+    images: int = 1,
+    caller: str = "caller",
+    height: int = 0,
+    step: int = 0,
+) -> JobWork:
+    """A job without guidance: as many samples as images."""
     parameters = GenerationParameters(
         prompt="a red circle",
         width=width,
@@ -206,7 +193,7 @@ def request(
         num_images=images,
         seed=0,
     )
-    return Request(f"job {number}", caller, parameters)
+    return JobWork(f"job {number}", caller, parameters, step)
 
 
 def median_error(errors: list[float]) -> float:

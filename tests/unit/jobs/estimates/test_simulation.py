@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -12,36 +13,39 @@ from hypothesis import strategies as st
 from hidream_grpc.engine.requests import StepReport
 from hidream_grpc.jobs.estimates.durations import MeasuredDurations
 from hidream_grpc.jobs.estimates.simulation import (
+    COARSENESS,
+    MAX_EXACT_ROUNDS,
     MAX_SIMULATED_JOBS,
     EngineCapacity,
-    RemainingWork,
-    estimate_ends,
-    estimate_starts,
+    Estimates,
+    JobWork,
+    Simulation,
+    estimate_jobs,
 )
-from tests.unit.jobs.simulated_engine import Request, SimulatedEngine, Times, median_error, request
+from tests.unit.jobs.simulated_engine import SimulatedEngine, Times, median_error, work_of
 
 MAX_MEDIAN_ERROR = 0.25
 SQUARE = 512 * 512
 NUM_JOBS = 40
 # Loads that are all there from the start, and one that goes on arriving faster than it is served.
-LOADS: dict[str, tuple[EngineCapacity, Callable[[random.Random, int], tuple[float, Request]]]] = {
-    "one size": (EngineCapacity(4, 2 * SQUARE, 1), lambda _, n: (0.0, request(n))),
+LOADS: dict[str, tuple[EngineCapacity, Callable[[random.Random, int], tuple[float, JobWork]]]] = {
+    "one size": (EngineCapacity(4, 2 * SQUARE, 1), lambda _, n: (0.0, work_of(n))),
     "two sizes from two callers": (
         EngineCapacity(4, 8 * SQUARE, 2),
-        lambda _, n: (0.0, request(n, width=(512, 768)[n % 2], caller=f"caller {n % 2}")),
+        lambda _, n: (0.0, work_of(n, width=(512, 768)[n % 2], caller=f"caller {n % 2}")),
     ),
     "forwards that are too small for all": (
         EngineCapacity(5, 2 * SQUARE, 2),
-        lambda _, n: (0.0, request(n, width=(512, 768)[n % 2])),
+        lambda _, n: (0.0, work_of(n, width=(512, 768)[n % 2])),
     ),
     "every shape at once": (
         EngineCapacity(6, 16 * SQUARE, 4),
         lambda r, n: (
             0.0,
-            request(n, r.choice([512, 768, 1024]), r.choice([10, 28, 50]), r.choice([1, 2, 4])),
+            work_of(n, r.choice([512, 768, 1024]), r.choice([10, 28, 50]), r.choice([1, 2, 4])),
         ),
     ),
-    "arrivals": (EngineCapacity(4, 8 * SQUARE, 1), lambda r, n: (1.5 * n, request(n, r.choice([512, 768])))),
+    "arrivals": (EngineCapacity(4, 8 * SQUARE, 1), lambda r, n: (1.5 * n, work_of(n, r.choice([512, 768])))),
 }
 
 
@@ -59,7 +63,7 @@ def noisy_times(noise: random.Random) -> Times:
 @pytest.mark.parametrize("load", LOADS)
 def test_the_median_error_on_a_steady_load_is_under_a_quarter(load: str, seed: int) -> None:
     capacity, make = LOADS[load]
-    engine = SimulatedEngine(noisy_times(random.Random(seed)), capacity)
+    engine = SimulatedEngine(noisy_times(random.Random(seed)), capacity, rounds_per_estimate=5)
     choice = random.Random(seed)
     engine.run([make(choice, number) for number in range(NUM_JOBS)])
     assert median_error(engine.wait_errors) < MAX_MEDIAN_ERROR
@@ -83,8 +87,8 @@ def test_without_noise_jobs_start_and_end_within_two_turns_of_their_estimates(
     engine.durations.note_step(StepReport(1.0, 512, 512, 1))
     # They cost nothing, but each takes a round.
     engine.durations.note_image(512, 512, 0.0)
-    engine.waiting = [request(n, width, steps, images) for n, (width, steps, images) in enumerate(jobs)]
-    starts = engine.estimate_starts()
+    engine.waiting = [work_of(n, width, steps, images) for n, (width, steps, images) in enumerate(jobs)]
+    starts = engine.estimate().starts
     engine.run([])
     turn_seconds = sum(width**2 * images / SQUARE for width, _, images in jobs)
     assert starts.keys() == {rest.job_id for rest in engine.rests} == engine.ends.keys()
@@ -102,83 +106,88 @@ def test_every_job_has_an_estimate_and_none_starts_before_those_in_front_of_it(
     running, waiting = work[: min(num_running, max_running)], work[min(num_running, max_running) :]
     durations = measured()
     capacity = EngineCapacity(max_running, 4 * SQUARE, 2)
-    starts = estimate_starts(durations, capacity, running, waiting)
-    ends = estimate_ends(durations, capacity, running, waiting)
+    estimates = estimate_jobs(durations, capacity, running, waiting)
+    starts, ends = estimates.starts, estimates.ends
     assert list(starts) == [w.job_id for w in waiting]
     assert list(starts.values()) == sorted(starts.values())
     assert set(ends) == {w.job_id for w in running}
     assert all(seconds >= 0 for seconds in (*starts.values(), *ends.values()))
 
 
-def test_nothing_is_foreseen_while_no_step_was_measured() -> None:
+def test_nothing_is_estimated_while_no_step_was_measured() -> None:
     capacity = EngineCapacity(1, SQUARE, 1)
     durations = MeasuredDurations()
     durations.note_image(512, 512, 1.0)
-    assert estimate_starts(durations, capacity, [work_of(0)], [work_of(1)]) == {}
-    assert estimate_ends(durations, capacity, [work_of(0)], [work_of(1)]) == {}
+    assert estimate_jobs(durations, capacity, [work_of(0)], [work_of(1)]) == Estimates({}, {})
 
 
 def test_a_job_with_all_its_steps_behind_it_still_has_its_images_in_front() -> None:
-    ends = estimate_ends(measured(), EngineCapacity(1, SQUARE, 1), [work_of(0, steps=0, images=3)], [])
+    running = [work_of(0, steps=20, step=20, images=3)]
+    ends = estimate_jobs(measured(), EngineCapacity(1, SQUARE, 1), running, []).ends
     assert ends["job 0"] == pytest.approx(3 * 0.5)
 
 
 def test_images_are_shared_by_the_ranks() -> None:
     capacity = EngineCapacity(1, SQUARE, num_ranks=3)
-    ends = estimate_ends(measured(), capacity, [work_of(0, steps=0, images=3)], [])
+    ends = estimate_jobs(measured(), capacity, [work_of(0, steps=20, step=20, images=3)], []).ends
     assert ends["job 0"] == pytest.approx(0.5)
 
 
 def test_a_running_job_counts_those_that_will_take_the_place_of_others() -> None:
     capacity = EngineCapacity(2, SQUARE, 1)
     running = [work_of(0, steps=1), work_of(1, steps=50)]
-    alone = estimate_ends(measured(), capacity, running, [])["job 1"]
-    beside_a_newcomer = estimate_ends(measured(), capacity, running, [work_of(2, steps=20)])["job 1"]
+    alone = estimate_jobs(measured(), capacity, running, []).ends["job 1"]
+    beside_a_newcomer = estimate_jobs(measured(), capacity, running, [work_of(2, steps=20)]).ends["job 1"]
     assert beside_a_newcomer - alone == pytest.approx(20 * 1.0 + 0.5, rel=0.05)
 
 
 def test_a_forward_with_room_left_is_filled_up_with_those_that_had_their_turn() -> None:
-    durations = MeasuredDurations()
-    durations.note_step(StepReport(1.0, 512, 512, 1))
-    running = [work_of(number, steps=10) for number in range(3)]
-    ends = estimate_ends(durations, EngineCapacity(3, 2 * SQUARE, 1), running, [])
+    engine = SimulatedEngine(Times(lambda w, h, s: w * h * s / SQUARE), EngineCapacity(3, 2 * SQUARE, 1))
+    engine.durations.note_step(StepReport(1.0, 512, 512, 1))
+    engine.waiting = [work_of(number, steps=10) for number in range(3)]
+    ends = estimate_jobs(engine.durations, engine.capacity, engine.waiting, []).ends
+    engine.run([])
+    assert ends == pytest.approx(engine.ends)
     # Thirty steps, two in each forward of two seconds.
-    assert list(ends.values()) == pytest.approx([15 * 2.0] * 3)
+    assert max(ends.values()) == pytest.approx(15 * 2.0)
 
 
 def test_a_caller_that_has_enough_running_is_passed_over() -> None:
     capacity = EngineCapacity(2, SQUARE, 1, max_running_jobs_of_caller=1)
     waiting = [work_of(1, caller="greedy"), work_of(2, caller="modest")]
-    starts = estimate_starts(measured(), capacity, [work_of(0, caller="greedy")], waiting)
+    starts = estimate_jobs(measured(), capacity, [work_of(0, caller="greedy")], waiting).starts
     assert starts["job 2"] == 0.0
     assert starts["job 1"] > 0.0
 
 
 def test_a_job_that_finds_room_waits_for_nothing() -> None:
-    starts = estimate_starts(measured(), EngineCapacity(2, SQUARE, 1), [work_of(0)], [work_of(1)])
+    starts = estimate_jobs(measured(), EngineCapacity(2, SQUARE, 1), [work_of(0)], [work_of(1)]).starts
     assert starts == {"job 1": 0.0}
 
 
 def test_those_far_behind_follow_at_the_pace_of_those_in_front() -> None:
-    waiting = [work_of(n) for n in range(4 * MAX_SIMULATED_JOBS)]
-    starts = estimate_starts(measured(), EngineCapacity(1, SQUARE, 1), [], waiting)
+    waiting = [work_of(n, steps=10) for n in range(4 * MAX_SIMULATED_JOBS)]
+    starts = estimate_jobs(measured(), EngineCapacity(1, SQUARE, 1), [], waiting).starts
     assert starts[waiting[-1].job_id] == pytest.approx((len(waiting) - 1) * (10 * 1.0 + 0.5), rel=0.01)
 
 
-def test_the_cost_of_a_long_queue_is_bounded() -> None:
-    class Counting(MeasuredDurations):
-        num_questions = 0
+@pytest.mark.parametrize("max_step_pixels", [SQUARE, 8 * SQUARE])
+def test_the_cost_of_a_long_queue_is_bounded(monkeypatch: pytest.MonkeyPatch, max_step_pixels: int) -> None:
+    num_rounds = 0
 
-        def step_seconds(self, width: int, height: int, num_samples: int) -> float:
-            self.num_questions += 1
-            return super().step_seconds(width, height, num_samples)
+    def counting(self: Simulation) -> None:
+        nonlocal num_rounds
+        num_rounds += 1
+        run_round(self)
 
-    durations = Counting()
-    durations.note_step(StepReport(1.0, 512, 512, 1))
-    waiting = [work_of(n, width=(512, 768, 1024)[n % 3], steps=50) for n in range(500)]
-    estimate_starts(durations, EngineCapacity(16, 8 * SQUARE, 2), [], waiting)
-    # Two events of a simulated job, one question for each size; and one for each job of the queue.
-    assert durations.num_questions <= 2 * 3 * MAX_SIMULATED_JOBS + len(waiting)
+    run_round = Simulation.run_round
+    monkeypatch.setattr(Simulation, "run_round", counting)
+    work = [work_of(n, width=(512, 768, 1024)[n % 3], steps=50) for n in range(500)]
+    estimate_jobs(measured(), EngineCapacity(16, max_step_pixels, 2), work[:16], work[16:])
+    num_jobs = 16 + MAX_SIMULATED_JOBS
+    # One in which all that step have fewer steps left is repeated less often.
+    assert num_rounds <= MAX_EXACT_ROUNDS + math.log1p(COARSENESS * 50 * num_jobs) / COARSENESS + num_jobs
+    assert num_rounds <= 200
 
 
 def measured() -> MeasuredDurations:
@@ -187,9 +196,3 @@ def measured() -> MeasuredDurations:
     durations.note_step(StepReport(1.0, 512, 512, 1))
     durations.note_image(512, 512, 0.5)
     return durations
-
-
-def work_of(
-    number: int, width: int = 512, steps: int = 10, images: int = 1, caller: str = "caller"
-) -> RemainingWork:
-    return RemainingWork(f"job {number}", caller, width, width, images, steps, steps, images)
