@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Draws a picture from nothing: installs, starts the service with its built-in demo model on the CPU,
+# Generates an image from nothing: installs, starts the service with its built-in demo model on the CPU,
 # asks it over gRPC, and stops it again.  demo.sh ["a prompt"] [options of `hidream generate`]
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
