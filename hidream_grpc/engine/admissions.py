@@ -33,12 +33,14 @@ def next_admissions(
     return tuple(admissions)
 
 
-def next_releases(
-    running: Mapping[str, RunningRequest], held: Collection[str], admissions: tuple[Admission, ...]
-) -> tuple[str, ...]:
-    """The requests that the ranks forget before the next plan: what runs no more, and what starts again."""
-    started = {admission.claim_id for admission in admissions}
-    return tuple(sorted(claim_id for claim_id in held if claim_id not in running or claim_id in started))
+def next_releases(running: Mapping[str, RunningRequest], held: Collection[str]) -> tuple[str, ...]:
+    """The requests that the ranks forget before the next plan: what runs no more, and what starts again.
+
+    The latter at once, even where it starts later: its images keep ranks busy that count as free.
+    """
+    return tuple(
+        sorted(claim_id for claim_id in held if claim_id not in running or not running[claim_id].is_admitted)
+    )
 
 
 def note_admissions(running: Mapping[str, RunningRequest], admissions: tuple[Admission, ...]) -> None:

@@ -40,7 +40,7 @@ class Controller:
         prompt_observers: called when the prompts of new requests are encoded.
 
     Attributes:
-        num_lost_steps: denoising steps that requests took again after the group was lost.
+        num_lost_steps: denoising steps that requests took again after they were restarted.
     """
 
     def __init__(
@@ -164,8 +164,10 @@ class Controller:
                 request.refuse_snapshot(reason)
                 self._restart(request, SNAPSHOT_REFUSED_REASON)
         report_images(self._running, answers)
-        for claim_id in faults.out_of_memory & self._running.keys():
-            await self._retry_alone(claim_id, planned.at_work)
+        for claim_id in faults.out_of_memory:
+            # Callers may leave while another is asked for its snapshot.
+            if claim_id in self._running:
+                await self._retry_alone(claim_id, planned.at_work)
 
     def _report_step(
         self, planned: Round, answers: tuple[PlanDone, ...], faults: Faults, start_time: float

@@ -78,7 +78,7 @@ class ImageFinished:
 
 @dataclass(frozen=True, slots=True)
 class RequestRestarted:
-    """The rank group was lost; the request goes on from a step, 0 for its seed."""
+    """The ranks lost what they held of the request; it goes on from a step, 0 for its seed."""
 
     attempt: int
     reason: str

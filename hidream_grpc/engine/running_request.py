@@ -34,7 +34,7 @@ class RunningRequest:
         turns_waited: forwards of others since its latest step; infinite after a restart.
         undecoded: indices of the images that are not finished.
         decoding: image index to the rank that is decoding it.
-        is_admitted: whether the ranks hold its state.
+        is_admitted: whether the ranks have started it since its latest restart.
         snapshot: the newest that is known outside the ranks; None for its seed.
         attempt: one more than its restarts.
         step_seconds: duration of its latest step; None before.

@@ -74,7 +74,7 @@ def schedule(
     """
     suspect = find_suspect(running)
     admissions = next_admissions(running, suspect)
-    releases = next_releases(running, held, admissions)
+    releases = next_releases(running, held)
     started = {admission.claim_id for admission in admissions}
     ready = {
         claim_id: request

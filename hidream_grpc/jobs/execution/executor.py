@@ -47,7 +47,7 @@ class ClaimLimits:
 
 
 class JobExecutor:
-    """The engine's backlog. Belongs to the event loop's thread.
+    """The jobs that this server has claimed, for the engine. Belongs to the event loop's thread.
 
     Args:
         replica_id: gives the id of this server as it is registered now.

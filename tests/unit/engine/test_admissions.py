@@ -21,7 +21,7 @@ class Ranks:
     def do(self, running: dict[str, RunningRequest], suspect: str | None = None) -> StepPlan:
         """The next plan, done."""
         admissions = next_admissions(running, suspect)
-        releases = next_releases(running, self.held, admissions)
+        releases = next_releases(running, self.held)
         plan = StepPlan(plan_id=1, releases=releases, admissions=admissions)
         self.held = held_after(self.held, plan)
         note_admissions(running, admissions)
@@ -74,6 +74,14 @@ def test_a_request_that_is_started_again_is_released_first() -> None:
     again = ranks.do(running)
     assert (again.releases, claim_ids_of(again.admissions)) == (("a",), ["a"])
     assert admitted(running) == ranks.held == {"a"}
+
+
+def test_a_request_that_is_to_start_again_is_released_even_while_another_runs_alone() -> None:
+    ranks, running = Ranks(), running_requests("a", "b")
+    ranks.do(running)
+    running["a"].restart("a test")
+    assert ranks.do(running, suspect="b").releases == ("a",)
+    assert ranks.held == {"b"}
 
 
 def test_snapshots_that_one_plan_cannot_carry_come_with_the_next() -> None:

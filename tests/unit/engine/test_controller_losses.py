@@ -14,6 +14,7 @@ from hidream_grpc.engine.protocol.messages import (
 from hidream_grpc.engine.requests import (
     ImageFinished,
     RequestFailed,
+    RequestFinished,
     RequestRestarted,
 )
 from hidream_grpc.engine.step_limit import MIN_WAIT_STEPS
@@ -43,6 +44,13 @@ def lost_in(
 
 def has_step_of(*claim_ids: str) -> Callable[[StepPlan], bool]:
     return lambda plan: set(claim_ids) <= set(plan.step_claims)
+
+
+def out_of_memory(*claim_ids: str) -> tuple[JobFault, ...]:
+    return tuple(
+        JobFault(claim_id=claim_id, kind=OutOfDeviceMemoryError.__name__, error_id="e")
+        for claim_id in claim_ids
+    )
 
 
 async def test_an_image_that_was_lost_with_its_rank_is_decoded_again() -> None:
@@ -194,6 +202,41 @@ async def test_a_job_that_has_no_room_beside_others_is_tried_alone() -> None:
     assert [plan.step_claims for plan in ranks.plans][1] == ("large",)
     for claim_id in ("small", "large"):
         assert service.steps_of(claim_id) == [1, 2, 3]
+
+
+async def test_a_job_that_runs_alone_gets_ranks_that_are_done_with_the_images_of_others() -> None:
+    ranks = CountingRanks(world_size=3)
+    service = Service(ranks)
+    failed_plans: list[StepPlan] = []
+
+    def no_room_while_three_decode(plan: StepPlan) -> tuple[JobFault, ...]:
+        if failed_plans or len(ranks.images) < 3:
+            return ()
+        failed_plans.append(plan)
+        return out_of_memory("alone first", "later")
+
+    ranks.faults_of = no_room_while_three_decode
+    service.submit("alone first", num_inference_steps=2)
+    service.submit("later", num_inference_steps=1, num_images=2)
+    await service.run_until_ended("alone first", "later")
+    assert failed_plans
+    assert sorted(service.claims_with(RequestFinished)) == ["alone first", "later"]
+
+
+async def test_a_job_may_be_cancelled_while_another_that_had_no_room_is_started_again() -> None:
+    ranks = CountingRanks()
+    service = Service(ranks)
+
+    async def snapshot_while_the_other_is_cancelled(claim_id: str, _step: int) -> None:
+        service.controller.cancel("a" if claim_id == "b" else "b")
+
+    ranks.snapshot_of = snapshot_while_the_other_is_cancelled  # type: ignore[assignment, method-assign]
+    ranks.faults_of = lambda _plan: out_of_memory("a", "b") if len(ranks.plans) == 3 else ()
+    service.submit("a", num_inference_steps=5)
+    service.submit("b", num_inference_steps=5)
+    service.submit("c", num_inference_steps=5)
+    await service.run_until_ended("c")
+    assert len(service.claims_with(RequestRestarted)) == 1
 
 
 async def test_a_job_whose_snapshot_the_ranks_refuse_starts_from_its_seed() -> None:
