@@ -30,8 +30,6 @@ EXIT_STARTUP_ERROR = 2
 
 app = typer.Typer(
     name="hidream-grpc",
-    help="Serves a HiDream-I1 text-to-image model over gRPC.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     # Tables of rich cut long names.
@@ -145,9 +143,13 @@ _serve_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 app.command("serve", cls=_ServeCommand, context_settings={"max_content_width": 100})(_serve_command)
 
 
-@app.callback()
-def _commands() -> None:
-    """Makes `serve` a command of its own, with room for others beside it."""
+@app.callback(invoke_without_command=True)
+def _commands(context: typer.Context) -> None:
+    """Serves a HiDream-I1 text-to-image model over gRPC."""
+    # It also makes `serve` a command of its own, with room for others beside it.
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(EXIT_STARTUP_ERROR)
 
 
 def run_command() -> NoReturn:
@@ -155,8 +157,6 @@ def run_command() -> NoReturn:
     try:
         exit_code = app(prog_name="hidream-grpc", standalone_mode=False)
     except typer.TyperException as error:
-        # Without a message the help was printed instead.
-        if message := error.format_message():
-            typer.echo(f"hidream-grpc: {' '.join(message.split())}", err=True)
+        typer.echo(f"hidream-grpc: {' '.join(error.format_message().split())}", err=True)
         sys.exit(error.exit_code)
     sys.exit(exit_code)

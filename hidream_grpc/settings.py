@@ -131,7 +131,7 @@ class Settings(BaseSettings):
         Help(Group.LISTENING, "time after SIGTERM in which health says NOT_SERVING and calls are accepted"),
     ] = 0
     grace_seconds: Annotated[
-        Seconds, Help(Group.LISTENING, "time after SIGTERM in which running jobs may end")
+        Seconds, Help(Group.LISTENING, "time after --drain-delay-seconds in which running jobs may end")
     ] = 60
 
     data_dir: Annotated[

@@ -32,3 +32,15 @@ def test_a_signal_during_the_imports_ends_the_process_without_a_traceback(
     script = SCRIPT.format(number=number, is_ignored=is_ignored)
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (7 if is_ignored else -number, "")
+
+
+def test_without_a_command_the_help_is_printed_as_it_is_with_help() -> None:
+    def printed(*words: str) -> tuple[int, str, str]:
+        command = [sys.executable, "-m", "hidream_grpc", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    code, text, errors = printed("--help")
+    assert (code, errors) == (0, "")
+    assert "\n  serve  Load the model once" in text
+    assert printed() == (2, text, "")
