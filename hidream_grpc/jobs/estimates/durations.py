@@ -1,4 +1,4 @@
-"""How long the parts of a job take, learnt while jobs run. Pure: it is told, and forgets what is old."""
+"""How long the parts of a job take, as measured while jobs run. Pure: no clock; what is old is forgotten."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 from hidream_grpc.engine.requests import StepReport
 
 NUM_KEPT = 16
-"""Of each kind, the newest: a change of the load shows within as many steps."""
+"""Number of newest durations of each kind that count: a change of the load shows within as many steps."""
 MAX_SHAPES = 256
 """Callers choose sizes: what was seen longest ago is forgotten."""
 
@@ -89,7 +89,7 @@ class MeasuredDurations:
     """The times of steps, prompts and images since the start of the server.
 
     Attributes:
-        has_steps: whether a step was measured, without which nothing can be told.
+        has_steps: whether a step was measured, without which nothing can be estimated.
     """
 
     def __init__(self) -> None:
