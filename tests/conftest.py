@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # With --long every zygote is a new interpreter, as in operation.
     if not config.getoption("--long"):
-        start_warm()
+        config.add_cleanup(start_warm())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -15,8 +15,8 @@ from hidream_grpc.errors import (
     StoreUnusableError,
 )
 from hidream_grpc.jobs.job import CancelReason
+from hidream_grpc.jobs.store import base as store_base
 from hidream_grpc.jobs.store import postgresql, sqlite
-from hidream_grpc.jobs.store import store as store_module
 from hidream_grpc.jobs.store.changes import ChangeKind
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.support.job_stores import (
@@ -163,7 +163,7 @@ async def test_a_transaction_that_the_database_undid_is_made_again(
 async def test_a_transaction_that_is_undone_again_and_again_is_told_as_an_outage(
     postgres_database: StoreDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "MAX_CONFLICT_SECONDS", 0.001)
+    monkeypatch.setattr(store_base, "MAX_CONFLICT_SECONDS", 0.001)
     async with postgres_database.opened() as store:
         async with connected(postgres_database) as connection:
             body = "$$ BEGIN RAISE EXCEPTION 'undone' USING ERRCODE = 'serialization_failure'; END $$"

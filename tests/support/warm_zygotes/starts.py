@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.support.warm_zygotes.handover import ZYGOTE_MODULE, Start, receive, replace_starts, send
@@ -36,6 +37,7 @@ class _WarmProcess:
         self._environment = dict(os.environ)
         self._lock = threading.Lock()
         self._channel: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def make(self, start: Start) -> int | None:
         """A child of this process, or None where it must be started as ever."""
@@ -57,6 +59,13 @@ class _WarmProcess:
             pid, _files = receive(channel)
         return int(pid)
 
+    def close(self) -> None:
+        """End the process; what was forked from it goes on."""
+        with self._lock:
+            if self._channel is not None and self._process is not None:
+                self._channel.close()
+                self._process.wait()
+
     def _is_like_this(self, environment: dict[str, str]) -> bool:
         names = {name for name, _value in self._environment.items() ^ environment.items()}
         return all(name in _MAY_DIFFER or name.startswith(("AWS_", "HIDREAM_")) for name in names)
@@ -74,7 +83,9 @@ class _WarmProcess:
         return channel
 
 
-def start_warm() -> None:
-    """Start servers and zygotes so from now on, where this machine can."""
+def start_warm() -> Callable[[], None]:
+    """Start servers and zygotes so from now on, where this machine can; returns what ends it."""
+    warm = _WarmProcess()
     if is_possible():
-        replace_starts(_WarmProcess().make)
+        replace_starts(warm.make)
+    return warm.close
