@@ -1,0 +1,69 @@
+"""Links in the documents lead somewhere, and the Chinese ones say what the English ones say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hidream_grpc.devices.device_types import NPU
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted(
+    path.relative_to(REPOSITORY)
+    for pattern in ("*.md", "docs/**/*.md", "deploy/**/*.md", "clients/*/README.md", "scripts/**/*.md")
+    for path in REPOSITORY.glob(pattern)
+)
+TWINS = [
+    pytest.param("README.md", "README.zh.md", id="README"),
+    pytest.param("docs/migrating.md", "docs/migrating.zh.md", id="migrating"),
+]
+
+
+def text_of(document: str | Path) -> str:
+    return (REPOSITORY / document).read_text(encoding="utf-8")
+
+
+def anchors(text: str) -> set[str]:
+    """The names that GitHub gives to the headings of a document."""
+    headings = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def own_links(text: str) -> Iterator[tuple[str, str]]:
+    """Path and anchor of each link that does not leave the repository."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:", target):
+            path, _, anchor = target.partition("#")
+            yield path, anchor
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_every_link_of_a_document_leads_somewhere(document: Path) -> None:
+    for path, anchor in own_links(text_of(document)):
+        target = (REPOSITORY / document).parent / path if path else REPOSITORY / document
+        assert target.exists(), f"{path} is not there"
+        if anchor:
+            assert anchor in anchors(text_of(target)), f"{path} has no heading #{anchor}"
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The words in code of each row of each table, whatever the prompts in them are."""
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    return [sorted(re.sub(r'"[^"]*"', '""', code) for code in re.findall(r"`([^`]+)`", row)) for row in rows]
+
+
+@pytest.mark.parametrize(("english", "chinese"), TWINS)
+def test_a_chinese_document_names_what_its_english_twin_names_row_by_row(english: str, chinese: str) -> None:
+    assert table_rows(text_of(chinese)) == table_rows(text_of(english))
+
+
+def test_every_variable_that_ranks_on_npus_get_is_documented_with_its_value() -> None:
+    rows = re.findall(
+        r"^\| `([A-Z_]+)` \| (`[^`]+`|number of ranks) \|", text_of("deploy/README.md"), re.MULTILINE
+    )
+    num_ranks = 4
+    documented = {name: value.strip("`").replace("number of ranks", str(num_ranks)) for name, value in rows}
+    assert documented == NPU.environment(num_ranks)
