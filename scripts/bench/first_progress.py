@@ -23,7 +23,7 @@ import typer
 
 from hidream.client import Client
 from hidream.events import Progress
-from scripts.bench.pictures import PROMPT, Picture, running_service
+from scripts.bench.images import PROMPT, ImageRequest, running_service
 from scripts.bench.report import percentile, report, say
 
 NUM_LONG_STEPS = 150
@@ -37,21 +37,21 @@ def main(
     side: Annotated[int, typer.Option(help="width and height, in pixels")] = 256,
 ) -> None:
     """Send fresh requests to a busy service, print the ratio."""
-    long_picture = Picture(side_pixels=side, num_inference_steps=NUM_LONG_STEPS)
-    fresh_picture = Picture(side_pixels=side, num_inference_steps=NUM_FRESH_STEPS)
+    long_request = ImageRequest(side_pixels=side, num_inference_steps=NUM_LONG_STEPS)
+    fresh_request = ImageRequest(side_pixels=side, num_inference_steps=NUM_FRESH_STEPS)
     first_progress_seconds: list[float] = []
     step_seconds: list[float] = []
     ratios: list[float] = []
     ratios_to_step_before: list[float] = []
     with running_service() as address, Client(address) as client, ExitStack() as stack:
-        step_ends = [stack.enter_context(_long_request(address, long_picture)) for _ in range(busy)]
+        step_ends = [stack.enter_context(_long_request(address, long_request)) for _ in range(busy)]
         for number in range(rounds):
             before = _wait_for_steps(step_ends)
             # An arrival at a known part of the step that has just begun.
             time.sleep((number + 0.5) / rounds * before)
             start = time.perf_counter()
             steps: list[float] = []
-            for event in client.generate(PROMPT, **fresh_picture.options(seed=number)):
+            for event in client.generate(PROMPT, **fresh_request.options(seed=number)):
                 if isinstance(event, Progress):
                     if not steps:
                         first_progress_seconds.append(time.perf_counter() - start)
@@ -77,7 +77,7 @@ def main(
 
 
 @contextmanager
-def _long_request(address: str, picture: Picture) -> Iterator[queue.SimpleQueue[float]]:
+def _long_request(address: str, request: ImageRequest) -> Iterator[queue.SimpleQueue[float]]:
     """Keep one request running at any time; yields the seconds of each step as it ends."""
     step_ends: queue.SimpleQueue[float] = queue.SimpleQueue()
     is_over = threading.Event()
@@ -85,7 +85,7 @@ def _long_request(address: str, picture: Picture) -> Iterator[queue.SimpleQueue[
     def follow() -> None:
         with Client(address) as client:
             while not is_over.is_set():
-                for event in client.generate(PROMPT, **picture.options(seed=0)):
+                for event in client.generate(PROMPT, **request.options(seed=0)):
                     if isinstance(event, Progress):
                         step_ends.put(event.step_seconds)
                     if is_over.is_set():

@@ -25,7 +25,7 @@ import typer
 
 from hidream.client import Client
 from hidream.events import Event, Progress, Restarted
-from scripts.bench.pictures import LAYOUT, PROMPT, Picture
+from scripts.bench.images import LAYOUT, PROMPT, ImageRequest
 from scripts.bench.report import report, say
 from scripts.chaos.service import Service, running_service
 
@@ -40,7 +40,7 @@ def main(
     layout: Annotated[str, typer.Option(help="of the ranks")] = LAYOUT,
 ) -> None:
     """Kill ranks and groups in turns, print what it cost."""
-    picture = Picture(side_pixels=side, num_inference_steps=MAX_STEPS)
+    request = ImageRequest(side_pixels=side, num_inference_steps=MAX_STEPS)
     rank_seconds: list[float] = []
     rank_load_seconds: list[float] = []
     rank_lost_steps: list[int] = []
@@ -51,7 +51,7 @@ def main(
         running_service(layout, Path(folder) / "service.log") as service,
         Client(service.address) as client,
     ):
-        events = _events(client, picture)
+        events = _events(client, request)
         for number in range(rounds):
             ranks = sorted(service.ranks().items())
             rank, process = ranks[number % len(ranks)]
@@ -87,11 +87,11 @@ def main(
     )
 
 
-def _events(client: Client, picture: Picture) -> Generator[Event]:
+def _events(client: Client, request: ImageRequest) -> Generator[Event]:
     """Yield the events of one request after another, without end."""
     seed = 0
     while True:
-        yield from client.generate(PROMPT, **picture.options(seed))
+        yield from client.generate(PROMPT, **request.options(seed))
         seed += 1
 
 

@@ -1,8 +1,8 @@
 """Kill ranks at random for as long as you like, and see that no request is lost.
 
-Four ranks with the demo model on the CPU (`tp=2,cfg=2`), four callers that always draw, requests of mixed
+Four ranks with the demo model on the CPU (`tp=2,cfg=2`), four callers that always have a request, requests of mixed
 sizes and lengths. Ranks, their zygote and their store are killed and stopped, two at once and while others
-recover. Every request must succeed: one that was drawn alone with the bytes of an undisturbed run, others
+recover. Every request must succeed: one that ran alone with the bytes of an undisturbed run, others
 within rounding of its pixels. Prints one JSON line; exit code 1 when anything was not as it must be.
 
     python -m scripts.chaos [--minutes 30] [--seed N] [--log FILE]
@@ -24,7 +24,7 @@ from scripts.chaos.run import run_chaos
 
 def main(
     minutes: Annotated[float, typer.Option(help="how long processes are killed")] = 30.0,
-    seed: Annotated[int, typer.Option(help="of what is drawn, who is killed, and the pauses")] = 1,
+    seed: Annotated[int, typer.Option(help="of what is asked for, which rank is killed, and the pauses")] = 1,
     log: Annotated[Path | None, typer.Option(help="where the service's log goes")] = None,
 ) -> None:
     """Run the chaos, print what came of it."""

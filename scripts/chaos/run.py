@@ -16,15 +16,15 @@ from pathlib import Path
 import psutil
 
 from hidream.client import Client
-from scripts.chaos.drawings import DRAWINGS, Followed, References, follow, pick
+from scripts.chaos.chaos_requests import REQUESTS, Followed, References, follow, pick
 from scripts.chaos.recoveries import Recoveries
 from scripts.chaos.saboteur import Card, Saboteur
 from scripts.chaos.service import STOP_TIMEOUT_SECONDS, Service, running_service
 
 LAYOUT = "tp=2,cfg=2"
 NUM_CALLERS = 4
-DRAWINGS_IN_COMPANY = 8
-"""Between two that are drawn alone."""
+REQUESTS_IN_COMPANY = 8
+"""Requests in company between two that run alone."""
 
 QUIET_TIMEOUT_SECONDS = 30.0
 
@@ -52,7 +52,7 @@ class Chaos:
 
     Attributes:
         num_requests: that ended while ranks died or after.
-        num_alone: of those: drawn while no other was.
+        num_alone: of those: with no other beside them.
         num_restarted: of those: whose ranks were lost at least once.
         num_restarts: of all requests together.
         num_steps_lost: that callers were told of and that were taken again.
@@ -86,7 +86,7 @@ def run_chaos(seed: int, seconds: float, log_path: Path, say: Callable[[str], No
     """Run a service of its own for some seconds of chaos, until all that it was asked for has ended.
 
     Args:
-        seed: decides what is drawn, who is killed and the pauses; moments still vary with the machine.
+        seed: decides what is asked for, which rank is killed and the pauses; moments still vary with the machine.
         seconds: how long processes are killed.
         log_path: where the service's log goes.
         say: is told how far it is.
@@ -129,22 +129,22 @@ class _Run:
         try:
             with ThreadPoolExecutor(NUM_CALLERS) as callers:
                 while not saboteur.is_over:
-                    numbers = [pick(self._choices) for _ in range(DRAWINGS_IN_COMPANY)]
-                    list(callers.map(lambda number: self._draw(number, was_alone=False), numbers))
-                    self._draw(pick(self._choices), was_alone=True)
+                    numbers = [pick(self._choices) for _ in range(REQUESTS_IN_COMPANY)]
+                    list(callers.map(lambda number: self._generate(number, was_alone=False), numbers))
+                    self._generate(pick(self._choices), was_alone=True)
                     say(
                         f"{chaos.num_requests} requests, {sum(saboteur.played.values())} strikes, "
                         f"{chaos.num_restarts} restarts, {len(chaos.faults)} faults"
                     )
         finally:
             saboteur.stop()
-        for number in range(len(DRAWINGS)):
-            self._draw(number, was_alone=True)
+        for number in range(len(REQUESTS)):
+            self._generate(number, was_alone=True)
         chaos.strikes = saboteur.played
         chaos.recovery_seconds = self._recoveries.seconds
 
-    def _draw(self, number: int, *, was_alone: bool) -> None:
-        followed = follow(self._client, DRAWINGS[number], self._recoveries.note)
+    def _generate(self, number: int, *, was_alone: bool) -> None:
+        followed = follow(self._client, REQUESTS[number], self._recoveries.note)
         faults = followed.faults or self._references.differences(number, followed.images, was_alone=was_alone)
         with self._lock:
             self._count(followed, was_alone=was_alone)
@@ -160,8 +160,8 @@ class _Run:
 
 def _references(client: Client) -> References:
     images = {}
-    for number, drawing in enumerate(DRAWINGS):
-        followed = follow(client, drawing, lambda _event: None)
+    for number, request in enumerate(REQUESTS):
+        followed = follow(client, request, lambda _event: None)
         if followed.faults:
             raise RuntimeError(f"undisturbed: {followed.faults}")
         images[number] = followed.images

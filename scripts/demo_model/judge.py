@@ -25,7 +25,7 @@ _PALETTE = np.asarray(list(COLOURS.values()), np.float32)
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a picture got right; with two objects, each must be right.
+    """What a image got right; with two objects, each must be right.
 
     background: the median of the corners is nearest to the background's colour.
     colour: where the caption wants an object, that object's colour prevails over the other colours.
@@ -50,7 +50,7 @@ class Judgement:
 
 
 def judge(image: Image.Image, scene: Scene) -> Judgement:
-    """Compare a picture with the scene that it should show.
+    """Compare a image with the scene that it should show.
 
     Args:
         image: any size.

@@ -19,7 +19,7 @@ _BATCH_PIXELS = 16 * 128 * 128
 
 @dataclass(frozen=True)
 class PictureSize:
-    """One picture size, in pixels, and how many scenes of it to encode."""
+    """One image size, in pixels, and how many scenes of it to encode."""
 
     height: int
     width: int
@@ -62,12 +62,12 @@ def encode_scenes(folder: Path, vae: AutoencoderKL, size: PictureSize, seed: int
     batch_size = max(1, _BATCH_PIXELS // (size.height * size.width))
     batches = []
     for start in range(0, size.num_scenes, batch_size):
-        pictures = []
+        images = []
         for index in range(start, min(start + batch_size, size.num_scenes)):
             rng = _scene_rng(seed, size, index)
-            pictures.append(draw(sample_scene(rng), size.height, size.width, rng))
+            images.append(draw(sample_scene(rng), size.height, size.width, rng))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(torch.from_numpy(np.stack(pictures))).latent_dist.mean.float()
+            latents = vae.encode(torch.from_numpy(np.stack(images))).latent_dist.mean.float()
         batches.append(((latents - SHIFT_FACTOR) * SCALING_FACTOR).half().numpy())
     partial = path.with_suffix(".partial.npy")
     np.save(partial, np.concatenate(batches))

@@ -1,7 +1,7 @@
 """Draws scenes: a signed-distance rasteriser with soft edges (numpy only).
 
-Coordinates are fractions of the picture's width and height; lengths are fractions of its shorter
-side, so that shapes keep their form in pictures that are not square.
+Coordinates are fractions of the image's width and height; lengths are fractions of its shorter
+side, so that shapes keep their form in images that are not square.
 """
 
 import random
@@ -16,8 +16,8 @@ Array = NDArray[np.float32]
 
 RADII = {"small": 0.14, "medium": 0.2, "big": 0.25}
 _GRID = (0.26, 0.5, 0.74)
-# Small, so that the picture at the first denoising step is nearly decided by the caption alone,
-# but enough for two seeds to give two pictures.
+# Small, so that the image at the first denoising step is nearly decided by the caption alone,
+# but enough for two seeds to give two images.
 _JITTER_OFFSET = 0.015
 _JITTER_RADIUS = 0.05
 
@@ -113,14 +113,14 @@ def draw(
         (3, height, width), -1 to 1.
     """
     colours = palette or COLOURS
-    picture = np.empty((3, height, width), np.float32)
-    picture[:] = np.asarray(colours[scene.background], np.float32)[:, None, None]
+    image = np.empty((3, height, width), np.float32)
+    image[:] = np.asarray(colours[scene.background], np.float32)[:, None, None]
     for item in scene.objects:
         centre, radius = _placement(item, rng)
         coverage = shape_coverage(item.shape, centre, radius, height, width)
         colour = np.asarray(colours[item.colour], np.float32)[:, None, None]
-        picture += (colour - picture) * coverage
-    return picture / 127.5 - 1.0
+        image += (colour - image) * coverage
+    return image / 127.5 - 1.0
 
 
 def _placement(item: SceneObject, rng: random.Random | None) -> tuple[tuple[float, float], float]:

@@ -37,7 +37,7 @@ _SAVE_EVERY = 200
 
 @dataclass(frozen=True)
 class SizeTraining:
-    """How one picture size is trained: samples a step and process, and where its noise lies."""
+    """How one image size is trained: samples a step and process, and where its noise lies."""
 
     batch_size: int
     noise_logit: float

@@ -4,7 +4,7 @@ Legend: B batch, N image tokens, T text tokens, D model width, C latent channels
 
 The library's routed experts run under `no_grad`, so training needs a twin of its forward that reads
 the same weights. The twin multiplies matrices in bfloat16 and collapses the identical padding tokens
-of pictures that are not square into one.
+of images that are not square into one.
 """
 
 import math
@@ -81,8 +81,8 @@ class TokenLayout:
     """What depends on sizes alone: positions, and how often the padding token counts.
 
     cosines, sines: (N + text tokens, D / 2), in rotary order.
-    bias: (N + text tokens,), added to every key's logits: log of its count; None for square pictures.
-    keys: (N + text tokens, 1), 0 for padding, 1 elsewhere; None for square pictures.
+    bias: (N + text tokens,), added to every key's logits: log of its count; None for square images.
+    keys: (N + text tokens, 1), 0 for padding, 1 elsewhere; None for square images.
     """
 
     cosines: Tensor

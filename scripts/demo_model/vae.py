@@ -1,6 +1,6 @@
 """The demo model's autoencoder: an `AutoencoderKL` that starts nearly linear, and its training.
 
-From diffusers' default start so small an autoencoder stalls at the mean picture. It learns at once
+From diffusers' default start so small an autoencoder stalls at the mean image. It learns at once
 when it starts as a linear map: residual branches at zero, downsamplers as 2x2 Haar transforms, and
 the two GroupNorm + SiLU heads made linear by pairs of large constant channels that fix the group's
 statistics.
@@ -28,7 +28,7 @@ _NORM_GROUPS = 4
 _CONSTANT = 4.0
 _HEAD_BIAS = 3.0
 _LOG_VARIANCE = -4.0
-# (drawn size, crop) in pixels; crops of large pictures teach edges as they look at large sizes.
+# (drawn size, crop) in pixels; crops of large images teach edges as they look at large sizes.
 _PICTURE_SIZES = ((96, 96), (128, 96), (128, 96), (256, 96), (256, 96), (384, 96))
 
 
@@ -150,25 +150,25 @@ def _start_decoder(decoder: Any) -> None:
 def picture_batch(batch_size: int, rng: random.Random) -> Tensor:
     """(batch_size, 3, 96, 96) crops of drawn scenes, -1 to 1; one in three has random colours."""
     size, crop = rng.choice(_PICTURE_SIZES)
-    pictures = torch.empty(batch_size, 3, crop, crop)
+    images = torch.empty(batch_size, 3, crop, crop)
     for index in range(batch_size):
         palette = None
         if rng.random() < 0.33:
             palette = {name: (rng.randrange(256), rng.randrange(256), rng.randrange(256)) for name in COLOURS}
         top, left = rng.randint(0, size - crop), rng.randint(0, size - crop)
         whole = draw(sample_scene(rng, single_share=0.5), size, size, rng, palette)
-        pictures[index] = torch.from_numpy(whole[:, top : top + crop, left : left + crop])
-    return pictures
+        images[index] = torch.from_numpy(whole[:, top : top + crop, left : left + crop])
+    return images
 
 
-def vae_loss(vae: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
+def vae_loss(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     """The training loss, and the mean square error of the reconstruction (-1 to 1 scale)."""
-    latents = vae.encode(pictures).latent_dist.mean
+    latents = vae.encode(images).latent_dist.mean
     normalised = (latents - SHIFT_FACTOR) * SCALING_FACTOR
-    noise_level = 0.12 * torch.rand(len(pictures), 1, 1, 1)
+    noise_level = 0.12 * torch.rand(len(images), 1, 1, 1)
     noisy = normalised + noise_level * torch.randn_like(normalised)
     decoded = vae.decode(noisy / SCALING_FACTOR + SHIFT_FACTOR).sample
-    error = decoded - pictures
+    error = decoded - images
     square = error.square().mean()
     mean = normalised.mean(dim=(0, 2, 3))
     deviation = normalised.std(dim=(0, 2, 3))

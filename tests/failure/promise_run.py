@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 import grpc
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, job_pb2
-from scripts.chaos.drawings import PIXEL_TOLERANCE, largest_difference
+from scripts.chaos.chaos_requests import PIXEL_TOLERANCE, largest_difference
 from tests.failure.callers import (
     CALL_SECONDS,
-    DRAWINGS,
+    REQUESTS,
     Caller,
     Dashboard,
     Replica,
@@ -131,7 +131,7 @@ class PromiseRun:
             timer.join()
 
     def _draw_each_alone(self, stage: Stage, when: str) -> None:
-        for number, drawing in enumerate(DRAWINGS):
+        for number, drawing in enumerate(REQUESTS):
             order = [*stage.replicas[number % len(stage.replicas) :], *stage.replicas]
             request_id = f"alone-{when}-{number}"
             job_id = submitted(stage, order, request_id, drawing, is_alone=True)
@@ -197,7 +197,7 @@ class PromiseRun:
 
     def _probe(self, stage: Stage) -> list[str]:
         """Draw once more; the replicas whose dashboards were told of its end."""
-        job_id = submitted(stage, stage.replicas, "probe", DRAWINGS[0])
+        job_id = submitted(stage, stage.replicas, "probe", REQUESTS[0])
         deadline = time.monotonic() + SILENT_SECONDS
         while time.monotonic() < deadline:
             hear = [

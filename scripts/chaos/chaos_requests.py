@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
-from PIL import Image as PictureFile
+from PIL import Image as ImageFile
 
 from hidream.client import Client
 from hidream.errors import HiDreamError
 from hidream.events import Event, ImageFinished, Progress, Restarted, Succeeded
 from hidream.requests import GenerateOptions
 
-DRAW_TIMEOUT_SECONDS = 180.0
+REQUEST_TIMEOUT_SECONDS = 180.0
 
 PIXEL_TOLERANCE = 1
 """Largest difference of a value, of 255. A batch of other company moves latents by at most 2e-5
@@ -25,16 +25,16 @@ way, and no more."""
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
-    """A request."""
+class ChaosRequest:
+    """A prompt and the options of its image."""
 
     prompt: str
     options: GenerateOptions
 
 
-def _drawing(
+def _request(
     prompt: str, width: int, height: int, num_steps: int, guidance: float, num_images: int
-) -> Drawing:
+) -> ChaosRequest:
     options: GenerateOptions = {
         "width": width,
         "height": height,
@@ -43,15 +43,15 @@ def _drawing(
         "num_images": num_images,
         "seed": width + num_steps,
     }
-    return Drawing(prompt, options)
+    return ChaosRequest(prompt, options)
 
 
-DRAWINGS = (
-    _drawing("a red circle on a blue background", 64, 64, 8, 3.0, 1),
-    _drawing("two green squares", 128, 128, 24, 3.0, 2),
-    _drawing("a yellow star", 96, 64, 14, 1.0, 3),
-    _drawing("a blue triangle on a white background", 64, 128, 40, 4.0, 1),
-    _drawing("a purple circle", 128, 128, 16, 1.0, 1),
+REQUESTS = (
+    _request("a red circle on a blue background", 64, 64, 8, 3.0, 1),
+    _request("two green squares", 128, 128, 24, 3.0, 2),
+    _request("a yellow star", 96, 64, 14, 1.0, 3),
+    _request("a blue triangle on a white background", 64, 128, 40, 4.0, 1),
+    _request("a purple circle", 128, 128, 16, 1.0, 1),
 )
 """Short and long, with and without guidance, one image and several, of one size and of others."""
 
@@ -73,13 +73,15 @@ class Followed:
     faults: list[str] = field(default_factory=list)
 
 
-def follow(client: Client, drawing: Drawing, on_event: Callable[[Event], None]) -> Followed:
+def follow(client: Client, request: ChaosRequest, on_event: Callable[[Event], None]) -> Followed:
     """Generate the images and check every event against the contract."""
     followed = Followed()
     images: dict[int, bytes] = {}
     events: list[Event] = []
     try:
-        for event in client.generate(drawing.prompt, timeout_seconds=DRAW_TIMEOUT_SECONDS, **drawing.options):
+        for event in client.generate(
+            request.prompt, timeout_seconds=REQUEST_TIMEOUT_SECONDS, **request.options
+        ):
             on_event(event)
             events.append(event)
             if isinstance(event, ImageFinished):
@@ -88,11 +90,11 @@ def follow(client: Client, drawing: Drawing, on_event: Callable[[Event], None]) 
         followed.faults.append(f"ended with {type(error).__name__}: {error}")
         return followed
     followed.images = [images[index] for index in sorted(images)]
-    _check(events, drawing, followed)
+    _check(events, request, followed)
     return followed
 
 
-def _check(events: list[Event], drawing: Drawing, followed: Followed) -> None:
+def _check(events: list[Event], request: ChaosRequest, followed: Followed) -> None:
     if any(after.sequence <= before.sequence for before, after in pairwise(events)):
         followed.faults.append("sequences do not grow")
     step, attempt, told = 0, 1, 0
@@ -114,9 +116,9 @@ def _check(events: list[Event], drawing: Drawing, followed: Followed) -> None:
         followed.faults.append(f"the last event is {type(last).__name__}")
     elif last.job.execution.attempt != attempt:
         followed.faults.append(f"attempt {last.job.execution.attempt} at the end, {attempt} before")
-    if told != drawing.options["num_inference_steps"]:
+    if told != request.options["num_inference_steps"]:
         followed.faults.append(f"the last step that was told of is {told}")
-    if len(followed.images) != drawing.options["num_images"]:
+    if len(followed.images) != request.options["num_images"]:
         followed.faults.append(f"{len(followed.images)} images")
 
 
@@ -124,33 +126,33 @@ class References:
     """The images of requests that nothing disturbed, each alone.
 
     Args:
-        images: of each drawing.
+        images: of each request.
     """
 
     def __init__(self, images: Mapping[int, list[bytes]]) -> None:
         self._images = images
 
     def differences(self, number: int, images: list[bytes], *, was_alone: bool) -> list[str]:
-        """What is wrong with the images of a drawing; to the byte if it was drawn alone."""
+        """What is wrong with the images of a request; to the byte if it ran alone."""
         expected = self._images[number]
         if images == expected:
             return []
         largest = max(map(largest_difference, images, expected), default=255)
         if was_alone:
-            return [f"drawing {number}, alone: other bytes, pixels differ by up to {largest}"]
+            return [f"request {number}, alone: other bytes, pixels differ by up to {largest}"]
         if largest > PIXEL_TOLERANCE:
-            return [f"drawing {number}, in company: pixels differ by up to {largest}"]
+            return [f"request {number}, in company: pixels differ by up to {largest}"]
         return []
 
 
 def pick(choices: random.Random) -> int:
-    """Choose the number of a drawing."""
-    return choices.randrange(len(DRAWINGS))
+    """Choose the number of a request."""
+    return choices.randrange(len(REQUESTS))
 
 
 def largest_difference(file: bytes, expected_file: bytes) -> int:
     """The largest difference between values of two images, from 0 to 255."""
     pixels, expected = (
-        np.asarray(PictureFile.open(io.BytesIO(data)), dtype=np.int16) for data in (file, expected_file)
+        np.asarray(ImageFile.open(io.BytesIO(data)), dtype=np.int16) for data in (file, expected_file)
     )
     return int(np.abs(pixels - expected).max()) if pixels.shape == expected.shape else 255

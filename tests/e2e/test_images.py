@@ -1,4 +1,4 @@
-"""The running service draws what the prompt says, judged by the picture's content."""
+"""The running service's images show what the prompt says, judged by their content."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def test_the_picture_shows_the_colours_that_the_prompt_names_where_it_says(
     # The demo model's own size, steps and guidance.
     generate.spec.ClearField("width")
     generate.spec.ClearField("height")
-    pictures = follow(stub.Generate(generate)).images
+    images = follow(stub.Generate(generate)).images
     judgements = []
-    for data in pictures:
-        with Image.open(io.BytesIO(data)) as picture:
-            judgements.append(judge(picture, scene))
+    for data in images:
+        with Image.open(io.BytesIO(data)) as image:
+            judgements.append(judge(image, scene))
     right = [judgement.background and judgement.colour_and_position for judgement in judgements]
-    # The model is right in most pictures, not in all: scripts/demo_model/README.md has the figures.
+    # The model is right in most images, not in all: scripts/demo_model/README.md has the figures.
     assert sum(right) >= len(SEEDS) - 1, judgements

@@ -1,4 +1,4 @@
-"""The same pictures from a running service, through a real client, and from the library's bare pipeline.
+"""The same images from a running service, through a real client, and from the library's bare pipeline.
 
 Both have the demo model and the CPU; the service divides the same number of threads over its ranks.
 """
@@ -33,7 +33,7 @@ START_TIMEOUT_SECONDS = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
+class ImageRequest:
     """What is generated: a square of one image, with guidance.
 
     Attributes:
@@ -45,7 +45,7 @@ class Picture:
     num_inference_steps: int
 
     def options(self, seed: int) -> GenerateOptions:
-        """Options of `Client.generate` and `Client.draw`."""
+        """Options of `Client.generate`."""
         return {
             "width": self.side_pixels,
             "height": self.side_pixels,
@@ -56,7 +56,7 @@ class Picture:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class GenerationTimes:
     """How long one image took, counted from its request.
 
     Attributes:
@@ -105,7 +105,7 @@ def _running(data_dir: str) -> Iterator[str]:
 class BarePipeline:
     """`HiDreamImagePipeline` of diffusers in this process, told not to rescale the size it is asked for."""
 
-    def __init__(self, picture: Picture) -> None:
+    def __init__(self, request: ImageRequest) -> None:
         diffusers_logging.set_verbosity_error()
         diffusers_logging.disable_progress_bar()
         torch.set_num_threads(NUM_THREADS)
@@ -113,11 +113,11 @@ class BarePipeline:
             demo_checkpoint_path(), dtype=torch.float32
         )
         self._pipeline.set_progress_bar_config(disable=True)
-        self._pipeline.default_sample_size = picture.side_pixels // self._pipeline.vae_scale_factor
-        self._picture = picture
+        self._pipeline.default_sample_size = request.side_pixels // self._pipeline.vae_scale_factor
+        self._request = request
 
-    def draw(self, seed: int) -> Drawn:
-        """Draw one picture; blocks."""
+    def generate(self, seed: int) -> GenerationTimes:
+        """Generate one image; blocks."""
         start = time.perf_counter()
         step_ends: list[float] = []
 
@@ -125,15 +125,15 @@ class BarePipeline:
             step_ends.append(time.perf_counter() - start)
             return {}
 
-        side = self._picture.side_pixels
+        side = self._request.side_pixels
         image = self._pipeline(
             PROMPT,
             height=side,
             width=side,
-            num_inference_steps=self._picture.num_inference_steps,
+            num_inference_steps=self._request.num_inference_steps,
             guidance_scale=GUIDANCE_SCALE,
             generator=torch.Generator().manual_seed(seed),
             callback_on_step_end=note_step,
         ).images[0]
         assert image.size == (side, side)
-        return Drawn(step_ends[0], time.perf_counter() - start)
+        return GenerationTimes(step_ends[0], time.perf_counter() - start)
