@@ -25,7 +25,7 @@
     │   ├── StoreFullError              the database of the jobs has no room
     │   ├── TooManyReadersError         too many streams are open, of all callers together
     │   ├── CallerStreamLimitError      the caller has too many streams open
-    │   ├── ModelNotServedError         nothing was accepted: no live server draws with the model asked for
+    │   ├── ModelNotServedError         nothing was accepted: no live server serves the model asked for
     │   ├── NotServingError             starting, draining, or the devices are lost
     │   ├── ArtifactUnavailableError    images cannot be stored or read now
     │   ├── ImageNotFoundError          the job has no such image, or has it no longer
@@ -291,7 +291,7 @@ class ModelNotServedError(RequestError):
 
     def __init__(self, model: str, live_models: tuple[str, ...]) -> None:
         named = ", ".join(live_models) or "none"
-        super().__init__(f"no live server draws with the model {model!r}; live models: {named}")
+        super().__init__(f"no live server serves the model {model!r}; live models: {named}")
         self.model = model
         self.live_models = live_models
 

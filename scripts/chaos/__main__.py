@@ -1,6 +1,6 @@
 """Kill ranks at random for as long as you like, and see that no request is lost.
 
-Four ranks with the demo model on the CPU (`tp=2,cfg=2`), four callers that always have a request, requests of mixed
+Four ranks with the demo model on the CPU (`tp=2,cfg=2`), four callers that always have a request, of mixed
 sizes and lengths. Ranks, their zygote and their store are killed and stopped, two at once and while others
 recover. Every request must succeed: one that ran alone with the bytes of an undisturbed run, others
 within rounding of its pixels. Prints one JSON line; exit code 1 when anything was not as it must be.

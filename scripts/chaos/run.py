@@ -86,7 +86,7 @@ def run_chaos(seed: int, seconds: float, log_path: Path, say: Callable[[str], No
     """Run a service of its own for some seconds of chaos, until all that it was asked for has ended.
 
     Args:
-        seed: decides what is asked for, which rank is killed and the pauses; moments still vary with the machine.
+        seed: decides the requests, which rank is killed and the pauses; moments still vary with the machine.
         seconds: how long processes are killed.
         log_path: where the service's log goes.
         say: is told how far it is.

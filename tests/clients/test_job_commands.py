@@ -310,7 +310,7 @@ def test_a_watch_survives_a_kill_of_the_server_and_goes_on_behind_the_last_event
             told_after, errors = for_programs.communicate(timeout=120)
     assert (for_people.returncode, paths) == (0, "a_0.png\na_1.png\n"), shown
     assert "connection lost, trying again" in shown
-    assert "attempt 2: the server that drew it ended; goes on after step" in shown
+    assert "attempt 2: the server that ran it ended; goes on after step" in shown
     assert sorted(file.name for file in out.iterdir()) == ["a_0.png", "a_1.png"]
 
     assert (for_programs.returncode, errors) == (0, "")
@@ -321,7 +321,7 @@ def test_a_watch_survives_a_kill_of_the_server_and_goes_on_behind_the_last_event
     assert kinds[-3:] == ["image_finished", "image_finished", "succeeded"]
     assert kinds.count("restarted") == 1
     restarted = events[kinds.index("restarted")]
-    assert (restarted["attempt"], restarted["reason"]) == (2, "the server that drew it ended")
+    assert (restarted["attempt"], restarted["reason"]) == (2, "the server that ran it ended")
     steps = [event["step"] for event in events[kinds.index("restarted") :] if event["event"] == "progress"]
     assert steps[0] > restarted["resumed_from_step"]
     assert steps[-1] == 150

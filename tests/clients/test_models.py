@@ -85,5 +85,5 @@ def test_a_model_that_no_server_has_is_one_line_with_those_that_live(
     result = run(server[1], "submit", "a fox", "--model", "fast")
     assert result.exit_code == 1
     assert result.stderr == (
-        f"hidream: {server[1]}: no live server draws with the model 'fast'; live models: dev, full\n"
+        f"hidream: {server[1]}: no live server serves the model 'fast'; live models: dev, full\n"
     )

@@ -24,9 +24,9 @@ from tests.failure.history import (
     Cancelled,
     ChangeTold,
     Downloaded,
-    Drawing,
     FinalImage,
     History,
+    ImageRequest,
     Told,
 )
 
@@ -34,8 +34,8 @@ CALL_SECONDS = 8.0
 ACTION_SECONDS = 12.0
 PAUSE_SECONDS = 0.2
 """After a call that was answered with an error."""
-DRAWINGS = tuple(
-    Drawing(prompt, side, num_steps, seed)
+IMAGE_REQUESTS = tuple(
+    ImageRequest(prompt, side, num_steps, seed)
     for prompt, side, num_steps, seed in (
         ("a red circle on a blue background", 64, 4, 1),
         ("a yellow star", 64, 8, 2),
@@ -77,7 +77,7 @@ class Stage:
     Attributes:
         is_over: once it is set, nobody begins anything.
         is_closed: once it is set, nobody waits for anything either.
-        pictures: the files that were read, by SHA-256.
+        images: the files that were read, by SHA-256.
     """
 
     replicas: Sequence[Replica]
@@ -85,7 +85,7 @@ class Stage:
     is_over: threading.Event = field(default_factory=threading.Event)
     is_closed: threading.Event = field(default_factory=threading.Event)
     open_calls: dict[int, OpenCall] = field(default_factory=dict)
-    pictures: dict[str, bytes] = field(default_factory=dict)
+    images: dict[str, bytes] = field(default_factory=dict)
 
     def opened(self, reader: str, replica: Replica, job_id: str, call: Any) -> OpenCall:
         """Note a stream that is open from now on."""
@@ -105,21 +105,26 @@ class Stage:
         return code
 
 
-def spec_of(drawing: Drawing) -> image_pb2.ImageSpec:
+def spec_of(image_request: ImageRequest) -> image_pb2.ImageSpec:
     return image_pb2.ImageSpec(
-        prompt=drawing.prompt,
-        width=drawing.side,
-        height=drawing.side,
-        num_inference_steps=drawing.num_inference_steps,
-        seed=drawing.seed,
+        prompt=image_request.prompt,
+        width=image_request.side,
+        height=image_request.side,
+        num_inference_steps=image_request.num_inference_steps,
+        seed=image_request.seed,
     )
 
 
 def submitted(
-    stage: Stage, replicas: Sequence[Replica], request_id: str, drawing: Drawing, *, is_alone: bool = False
+    stage: Stage,
+    replicas: Sequence[Replica],
+    request_id: str,
+    image_request: ImageRequest,
+    *,
+    is_alone: bool = False,
 ) -> str:
     """Submit until one of the replicas acknowledges it, each in turn; the job, or "" when all is over."""
-    message = image_gen_pb2.SubmitJobRequest(spec=spec_of(drawing), request_id=request_id)
+    message = image_gen_pb2.SubmitJobRequest(spec=spec_of(image_request), request_id=request_id)
     number = 0
     while not stage.is_closed.is_set():
         replica = replicas[number % len(replicas)]
@@ -130,7 +135,7 @@ def submitted(
             stage.code("SubmitJob", error)
             stage.is_closed.wait(PAUSE_SECONDS)
             continue
-        stage.history.note(Acknowledged(job_id, request_id, drawing, replica.name, is_alone=is_alone))
+        stage.history.note(Acknowledged(job_id, request_id, image_request, replica.name, is_alone=is_alone))
         return job_id
     return ""
 
@@ -263,28 +268,30 @@ class Caller:
             is_done.set()
 
     def draw(self) -> None:
-        """Stay with a drawing, over any number of calls with its request id."""
-        request_id, drawing = self._request_id(), self._choices.choice(DRAWINGS)
+        """Stay with a request, over any number of calls with its request id."""
+        request_id, image_request = self._request_id(), self._choices.choice(IMAGE_REQUESTS)
         while not self._stage.is_closed.is_set():
-            if self._generate(request_id, drawing, num_events=None):
+            if self._generate(request_id, image_request, num_events=None):
                 return
             self._stage.history.note_reconnect()
             self._stage.is_closed.wait(PAUSE_SECONDS)
 
     def draw_in_time(self) -> None:
         """Draw with a deadline that may be too short."""
-        drawing, timeout = self._choices.choice(DRAWINGS), self._choices.uniform(0.3, 4.0)
-        self._generate(self._request_id(), drawing, num_events=None, timeout=timeout)
+        image_request, timeout = self._choices.choice(IMAGE_REQUESTS), self._choices.uniform(0.3, 4.0)
+        self._generate(self._request_id(), image_request, num_events=None, timeout=timeout)
 
     def leave(self) -> None:
-        """Leave a drawing in the middle."""
-        drawing = self._choices.choice(DRAWINGS)
-        self._generate(self._request_id(), drawing, num_events=self._choices.randint(1, 6))
+        """Leave a request in the middle."""
+        image_request = self._choices.choice(IMAGE_REQUESTS)
+        self._generate(self._request_id(), image_request, num_events=self._choices.randint(1, 6))
 
     def detach(self) -> None:
-        """Leave a drawing that goes on, and watch it elsewhere."""
-        drawing = self._choices.choice(DRAWINGS)
-        self._generate(self._request_id(), drawing, num_events=self._choices.randint(1, 4), detached=True)
+        """Leave a request that goes on, and watch it elsewhere."""
+        image_request = self._choices.choice(IMAGE_REQUESTS)
+        self._generate(
+            self._request_id(), image_request, num_events=self._choices.randint(1, 4), detached=True
+        )
         if self._job_ids:
             self._watch(self._job_ids[-1])
 
@@ -297,10 +304,10 @@ class Caller:
 
     def submit_twice(self) -> None:
         """Submit at one replica, and again at another."""
-        request_id, drawing = self._request_id(), self._choices.choice(DRAWINGS)
+        request_id, image_request = self._request_id(), self._choices.choice(IMAGE_REQUESTS)
         order = self._order()
         for replicas in (order, order[::-1]):
-            if job_id := submitted(self._stage, replicas, request_id, drawing):
+            if job_id := submitted(self._stage, replicas, request_id, image_request):
                 self._job_ids.append(job_id)
                 self._watch_aside(job_id)
 
@@ -343,8 +350,8 @@ class Caller:
         return self._choices.sample(self._stage.replicas, len(self._stage.replicas))
 
     def _submit(self) -> str:
-        drawing = self._choices.choice(DRAWINGS)
-        job_id = submitted(self._stage, self._order(), self._request_id(), drawing)
+        image_request = self._choices.choice(IMAGE_REQUESTS)
+        job_id = submitted(self._stage, self._order(), self._request_id(), image_request)
         if job_id:
             self._job_ids.append(job_id)
         return job_id
@@ -363,16 +370,16 @@ class Caller:
     def _generate(
         self,
         request_id: str,
-        drawing: Drawing,
+        image_request: ImageRequest,
         num_events: int | None,
         *,
         detached: bool = False,
         timeout: float | None = None,
     ) -> bool:
-        """Read a drawing to its end, or so many events of it; whether the caller is done with it."""
+        """Read a request to its end, or so many events of it; whether the caller is done with it."""
         stage, replica = self._stage, self._choices.choice(self._stage.replicas)
         message = image_gen_pb2.GenerateRequest(
-            spec=spec_of(drawing), request_id=request_id, detached=detached
+            spec=spec_of(image_request), request_id=request_id, detached=detached
         )
         call = replica.stub.Generate(message, timeout=timeout)
         job_id, opened = "", stage.opened(f"{self._name}, {request_id} {self._count}", replica, "", call)
@@ -383,7 +390,9 @@ class Caller:
                     opened.job_id = job_id = response.job_id
                     has_deadline = timeout is not None
                     stage.history.note(
-                        Acknowledged(job_id, request_id, drawing, replica.name, has_deadline=has_deadline)
+                        Acknowledged(
+                            job_id, request_id, image_request, replica.name, has_deadline=has_deadline
+                        )
                     )
                     self._job_ids.append(job_id)
                 note_event(stage, opened, job_id, response.event)
@@ -428,5 +437,5 @@ def downloaded(stage: Stage, replica: Replica, job_id: str, info: image_pb2.Imag
         problem = stage.code("DownloadImage", error).name
     sha256 = hashlib.sha256(data).hexdigest()
     if not problem:
-        stage.pictures[sha256] = data
+        stage.images[sha256] = data
     return FinalImage(info.index, info.size_bytes, info.sha256.hex(), len(data), sha256, problem)

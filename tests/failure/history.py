@@ -10,8 +10,8 @@ ENDS = {"succeeded": "SUCCEEDED", "failed": "FAILED", "cancelled": "CANCELLED"}
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
-    """What makes a picture: equal drawings give equal pictures."""
+class ImageRequest:
+    """What makes an image: equal requests give equal images."""
 
     prompt: str
     side: int
@@ -30,7 +30,7 @@ class Acknowledged:
 
     job_id: str
     request_id: str
-    drawing: Drawing
+    image_request: ImageRequest
     replica: str
     has_deadline: bool = False
     is_alone: bool = False

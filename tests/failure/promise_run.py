@@ -17,7 +17,7 @@ from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, job_pb2
 from scripts.chaos.chaos_requests import PIXEL_TOLERANCE, largest_difference
 from tests.failure.callers import (
     CALL_SECONDS,
-    REQUESTS,
+    IMAGE_REQUESTS,
     Caller,
     Dashboard,
     Replica,
@@ -108,19 +108,19 @@ class PromiseRun:
             self._find_hanging(stage, well_seconds, dashboards_hear)
             self._close(stage)
             # Nobody waits for what was left behind.
-            last = Stage(replicas, self.history, pictures=stage.pictures)
+            last = Stage(replicas, self.history, images=stage.images)
             if all(final.state in ENDS.values() for final in self._finals(last, with_images=False)):
                 self._draw_alone(last, "after")
             self.history.final_jobs = self._finals(last, with_images=True)
             self.history.num_listed_images = _num_listed_images(replicas[0])
             self._read_files()
-            found = breaches(self.history, lambda one, other: _differ(last.pictures, one, other))
+            found = breaches(self.history, lambda one, other: _differ(last.images, one, other))
             return self._counts(found), found
 
     # --- the run ----------------------------------------------------------------------------------
 
     def _draw_alone(self, stage: Stage, when: str) -> None:
-        """Draw each picture once while nothing else happens, at one replica after the other."""
+        """Generate each image once while nothing else happens, at one replica after the other."""
         # Where one never ends the checker says so.
         timer = threading.Timer(END_SECONDS, stage.is_closed.set)
         timer.start()
@@ -131,10 +131,10 @@ class PromiseRun:
             timer.join()
 
     def _draw_each_alone(self, stage: Stage, when: str) -> None:
-        for number, drawing in enumerate(REQUESTS):
+        for number, image_request in enumerate(IMAGE_REQUESTS):
             order = [*stage.replicas[number % len(stage.replicas) :], *stage.replicas]
             request_id = f"alone-{when}-{number}"
-            job_id = submitted(stage, order, request_id, drawing, is_alone=True)
+            job_id = submitted(stage, order, request_id, image_request, is_alone=True)
             name = f"alone {when} {number}"
             Watcher(stage, name, job_id, random.Random(number), is_patient=False).run()
 
@@ -197,7 +197,7 @@ class PromiseRun:
 
     def _probe(self, stage: Stage) -> list[str]:
         """Draw once more; the replicas whose dashboards were told of its end."""
-        job_id = submitted(stage, stage.replicas, "probe", REQUESTS[0])
+        job_id = submitted(stage, stage.replicas, "probe", IMAGE_REQUESTS[0])
         deadline = time.monotonic() + SILENT_SECONDS
         while time.monotonic() < deadline:
             hear = [
@@ -319,7 +319,7 @@ def _final(stage: Stage, replica: Replica, job_id: str, *, with_images: bool) ->
     )
 
 
-def _differ(pictures: Mapping[str, bytes], one: str, other: str) -> bool:
-    if one not in pictures or other not in pictures:
+def _differ(images: Mapping[str, bytes], one: str, other: str) -> bool:
+    if one not in images or other not in images:
         return True
-    return largest_difference(pictures[one], pictures[other]) > PIXEL_TOLERANCE
+    return largest_difference(images[one], images[other]) > PIXEL_TOLERANCE

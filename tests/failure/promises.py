@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from tests.failure.history import ENDS, Drawing, FinalImage, FinalJob, History
+from tests.failure.history import ENDS, FinalImage, FinalJob, History, ImageRequest
 
 NUM_SHOWN = 5
 ENDED = frozenset(ENDS.values())
@@ -19,7 +19,7 @@ PASSING = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "RESOURCE_
 """What a call may be answered with while things fail: nothing that says that a job or image is gone."""
 
 Differ = Callable[[str, str], bool]
-"""Whether the pictures of two files, by SHA-256, differ by more than other company may make them."""
+"""Whether the images of two files, by SHA-256, differ by more than other company may make them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def breaches(history: History, differ: Differ) -> list[Breach]:
         *_cancelled_stay_cancelled(history, finals),
         *_others_succeed(history, finals),
         *_retries_follow_their_job(history, finals),
-        *_equal_drawings_are_equal(history, finals, differ),
+        *_equal_requests_give_equal_images(history, finals, differ),
         *_images_are_whole(history),
         *_times_follow(history),
         *_no_file_without_a_row(history),
@@ -185,15 +185,15 @@ def _retries_follow_their_job(history: History, finals: Mapping[str, list[FinalJ
             yield Breach("a retry follows its job", f"request {request_id} is jobs {', '.join(drawn)}")
 
 
-def _equal_drawings_are_equal(
+def _equal_requests_give_equal_images(
     history: History, finals: Mapping[str, list[FinalJob]], differ: Differ
 ) -> Iterator[Breach]:
-    rule = "equal drawings give equal pictures"
-    first_of: dict[tuple[Drawing, int], tuple[str, str]] = {}
-    alone_of: dict[tuple[Drawing, int], tuple[str, str]] = {}
+    rule = "equal requests give equal images"
+    first_of: dict[tuple[ImageRequest, int], tuple[str, str]] = {}
+    alone_of: dict[tuple[ImageRequest, int], tuple[str, str]] = {}
     for job in {each.job_id: each for each in history.acknowledged}.values():
         for image in _images_of(finals.get(job.job_id, ())):
-            key = (job.drawing, image.index)
+            key = (job.image_request, image.index)
             if job.is_alone:
                 other, sha256 = alone_of.setdefault(key, (job.job_id, image.sha256))
                 if sha256 != image.sha256:

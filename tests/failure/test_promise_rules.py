@@ -12,16 +12,16 @@ from tests.failure.history import (
     Cancelled,
     ChangeTold,
     Downloaded,
-    Drawing,
     FinalImage,
     FinalJob,
     History,
+    ImageRequest,
     OpenStream,
     Told,
 )
 from tests.failure.promises import SILENT_SECONDS, Breach, breaches, count_by_rule
 
-DRAWING = Drawing("a red circle", 64, 8, 1)
+IMAGE_REQUEST = ImageRequest("a red circle", 64, 8, 1)
 IMAGE = FinalImage(0, told_bytes=4, told_sha256="aa", num_bytes=4, sha256="aa")
 FINAL = FinalJob("job", "one", "SUCCEEDED", (1, 2, 3), 0.1, (IMAGE,))
 CANCELLED = FinalJob("gone", "one", "CANCELLED", (1, 0, 3))
@@ -39,9 +39,9 @@ def good_history() -> History:
     """Two replicas, a job that succeeded, and one that was cancelled."""
     return History(
         acknowledged=[
-            Acknowledged("job", "a", DRAWING, "one", is_alone=True),
-            Acknowledged("job", "a", DRAWING, "two", is_alone=True),
-            Acknowledged("gone", "b", DRAWING, "one"),
+            Acknowledged("job", "a", IMAGE_REQUEST, "one", is_alone=True),
+            Acknowledged("job", "a", IMAGE_REQUEST, "two", is_alone=True),
+            Acknowledged("gone", "b", IMAGE_REQUEST, "one"),
         ],
         cancelled=[Cancelled("gone", "RUNNING")],
         told=[told(1, "queued"), told(4, "progress"), told(9, "succeeded")],
@@ -71,15 +71,15 @@ def final(history: History, **changes: object) -> None:
     history.final_jobs[1] = replace(FINAL, replica="two", **changes)  # type: ignore[arg-type]
 
 
-def second_drawing(history: History, *, is_alone: bool) -> None:
+def second_image(history: History, *, is_alone: bool) -> None:
     image = replace(IMAGE, told_sha256="bb", sha256="bb")
-    history.acknowledged.append(Acknowledged("second", "c", DRAWING, "one", is_alone=is_alone))
+    history.acknowledged.append(Acknowledged("second", "c", IMAGE_REQUEST, "one", is_alone=is_alone))
     history.final_jobs.append(replace(FINAL, job_id="second", images=(image,)))
     history.stored_files.append("images/second/0")
 
 
 def twice_drawn(history: History) -> None:
-    history.acknowledged.append(Acknowledged("second", "a", DRAWING, "two"))
+    history.acknowledged.append(Acknowledged("second", "a", IMAGE_REQUEST, "two"))
     history.final_jobs.append(replace(FINAL, job_id="second"))
     history.stored_files.append("images/second/0")
 
@@ -89,7 +89,7 @@ SPOILED: dict[str, tuple[str, Callable[[History], object]]] = {
     "a job that a replica does not know": ("one terminal state", lambda h: final(h, state="", images=())),
     "a job that no replica was asked about": (
         "one terminal state",
-        lambda h: h.acknowledged.append(Acknowledged("lost", "x", DRAWING, "one")),
+        lambda h: h.acknowledged.append(Acknowledged("lost", "x", IMAGE_REQUEST, "one")),
     ),
     "two ends on two replicas": ("one terminal state", lambda h: final(h, state="FAILED")),
     "a reader that saw another end": (
@@ -139,8 +139,8 @@ SPOILED: dict[str, tuple[str, Callable[[History], object]]] = {
     ),
     "a request that was drawn twice": ("a retry follows its job", twice_drawn),
     "other pixels": (
-        "equal drawings give equal pictures",
-        lambda h: second_drawing(h, is_alone=False),
+        "equal requests give equal images",
+        lambda h: second_image(h, is_alone=False),
     ),
     "an image that is cut short": (
         "images are whole",
@@ -183,13 +183,13 @@ def test_a_spoiled_history_breaks_its_rule(name: str) -> None:
     assert rule in count_by_rule(found_in(history))
 
 
-def test_in_company_pictures_may_differ_by_rounding_and_alone_by_no_byte() -> None:
+def test_in_company_images_may_differ_by_rounding_and_alone_by_no_byte() -> None:
     history = good_history()
-    second_drawing(history, is_alone=False)
+    second_image(history, is_alone=False)
     assert found_in(history, do_differ=False) == []
     history = good_history()
-    second_drawing(history, is_alone=True)
-    assert count_by_rule(found_in(history, do_differ=False)) == {"equal drawings give equal pictures": 1}
+    second_image(history, is_alone=True)
+    assert count_by_rule(found_in(history, do_differ=False)) == {"equal requests give equal images": 1}
 
 
 def test_a_caller_with_a_deadline_may_miss_it() -> None:

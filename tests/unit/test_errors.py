@@ -40,7 +40,7 @@ def test_a_bad_request_names_every_field_in_its_text() -> None:
 
 def test_a_model_that_nobody_serves_is_refused_with_those_that_live() -> None:
     assert str(ModelNotServedError("dev", ("demo", "full"))) == (
-        "no live server draws with the model 'dev'; live models: demo, full"
+        "no live server serves the model 'dev'; live models: demo, full"
     )
     assert str(ModelNotServedError("dev", ())).endswith("live models: none")
 

@@ -126,7 +126,7 @@ class AlreadyExistsError(ServerError):
 
 
 class FailedPreconditionError(ServerError):
-    """The job is not in a state that allows this, or no live server draws with the model asked for."""
+    """The job is not in a state that allows this, or no live server serves the model asked for."""
 
 
 class ResourceExhaustedError(ServerError):

@@ -197,7 +197,7 @@ class ClaimWriter:
         """
         state = self.state
         give_up_time = time.monotonic() + GIVE_BACK_SECONDS
-        outage = Outage(logger, f"keep what was drawn of job {self.job.job_id}")
+        outage = Outage(logger, f"store the state of job {self.job.job_id}")
         while True:
             try:
                 result = await action()

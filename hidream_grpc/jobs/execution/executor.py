@@ -177,7 +177,7 @@ class JobExecutor:
 
     async def _give_up(self, replica_id: str, claim: HeldClaim) -> None:
         """Give back a claim whose answer was lost, or that could not be given back before."""
-        logger.warning("giving back a job that is not drawn here", extra={"job_id": claim.job_id})
+        logger.warning("giving back a job that does not run here", extra={"job_id": claim.job_id})
         await self._tools.store.abandon(replica_id, claim)
 
     def _hold(self, job: Job) -> None:

@@ -33,7 +33,7 @@ from hidream_grpc.jobs.watching.events import JobFeed, Previewed, Progressed, Re
 
 logger = logging.getLogger(__name__)
 
-LOST_SERVER = "the server that drew it ended"
+LOST_SERVER = "the server that ran it ended"
 
 
 @dataclass(frozen=True, slots=True)

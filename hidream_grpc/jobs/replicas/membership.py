@@ -171,7 +171,7 @@ class Membership:
             await asyncio.sleep(min(left_seconds, WAKE_LOOK_SECONDS))
 
     def _note_removal(self) -> None:
-        logger.warning("this replica was taken for dead: what it drew goes on elsewhere")
+        logger.warning("this replica was taken for dead: its jobs go on elsewhere")
         self._id_before, self.replica_id = self.replica_id, uuid.uuid4().hex
         self._has_joined = False
         self._on_removed()

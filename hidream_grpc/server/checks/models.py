@@ -32,9 +32,7 @@ class ModelChoice:
         model, own = await self._jobs.model(name), await self._jobs.model(None)
         if model.tokenizer_fingerprint != own.tokenizer_fingerprint:
             # The server that generates would cut a prompt that is too long for it.
-            description = (
-                f"{name} has other tokenizers than {own.identity.name}: ask a server that draws with it"
-            )
+            description = f"{name} has other tokenizers than {own.identity.name}: ask a server that serves it"
             raise InvalidRequestError((FieldViolation("model", description),))
         return RequestValidator(model.limits, model.defaults, self._count_tokens, model.identity)
 

@@ -1113,13 +1113,13 @@ func (x *Preview) GetData() []byte {
 	return nil
 }
 
-// The rank group was lost while the job ran, or the server that drew it ended without giving it back;
+// The rank group was lost while the job ran, or the server that ran it ended without giving it back;
 // progress goes on from `resumed_from_step`.
 type Restarted struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Number of the attempt that begins, from 2.
 	Attempt int32 `protobuf:"varint,1,opt,name=attempt,proto3" json:"attempt,omitempty"`
-	// What was lost, such as `rank 1: killed by SIGKILL` or `the server that drew it ended`.
+	// What was lost, such as `rank 1: killed by SIGKILL` or `the server that ran it ended`.
 	Reason string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
 	// The step that the job goes on after; 0 when it starts again from its seed.
 	ResumedFromStep int32 `protobuf:"varint,3,opt,name=resumed_from_step,json=resumedFromStep,proto3" json:"resumed_from_step,omitempty"`

@@ -595,7 +595,7 @@ Global___Preview: _TypeAlias = Preview  # noqa: Y015
 
 @_typing.final
 class Restarted(_message.Message):
-    """The rank group was lost while the job ran, or the server that drew it ended without giving it back;
+    """The rank group was lost while the job ran, or the server that ran it ended without giving it back;
     progress goes on from `resumed_from_step`.
     """
 
@@ -607,7 +607,7 @@ class Restarted(_message.Message):
     attempt: _builtins.int
     """Number of the attempt that begins, from 2."""
     reason: _builtins.str
-    """What was lost, such as `rank 1: killed by SIGKILL` or `the server that drew it ended`."""
+    """What was lost, such as `rank 1: killed by SIGKILL` or `the server that ran it ended`."""
     resumed_from_step: _builtins.int
     """The step that the job goes on after; 0 when it starts again from its seed."""
     def __init__(
