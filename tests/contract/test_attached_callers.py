@@ -1,4 +1,4 @@
-"""Who waits for a job, over all replicas, on both databases: the last that leaves stops it."""
+"""Callers that wait for a job, over all replicas, on both databases: the last that leaves stops it."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Shelf:
         return ImageReader(self.job.job_id, self.store, self.artifacts)
 
     async def read(self, offset: int = 0) -> bytes:
-        """As a stream reads it, from an offset to its end."""
+        """Read it as a stream does, from an offset to its end."""
         reader, data = self.reader(), b""
         while offset + len(data) < self.image.size_bytes:
             data += await reader.read(self.image, offset + len(data), PIECE_BYTES)

@@ -1,4 +1,4 @@
-"""Who sees which jobs, and in which order, on SQLite and on PostgreSQL alike."""
+"""Which caller sees which jobs, and in which order, on SQLite and on PostgreSQL alike."""
 
 from __future__ import annotations
 

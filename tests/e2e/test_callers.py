@@ -1,4 +1,4 @@
-"""Who may call, whose job is whose, and how much each may ask for, where the operator names the callers."""
+"""Which callers may call, which jobs are theirs, and how much each may ask for, where the operator names the callers."""
 
 from __future__ import annotations
 

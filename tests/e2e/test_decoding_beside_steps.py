@@ -43,7 +43,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 LARGE = picture(width=512, height=512, num_inference_steps=1, guidance_scale=1.0)
 SMALL = picture(num_inference_steps=1000, guidance_scale=1.0)
 NO_TIME = 0.0
-"""As a budget: one slice in every round."""
+"""A budget of time: one slice in every round."""
 LESS_THAN_A_SLICE_BYTES = 16 * 1024 * 1024
 """The largest tensors of a 512×512 decode are twice as large."""
 

@@ -72,7 +72,7 @@ class FirstLife:
 
 
 def flags(data_dir: Path, *more: str) -> tuple[str, ...]:
-    """Of a server that draws one job at a time, and tells images in small pieces."""
+    """Flags of a server that runs one job at a time, and sends images in small chunks."""
     common = (
         "--data-dir",
         str(data_dir),

@@ -15,7 +15,7 @@ from tests.failure.faulty_servers import LEASE_SECONDS, FaultyServer
 
 SMALL_STEPS_SECONDS = (-30.0, 0.0, 30.0)
 LARGE_STEPS_SECONDS = (*SMALL_STEPS_SECONDS, -3700.0, 3700.0)
-"""For replicas, which have the database's clock besides; a server alone has only its own."""
+"""The faults of replicas, which have the database's clock besides; a server alone has only its own."""
 QUIET_SECONDS = (0.2, 1.5)
 """Between two faults; the second of a pair comes while the first lasts."""
 PAIR_SHARE = 0.25
@@ -109,7 +109,7 @@ class FaultSchedule:
         self._error: Exception | None = None
 
     def start(self) -> None:
-        """Begin."""
+        """Begin the fault."""
         self._thread.start()
 
     def wait(self) -> None:

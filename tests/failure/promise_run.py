@@ -37,7 +37,7 @@ MAX_THREADS = 300
 END_SECONDS = 60.0
 """For every job to end, when all is well again."""
 SETTLE_SECONDS = 30.0
-"""For files that no row names to be removed, when every job has ended."""
+"""Seconds in which files that no row names are removed, when every job has ended."""
 
 
 @dataclass(frozen=True, slots=True)

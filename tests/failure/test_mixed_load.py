@@ -147,7 +147,7 @@ def test_each_job_that_was_accepted_ends_once_whatever_its_callers_do(tmp_path: 
         assert codes["draw", grpc.StatusCode.OK] > 0
 
         def counts() -> tuple[int, int]:
-            """Of the jobs that both accepted, and those that they ended."""
+            """Count the jobs that both accepted, and those that they ended."""
             infos = [server.info().jobs for server in servers]
             ended = sum(jobs.succeeded + jobs.failed + jobs.cancelled for jobs in infos)
             return sum(jobs.total for jobs in infos), ended

@@ -39,7 +39,7 @@ CONFIG: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def real_costs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[RankCosts]]:
-    """Of each layout the costs of its ranks, which have run."""
+    """Run the ranks of each layout, and return their costs."""
     folder = tmp_path_factory.mktemp("costs")
     checkpoint = folder / "transformer"
     library = fill_at_random(library_transformer(CONFIG, torch.float32), torch.device("cpu"))

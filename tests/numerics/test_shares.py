@@ -52,7 +52,7 @@ def transformer_of(config: TransformerConfig, layout: str, rank: int) -> HiDream
 
 
 def num_weights(transformer: HiDreamTransformer, *, routed_experts: bool | None = None) -> int:
-    """Of those that are shared out; of routed experts only, or of all else only, where told so."""
+    """The weights that are shared out; of routed experts only, or of all else only, where told so."""
     return sum(
         parameter.numel()
         for name, parameter in transformer.named_parameters()

@@ -61,7 +61,7 @@ class PostgresServer:
 
     @property
     def system_user(self) -> str | None:
-        """Whom it runs as where tests run as root."""
+        """The user that it runs as where tests run as root."""
         return self._server.system_user
 
     @property

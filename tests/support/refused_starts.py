@@ -55,7 +55,7 @@ def refused_line(
 
 
 def refused_line_here(flags: Sequence[str | Path], exit_code: int = EXIT_STARTUP_ERROR) -> str:
-    """As `refused_line`, in this process: much faster; the environment is the test's own."""
+    """Do as `refused_line` does, in this process: much faster; the environment is the test's own."""
     root = logging.getLogger()
     handlers, level, argv = list(root.handlers), root.level, sys.argv
     root.handlers.clear()

@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _fork_beside() -> int:
-    """As os.fork, but the new process is a child of this one's parent."""
+    """Fork as os.fork does, but the new process is a child of this one's parent."""
     python = ctypes.pythonapi
     python.PyOS_BeforeFork()
     # Not ctypes.CDLL, which would let go of the interpreter's lock.

@@ -50,7 +50,7 @@ LOADS: dict[str, tuple[EngineCapacity, Callable[[random.Random, int], tuple[floa
 
 
 def noisy_times(noise: random.Random) -> Times:
-    """Of a device where a step has a fixed part, on a host that is never twice the same."""
+    """Times of a device where a step has a fixed part, on a host that is never twice the same."""
     return Times(
         step_seconds=lambda w, h, s: (0.02 + 0.3 * w * h * s / 1024**2) * noise.lognormvariate(0.0, 0.2),
         image_seconds=lambda w, h: 1.5 * w * h / 1024**2 * noise.lognormvariate(0.0, 0.2),

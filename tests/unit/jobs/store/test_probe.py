@@ -63,7 +63,7 @@ class Bench:
         self._timers = timers
 
     def let_the_time_pass(self, num_ticks: int = NUM_TICKS) -> None:
-        """By default so long that whatever runs out does."""
+        """The default is so long that whatever runs out does."""
         for _ in range(num_ticks):
             self.timer.fire()
 

@@ -298,7 +298,7 @@ def test_the_nearest_side_that_is_told_works(width: int, height: int) -> None:
 
 
 LONG = RequestValidator(dataclasses.replace(LIMITS, max_pixels=64 * 70_000), DEFAULTS, count_words)
-"""Of a model that draws longer images than some formats hold."""
+"""The limits of a model that makes longer images than some formats hold."""
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tests.unit.server.checks.test_generation import LIMITS
 
 
 class RefusingModels:
-    """Whose newest limits refuse every request."""
+    """A source of limits whose newest refuse every request."""
 
     async def validator(self, _name: str | None) -> RefusingModels:
         return self

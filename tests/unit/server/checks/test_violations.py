@@ -15,7 +15,7 @@ OTHER_HEADERS_BYTES = 300
 
 
 def header_bytes(violations: list[FieldViolation]) -> int:
-    """Of the status: its text is percent-encoded, its details are in base64."""
+    """The size of the status: its text is percent-encoded, its details are in base64."""
     status = to_status(invalid_request(violations))
     text_bytes = sum(1 if " " <= c <= "~" else 3 * len(c.encode()) for c in status.message)
     return text_bytes + -(-len(status.SerializeToString()) // 3) * 4
