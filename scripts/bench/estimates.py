@@ -1,7 +1,7 @@
 """What a refresh of the estimates costs the event loop: CPU time, with 16 running and 64 waiting jobs.
 
-The jobs differ in size, steps, number of images and caller. The baseline is the round of the scheduler that the
-engine does for every step of the same running jobs. Prints one JSON line.
+The jobs differ in size, steps, number of images and caller. The baseline is the round of the scheduler
+that the engine does for every step of the same running jobs. Prints one JSON line.
 
     python -m scripts.bench.estimates [--refreshes 200]
 """

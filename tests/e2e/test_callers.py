@@ -1,4 +1,4 @@
-"""Which callers may call, which jobs are theirs, and how much each may ask for, where the operator names the callers."""
+"""Callers that the operator names: what each may do, which jobs are its own, and how much it may ask for."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from scripts.chaos.saboteur import Card
 
 SPARE_MEMORY_BYTES = 16 * 1024 * 1024
 POOLED_DESCRIPTORS = 15
-"""The files of up to five connections to SQLite that are kept open, three files each; a leak has one for each death."""
+"""Files of up to five connections to SQLite that are kept open, three each; a leak has one for each death."""
 
 
 # The first seed kills and stops ranks within its first seconds.

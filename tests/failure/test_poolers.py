@@ -70,7 +70,7 @@ def test_a_pooler_whose_sessions_are_not_ones_own_is_refused_in_one_line(
 
 
 async def left_in_sessions(url: str, num_sessions: int) -> dict[int, tuple[int, str | None]]:
-    """Read, by process, how many statements are prepared in a session of the pooler, and which limits are set."""
+    """Read how many statements are prepared in each session of the pooler, and which limits are set."""
     left: dict[int, tuple[int, str | None]] = {}
     async with AsyncExitStack() as stack:
         for _ in range(num_sessions):
