@@ -68,7 +68,7 @@ def test_on_a_full_disk_new_jobs_are_refused_and_all_that_were_accepted_end_when
         assert get(stub, before.job_id) == before
         assert downloaded(stub, before.job_id) == image
         assert listed(stub) == [*waits[::-1], runs, before.job_id]
-        wait_until(lambda: "keep what was drawn" in server.log, WAIT_SECONDS, "its end has no room either")
+        wait_until(lambda: "store the state of job" in server.log, WAIT_SECONDS, "its end has no room either")
         filling.unlink()
         (*_, last) = told
         assert last.event.failed.status.code == code_pb2.RESOURCE_EXHAUSTED

@@ -64,6 +64,21 @@ def replace_starts(make: Callable[[Start], int | None]) -> None:
     setattr(subprocess, _START, start)
 
 
+def hand_over_zygote(channel: socket.socket, zygote_pid: int) -> None:
+    """Take the process that waits at this channel as the first zygote of this server, whose child it is."""
+    waiting = [channel]
+
+    def make(start: Start) -> int | None:
+        # When this zygote is lost, the next one is started as ever.
+        if ZYGOTE_MODULE not in start.words or not waiting:
+            return None
+        with waiting.pop() as first_channel:
+            send(first_channel, start.words, (*start.streams, *start.inherited))
+        return zygote_pid
+
+    replace_starts(make)
+
+
 def send(channel: socket.socket, message: object, files: Sequence[int] = ()) -> None:
     """Send one message and open files with it; the channel keeps messages apart (SOCK_SEQPACKET)."""
     socket.send_fds(channel, [json.dumps(message).encode()], list(files))

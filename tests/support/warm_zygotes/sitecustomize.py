@@ -8,7 +8,6 @@ import socket
 import sys
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
-from typing import Any
 
 # This folder is on the path, since Python has found this file.
 handover = importlib.import_module("handover")
@@ -17,17 +16,7 @@ handover = importlib.import_module("handover")
 def _expect_zygote() -> None:
     descriptor, zygote_pid = map(int, os.environ.pop("WAITING_ZYGOTE").split())
     os.set_inheritable(descriptor, False)
-    waiting = [socket.socket(fileno=descriptor)]
-
-    def make(start: Any) -> int | None:
-        # When this zygote is lost, the next one is started as ever.
-        if handover.ZYGOTE_MODULE not in start.words or not waiting:
-            return None
-        with waiting.pop() as channel:
-            handover.send(channel, start.words, (*start.streams, *start.inherited))
-        return zygote_pid
-
-    handover.replace_starts(make)
+    handover.hand_over_zygote(socket.socket(fileno=descriptor), zygote_pid)
 
 
 def _run_hidden_one() -> None:

@@ -1,8 +1,9 @@
-"""Servers and rank groups of tests start with a zygote that is a fork of one warm process.
+"""Servers and rank groups of tests are forks of one warm process.
 
-To import torch and the libraries of the model takes seconds of a core, at every start of a server. What is
-left out here is that import alone: the interpreter of a server is new, a zygote and its ranks do all that
-they do, and a zygote that replaces a lost one is a new interpreter. With `--long` everything starts as ever.
+To import torch, the libraries of the model and those of the server takes seconds of a core, at every start.
+What is left out here is that import alone: servers, zygotes and ranks do all that they do, and a zygote that
+replaces a lost one is a new interpreter. A server whose clock or devices a test changes is a new interpreter
+too. With `--long` everything starts as ever.
 """
 
 from __future__ import annotations

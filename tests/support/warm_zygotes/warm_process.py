@@ -1,19 +1,23 @@
-"""A process that has imported what ranks need, and whose forks are the zygotes of tests.
+"""A process that has imported what servers and ranks need: its forks are the servers and zygotes of tests.
 
 A zygote must be a child of the process that it serves. For the process of the tests, which is the parent
 of this one, a fork is made whose parent it is (CLONE_PARENT). For a server, such a fork makes one more, which
-waits to become the zygote, and then executes the server, whose child it stays.
+waits to become the zygote, and then becomes the server, whose child it stays.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import gc
 import importlib
 import os
 import platform
+import runpy
 import signal
 import socket
 import sys
+import threading
 import traceback
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +27,7 @@ from setproctitle import setproctitle
 
 from hidream_grpc.engine.protocol.processes import num_threads
 from hidream_grpc.engine.zygote import zygote
+from tests.support.warm_zygotes import handover
 from tests.support.warm_zygotes.handover import ZYGOTE_MODULE, receive, send
 
 _SYS_CLONE = {"x86_64": 56, "aarch64": 220}
@@ -49,6 +54,9 @@ def main() -> None:
 
     # A table of a thousand regular expressions, which a rank makes for its first text encoder.
     get_checkpoint_conversion_mapping("t5")
+    importlib.import_module("hidream_grpc.cli")
+    # What is here already is no garbage of a server or a rank.
+    gc.freeze()
     if num_threads() != 1:
         raise RuntimeError("a process with threads must not fork")
     while True:
@@ -87,14 +95,14 @@ def _become(channel: socket.socket, request: dict[str, Any], files: list[int]) -
         if ZYGOTE_MODULE in request["words"]:
             _work_as_zygote(request["words"], files, request["environment"])
         else:
-            _execute_server(request, files)
+            _become_server(request, files)
         os._exit(0)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
 
 
-def _execute_server(request: dict[str, Any], files: list[int]) -> NoReturn:
+def _become_server(request: dict[str, Any], files: list[int]) -> NoReturn:
     server_end, zygote_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment: dict[str, str] = request["environment"]
     waiting_pid = os.fork()
@@ -103,17 +111,48 @@ def _execute_server(request: dict[str, Any], files: list[int]) -> NoReturn:
         for file in files:
             os.close(file)
         _wait_to_be_a_zygote(zygote_end, environment)
-    server_end.set_inheritable(True)
-    environment["WAITING_ZYGOTE"] = f"{server_end.fileno()} {waiting_pid}"
+    zygote_end.close()
+    os.chdir(request["folder"])
+    _take_streams(files)
+    # A fault is in the modules that an interpreter finds at its start.
+    if environment.get("PYTHONPATH") == os.environ.get("PYTHONPATH"):
+        handover.hand_over_zygote(server_end, waiting_pid)
+        _run_server(request["words"], environment)
+    _execute_server(request["words"], environment, server_end, waiting_pid)
+
+
+def _run_server(words: list[str], environment: dict[str, str]) -> NoReturn:
+    """Do as a new interpreter does with this command line, and as it does at its end."""
+    os.environ.clear()
+    os.environ.update(environment)
+    setproctitle(" ".join(words))
+    sys.argv = [words[0], *words[3:]]
+    code: Any = 0
+    try:
+        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def _execute_server(
+    words: list[str], environment: dict[str, str], channel: socket.socket, zygote_pid: int
+) -> NoReturn:
+    channel.set_inheritable(True)
+    environment["WAITING_ZYGOTE"] = f"{channel.fileno()} {zygote_pid}"
     environment["PYTHONPATH"] = os.pathsep.join(
         (str(Path(__file__).parent), environment.get("PYTHONPATH", ""))
     )
-    os.chdir(request["folder"])
-    _take_streams(files)
     # Python ignores them, and an ignored signal stays so.
     for number in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
-    words: list[str] = request["words"]
     os.execve(words[0], words, environment)
 
 
