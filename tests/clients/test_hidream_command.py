@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
+from hidream.client import Client
 from tests.clients.conftest import HealthOnlyServer
 from tests.support.live_server import LiveServer, wait_until
 
@@ -61,6 +63,25 @@ def test_the_same_seed_draws_the_same_file(server: LiveServer, tmp_path: Path) -
         )
         assert result.returncode == 0
     assert (tmp_path / "first.png").read_bytes() == (tmp_path / "second.png").read_bytes()
+
+
+def test_out_is_stdout_or_whatever_is_there_and_replaces_no_device(
+    server: LiveServer, tmp_path: Path
+) -> None:
+    command = [HIDREAM, "generate", PROMPT, "--seed", "7", *SMALL, "--address", server.address, "--out"]
+    piped = subprocess.run([*command, "-"], cwd=tmp_path, capture_output=True, check=True).stdout
+    with PIL.Image.open(io.BytesIO(piped)) as picture:
+        picture.load()
+        assert (picture.size, picture.format) == ((64, 64), "PNG")
+    dropped = subprocess.run([*command, "/dev/null"], cwd=tmp_path, capture_output=True, check=True)
+    assert dropped.stdout == b"/dev/null\n"
+    assert Path("/dev/null").is_char_device()
+    assert not list(tmp_path.iterdir())
+    with Client(server.address) as client:
+        [job, *_] = client.list_page(states=["SUCCEEDED"]).jobs
+    download = [HIDREAM, "download", job.job_id, "--address", server.address, "--out", "-"]
+    assert subprocess.run(download, cwd=tmp_path, capture_output=True, check=True).stdout == piped
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_size_that_cannot_be_drawn_is_told_in_one_line(server: LiveServer, tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ def generate(
         typer.Option(
             "--out",
             "-o",
-            help="File, pattern with {seed} and {index}, or folder. Without a pattern several images "
-            "get their index behind the name. Default: hidream_{seed}.png.",
+            help="File, pattern with {seed} and {index}, folder, or - for stdout. Without a pattern several "
+            "images get their index behind the name. Default: hidream_{seed}.png.",
         ),
     ] = None,
     seed: Seed = None,
@@ -84,7 +84,11 @@ def generate(
     """Draw what a prompt says, and print the path of each image."""
     size = size or Size()
     file_format = picked_format(out, file_format)
-    pattern = output_pattern(out, file_format)
+    pattern = output_pattern(out, file_format, images)
+    if preview and pattern.is_stream:
+        raise typer.BadParameter(
+            f"previews are files beside that of the image, and {out!r} is none", param_hint="--preview"
+        )
     events = client.generate(
         prompt,
         timeout_seconds=timeout,
@@ -102,7 +106,7 @@ def generate(
     )
     # Closing the events cancels the job when anything here fails, an interrupt included.
     with closing(events), ProgressBar(is_shown=not quiet) as bar:
-        saved = SavedImages(pattern, images or 1)
+        saved = SavedImages(pattern)
         for event in events:
             bar.show(event)
             saved.take(event)

@@ -27,10 +27,11 @@ again, stands at each RPC in `protos/hidream/v1/image_gen.proto`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copyreg
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -58,7 +59,11 @@ class QuotaViolation:
 
 
 class HiDreamError(Exception):
-    """Base of every error of this client."""
+    """Base of every error of this client; all of them can be pickled and copied."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        # Made without its constructor, which takes other arguments than the text.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
 
 
 class ServerError(HiDreamError):

@@ -1,12 +1,13 @@
 """What happens to a job, as frozen values: the events of `Generate`.
 
+Their `repr` is one line: messages of the contract and bytes are left out of it.
 Times are in seconds and by the server's clock. What a field means in full stands in
 `protos/hidream/v1/job.proto`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -49,8 +50,8 @@ class Started(JobEvent):
     Comes again, with `execution.attempt` 2 or more, when a server that went away gave the job back.
     """
 
-    spec: image_pb2.ImageSpec
-    execution: job_pb2.Execution
+    spec: image_pb2.ImageSpec = field(repr=False)
+    execution: job_pb2.Execution = field(repr=False)
     queue_seconds: float
 
 
@@ -70,7 +71,7 @@ class Preview(JobEvent):
 
     step: int
     mime_type: str
-    data: bytes
+    data: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +105,7 @@ class Timings:
 class Succeeded(JobEvent):
     """All images have arrived; this is the last event."""
 
-    job: job_pb2.Job
+    job: job_pb2.Job = field(repr=False)
     timings: Timings
 
 

@@ -1,8 +1,7 @@
-"""Files that appear whole or not at all, and where the images of a request go."""
+"""Where the images of a request go, and in which format."""
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -11,8 +10,11 @@ from typing import cast
 from hidream.images import Image
 from hidream.requests import OutputFormat
 from hidream.v1 import image_pb2
+from hidream.writing import followed, is_replaceable, own_descriptor
 
 DEFAULT_NAME = "hidream_{seed}"
+STDOUT = "-"
+STDOUT_PATH = Path("/dev/stdout")
 
 
 class ImageFileFormat(StrEnum):
@@ -39,21 +41,6 @@ def format_of_suffix(suffix: str) -> ImageFileFormat | None:
     return ImageFileFormat(name) if name in set(ImageFileFormat) else None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file in one rename, so that no reader sees half of it; an older one is replaced.
-
-    Raises:
-        OSError: the folder is missing or full, or may not be written to.
-    """
-    # Beside the target: a rename is atomic only within one file system.
-    unfinished = path.with_name(f".hidream-{secrets.token_hex(4)}.part")
-    try:
-        unfinished.write_bytes(data)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 @dataclass(frozen=True, slots=True)
 class OutputPattern:
     """Where each image of one request goes.
@@ -67,10 +54,11 @@ class OutputPattern:
 
     @classmethod
     def from_option(cls, out: str | None, suffix: str) -> OutputPattern:
-        """What `--out` means: a file, a pattern, a folder, or nothing for the working folder.
+        """What `--out` means: stdout, a file, a pattern, a folder, or nothing for the working folder.
 
         Args:
-            out: a path; a folder when it is one or ends in a slash, and made in the second case.
+            out: `-` for stdout, or a path; a folder when it is one or ends in a slash, and made in the second
+                case.
             suffix: of the files, where `out` does not name them; with its dot.
 
         Raises:
@@ -79,7 +67,7 @@ class OutputPattern:
         """
         if out is None:
             return cls(Path(DEFAULT_NAME + suffix))
-        path = Path(out)
+        path = STDOUT_PATH if out == STDOUT else Path(out)
         if out.endswith("/"):
             path.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -88,8 +76,20 @@ class OutputPattern:
             raise NotADirectoryError(f"{path.parent}: no such folder")
         return cls(path)
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether every image goes to one device or pipe, where none replaces another."""
+        return not is_replaceable(followed(self.pattern))
+
+    @property
+    def is_stdout(self) -> bool:
+        """Whether the images go to the stdout of this process."""
+        return own_descriptor(followed(self.pattern)) == 1
+
     def path_of(self, image: Image | image_pb2.ImageInfo, num_images: int) -> Path:
         """Return where one image of several goes."""
+        if self.is_stream:
+            return self.pattern
         stem, suffix = self.pattern.stem, self.pattern.suffix
         if num_images > 1 and "{seed}" not in stem and "{index}" not in stem:
             stem += "_{index}"

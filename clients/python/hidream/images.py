@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from hidream.errors import BrokenImageError
 from hidream.v1 import image_pb2
+from hidream.writing import write_file
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Image:
     """One finished image.
 
@@ -30,6 +34,34 @@ class Image:
     mime_type: str
     sha256: bytes
     data: bytes
+
+    def __repr__(self) -> str:
+        return (
+            f"Image(index={self.index}, {self.width}×{self.height}, seed={self.seed}, {self.mime_type}, "
+            f"{len(self.data):,} bytes)"
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file, which appears whole or not at all; an older one is replaced.
+
+        Raises:
+            OSError: the folder is missing or full, or may not be written to.
+        """
+        write_file(Path(path), self.data)
+
+    def _repr_png_(self) -> bytes | None:
+        """Return what a notebook shows of a PNG."""
+        return self.data if self.mime_type == "image/png" else None
+
+    def _repr_jpeg_(self) -> bytes | None:
+        """Return what a notebook shows of a JPEG."""
+        return self.data if self.mime_type == "image/jpeg" else None
+
+    def _repr_html_(self) -> str | None:
+        """Return what a notebook shows of a WebP, for which it has no method of its own."""
+        if self.mime_type != "image/webp":
+            return None
+        return f'<img src="data:image/webp;base64,{base64.b64encode(self.data).decode()}">'
 
 
 class ImageCheck:

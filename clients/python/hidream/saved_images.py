@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import typer
 
 from hidream.events import Event, ImageFinished, Preview, Started
-from hidream.files import ImageFileFormat, OutputPattern, format_of_suffix, write_atomically
+from hidream.files import STDOUT, ImageFileFormat, OutputPattern, format_of_suffix
+from hidream.writing import write_file
 
 
 class SavedImages:
     """Writes the images of one job as they are finished."""
 
-    def __init__(self, pattern: OutputPattern, num_images: int, seed: int = 0) -> None:
+    def __init__(self, pattern: OutputPattern, num_images: int = 1, seed: int = 0) -> None:
         """Write nothing yet.
 
         Args:
             pattern: where the images go.
-            num_images: how many there will be.
-            seed: of the first image; `Started` brings it where it is not known before.
+            num_images: how many there will be; `Started` brings it where it is not known before.
+            seed: of the first image, likewise.
         """
         self._pattern = pattern
         self._num_images = num_images
@@ -28,25 +30,28 @@ class SavedImages:
 
     @property
     def paths(self) -> list[Path]:
-        """The files in the order of their images' index; images are finished in any order."""
+        """The files in the order of their images' index; none where stdout carries the image itself."""
+        if self._pattern.is_stdout:
+            return []
+        # Images are finished in any order.
         return [self._paths[index] for index in sorted(self._paths)]
 
     def take(self, event: Event) -> None:
         """Take the next event."""
         match event:
             case Started():
-                self._seed = event.spec.seed
-            case Preview():
-                write_atomically(self._pattern.preview_path(self._seed), event.data)
+                self._seed, self._num_images = event.spec.seed, event.spec.num_images
+            case Preview() if not self._pattern.is_stream:
+                write_file(self._pattern.preview_path(self._seed), event.data)
             case ImageFinished():
                 path = self._pattern.path_of(event.image, self._num_images)
-                write_atomically(path, event.image.data)
+                write_file(path, event.image.data)
                 self._paths[event.image.index] = path
 
 
 def picked_format(out: str | None, file_format: ImageFileFormat | None) -> ImageFileFormat:
     """The format that `--out` and `--format` agree on; BadParameter where they do not."""
-    if out is None or out.endswith("/") or Path(out).is_dir() or not Path(out).suffix:
+    if out in (None, STDOUT) or out.endswith("/") or Path(out).is_dir() or not Path(out).suffix:
         return file_format or ImageFileFormat.PNG
     named = format_of_suffix(Path(out).suffix)
     if named is None and file_format is None:
@@ -57,9 +62,20 @@ def picked_format(out: str | None, file_format: ImageFileFormat | None) -> Image
     return named or file_format or ImageFileFormat.PNG
 
 
-def output_pattern(out: str | None, file_format: ImageFileFormat) -> OutputPattern:
-    """What `--out` means; BadParameter where its folder does not exist."""
+def output_pattern(out: str | None, file_format: ImageFileFormat, num_images: int | None) -> OutputPattern:
+    """What `--out` means; BadParameter where its folder does not exist, or stdout cannot take the images.
+
+    Args:
+        out: of the option.
+        file_format: of the images.
+        num_images: how many there will be, where that is known.
+    """
     try:
-        return OutputPattern.from_option(out, file_format.suffix)
+        pattern = OutputPattern.from_option(out, file_format.suffix)
     except NotADirectoryError as error:
         raise typer.BadParameter(str(error), param_hint="--out") from error
+    if pattern.is_stdout and (num_images or 1) > 1:
+        raise typer.BadParameter("stdout takes one image only", param_hint="--out")
+    if pattern.is_stdout and sys.stdout.isatty():
+        raise typer.BadParameter("stdout is a terminal, which shows no images", param_hint="--out")
+    return pattern

@@ -32,7 +32,7 @@ from hidream.v1 import image_pb2
 
 Out = Annotated[
     str | None,
-    typer.Option("--out", "-o", help="File, pattern with {seed} and {index}, or folder, as of `generate`."),
+    typer.Option("--out", "-o", help="File, pattern with {seed} and {index}, folder or -, as of `generate`."),
 ]
 
 
@@ -80,7 +80,8 @@ def watch(
 
 def _saved_images(client: Client, job_id: str, out: str, timeout_seconds: float | None) -> SavedImages:
     spec = client.status(job_id, timeout_seconds=timeout_seconds).spec
-    return SavedImages(output_pattern(out, picked_format(out, _format(spec))), spec.num_images, spec.seed)
+    pattern = output_pattern(out, picked_format(out, _format(spec)), spec.num_images)
+    return SavedImages(pattern, spec.num_images, spec.seed)
 
 
 def _watch_all(
@@ -114,12 +115,14 @@ def download(
     What arrived of an image before the download broke off is kept, and not asked for again.
     """
     job = client.status(job_id, timeout_seconds=timeout)
-    pattern = output_pattern(out, picked_format(out, _format(job.spec)))
-    for image_index in index or range(job.spec.num_images):
+    indices = index or range(job.spec.num_images)
+    pattern = output_pattern(out, picked_format(out, _format(job.spec)), len(indices))
+    for image_index in indices:
         place = image_pb2.ImageInfo(index=image_index, seed=job.spec.seed + image_index)
         path = pattern.path_of(place, job.spec.num_images)
         info = client.download(job_id, path, image_index, ReconnectPolicy(timeout, reconnect))
-        typer.echo(message_json_line(info) if as_json else path)
+        if not pattern.is_stdout:
+            typer.echo(message_json_line(info) if as_json else path)
 
 
 def _format(spec: image_pb2.ImageSpec) -> ImageFileFormat:

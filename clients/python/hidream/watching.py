@@ -42,7 +42,7 @@ class JobWatch(ResumableStream[image_gen_pb2.WatchJobRequest, image_gen_pb2.Watc
         self._reader.finish()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class JobChange:
     """A job as it is after a change of its state.
 
@@ -53,6 +53,10 @@ class JobChange:
 
     job: job_pb2.Job
     time: datetime
+
+    def __repr__(self) -> str:
+        state = job_pb2.JobState.Name(self.job.state)
+        return f"JobChange(job_id={self.job.job_id!r}, state={state}, time={self.time!r})"
 
 
 class AllJobsWatch(

@@ -46,6 +46,16 @@ def status(code: int, message: str = "what happened") -> status_pb2.Status:
             id="a seed that no message can carry",
         ),
         pytest.param(["generate"], "prompt", id="no prompt"),
+        pytest.param(
+            ["generate", "a", "--out", "-", "--images", "2"],
+            "stdout takes one image only",
+            id="two into stdout",
+        ),
+        pytest.param(
+            ["generate", "a", "--out", "/dev/null", "--preview"],
+            "previews are files beside that of the image",
+            id="previews beside a device",
+        ),
         pytest.param(["submit", "a", "--label", "red"], "'red' is not KEY=VALUE", id="a label without value"),
         pytest.param(["list", "--state", "done"], "'--state'", id="a state that jobs do not have"),
         pytest.param(

@@ -1,3 +1,8 @@
+import copy
+import multiprocessing
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+
 import grpc
 import pytest
 from google.protobuf import duration_pb2
@@ -5,7 +10,9 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from hidream import errors
-from hidream.errors import error_from_call, error_from_status
+from hidream.batch_lines import InvalidLinesError, LineViolation
+from hidream.errors import HiDreamError, error_from_call, error_from_status
+from hidream.requests import generate_request
 
 
 def status_of(code: int, *details: Message) -> status_pb2.Status:
@@ -109,3 +116,33 @@ def test_every_error_class_is_raised_for_some_status() -> None:
     statuses = [status_of(code) for code in code_pb2.Code.values() if code != code_pb2.OK]
     statuses.append(status_of(code_pb2.RESOURCE_EXHAUSTED, IN_THREE_SECONDS))
     assert {type(error_from_status(status)) for status in statuses} == subclasses(errors.ServerError)
+
+
+EXAMPLES: tuple[HiDreamError, ...] = (
+    *(error_from_status(status_of(code)) for code in code_pb2.Code.values() if code != code_pb2.OK),
+    error_from_status(status_of(code_pb2.RESOURCE_EXHAUSTED, IN_THREE_SECONDS)),
+    errors.NotServingError(5.0, "NOT_SERVING"),
+    errors.EventLoopError(),
+    errors.StreamError("a gap"),
+    errors.BrokenImageError(1, "a gap"),
+    InvalidLinesError([LineViolation(1, "seed", "is wrong")]),
+)
+
+
+def test_an_error_that_was_pickled_or_copied_says_the_same() -> None:
+    assert {type(error) for error in EXAMPLES} >= subclasses(HiDreamError) - {HiDreamError}
+    for error in EXAMPLES:
+        error.add_note("a note")
+        copies = [pickle.loads(pickle.dumps(error, protocol)) for protocol in range(6)]
+        for copied in (*copies, copy.copy(error), copy.deepcopy(error)):
+            assert type(copied) is type(error)
+            assert (str(copied), copied.args, vars(copied)) == (str(error), error.args, vars(error))
+
+
+def test_an_error_comes_back_from_a_process_pool() -> None:
+    with (
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
+        pytest.raises(errors.InvalidArgumentError) as caught,
+    ):
+        pool.submit(generate_request, "a", output_format="GIF").result()
+    assert [violation.field for violation in caught.value.violations] == ["spec.output_format"]

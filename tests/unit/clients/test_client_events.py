@@ -9,7 +9,9 @@ from google.rpc import code_pb2, status_pb2
 from hidream import events
 from hidream.errors import BrokenImageError, CancelledError, InternalError, StreamError
 from hidream.events import EventReader
+from hidream.images import Image
 from hidream.v1 import image_pb2, job_pb2
+from hidream.watching import JobChange
 
 FILE = b"the bytes of one file"
 INFO = image_pb2.ImageInfo(size_bytes=len(FILE), sha256=hashlib.sha256(FILE).digest())
@@ -167,3 +169,24 @@ def test_events_cannot_be_changed() -> None:
     event = EventReader().read("job-1", job_pb2.JobEvent(queued=job_pb2.Queued(queue_position=1)))
     with pytest.raises(AttributeError):
         event.queue_position = 2  # type: ignore[union-attr, misc]
+
+
+def test_events_are_short_lines_however_much_they_carry() -> None:
+    spec, job = (
+        image_pb2.ImageSpec(prompt="a" * 9999),
+        job_pb2.Job(spec=image_pb2.ImageSpec(prompt="a" * 9999)),
+    )
+    image = Image(
+        index=0, width=64, height=64, seed=7, mime_type="image/png", sha256=b"7" * 32, data=FILE * 999
+    )
+    timings = dict.fromkeys(events.Timings.__annotations__, 0.5)
+    for event in (
+        events.Started(spec=spec, execution=job_pb2.Execution(model="a" * 9999), queue_seconds=0, **COMMON),
+        events.Preview(step=3, mime_type="image/jpeg", data=FILE * 999, **COMMON),
+        events.ImageFinished(image=image, **COMMON),
+        events.Succeeded(job=job, timings=events.Timings(**timings), **COMMON),
+        JobChange(job, datetime.fromtimestamp(0, UTC)),
+    ):
+        text = repr(event)
+        assert len(text) < 320 and "\n" not in text
+        assert type(event).__name__ in text

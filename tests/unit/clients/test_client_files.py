@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from hidream.files import ImageFileFormat, OutputPattern, format_of_suffix, write_atomically
+from hidream.files import ImageFileFormat, OutputPattern, format_of_suffix
 from hidream.images import Image
 
 IMAGE = Image(index=1, width=64, height=64, seed=43, mime_type="image/png", sha256=b"", data=b"")
@@ -52,19 +52,15 @@ def test_the_preview_lies_beside_the_image() -> None:
     assert OutputPattern(Path("a/{seed}.png")).preview_path(42) == Path("a/42.preview.jpg")
 
 
-def test_a_file_replaces_the_older_one_and_leaves_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
-    path.write_bytes(b"older")
-    write_atomically(path, b"newer")
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"picture.png": b"newer"}
+def test_a_device_takes_every_image_and_its_name_gets_no_index() -> None:
+    pattern = OutputPattern.from_option("/dev/null", ".png")
+    assert (pattern.is_stream, pattern.is_stdout) == (True, False)
+    assert pattern.path_of(IMAGE, num_images=4) == Path("/dev/null")
 
 
-def test_a_write_that_fails_leaves_the_older_file_alone(tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
-    path.mkdir()
-    with pytest.raises(OSError, match="picture"):
-        write_atomically(path, b"newer")
-    assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
+@pytest.mark.parametrize("out", ["-", "/dev/stdout", "/dev/fd/1"])
+def test_stdout_has_several_names(out: str) -> None:
+    assert OutputPattern.from_option(out, ".png").is_stdout
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 import hashlib
+import pickle
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -79,3 +82,36 @@ def test_pieces_of_one_image_do_not_announce_two() -> None:
     assembler.add(chunk(info_of(FILE), 0, FILE[:5]))
     with pytest.raises(BrokenImageError, match="a piece of another image"):
         assembler.add(chunk(info_of(FILE[:9]), 5, FILE[5:9]))
+
+
+IMAGE = Image(index=1, width=64, height=32, seed=8, mime_type="image/png", sha256=b"7" * 32, data=FILE * 9999)
+
+
+def test_an_image_is_one_short_line_however_large_it_is() -> None:
+    assert repr(IMAGE) == "Image(index=1, 64×32, seed=8, image/png, 209,979 bytes)"
+
+
+def test_an_image_can_be_pickled() -> None:
+    assert pickle.loads(pickle.dumps(IMAGE)) == IMAGE
+
+
+def test_an_image_saves_itself_under_any_kind_of_path(tmp_path: Path) -> None:
+    IMAGE.save(tmp_path / "path.png")
+    IMAGE.save(str(tmp_path / "text.png"))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {
+        "path.png": IMAGE.data,
+        "text.png": IMAGE.data,
+    }
+
+
+@pytest.mark.parametrize("mime_type", ["image/png", "image/jpeg", "image/webp"])
+def test_a_notebook_shows_an_image_in_one_way(mime_type: str) -> None:
+    image = replace(IMAGE, mime_type=mime_type, data=FILE)
+    shown = {
+        "image/png": image._repr_png_(),
+        "image/jpeg": image._repr_jpeg_(),
+        "image/webp": image._repr_html_(),
+    }
+    found = shown.pop(mime_type)
+    assert found == FILE or "base64,dGhlIGJ5dGVzIG9mIG9uZSBmaWxl" in str(found)
+    assert set(shown.values()) == {None}
