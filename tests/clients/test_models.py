@@ -11,7 +11,7 @@ import pytest
 from grpc_status import rpc_status
 from typer.testing import CliRunner, Result
 
-from hidream.cli import app
+from hidream.commands import app
 from hidream.v1 import image_gen_pb2, job_pb2
 from hidream_grpc.errors import ModelNotServedError
 from hidream_grpc.server.status import to_status

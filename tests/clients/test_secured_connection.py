@@ -11,11 +11,11 @@ import grpc
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from hidream.aio import AsyncClient
-from hidream.cli import app
 from hidream.client import Client
+from hidream.commands import app
 from hidream.connection import Tls
 from hidream.errors import UnauthenticatedError, UnavailableError
 from hidream.health import HealthStatus
@@ -100,23 +100,52 @@ def test_a_server_that_nobody_vouches_for_is_not_spoken_to(secured_server: Secur
         client.health()
 
 
-def test_the_command_encrypts_and_brings_its_token_where_the_servers_authority_is_known(
+def test_the_command_speaks_mutual_tls_and_brings_its_token_where_the_servers_authority_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     authority = trustme.CA()
-    certificate = authority.issue_cert("localhost")
-    ca_file = tmp_path / "ca.pem"
-    authority.cert_pem.write_to_path(str(ca_file))
+    ours, theirs = authority.issue_cert("caller@hidream.test"), authority.issue_cert("localhost")
+    files = {name: tmp_path / f"{name}.pem" for name in ("ca", "cert", "key")}
+    authority.cert_pem.write_to_path(str(files["ca"]))
+    ours.cert_chain_pems[0].write_to_path(str(files["cert"]))
+    ours.private_key_pem.write_to_path(str(files["key"]))
     credentials = grpc.ssl_server_credentials(
-        [(certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes())]
+        [(theirs.private_key_pem.bytes(), theirs.cert_chain_pems[0].bytes())],
+        authority.cert_pem.bytes(),
+        require_client_auth=True,
     )
+    options = {name: (f"--{name}-file", str(file)) for name, file in files.items()}
     monkeypatch.setenv("HIDREAM_TOKEN", TOKEN)
     with serving(credentials) as port:
-        command = ["health", "--address", f"localhost:{port}", "--timeout", "5"]
-        known = CliRunner().invoke(app, [*command, "--ca-file", str(ca_file)])
-        unknown = CliRunner().invoke(app, [*command, "--tls"])
-        absent = CliRunner().invoke(app, [*command, "--ca-file", str(tmp_path / "absent.pem")])
-    assert (known.exit_code, known.stdout) == (0, "SERVING\n")
-    assert unknown.exit_code == 3
-    assert absent.exit_code == 1
-    assert "absent.pem" in absent.stderr
+
+        def health(*arguments: str, scheme: str = "") -> Result:
+            address = f"{scheme}localhost:{port}"
+            return CliRunner().invoke(app, ["health", "--address", address, "--timeout", "5", *arguments])
+
+        known = health(*options["ca"], *options["cert"], *options["key"], scheme="https://")
+        assert (known.exit_code, known.stdout) == (0, "SERVING\n")
+        assert health(*options["ca"]).exit_code == 3  # the server does not know who calls
+        assert health("--tls", *options["cert"], *options["key"]).exit_code == 3
+        plain = health(*options["ca"], scheme="http://")
+    assert (plain.exit_code, plain.stdout) == (2, "")
+    assert "http:// is not encrypted, and TLS is asked for" in plain.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        pytest.param(["--ca-file", "absent.pem"], "absent.pem: No such file", id="no such file"),
+        pytest.param(["--ca-file", "prose.pem"], "prose.pem holds no certificate in PEM", id="prose"),
+        pytest.param(["--cert-file", "a.pem"], "a certificate and its key are given together", id="no key"),
+        pytest.param(["--key-file", "a.pem"], "a certificate and its key are given together", id="a key"),
+    ],
+)
+def test_files_that_cannot_secure_a_connection_are_one_line_and_exit_code_2(
+    options: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prose.pem").write_text("once upon a time")
+    result = CliRunner().invoke(app, ["health", *options])
+    assert (result.exit_code, result.stdout) == (2, "")
+    [told] = result.stderr.splitlines()
+    assert line in told

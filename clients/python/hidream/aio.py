@@ -9,6 +9,7 @@ from typing import Self, TypeVar, Unpack
 
 import grpc
 
+from hidream.addresses import endpoint
 from hidream.connection import DEFAULT_ADDRESS, SERVICE_NAME, AsyncConnection, Tls, call_metadata
 from hidream.downloads import Download
 from hidream.errors import translated_errors
@@ -51,11 +52,15 @@ class AsyncClient:
         """Connects when it is first used.
 
         Args:
-            address: `host:port`, or any other target that gRPC knows.
+            address: `host`, `host:port`, an `http://` or `https://` URL without a path, or any other target
+                that gRPC knows. Without a port it means 8088, or 443 behind `https://`, which implies `tls`.
             token: bearer token, for servers that ask for one. Without `tls` it travels unencrypted.
             tls: encrypts the connection.
+
+        Raises:
+            AddressError: the address is none of these.
         """
-        self._connection = AsyncConnection(address, tls)
+        self._connection = AsyncConnection(*endpoint(address, tls))
         self._metadata = call_metadata(token)
 
     async def close(self) -> None:

@@ -9,6 +9,7 @@ from typing import Self, TypeVar, Unpack
 
 import grpc
 
+from hidream.addresses import endpoint
 from hidream.connection import DEFAULT_ADDRESS, SERVICE_NAME, Connection, Tls, call_metadata
 from hidream.downloads import Download
 from hidream.errors import translated_errors
@@ -47,11 +48,15 @@ class Client:
         """Connects when it is first used.
 
         Args:
-            address: `host:port`, or any other target that gRPC knows.
+            address: `host`, `host:port`, an `http://` or `https://` URL without a path, or any other target
+                that gRPC knows. Without a port it means 8088, or 443 behind `https://`, which implies `tls`.
             token: bearer token, for servers that ask for one. Without `tls` it travels unencrypted.
             tls: encrypts the connection.
+
+        Raises:
+            AddressError: the address is none of these.
         """
-        self._connection = Connection(address, tls)
+        self._connection = Connection(*endpoint(address, tls))
         self._metadata = call_metadata(token)
 
     def close(self) -> None:

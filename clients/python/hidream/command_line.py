@@ -5,16 +5,21 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Concatenate
 
 import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from hidream.batch_lines import InvalidLinesError
 from hidream.client import Client
 from hidream.connection import DEFAULT_ADDRESS, Tls
 from hidream.errors import (
+    AddressError,
     HiDreamError,
     InternalError,
     InvalidArgumentError,
@@ -23,7 +28,7 @@ from hidream.errors import (
     ServerError,
     UnavailableError,
 )
-from hidream.options import VARIABLES, Address, CaFile, Token, UseTls
+from hidream.options import VARIABLES, Address, CaFile, CertFile, KeyFile, Token, UseTls
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2
@@ -85,7 +90,7 @@ def _refuse_empty(connection: Mapping[str, Any]) -> None:
             # Typer takes it for an absent one.
             empty = variable
         elif isinstance(value, str) and not value.strip():
-            empty = f"--{name}"
+            empty = "--" + name.replace("_", "-")
         else:
             continue
         typer.echo(f"hidream: {empty}: is empty; leave it out to have its default", err=True)
@@ -93,11 +98,49 @@ def _refuse_empty(connection: Mapping[str, Any]) -> None:
 
 
 def _new_client(
-    address: Address = DEFAULT_ADDRESS, token: Token = None, tls: UseTls = False, ca_file: CaFile = None
+    address: Address = DEFAULT_ADDRESS,
+    token: Token = None,
+    tls: UseTls = False,
+    ca_file: CaFile = None,
+    cert_file: CertFile = None,
+    key_file: KeyFile = None,
 ) -> Client:
-    if ca_file is not None:
-        return Client(address, token=token, tls=Tls(root_certificates=ca_file.read_bytes()))
-    return Client(address, token=token, tls=Tls() if tls else None)
+    if (cert_file is None) != (key_file is None):
+        raise typer.BadParameter("a certificate and its key are given together", param_hint="--cert-file")
+    authorities = _pem(ca_file, "--ca-file", "CERTIFICATE")
+    certificate = _pem(cert_file, "--cert-file", "CERTIFICATE")
+    key = _pem(key_file, "--key-file", "PRIVATE KEY")
+    has_tls = tls or authorities or certificate
+    return Client(address, token=token, tls=Tls(authorities, key, certificate) if has_tls else None)
+
+
+def _pem(path: Path | None, option: str, kind: str) -> bytes | None:
+    """Return what a file holds; BadParameter where gRPC would only say that it could not connect."""
+    if path is None:
+        return None
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: {error.strerror}", param_hint=option) from None
+    if f"{kind}-----".encode() not in data:
+        raise typer.BadParameter(f"{path} holds no {kind.lower()} in PEM", param_hint=option)
+    return data
+
+
+class CommandGroup(TyperGroup):
+    """The commands, whose usage errors are one line."""
+
+    def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
+        """Run a command and end the process with its exit code."""
+        try:
+            code = super().main(*arguments, standalone_mode=False, **options)
+        except TyperException as error:
+            message = " ".join(error.format_message().split()).removesuffix(".")
+            context = getattr(error, "ctx", None)
+            where = f"; see '{context.command_path} --help'" if context else ""
+            typer.echo(f"hidream: {message}{where}", err=True)
+            code = error.exit_code
+        sys.exit(code)
 
 
 @contextmanager
@@ -112,6 +155,9 @@ def exit_codes(address: str) -> Iterator[None]:
         for line in error_lines(error, address):
             typer.echo(f"hidream: {line}", err=True)
         raise typer.Exit(exit_code(error)) from None
+    except BrokenPipeError:
+        # Whoever reads stdout has seen enough; `main` ends quietly.
+        raise
     except OSError as error:
         typer.echo(f"hidream: {error}", err=True)
         raise typer.Exit(EXIT_FAILED) from None
@@ -120,7 +166,7 @@ def exit_codes(address: str) -> Iterator[None]:
 def exit_code(error: HiDreamError) -> int:
     """The exit code that the command's help promises for an error."""
     match error:
-        case InvalidArgumentError() | InvalidLinesError():
+        case InvalidArgumentError() | InvalidLinesError() | AddressError():
             return EXIT_INVALID
         case UnavailableError() | ResourceExhaustedError() | NotServingError():
             return EXIT_UNAVAILABLE
@@ -142,6 +188,8 @@ def error_lines(error: HiDreamError, address: str) -> list[str]:
             else f"line {violation.line_number}: {violation.description}"
             for violation in error.violations
         ]
+    if isinstance(error, AddressError):
+        return [str(error)]
     line = f"{address}: {error}"
     if isinstance(error, InternalError) and error.error_id not in str(error):
         line += f" (error id {error.error_id})"

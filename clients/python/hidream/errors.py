@@ -17,6 +17,7 @@
     │   ├── DataLossError               a stored image is damaged: `job_id`, `image_index`
     │   └── InternalError               a failure of the server: `error_id` stands in its log
     ├── NotServingError                 it did not serve in the time given
+    ├── AddressError                    the address of the server cannot be understood: `address`
     ├── EventLoopError                  an AsyncClient is used in a second event loop
     └── StreamError                     what arrived is not what was announced
         └── BrokenImageError            an image did not arrive as it was sent: `image_index`
@@ -215,6 +216,18 @@ class NotServingError(HiDreamError):
         super().__init__(f"not serving after {timeout_seconds:g} s: {seen}")
         self.timeout_seconds = timeout_seconds
         self.last_status = last_status
+
+
+class AddressError(HiDreamError):
+    """The address of a server cannot be understood.
+
+    Attributes:
+        address: as it was given.
+    """
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(f"address {address!r}: {reason}")
+        self.address = address
 
 
 class EventLoopError(HiDreamError):

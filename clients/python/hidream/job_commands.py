@@ -8,6 +8,7 @@ import typer
 
 from hidream.client import Client
 from hidream.command_line import connected
+from hidream.job_ids import whole_id, whole_ids
 from hidream.job_tables import job_table, jobs_table, state_name
 from hidream.json_text import message_json, message_json_line
 from hidream.options import AsJson, JobId, JobIds, Labels, States, Timeout, labels_by_key, state_names
@@ -17,7 +18,7 @@ from hidream.v1 import job_pb2
 @connected
 def status(client: Client, job_id: JobId, as_json: AsJson = False, timeout: Timeout = 10.0) -> None:
     """Print a job as it is now."""
-    job = client.status(job_id, timeout_seconds=timeout)
+    job = client.status(whole_id(client, job_id, timeout), timeout_seconds=timeout)
     typer.echo(message_json(job) if as_json else job_table(job))
 
 
@@ -53,7 +54,7 @@ def list_jobs(
 @connected
 def cancel(client: Client, job_ids: JobIds, as_json: AsJson = False, timeout: Timeout = 10.0) -> None:
     """Stop jobs at their next step, and print each with its state; one that has ended stays as it is."""
-    for job_id in job_ids:
+    for job_id in whole_ids(client, job_ids, timeout):
         job = client.cancel(job_id, timeout_seconds=timeout)
         typer.echo(message_json_line(job) if as_json else f"{job.job_id} {state_name(job)}")
 
@@ -61,6 +62,6 @@ def cancel(client: Client, job_ids: JobIds, as_json: AsJson = False, timeout: Ti
 @connected
 def delete(client: Client, job_ids: JobIds, as_json: AsJson = False, timeout: Timeout = 10.0) -> None:
     """Delete jobs that have ended, and their images, and print the id of each."""
-    for job_id in job_ids:
+    for job_id in whole_ids(client, job_ids, timeout):
         client.delete(job_id, timeout_seconds=timeout)
         typer.echo(message_json_line(job_pb2.Job(job_id=job_id)) if as_json else job_id)

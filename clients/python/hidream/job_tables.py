@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import code_pb2
 
+from hidream.job_ids import short_ids
 from hidream.terminal import format_seconds, table
 from hidream.v1 import job_pb2
 
 _PROMPT_CHARACTERS = 48
-_COLUMNS = "{:<32}  {:<9}  {:>9}  {:<19}  {}"
+_COLUMNS = "{:<8}  {:<9}  {:>9}  {:<19}  {}"
 
 
 def state_name(job: job_pb2.Job) -> str:
@@ -25,16 +26,16 @@ def job_table(job: job_pb2.Job) -> str:
     return table(_job_rows(job))
 
 
-def jobs_table(jobs: Iterable[job_pb2.Job], has_header: bool) -> Iterator[str]:
-    """Yield one line a job, below the names of the columns where wanted."""
+def jobs_table(jobs: Sequence[job_pb2.Job], has_header: bool) -> Iterator[str]:
+    """Yield one line a job, with the beginning of its id, below the names of the columns where wanted."""
     if has_header:
         yield _COLUMNS.format("job", "state", "step", "accepted (UTC)", "prompt")
-    for job in jobs:
+    for job, short_id in zip(jobs, short_ids([job.job_id for job in jobs]), strict=True):
         steps = f"{job.progress.step}/{job.spec.num_inference_steps}"
         prompt = " ".join(job.spec.prompt.split())
         if len(prompt) > _PROMPT_CHARACTERS:
             prompt = prompt[: _PROMPT_CHARACTERS - 1] + "…"
-        yield _COLUMNS.format(job.job_id, state_name(job), steps, _time(job.create_time), prompt)
+        yield _COLUMNS.format(short_id, state_name(job), steps, _time(job.create_time), prompt)
 
 
 def _job_rows(job: job_pb2.Job) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -25,10 +26,16 @@ def message_json_line(message: Message) -> str:
     return json.dumps(_dictionary(message), ensure_ascii=False)
 
 
-def event_json_line(event: Event) -> str:
-    """Return one event as JSON on one line: its kind, and its fields without the bytes of images."""
+def event_json_line(event: Event, path: Path | None = None) -> str:
+    """Return one event as JSON on one line: its kind, and its fields without the bytes of images.
+
+    Args:
+        event: any event.
+        path: where the image that it finished was written.
+    """
     kind = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
-    return json.dumps({"event": kind, **_fields(event)}, ensure_ascii=False)
+    place = {} if path is None else {"path": str(path)}
+    return json.dumps({"event": kind, **_fields(event), **place}, ensure_ascii=False)
 
 
 def _dictionary(message: Message) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated, cast
 
 import typer
 
-from hidream.requests import JobStateName
+from hidream.requests import JobStateName, Priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,19 @@ class Size:
 
     @classmethod
     def parse(cls, text: str) -> Size:
-        """The size that `WIDTHxHEIGHT` says."""
-        width, _, height = text.lower().partition("x")
+        """The size that `WIDTHxHEIGHT` says, with an x of any kind."""
+        width, _, height = text.lower().replace("×", "x").partition("x")
         if not (width.isdecimal() and height.isdecimal()):
             raise typer.BadParameter(f"{text!r} is not WIDTHxHEIGHT in pixels, such as 512x768")
         return cls(int(width), int(height))
+
+
+class PriorityName(StrEnum):
+    """Priorities, as a command line names them."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
 
 
 class State(StrEnum):
@@ -61,8 +69,15 @@ VARIABLES = {
     "token": "HIDREAM_TOKEN",
     "tls": "HIDREAM_TLS",
     "ca_file": "HIDREAM_CA_FILE",
+    "cert_file": "HIDREAM_CERT_FILE",
+    "key_file": "HIDREAM_KEY_FILE",
 }
-Address = Annotated[str, typer.Option(envvar=VARIABLES["address"], help="host:port of the server.")]
+Address = Annotated[
+    str,
+    typer.Option(
+        envvar=VARIABLES["address"], help="Of the server: host, host:port, or a URL with http:// or https://."
+    ),
+]
 Token = Annotated[
     str | None,
     typer.Option(envvar=VARIABLES["token"], show_envvar=True, help="Bearer token; better by its variable."),
@@ -74,6 +89,16 @@ CaFile = Annotated[
         envvar=VARIABLES["ca_file"],
         help="PEM file of the authorities that vouch for the server, in place of the public ones.",
     ),
+]
+CertFile = Annotated[
+    Path | None,
+    typer.Option(
+        envvar=VARIABLES["cert_file"],
+        help="PEM file that proves who calls, for servers that ask for it, with --key-file.",
+    ),
+]
+KeyFile = Annotated[
+    Path | None, typer.Option(envvar=VARIABLES["key_file"], help="PEM file with the key of --cert-file.")
 ]
 
 # What to draw.
@@ -92,10 +117,19 @@ Quality = Annotated[int | None, typer.Option(help="Quality of JPEG and WebP, 1 t
 Model = Annotated[
     str | None, typer.Option(help="Which model draws, one that `hidream info` names. Default: the server's.")
 ]
+PriorityOption = Annotated[PriorityName | None, typer.Option("--priority", help="Which jobs go first.")]
+JobLabels = Annotated[
+    list[Label] | None,
+    typer.Option("--label", parser=Label.parse, metavar="KEY=VALUE", help="To find it again; several times."),
+]
+RequestId = Annotated[
+    str | None, typer.Option(help="A name for the request, so that a retry does not draw twice.")
+]
 
 # Which jobs.
-JobId = Annotated[str, typer.Argument(metavar="JOB_ID", show_default=False)]
-JobIds = Annotated[list[str], typer.Argument(metavar="JOB_ID...", show_default=False)]
+_JOB_ID_HELP = "Id, or its beginning, as `list` prints it."
+JobId = Annotated[str, typer.Argument(metavar="JOB_ID", help=_JOB_ID_HELP, show_default=False)]
+JobIds = Annotated[list[str], typer.Argument(metavar="JOB_ID...", help=_JOB_ID_HELP, show_default=False)]
 States = Annotated[
     list[State] | None,
     typer.Option("--state", help="Only jobs in this state; several times: in any of them."),
@@ -118,6 +152,12 @@ Reconnect = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print paths and errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Everything, as JSON.")]
+EventsAsJson = Annotated[bool, typer.Option("--json", help="Every event, as a line of JSON.")]
+
+
+def priority_name(priority: PriorityName | None) -> Priority | None:
+    """Return the priority that was named, as a request names it."""
+    return None if priority is None else cast(Priority, priority.name)
 
 
 def state_names(states: Iterable[State] | None) -> list[JobStateName]:

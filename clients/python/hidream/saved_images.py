@@ -36,8 +36,8 @@ class SavedImages:
         # Images are finished in any order.
         return [self._paths[index] for index in sorted(self._paths)]
 
-    def take(self, event: Event) -> None:
-        """Take the next event."""
+    def take(self, event: Event) -> Path | None:
+        """Take the next event, and return the file of an image that it finished."""
         match event:
             case Started():
                 self._seed, self._num_images = event.spec.seed, event.spec.num_images
@@ -47,6 +47,8 @@ class SavedImages:
                 path = self._pattern.path_of(event.image, self._num_images)
                 write_file(path, event.image.data)
                 self._paths[event.image.index] = path
+                return path
+        return None
 
 
 def picked_format(out: str | None, file_format: ImageFileFormat | None) -> ImageFileFormat:
@@ -62,13 +64,16 @@ def picked_format(out: str | None, file_format: ImageFileFormat | None) -> Image
     return named or file_format or ImageFileFormat.PNG
 
 
-def output_pattern(out: str | None, file_format: ImageFileFormat, num_images: int | None) -> OutputPattern:
+def output_pattern(
+    out: str | None, file_format: ImageFileFormat, num_images: int | None, as_json: bool
+) -> OutputPattern:
     """What `--out` means; BadParameter where its folder does not exist, or stdout cannot take the images.
 
     Args:
         out: of the option.
         file_format: of the images.
         num_images: how many there will be, where that is known.
+        as_json: whether stdout is for JSON.
     """
     try:
         pattern = OutputPattern.from_option(out, file_format.suffix)
@@ -76,6 +81,8 @@ def output_pattern(out: str | None, file_format: ImageFileFormat, num_images: in
         raise typer.BadParameter(str(error), param_hint="--out") from error
     if pattern.is_stdout and (num_images or 1) > 1:
         raise typer.BadParameter("stdout takes one image only", param_hint="--out")
+    if pattern.is_stdout and as_json:
+        raise typer.BadParameter("stdout is for the JSON", param_hint="--out")
     if pattern.is_stdout and sys.stdout.isatty():
         raise typer.BadParameter("stdout is a terminal, which shows no images", param_hint="--out")
     return pattern

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
@@ -19,27 +18,21 @@ from hidream.options import (
     AsJson,
     Guidance,
     Images,
-    Label,
+    JobLabels,
     Model,
     Negative,
+    PriorityOption,
     Prompt,
     Quality,
+    RequestId,
     Seed,
     Size,
     SizeOption,
     Steps,
     Timeout,
     labels_by_key,
+    priority_name,
 )
-from hidream.requests import Priority
-
-
-class PriorityOption(StrEnum):
-    """Priorities, as a command line names them."""
-
-    LOW = "low"
-    NORMAL = "normal"
-    HIGH = "high"
 
 
 @connected
@@ -57,16 +50,9 @@ def submit(
     preview: Annotated[
         bool, typer.Option("--preview", help="Send previews to those that watch the job.")
     ] = False,
-    priority: Annotated[PriorityOption | None, typer.Option(help="Which jobs go first.")] = None,
-    label: Annotated[
-        list[Label] | None,
-        typer.Option(
-            "--label", parser=Label.parse, metavar="KEY=VALUE", help="To find it again; several times."
-        ),
-    ] = None,
-    request_id: Annotated[
-        str | None, typer.Option(help="A name for the request, so that a retry does not draw twice.")
-    ] = None,
+    priority: PriorityOption = None,
+    label: JobLabels = None,
+    request_id: RequestId = None,
     model: Model = None,
     as_json: AsJson = False,
     timeout: Timeout = 30.0,
@@ -86,7 +72,7 @@ def submit(
         output_format=None if file_format is None else file_format.output_format,
         quality=quality,
         preview=preview,
-        priority=None if priority is None else cast(Priority, priority.name),
+        priority=priority_name(priority),
         labels=labels_by_key(label),
         request_id=request_id,
         model=model,

@@ -10,10 +10,12 @@ import typer
 from hidream.client import Client
 from hidream.command_line import connected
 from hidream.files import ImageFileFormat
+from hidream.job_ids import whole_id
 from hidream.job_tables import state_name
 from hidream.json_text import event_json_line, message_json_line
 from hidream.options import (
     AsJson,
+    EventsAsJson,
     JobId,
     Label,
     Labels,
@@ -25,9 +27,9 @@ from hidream.options import (
     labels_by_key,
     state_names,
 )
+from hidream.progress import progress_display
 from hidream.reconnecting import DEFAULT_RECONNECT_SECONDS, ReconnectPolicy
 from hidream.saved_images import SavedImages, output_pattern, picked_format
-from hidream.terminal import ProgressBar
 from hidream.v1 import image_pb2
 
 Out = Annotated[
@@ -46,7 +48,7 @@ def watch(
     state: States = None,
     label: Labels = None,
     quiet: Quiet = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Every event, as a line of JSON.")] = False,
+    as_json: EventsAsJson = False,
     reconnect: Reconnect = DEFAULT_RECONNECT_SECONDS,
     timeout: NoTimeout = None,
 ) -> None:
@@ -62,25 +64,27 @@ def watch(
         return
     if state or label:
         raise typer.BadParameter("--state and --label are for watching all jobs", param_hint="JOB_ID")
-    saved = None if out is None else _saved_images(client, job_id, out, timeout)
-    with ProgressBar(is_shown=not (quiet or as_json)) as bar:
-        policy = ReconnectPolicy(timeout, reconnect, bar.show_connection_lost)
+    job_id = whole_id(client, job_id, timeout)
+    saved = None if out is None else _saved_images(client, job_id, out, as_json, timeout)
+    with progress_display(is_shown=not (quiet or as_json)) as display:
+        policy = ReconnectPolicy(timeout, reconnect, display.show_connection_lost)
         with closing(client.watch(job_id, policy)) as events:
             for event in events:
-                bar.show(event)
+                display.show(event)
+                path = saved.take(event) if saved else None
                 if as_json:
-                    typer.echo(event_json_line(event))
-                if saved:
-                    saved.take(event)
+                    typer.echo(event_json_line(event, path))
     if as_json:
         return
     for line in saved.paths if saved else ["SUCCEEDED"]:
         typer.echo(line)
 
 
-def _saved_images(client: Client, job_id: str, out: str, timeout_seconds: float | None) -> SavedImages:
+def _saved_images(
+    client: Client, job_id: str, out: str, as_json: bool, timeout_seconds: float | None
+) -> SavedImages:
     spec = client.status(job_id, timeout_seconds=timeout_seconds).spec
-    pattern = output_pattern(out, picked_format(out, _format(spec)), spec.num_images)
+    pattern = output_pattern(out, picked_format(out, _format(spec)), spec.num_images, as_json)
     return SavedImages(pattern, spec.num_images, spec.seed)
 
 
@@ -114,13 +118,13 @@ def download(
 
     What arrived of an image before the download broke off is kept, and not asked for again.
     """
-    job = client.status(job_id, timeout_seconds=timeout)
+    job = client.status(whole_id(client, job_id, timeout), timeout_seconds=timeout)
     indices = index or range(job.spec.num_images)
-    pattern = output_pattern(out, picked_format(out, _format(job.spec)), len(indices))
+    pattern = output_pattern(out, picked_format(out, _format(job.spec)), len(indices), as_json)
     for image_index in indices:
         place = image_pb2.ImageInfo(index=image_index, seed=job.spec.seed + image_index)
         path = pattern.path_of(place, job.spec.num_images)
-        info = client.download(job_id, path, image_index, ReconnectPolicy(timeout, reconnect))
+        info = client.download(job.job_id, path, image_index, ReconnectPolicy(timeout, reconnect))
         if not pattern.is_stdout:
             typer.echo(message_json_line(info) if as_json else path)
 

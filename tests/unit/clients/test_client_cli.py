@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -5,9 +7,10 @@ from google.protobuf import duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from typer.testing import CliRunner
 
-from hidream import cli
+import hidream
 from hidream.batch_lines import InvalidLinesError, LineViolation
 from hidream.command_line import error_lines, exit_code
+from hidream.commands import app
 from hidream.errors import (
     FieldViolation,
     HiDreamError,
@@ -16,7 +19,7 @@ from hidream.errors import (
     StreamError,
     error_from_status,
 )
-from hidream.options import VARIABLES
+from hidream.options import VARIABLES, Size
 from hidream.v1 import image_pb2
 
 ADDRESS = "localhost:8088"
@@ -65,15 +68,21 @@ def status(code: int, message: str = "what happened") -> status_pb2.Status:
         ),
         pytest.param(["watch", "--out", "a.png"], "it is for watching one job", id="a file for all jobs"),
         pytest.param(["paint", "a"], "No such command 'paint'", id="an unknown command"),
+        pytest.param(["info", "--jsn"], "No such option: --jsn", id="an unknown option"),
+        pytest.param(["info", "--timeout"], "'--timeout' requires an argument", id="no value"),
+        pytest.param(["status", "a", "b"], "unexpected extra argument", id="an argument too many"),
+        pytest.param(["info", "--address", "localhost:99999"], "port '99999' is not 1 to 65535", id="a port"),
     ],
 )
 def test_a_wrong_command_line_is_one_clear_line_and_exit_code_2(
     arguments: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
-    assert line in result.stderr.splitlines()[-1]
+    [told] = result.stderr.splitlines()
+    assert told.startswith("hidream: ")
+    assert line in told
     assert not list(tmp_path.iterdir())
 
 
@@ -108,7 +117,7 @@ def test_each_bad_field_is_a_line_that_names_its_flag() -> None:
 
 
 def test_every_field_of_an_image_has_a_flag() -> None:
-    command = CliRunner().invoke(cli.app, ["generate", "--help"]).stdout
+    command = CliRunner().invoke(app, ["generate", "--help"]).stdout
     for field in image_pb2.ImageSpec.DESCRIPTOR.fields_by_name:
         [line] = error_lines(
             InvalidArgumentError.from_violations((FieldViolation(f"spec.{field}", "is wrong"),)), ADDRESS
@@ -142,7 +151,7 @@ def test_a_failure_of_the_server_always_tells_its_id() -> None:
         (["--token"], None, "--token"),
         (["--address"], None, "--address"),
     ],
-    ids=["address", "token", "tls", "ca file", "beside its flag", "the token's flag", "the address's flag"],
+    ids=[*VARIABLES, "beside its flag", "the token's flag", "the address's flag"],
 )
 def test_an_empty_value_of_the_connection_is_refused(
     arguments: list[str], variable: str | None, named: str, blank: str
@@ -152,6 +161,44 @@ def test_an_empty_value_of_the_connection_is_refused(
         return
     environment = {variable: blank} if variable else {}
     command = ["info", *arguments, *([] if variable else [blank])]
-    result = CliRunner().invoke(cli.app, command, env=environment)
+    result = CliRunner().invoke(app, command, env=environment)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == f"hidream: {named}: is empty; leave it out to have its default\n"
+
+
+def test_the_version_and_the_help_have_the_usual_flags() -> None:
+    version = CliRunner().invoke(app, ["--version"])
+    assert (version.exit_code, version.stdout) == (0, f"hidream {hidream.__version__}\n")
+    for command in ([], ["generate"], ["list"]):
+        short, long = (CliRunner().invoke(app, [*command, flag]) for flag in ("-h", "--help"))
+        assert (short.exit_code, short.stdout) == (0, long.stdout)
+        assert "Usage: " in short.stdout
+
+
+def test_a_call_without_a_command_prints_the_help_and_exits_2() -> None:
+    result = CliRunner().invoke(app, [])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "generate" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "candidate"), [("hidream ge", "generate"), ("hidream list --state ru", "running")]
+)
+def test_a_shell_completes_commands_and_values(words: str, candidate: str) -> None:
+    environment = {
+        "_HIDREAM_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
+    result = CliRunner().invoke(app, [], env=environment, prog_name="hidream")
+    assert (result.exit_code, result.stdout.split()) == (0, [candidate])
+
+
+def test_a_size_may_have_the_sign_that_info_prints() -> None:
+    assert Size.parse("512×768") == Size.parse("512X768") == Size(512, 768)
+
+
+def test_the_package_runs_as_the_command() -> None:
+    command = [sys.executable, "-m", "hidream", "--version"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert (answer.stdout, answer.stderr) == (f"hidream {hidream.__version__}\n", "")

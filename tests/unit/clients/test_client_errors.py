@@ -122,6 +122,7 @@ EXAMPLES: tuple[HiDreamError, ...] = (
     *(error_from_status(status_of(code)) for code in code_pb2.Code.values() if code != code_pb2.OK),
     error_from_status(status_of(code_pb2.RESOURCE_EXHAUSTED, IN_THREE_SECONDS)),
     errors.NotServingError(5.0, "NOT_SERVING"),
+    errors.AddressError("a:0", "is none"),
     errors.EventLoopError(),
     errors.StreamError("a gap"),
     errors.BrokenImageError(1, "a gap"),
