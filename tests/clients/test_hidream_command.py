@@ -68,7 +68,8 @@ def test_the_same_seed_draws_the_same_file(server: LiveServer, tmp_path: Path) -
 def test_out_is_stdout_or_whatever_is_there_and_replaces_no_device(
     server: LiveServer, tmp_path: Path
 ) -> None:
-    command = [HIDREAM, "generate", PROMPT, "--seed", "7", *SMALL, "--address", server.address, "--out"]
+    where = ("--address", server.address, "--out")
+    command = [str(HIDREAM), "generate", PROMPT, "--seed", "7", *SMALL, *where]
     piped = subprocess.run([*command, "-"], cwd=tmp_path, capture_output=True, check=True).stdout
     with PIL.Image.open(io.BytesIO(piped)) as picture:
         picture.load()
@@ -79,7 +80,7 @@ def test_out_is_stdout_or_whatever_is_there_and_replaces_no_device(
     assert not list(tmp_path.iterdir())
     with Client(server.address) as client:
         [job, *_] = client.list_page(states=["SUCCEEDED"]).jobs
-    download = [HIDREAM, "download", job.job_id, "--address", server.address, "--out", "-"]
+    download = [str(HIDREAM), "download", job.job_id, *where, "-"]
     assert subprocess.run(download, cwd=tmp_path, capture_output=True, check=True).stdout == piped
     assert not list(tmp_path.iterdir())
 

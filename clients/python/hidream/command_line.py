@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Concatenate
@@ -130,10 +130,10 @@ def _pem(path: Path | None, option: str, kind: str) -> bytes | None:
 class CommandGroup(TyperGroup):
     """The commands, whose usage errors are one line."""
 
-    def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
         """Run a command and end the process with its exit code."""
         try:
-            code = super().main(*arguments, standalone_mode=False, **options)
+            code = super().main(args, *rest, **{**options, "standalone_mode": False})
         except TyperException as error:
             message = " ".join(error.format_message().split()).removesuffix(".")
             context = getattr(error, "ctx", None)

@@ -28,7 +28,6 @@ again, stands at each RPC in `protos/hidream/v1/image_gen.proto`.
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +63,11 @@ class HiDreamError(Exception):
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
         # Made without its constructor, which takes other arguments than the text.
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
+        return _without_constructor, (type(self), *self.args), self.__dict__
+
+
+def _without_constructor(kind: type[HiDreamError], *args: Any) -> HiDreamError:
+    return kind.__new__(kind, *args)
 
 
 class ServerError(HiDreamError):

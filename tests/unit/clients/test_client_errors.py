@@ -145,5 +145,5 @@ def test_an_error_comes_back_from_a_process_pool() -> None:
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
         pytest.raises(errors.InvalidArgumentError) as caught,
     ):
-        pool.submit(generate_request, "a", output_format="GIF").result()
-    assert [violation.field for violation in caught.value.violations] == ["spec.output_format"]
+        pool.submit(generate_request, "a", seed=2**64).result()
+    assert [violation.field for violation in caught.value.violations] == ["spec.seed"]

@@ -79,7 +79,8 @@ def test_nothing_is_left_when_the_job_is_done(capsys: pytest.CaptureFixture[str]
 def test_a_log_file_gets_a_few_lines_and_no_frames(capsys: pytest.CaptureFixture[str]) -> None:
     queued = events.Queued(queue_position=3, estimated_wait_seconds=None, **COMMON)
     with progress_display(is_shown=True) as display:
-        for event in (queued, queued, started(40), *(progress_of(step, 40) for step in range(1, 41))):
+        stream: list[events.Event] = [queued, queued, started(40)]
+        for event in [*stream, *(progress_of(step, 40) for step in range(1, 41))]:
             display.show(event)
         display.show_connection_lost(LOST)
         display.show_connection_lost(LOST)
