@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds into .cache/go/bin what generates the Go stubs and what tests call the service with:
-# grpcurl, grpc-health-probe, and the examples of clients/go. Quick when they stand. Without Go: one
-# line and exit 0, or exit 1 where CI is set.
+# grpcurl, grpc-health-probe, and the examples of clients/go; with --deploy also what checks deploy/: promtool
+# and kustomize. Quick when they stand. Without Go: one line and exit 0, or exit 1 where CI is set.
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$project"
@@ -19,6 +19,14 @@ tools=(
   github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.4
   github.com/grpc-ecosystem/grpc-health-probe@v0.4.61
 )
+if [[ ${1:-} == --deploy ]]; then
+  tools+=(
+    github.com/prometheus/prometheus/cmd/promtool@v0.316.0
+    sigs.k8s.io/kustomize/kustomize/v5@v5.8.1
+  )
+fi
+# Of service discovery promtool gets DNS alone: the others would download and compile most of each cloud's library.
+export GOFLAGS="-tags=remove_all_sd,enable_dns_sd"
 binaries="$project/.cache/go/bin"
 mkdir -p "$binaries"
 for tool in "${tools[@]}"; do
