@@ -201,6 +201,8 @@ def test_importing_the_server_imports_no_torch() -> None:
     assert imported.stdout == "\n"
 
 
+# By default servers are forks of a process that has imported torch.
+@pytest.mark.long
 def test_the_running_server_holds_no_torch_and_its_ranks_do(server: LiveServer) -> None:
     def maps_torch(pid: int) -> bool:
         return "libtorch" in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8")

@@ -15,7 +15,8 @@ POOLED_DESCRIPTORS = 15
 
 
 # The first seed kills and stops ranks within its first seconds.
-@pytest.mark.parametrize(("seed", "seconds"), [(155, 6.0), pytest.param(5, 25.0, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize(("seed", "seconds"), [(155, 6.0), (5, 25.0)])
 def test_every_request_succeeds_as_if_nothing_had_happened_and_nothing_is_left(
     seed: int, seconds: float, tmp_path: Path
 ) -> None:
