@@ -43,6 +43,7 @@ class RequestLimits:
     max_quality: int = 100
     max_jpeg_side_pixels: int | None = OutputFormat.JPEG.max_side_pixels
     max_webp_side_pixels: int | None = OutputFormat.WEBP.max_side_pixels
+    max_reconnect_window_seconds: int = 300
 
     def max_side_pixels(self, output_format: OutputFormat) -> int:
         """Largest width and height of an image that a file of this format can hold."""

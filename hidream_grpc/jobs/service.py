@@ -230,6 +230,7 @@ class JobService:
         owner: str,
         refusal: RequestError | None,
         leaving_reason: Callable[[], CancelReason],
+        reconnect_window_seconds: float = 0.0,
     ) -> AsyncIterator[Job]:
         """Submit a job whose caller stays with it: when its last caller leaves, the job stops.
 
@@ -238,6 +239,7 @@ class JobService:
 
         Args:
             leaving_reason: called when the caller leaves, for why it does.
+            reconnect_window_seconds: how long a caller that left still counts: its connection may be lost.
 
         Raises:
             HiDreamError: what `submit_all` raises.
@@ -253,7 +255,8 @@ class JobService:
                 raise
             finally:
                 if call_id and not feed.has_ended:
-                    self.detach(job.job_id, call_id, reason)
+                    may_return = reason is CancelReason.CALLER_LEFT
+                    self.detach(job.job_id, call_id, reason, reconnect_window_seconds if may_return else 0.0)
 
     async def submit_all(
         self,
@@ -358,9 +361,12 @@ class JobService:
         self._on_cancelled(job)
         return job
 
-    def detach(self, job_id: str, call_id: str, reason: CancelReason | None) -> None:
+    def detach(
+        self, job_id: str, call_id: str, reason: CancelReason | None, after_seconds: float = 0.0
+    ) -> None:
         """Note that a caller of `submit` goes; with a reason the job stops if it was the last one."""
-        self._callers.detach(job_id, AttachedCall(call_id, self._membership.replica_id), reason)
+        call = AttachedCall(call_id, self._membership.replica_id)
+        self._callers.detach(job_id, call, reason, after_seconds)
 
     async def delete(self, owner: str | None, job_id: str) -> None:
         """Remove a job that has ended, and its images; raises JobNotFoundError or JobNotEndedError."""

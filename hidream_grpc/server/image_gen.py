@@ -26,6 +26,7 @@ from hidream_grpc.server.checks.jobs import (
     finished_image,
 )
 from hidream_grpc.server.checks.requests import RequestChecks
+from hidream_grpc.server.checks.submissions import reconnect_window_seconds
 from hidream_grpc.server.streams import OpenStreams
 
 # Text: only the stubs know the class as generic.
@@ -57,7 +58,11 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
             checked = await self._checks.one(request, call.caller, context.time_remaining())
             (submission,) = checked.submissions
             call.request_id = submission.request_id
-            attended = self._jobs.attended(submission, call.owner, checked.refusal, call.leaving_reason)
+            # A retry that is refused as a new job may still name a window that no check has seen.
+            window_seconds = 0.0 if checked.refusal else reconnect_window_seconds(request)
+            attended = self._jobs.attended(
+                submission, call.owner, checked.refusal, call.leaving_reason, window_seconds
+            )
             async with attended as job:
                 call.job_id = job.job_id
                 reader = self._jobs.image_reader(job.job_id)

@@ -35,16 +35,23 @@ class AttachedCallers:
         self._on_cancelled = on_cancelled
         self._tasks = BackgroundTasks()
 
-    def detach(self, job_id: str, call: AttachedCall, reason: CancelReason | None) -> None:
-        """Note that a caller waits no more, and with a reason stop the job if it was the last one."""
+    def detach(
+        self, job_id: str, call: AttachedCall, reason: CancelReason | None, after_seconds: float = 0.0
+    ) -> None:
+        """Note after a time that a caller waits no more; with a reason its job stops if it was the last."""
         if not self._closed.is_set():
-            self._tasks.start(self._detach(job_id, call, reason), f"let a caller of job {job_id} go")
+            detaching = self._detach(job_id, call, reason, after_seconds)
+            self._tasks.start(detaching, f"let a caller of job {job_id} go")
 
     def forget(self, call: AttachedCall) -> None:
         """Note that a caller does not wait, where its call may be stored although the answer was lost."""
         self._tasks.start(self._store.forget_call(call.call_id), "forget a caller whose answer was lost")
 
-    async def _detach(self, job_id: str, call: AttachedCall, reason: CancelReason | None) -> None:
+    async def _detach(
+        self, job_id: str, call: AttachedCall, reason: CancelReason | None, after_seconds: float
+    ) -> None:
+        if after_seconds > 0:
+            await wait_at_most(self._closed, after_seconds)
         outage = Outage(logger, f"note that a caller of job {job_id} left")
         while not self._closed.is_set():
             try:

@@ -22,7 +22,12 @@ from hidream_grpc.server.checks.submissions import (
     guidance_scale_of,
     submission_of,
 )
-from hidream_grpc.server.checks.violations import invalid_request, label_violations, request_id_violations
+from hidream_grpc.server.checks.violations import (
+    invalid_request,
+    label_violations,
+    reconnect_window_violations,
+    request_id_violations,
+)
 
 CountTokens = Callable[[str], tuple[TokenCount, ...]]
 
@@ -57,6 +62,7 @@ class RequestValidator:
         if request.priority not in PRIORITIES:
             violations.append(FieldViolation("priority", f"unknown value {request.priority}"))
         violations += label_violations(request.labels, self._limits)
+        violations += reconnect_window_violations(request, self._limits)
         if violations:
             raise invalid_request(violations)
         submission = submission_of(

@@ -79,6 +79,14 @@ def guidance_scale_of(spec: image_pb2.ImageSpec, defaults: RequestDefaults) -> f
     return spec.guidance_scale if spec.HasField("guidance_scale") else defaults.guidance_scale
 
 
+def reconnect_window_seconds(request: JobRequest) -> float:
+    """How long the job of a request goes on after its call was lost; 0 where the request does not say."""
+    if isinstance(request, image_gen_pb2.SubmitJobRequest):
+        return 0.0
+    window = request.reconnect_window
+    return float(window.seconds) + window.nanos / 1e9
+
+
 def _digest(request: JobRequest) -> str:
     """A digest of all that the caller sent but the request id: a field left out differs from its default.
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from hidream_grpc.errors import FieldViolation, InvalidRequestError
 from hidream_grpc.jobs.limits import RequestLimits
-from hidream_grpc.server.checks.submissions import JobRequest
+from hidream_grpc.server.checks.submissions import JobRequest, reconnect_window_seconds
 
 MAX_STATUS_BYTES = 7_500
 """A status travels in headers, of which clients accept 8 KiB: a longer one hides what was wrong."""
@@ -40,6 +40,14 @@ def request_id_violations(request: JobRequest, limits: RequestLimits) -> list[Fi
         return []
     description = f"must be at most {limits.max_request_id_bytes} bytes of visible ASCII"
     return [FieldViolation("request_id", description)]
+
+
+def reconnect_window_violations(request: JobRequest, limits: RequestLimits) -> list[FieldViolation]:
+    """The violations of a reconnect window; requests without one have none."""
+    if 0 <= reconnect_window_seconds(request) <= limits.max_reconnect_window_seconds:
+        return []
+    description = f"must be 0 to {limits.max_reconnect_window_seconds} seconds"
+    return [FieldViolation("reconnect_window", description)]
 
 
 def label_violations(labels: Mapping[str, str], limits: RequestLimits) -> list[FieldViolation]:

@@ -59,7 +59,8 @@ def test_every_argument_reaches_its_field() -> None:
 def test_every_field_of_the_contract_can_be_given(options: type, request_type: type[Message]) -> None:
     fields = {*image_pb2.ImageSpec.DESCRIPTOR.fields_by_name}
     fields |= {*request_type.DESCRIPTOR.fields_by_name}
-    assert {*options.__annotations__} == fields - {"spec", "prompt"}
+    # The window follows from how long the client itself tries again.
+    assert {*options.__annotations__} == fields - {"spec", "prompt", "reconnect_window"}
 
 
 def test_a_submitted_job_takes_what_generate_takes_but_to_be_detached() -> None:

@@ -368,6 +368,40 @@ async def test_an_attended_job_stops_when_its_caller_leaves_but_not_when_its_str
         assert (await bench.ended(job.job_id, JobState.CANCELLED)).cancel_reason is CancelReason.DEADLINE
 
 
+async def test_a_caller_whose_connection_was_lost_finds_its_job_again_within_its_window(bench: Bench) -> None:
+    async def attend(window_seconds: float) -> str:
+        what = submission("mine")
+        with pytest.raises(asyncio.CancelledError):
+            async with bench.service.attended(
+                what, "", None, lambda: CancelReason.CALLER_LEFT, window_seconds
+            ) as job:
+                raise asyncio.CancelledError
+        return job.job_id
+
+    await busy(bench)
+    job_id = await attend(300.0)
+    assert await attend(300.0) == job_id
+    assert (await bench.service.get(None, job_id)).cancel_reason is None
+
+
+async def test_a_caller_that_is_not_back_within_its_window_has_left(bench: Bench) -> None:
+    with pytest.raises(asyncio.CancelledError):
+        async with bench.service.attended(
+            submission(), "", None, lambda: CancelReason.CALLER_LEFT, 0.01
+        ) as job:
+            raise asyncio.CancelledError
+    assert (await bench.ended(job.job_id, JobState.CANCELLED)).cancel_reason is CancelReason.CALLER_LEFT
+
+
+async def test_a_deadline_that_passes_waits_for_no_window(bench: Bench) -> None:
+    with pytest.raises(asyncio.CancelledError):
+        async with bench.service.attended(
+            submission(), "", None, lambda: CancelReason.DEADLINE, 300.0
+        ) as job:
+            raise asyncio.CancelledError
+    assert (await bench.ended(job.job_id, JobState.CANCELLED)).cancel_reason is CancelReason.DEADLINE
+
+
 async def test_an_attended_job_that_has_ended_is_not_stopped(bench: Bench) -> None:
     async with bench.service.attended(submission(), "", None, lambda: CancelReason.CALLER_LEFT) as job:
         await bench.run()

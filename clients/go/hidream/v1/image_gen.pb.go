@@ -11,6 +11,7 @@ package hidreamv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	emptypb "google.golang.org/protobuf/types/known/emptypb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
@@ -52,9 +53,15 @@ type GenerateRequest struct {
 	// Name of the model that is to draw, as `ServerInfo.model.name`: that of the server that is asked, or
 	// one of `ServerInfo.live_models` that has the same tokenizers; for one that nobody draws with the answer
 	// is FAILED_PRECONDITION. Absent: the model of the server that is asked.
-	Model         *string `protobuf:"bytes,7,opt,name=model,proto3,oneof" json:"model,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Model *string `protobuf:"bytes,7,opt,name=model,proto3,oneof" json:"model,omitempty"`
+	// How long the job goes on when this call ends early, so that a caller whose connection was lost can make the
+	// call again, with the same `request_id`, and follow the same job. A server cannot tell a lost connection from
+	// a cancelled call: a caller that leaves on purpose also calls `CancelJob`. 0 to
+	// `limits.max_reconnect_window_seconds`. Absent or 0: the job is cancelled at its next step. It is no part
+	// of what a retry must repeat, and has no effect with `detached`.
+	ReconnectWindow *durationpb.Duration `protobuf:"bytes,8,opt,name=reconnect_window,json=reconnectWindow,proto3" json:"reconnect_window,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *GenerateRequest) Reset() {
@@ -134,6 +141,13 @@ func (x *GenerateRequest) GetModel() string {
 		return *x.Model
 	}
 	return ""
+}
+
+func (x *GenerateRequest) GetReconnectWindow() *durationpb.Duration {
+	if x != nil {
+		return x.ReconnectWindow
+	}
+	return nil
 }
 
 // Response stream of `ImageGen.Generate`.
@@ -1014,7 +1028,7 @@ var File_hidream_v1_image_gen_proto protoreflect.FileDescriptor
 const file_hidream_v1_image_gen_proto_rawDesc = "" +
 	"\n" +
 	"\x1ahidream/v1/image_gen.proto\x12\n" +
-	"hidream.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16hidream/v1/image.proto\x1a\x14hidream/v1/job.proto\x1a\x1chidream/v1/server_info.proto\"\xe4\x02\n" +
+	"hidream.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16hidream/v1/image.proto\x1a\x14hidream/v1/job.proto\x1a\x1chidream/v1/server_info.proto\"\xaa\x03\n" +
 	"\x0fGenerateRequest\x12)\n" +
 	"\x04spec\x18\x01 \x01(\v2\x15.hidream.v1.ImageSpecR\x04spec\x12\x1d\n" +
 	"\n" +
@@ -1023,7 +1037,8 @@ const file_hidream_v1_image_gen_proto_rawDesc = "" +
 	"\bdetached\x18\x04 \x01(\bR\bdetached\x120\n" +
 	"\bpriority\x18\x05 \x01(\x0e2\x14.hidream.v1.PriorityR\bpriority\x12?\n" +
 	"\x06labels\x18\x06 \x03(\v2'.hidream.v1.GenerateRequest.LabelsEntryR\x06labels\x12\x19\n" +
-	"\x05model\x18\a \x01(\tH\x00R\x05model\x88\x01\x01\x1a9\n" +
+	"\x05model\x18\a \x01(\tH\x00R\x05model\x88\x01\x01\x12D\n" +
+	"\x10reconnect_window\x18\b \x01(\v2\x19.google.protobuf.DurationR\x0freconnectWindow\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\b\n" +
@@ -1139,60 +1154,62 @@ var file_hidream_v1_image_gen_proto_goTypes = []any{
 	nil,                             // 20: hidream.v1.WatchJobsRequest.LabelsEntry
 	(*ImageSpec)(nil),               // 21: hidream.v1.ImageSpec
 	(Priority)(0),                   // 22: hidream.v1.Priority
-	(*JobEvent)(nil),                // 23: hidream.v1.JobEvent
-	(*Job)(nil),                     // 24: hidream.v1.Job
-	(JobState)(0),                   // 25: hidream.v1.JobState
-	(*ImageChunk)(nil),              // 26: hidream.v1.ImageChunk
-	(*timestamppb.Timestamp)(nil),   // 27: google.protobuf.Timestamp
-	(*emptypb.Empty)(nil),           // 28: google.protobuf.Empty
-	(*ServerInfo)(nil),              // 29: hidream.v1.ServerInfo
+	(*durationpb.Duration)(nil),     // 23: google.protobuf.Duration
+	(*JobEvent)(nil),                // 24: hidream.v1.JobEvent
+	(*Job)(nil),                     // 25: hidream.v1.Job
+	(JobState)(0),                   // 26: hidream.v1.JobState
+	(*ImageChunk)(nil),              // 27: hidream.v1.ImageChunk
+	(*timestamppb.Timestamp)(nil),   // 28: google.protobuf.Timestamp
+	(*emptypb.Empty)(nil),           // 29: google.protobuf.Empty
+	(*ServerInfo)(nil),              // 30: hidream.v1.ServerInfo
 }
 var file_hidream_v1_image_gen_proto_depIdxs = []int32{
 	21, // 0: hidream.v1.GenerateRequest.spec:type_name -> hidream.v1.ImageSpec
 	22, // 1: hidream.v1.GenerateRequest.priority:type_name -> hidream.v1.Priority
 	17, // 2: hidream.v1.GenerateRequest.labels:type_name -> hidream.v1.GenerateRequest.LabelsEntry
-	23, // 3: hidream.v1.GenerateResponse.event:type_name -> hidream.v1.JobEvent
-	21, // 4: hidream.v1.SubmitJobRequest.spec:type_name -> hidream.v1.ImageSpec
-	22, // 5: hidream.v1.SubmitJobRequest.priority:type_name -> hidream.v1.Priority
-	18, // 6: hidream.v1.SubmitJobRequest.labels:type_name -> hidream.v1.SubmitJobRequest.LabelsEntry
-	2,  // 7: hidream.v1.BatchSubmitJobsRequest.requests:type_name -> hidream.v1.SubmitJobRequest
-	24, // 8: hidream.v1.BatchSubmitJobsResponse.jobs:type_name -> hidream.v1.Job
-	25, // 9: hidream.v1.ListJobsRequest.states:type_name -> hidream.v1.JobState
-	19, // 10: hidream.v1.ListJobsRequest.labels:type_name -> hidream.v1.ListJobsRequest.LabelsEntry
-	24, // 11: hidream.v1.ListJobsResponse.jobs:type_name -> hidream.v1.Job
-	23, // 12: hidream.v1.WatchJobResponse.event:type_name -> hidream.v1.JobEvent
-	26, // 13: hidream.v1.DownloadImageResponse.chunk:type_name -> hidream.v1.ImageChunk
-	25, // 14: hidream.v1.WatchJobsRequest.states:type_name -> hidream.v1.JobState
-	20, // 15: hidream.v1.WatchJobsRequest.labels:type_name -> hidream.v1.WatchJobsRequest.LabelsEntry
-	24, // 16: hidream.v1.WatchJobsResponse.job:type_name -> hidream.v1.Job
-	27, // 17: hidream.v1.WatchJobsResponse.change_time:type_name -> google.protobuf.Timestamp
-	0,  // 18: hidream.v1.ImageGen.Generate:input_type -> hidream.v1.GenerateRequest
-	2,  // 19: hidream.v1.ImageGen.SubmitJob:input_type -> hidream.v1.SubmitJobRequest
-	3,  // 20: hidream.v1.ImageGen.BatchSubmitJobs:input_type -> hidream.v1.BatchSubmitJobsRequest
-	5,  // 21: hidream.v1.ImageGen.GetJob:input_type -> hidream.v1.GetJobRequest
-	6,  // 22: hidream.v1.ImageGen.ListJobs:input_type -> hidream.v1.ListJobsRequest
-	8,  // 23: hidream.v1.ImageGen.WatchJob:input_type -> hidream.v1.WatchJobRequest
-	10, // 24: hidream.v1.ImageGen.CancelJob:input_type -> hidream.v1.CancelJobRequest
-	11, // 25: hidream.v1.ImageGen.DeleteJob:input_type -> hidream.v1.DeleteJobRequest
-	12, // 26: hidream.v1.ImageGen.DownloadImage:input_type -> hidream.v1.DownloadImageRequest
-	14, // 27: hidream.v1.ImageGen.WatchJobs:input_type -> hidream.v1.WatchJobsRequest
-	16, // 28: hidream.v1.ImageGen.GetServerInfo:input_type -> hidream.v1.GetServerInfoRequest
-	1,  // 29: hidream.v1.ImageGen.Generate:output_type -> hidream.v1.GenerateResponse
-	24, // 30: hidream.v1.ImageGen.SubmitJob:output_type -> hidream.v1.Job
-	4,  // 31: hidream.v1.ImageGen.BatchSubmitJobs:output_type -> hidream.v1.BatchSubmitJobsResponse
-	24, // 32: hidream.v1.ImageGen.GetJob:output_type -> hidream.v1.Job
-	7,  // 33: hidream.v1.ImageGen.ListJobs:output_type -> hidream.v1.ListJobsResponse
-	9,  // 34: hidream.v1.ImageGen.WatchJob:output_type -> hidream.v1.WatchJobResponse
-	24, // 35: hidream.v1.ImageGen.CancelJob:output_type -> hidream.v1.Job
-	28, // 36: hidream.v1.ImageGen.DeleteJob:output_type -> google.protobuf.Empty
-	13, // 37: hidream.v1.ImageGen.DownloadImage:output_type -> hidream.v1.DownloadImageResponse
-	15, // 38: hidream.v1.ImageGen.WatchJobs:output_type -> hidream.v1.WatchJobsResponse
-	29, // 39: hidream.v1.ImageGen.GetServerInfo:output_type -> hidream.v1.ServerInfo
-	29, // [29:40] is the sub-list for method output_type
-	18, // [18:29] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	23, // 3: hidream.v1.GenerateRequest.reconnect_window:type_name -> google.protobuf.Duration
+	24, // 4: hidream.v1.GenerateResponse.event:type_name -> hidream.v1.JobEvent
+	21, // 5: hidream.v1.SubmitJobRequest.spec:type_name -> hidream.v1.ImageSpec
+	22, // 6: hidream.v1.SubmitJobRequest.priority:type_name -> hidream.v1.Priority
+	18, // 7: hidream.v1.SubmitJobRequest.labels:type_name -> hidream.v1.SubmitJobRequest.LabelsEntry
+	2,  // 8: hidream.v1.BatchSubmitJobsRequest.requests:type_name -> hidream.v1.SubmitJobRequest
+	25, // 9: hidream.v1.BatchSubmitJobsResponse.jobs:type_name -> hidream.v1.Job
+	26, // 10: hidream.v1.ListJobsRequest.states:type_name -> hidream.v1.JobState
+	19, // 11: hidream.v1.ListJobsRequest.labels:type_name -> hidream.v1.ListJobsRequest.LabelsEntry
+	25, // 12: hidream.v1.ListJobsResponse.jobs:type_name -> hidream.v1.Job
+	24, // 13: hidream.v1.WatchJobResponse.event:type_name -> hidream.v1.JobEvent
+	27, // 14: hidream.v1.DownloadImageResponse.chunk:type_name -> hidream.v1.ImageChunk
+	26, // 15: hidream.v1.WatchJobsRequest.states:type_name -> hidream.v1.JobState
+	20, // 16: hidream.v1.WatchJobsRequest.labels:type_name -> hidream.v1.WatchJobsRequest.LabelsEntry
+	25, // 17: hidream.v1.WatchJobsResponse.job:type_name -> hidream.v1.Job
+	28, // 18: hidream.v1.WatchJobsResponse.change_time:type_name -> google.protobuf.Timestamp
+	0,  // 19: hidream.v1.ImageGen.Generate:input_type -> hidream.v1.GenerateRequest
+	2,  // 20: hidream.v1.ImageGen.SubmitJob:input_type -> hidream.v1.SubmitJobRequest
+	3,  // 21: hidream.v1.ImageGen.BatchSubmitJobs:input_type -> hidream.v1.BatchSubmitJobsRequest
+	5,  // 22: hidream.v1.ImageGen.GetJob:input_type -> hidream.v1.GetJobRequest
+	6,  // 23: hidream.v1.ImageGen.ListJobs:input_type -> hidream.v1.ListJobsRequest
+	8,  // 24: hidream.v1.ImageGen.WatchJob:input_type -> hidream.v1.WatchJobRequest
+	10, // 25: hidream.v1.ImageGen.CancelJob:input_type -> hidream.v1.CancelJobRequest
+	11, // 26: hidream.v1.ImageGen.DeleteJob:input_type -> hidream.v1.DeleteJobRequest
+	12, // 27: hidream.v1.ImageGen.DownloadImage:input_type -> hidream.v1.DownloadImageRequest
+	14, // 28: hidream.v1.ImageGen.WatchJobs:input_type -> hidream.v1.WatchJobsRequest
+	16, // 29: hidream.v1.ImageGen.GetServerInfo:input_type -> hidream.v1.GetServerInfoRequest
+	1,  // 30: hidream.v1.ImageGen.Generate:output_type -> hidream.v1.GenerateResponse
+	25, // 31: hidream.v1.ImageGen.SubmitJob:output_type -> hidream.v1.Job
+	4,  // 32: hidream.v1.ImageGen.BatchSubmitJobs:output_type -> hidream.v1.BatchSubmitJobsResponse
+	25, // 33: hidream.v1.ImageGen.GetJob:output_type -> hidream.v1.Job
+	7,  // 34: hidream.v1.ImageGen.ListJobs:output_type -> hidream.v1.ListJobsResponse
+	9,  // 35: hidream.v1.ImageGen.WatchJob:output_type -> hidream.v1.WatchJobResponse
+	25, // 36: hidream.v1.ImageGen.CancelJob:output_type -> hidream.v1.Job
+	29, // 37: hidream.v1.ImageGen.DeleteJob:output_type -> google.protobuf.Empty
+	13, // 38: hidream.v1.ImageGen.DownloadImage:output_type -> hidream.v1.DownloadImageResponse
+	15, // 39: hidream.v1.ImageGen.WatchJobs:output_type -> hidream.v1.WatchJobsResponse
+	30, // 40: hidream.v1.ImageGen.GetServerInfo:output_type -> hidream.v1.ServerInfo
+	30, // [30:41] is the sub-list for method output_type
+	19, // [19:30] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_hidream_v1_image_gen_proto_init() }

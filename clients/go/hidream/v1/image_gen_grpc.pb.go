@@ -83,8 +83,9 @@ type ImageGenClient interface {
 	// enough for the default receive limit of every gRPC implementation.
 	//
 	// Cancelling the call cancels the job at its next step, unless `detached` is set or another call
-	// of `Generate` with the same `request_id` goes on; watching a job does not keep it. The call's
-	// deadline is the job's: a job is not started after it, and stops when it passes. If the job
+	// of `Generate` with the same `request_id` goes on; watching a job does not keep it. With
+	// `reconnect_window` it is cancelled that much later, unless the call has been made again by then. The
+	// call's deadline is the job's: a job is not started after it, and stops when it passes. If the job
 	// fails, the call ends with the job's error as its status.
 	//
 	// Status codes, besides those of the service:
@@ -399,8 +400,9 @@ type ImageGenServer interface {
 	// enough for the default receive limit of every gRPC implementation.
 	//
 	// Cancelling the call cancels the job at its next step, unless `detached` is set or another call
-	// of `Generate` with the same `request_id` goes on; watching a job does not keep it. The call's
-	// deadline is the job's: a job is not started after it, and stops when it passes. If the job
+	// of `Generate` with the same `request_id` goes on; watching a job does not keep it. With
+	// `reconnect_window` it is cancelled that much later, unless the call has been made again by then. The
+	// call's deadline is the job's: a job is not started after it, and stops when it passes. If the job
 	// fails, the call ends with the job's error as its status.
 	//
 	// Status codes, besides those of the service:

@@ -667,8 +667,10 @@ type RequestLimits struct {
 	MaxJpegSidePixels *int32 `protobuf:"varint,25,opt,name=max_jpeg_side_pixels,json=maxJpegSidePixels,proto3,oneof" json:"max_jpeg_side_pixels,omitempty"`
 	// Largest width and height of a WebP, in pixels. Absent: `max_pixels` alone limits them.
 	MaxWebpSidePixels *int32 `protobuf:"varint,26,opt,name=max_webp_side_pixels,json=maxWebpSidePixels,proto3,oneof" json:"max_webp_side_pixels,omitempty"`
-	unknownFields     protoimpl.UnknownFields
-	sizeCache         protoimpl.SizeCache
+	// Longest `GenerateRequest.reconnect_window`, in seconds. Absent from a server that does not know it.
+	MaxReconnectWindowSeconds *int32 `protobuf:"varint,27,opt,name=max_reconnect_window_seconds,json=maxReconnectWindowSeconds,proto3,oneof" json:"max_reconnect_window_seconds,omitempty"`
+	unknownFields             protoimpl.UnknownFields
+	sizeCache                 protoimpl.SizeCache
 }
 
 func (x *RequestLimits) Reset() {
@@ -879,6 +881,13 @@ func (x *RequestLimits) GetMaxJpegSidePixels() int32 {
 func (x *RequestLimits) GetMaxWebpSidePixels() int32 {
 	if x != nil && x.MaxWebpSidePixels != nil {
 		return *x.MaxWebpSidePixels
+	}
+	return 0
+}
+
+func (x *RequestLimits) GetMaxReconnectWindowSeconds() int32 {
+	if x != nil && x.MaxReconnectWindowSeconds != nil {
+		return *x.MaxReconnectWindowSeconds
 	}
 	return 0
 }
@@ -1122,8 +1131,7 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\x0eguidance_scale\x18\x04 \x01(\x02R\rguidanceScale\x12\x1d\n" +
 	"\n" +
 	"num_images\x18\x05 \x01(\x05R\tnumImages\x12\x18\n" +
-	"\aquality\x18\x06 \x01(\x05R\aquality\"\xec\n" +
-	"\n" +
+	"\aquality\x18\x06 \x01(\x05R\aquality\"\xd3\v\n" +
 	"\rRequestLimits\x12*\n" +
 	"\x11max_prompt_tokens\x18\x01 \x01(\x05R\x0fmaxPromptTokens\x12(\n" +
 	"\x10max_prompt_bytes\x18\x02 \x01(\x05R\x0emaxPromptBytes\x12#\n" +
@@ -1157,13 +1165,15 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\vmax_quality\x18\x18 \x01(\x05R\n" +
 	"maxQuality\x124\n" +
 	"\x14max_jpeg_side_pixels\x18\x19 \x01(\x05H\x04R\x11maxJpegSidePixels\x88\x01\x01\x124\n" +
-	"\x14max_webp_side_pixels\x18\x1a \x01(\x05H\x05R\x11maxWebpSidePixels\x88\x01\x01B\x1d\n" +
+	"\x14max_webp_side_pixels\x18\x1a \x01(\x05H\x05R\x11maxWebpSidePixels\x88\x01\x01\x12D\n" +
+	"\x1cmax_reconnect_window_seconds\x18\x1b \x01(\x05H\x06R\x19maxReconnectWindowSeconds\x88\x01\x01B\x1d\n" +
 	"\x1b_max_queued_jobs_per_callerB\x1e\n" +
 	"\x1c_max_running_jobs_per_callerB(\n" +
 	"&_max_pixel_steps_per_minute_per_callerB\x19\n" +
 	"\x17_max_streams_per_callerB\x17\n" +
 	"\x15_max_jpeg_side_pixelsB\x17\n" +
-	"\x15_max_webp_side_pixels\"\xa7\x01\n" +
+	"\x15_max_webp_side_pixelsB\x1f\n" +
+	"\x1d_max_reconnect_window_seconds\"\xa7\x01\n" +
 	"\tJobCounts\x12\x16\n" +
 	"\x06queued\x18\x01 \x01(\x05R\x06queued\x12\x18\n" +
 	"\arunning\x18\x02 \x01(\x05R\arunning\x12\x1c\n" +

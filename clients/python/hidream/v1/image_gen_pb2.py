@@ -22,6 +22,7 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from hidream.v1 import image_pb2 as hidream_dot_v1_dot_image__pb2
@@ -29,7 +30,7 @@ from hidream.v1 import job_pb2 as hidream_dot_v1_dot_job__pb2
 from hidream.v1 import server_info_pb2 as hidream_dot_v1_dot_server__info__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahidream/v1/image_gen.proto\x12\nhidream.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16hidream/v1/image.proto\x1a\x14hidream/v1/job.proto\x1a\x1chidream/v1/server_info.proto\"\x9b\x02\n\x0fGenerateRequest\x12#\n\x04spec\x18\x01 \x01(\x0b\x32\x15.hidream.v1.ImageSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07preview\x18\x03 \x01(\x08\x12\x10\n\x08\x64\x65tached\x18\x04 \x01(\x08\x12&\n\x08priority\x18\x05 \x01(\x0e\x32\x14.hidream.v1.Priority\x12\x37\n\x06labels\x18\x06 \x03(\x0b\x32\'.hidream.v1.GenerateRequest.LabelsEntry\x12\x12\n\x05model\x18\x07 \x01(\tH\x00\x88\x01\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_model\"G\n\x10GenerateResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12#\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x14.hidream.v1.JobEvent\"\x8b\x02\n\x10SubmitJobRequest\x12#\n\x04spec\x18\x01 \x01(\x0b\x32\x15.hidream.v1.ImageSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07preview\x18\x03 \x01(\x08\x12&\n\x08priority\x18\x04 \x01(\x0e\x32\x14.hidream.v1.Priority\x12\x38\n\x06labels\x18\x05 \x03(\x0b\x32(.hidream.v1.SubmitJobRequest.LabelsEntry\x12\x12\n\x05model\x18\x06 \x01(\tH\x00\x88\x01\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_model\"H\n\x16\x42\x61tchSubmitJobsRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.hidream.v1.SubmitJobRequest\"8\n\x17\x42\x61tchSubmitJobsResponse\x12\x1d\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.hidream.v1.Job\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xc6\x01\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12$\n\x06states\x18\x03 \x03(\x0e\x32\x14.hidream.v1.JobState\x12\x37\n\x06labels\x18\x04 \x03(\x0b\x32\'.hidream.v1.ListJobsRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"J\n\x10ListJobsResponse\x12\x1d\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.hidream.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"9\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"G\n\x10WatchJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12#\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x14.hidream.v1.JobEvent\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\"\n\x10\x44\x65leteJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"K\n\x14\x44ownloadImageRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0bimage_index\x18\x02 \x01(\x05\x12\x0e\n\x06offset\x18\x03 \x01(\x03\">\n\x15\x44ownloadImageResponse\x12%\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x16.hidream.v1.ImageChunk\"\xa1\x01\n\x10WatchJobsRequest\x12$\n\x06states\x18\x01 \x03(\x0e\x32\x14.hidream.v1.JobState\x12\x38\n\x06labels\x18\x02 \x03(\x0b\x32(.hidream.v1.WatchJobsRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"b\n\x11WatchJobsResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.hidream.v1.Job\x12/\n\x0b\x63hange_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x16\n\x14GetServerInfoRequest2\x9f\x06\n\x08ImageGen\x12G\n\x08Generate\x12\x1b.hidream.v1.GenerateRequest\x1a\x1c.hidream.v1.GenerateResponse0\x01\x12:\n\tSubmitJob\x12\x1c.hidream.v1.SubmitJobRequest\x1a\x0f.hidream.v1.Job\x12Z\n\x0f\x42\x61tchSubmitJobs\x12\".hidream.v1.BatchSubmitJobsRequest\x1a#.hidream.v1.BatchSubmitJobsResponse\x12\x34\n\x06GetJob\x12\x19.hidream.v1.GetJobRequest\x1a\x0f.hidream.v1.Job\x12\x45\n\x08ListJobs\x12\x1b.hidream.v1.ListJobsRequest\x1a\x1c.hidream.v1.ListJobsResponse\x12G\n\x08WatchJob\x12\x1b.hidream.v1.WatchJobRequest\x1a\x1c.hidream.v1.WatchJobResponse0\x01\x12:\n\tCancelJob\x12\x1c.hidream.v1.CancelJobRequest\x1a\x0f.hidream.v1.Job\x12\x41\n\tDeleteJob\x12\x1c.hidream.v1.DeleteJobRequest\x1a\x16.google.protobuf.Empty\x12V\n\rDownloadImage\x12 .hidream.v1.DownloadImageRequest\x1a!.hidream.v1.DownloadImageResponse0\x01\x12J\n\tWatchJobs\x12\x1c.hidream.v1.WatchJobsRequest\x1a\x1d.hidream.v1.WatchJobsResponse0\x01\x12I\n\rGetServerInfo\x12 .hidream.v1.GetServerInfoRequest\x1a\x16.hidream.v1.ServerInfoBFZDgithub.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1;hidreamv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahidream/v1/image_gen.proto\x12\nhidream.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16hidream/v1/image.proto\x1a\x14hidream/v1/job.proto\x1a\x1chidream/v1/server_info.proto\"\xd0\x02\n\x0fGenerateRequest\x12#\n\x04spec\x18\x01 \x01(\x0b\x32\x15.hidream.v1.ImageSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07preview\x18\x03 \x01(\x08\x12\x10\n\x08\x64\x65tached\x18\x04 \x01(\x08\x12&\n\x08priority\x18\x05 \x01(\x0e\x32\x14.hidream.v1.Priority\x12\x37\n\x06labels\x18\x06 \x03(\x0b\x32\'.hidream.v1.GenerateRequest.LabelsEntry\x12\x12\n\x05model\x18\x07 \x01(\tH\x00\x88\x01\x01\x12\x33\n\x10reconnect_window\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_model\"G\n\x10GenerateResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12#\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x14.hidream.v1.JobEvent\"\x8b\x02\n\x10SubmitJobRequest\x12#\n\x04spec\x18\x01 \x01(\x0b\x32\x15.hidream.v1.ImageSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07preview\x18\x03 \x01(\x08\x12&\n\x08priority\x18\x04 \x01(\x0e\x32\x14.hidream.v1.Priority\x12\x38\n\x06labels\x18\x05 \x03(\x0b\x32(.hidream.v1.SubmitJobRequest.LabelsEntry\x12\x12\n\x05model\x18\x06 \x01(\tH\x00\x88\x01\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_model\"H\n\x16\x42\x61tchSubmitJobsRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.hidream.v1.SubmitJobRequest\"8\n\x17\x42\x61tchSubmitJobsResponse\x12\x1d\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.hidream.v1.Job\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xc6\x01\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12$\n\x06states\x18\x03 \x03(\x0e\x32\x14.hidream.v1.JobState\x12\x37\n\x06labels\x18\x04 \x03(\x0b\x32\'.hidream.v1.ListJobsRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"J\n\x10ListJobsResponse\x12\x1d\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.hidream.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"9\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"G\n\x10WatchJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12#\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x14.hidream.v1.JobEvent\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\"\n\x10\x44\x65leteJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"K\n\x14\x44ownloadImageRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0bimage_index\x18\x02 \x01(\x05\x12\x0e\n\x06offset\x18\x03 \x01(\x03\">\n\x15\x44ownloadImageResponse\x12%\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x16.hidream.v1.ImageChunk\"\xa1\x01\n\x10WatchJobsRequest\x12$\n\x06states\x18\x01 \x03(\x0e\x32\x14.hidream.v1.JobState\x12\x38\n\x06labels\x18\x02 \x03(\x0b\x32(.hidream.v1.WatchJobsRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"b\n\x11WatchJobsResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.hidream.v1.Job\x12/\n\x0b\x63hange_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x16\n\x14GetServerInfoRequest2\x9f\x06\n\x08ImageGen\x12G\n\x08Generate\x12\x1b.hidream.v1.GenerateRequest\x1a\x1c.hidream.v1.GenerateResponse0\x01\x12:\n\tSubmitJob\x12\x1c.hidream.v1.SubmitJobRequest\x1a\x0f.hidream.v1.Job\x12Z\n\x0f\x42\x61tchSubmitJobs\x12\".hidream.v1.BatchSubmitJobsRequest\x1a#.hidream.v1.BatchSubmitJobsResponse\x12\x34\n\x06GetJob\x12\x19.hidream.v1.GetJobRequest\x1a\x0f.hidream.v1.Job\x12\x45\n\x08ListJobs\x12\x1b.hidream.v1.ListJobsRequest\x1a\x1c.hidream.v1.ListJobsResponse\x12G\n\x08WatchJob\x12\x1b.hidream.v1.WatchJobRequest\x1a\x1c.hidream.v1.WatchJobResponse0\x01\x12:\n\tCancelJob\x12\x1c.hidream.v1.CancelJobRequest\x1a\x0f.hidream.v1.Job\x12\x41\n\tDeleteJob\x12\x1c.hidream.v1.DeleteJobRequest\x1a\x16.google.protobuf.Empty\x12V\n\rDownloadImage\x12 .hidream.v1.DownloadImageRequest\x1a!.hidream.v1.DownloadImageResponse0\x01\x12J\n\tWatchJobs\x12\x1c.hidream.v1.WatchJobsRequest\x1a\x1d.hidream.v1.WatchJobsResponse0\x01\x12I\n\rGetServerInfo\x12 .hidream.v1.GetServerInfoRequest\x1a\x16.hidream.v1.ServerInfoBFZDgithub.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1;hidreamv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,48 +46,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_WATCHJOBSREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_WATCHJOBSREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_GENERATEREQUEST']._serialized_start=181
-  _globals['_GENERATEREQUEST']._serialized_end=464
-  _globals['_GENERATEREQUEST_LABELSENTRY']._serialized_start=409
-  _globals['_GENERATEREQUEST_LABELSENTRY']._serialized_end=454
-  _globals['_GENERATERESPONSE']._serialized_start=466
-  _globals['_GENERATERESPONSE']._serialized_end=537
-  _globals['_SUBMITJOBREQUEST']._serialized_start=540
-  _globals['_SUBMITJOBREQUEST']._serialized_end=807
-  _globals['_SUBMITJOBREQUEST_LABELSENTRY']._serialized_start=409
-  _globals['_SUBMITJOBREQUEST_LABELSENTRY']._serialized_end=454
-  _globals['_BATCHSUBMITJOBSREQUEST']._serialized_start=809
-  _globals['_BATCHSUBMITJOBSREQUEST']._serialized_end=881
-  _globals['_BATCHSUBMITJOBSRESPONSE']._serialized_start=883
-  _globals['_BATCHSUBMITJOBSRESPONSE']._serialized_end=939
-  _globals['_GETJOBREQUEST']._serialized_start=941
-  _globals['_GETJOBREQUEST']._serialized_end=972
-  _globals['_LISTJOBSREQUEST']._serialized_start=975
-  _globals['_LISTJOBSREQUEST']._serialized_end=1173
-  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_start=409
-  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_end=454
-  _globals['_LISTJOBSRESPONSE']._serialized_start=1175
-  _globals['_LISTJOBSRESPONSE']._serialized_end=1249
-  _globals['_WATCHJOBREQUEST']._serialized_start=1251
-  _globals['_WATCHJOBREQUEST']._serialized_end=1308
-  _globals['_WATCHJOBRESPONSE']._serialized_start=1310
-  _globals['_WATCHJOBRESPONSE']._serialized_end=1381
-  _globals['_CANCELJOBREQUEST']._serialized_start=1383
-  _globals['_CANCELJOBREQUEST']._serialized_end=1417
-  _globals['_DELETEJOBREQUEST']._serialized_start=1419
-  _globals['_DELETEJOBREQUEST']._serialized_end=1453
-  _globals['_DOWNLOADIMAGEREQUEST']._serialized_start=1455
-  _globals['_DOWNLOADIMAGEREQUEST']._serialized_end=1530
-  _globals['_DOWNLOADIMAGERESPONSE']._serialized_start=1532
-  _globals['_DOWNLOADIMAGERESPONSE']._serialized_end=1594
-  _globals['_WATCHJOBSREQUEST']._serialized_start=1597
-  _globals['_WATCHJOBSREQUEST']._serialized_end=1758
-  _globals['_WATCHJOBSREQUEST_LABELSENTRY']._serialized_start=409
-  _globals['_WATCHJOBSREQUEST_LABELSENTRY']._serialized_end=454
-  _globals['_WATCHJOBSRESPONSE']._serialized_start=1760
-  _globals['_WATCHJOBSRESPONSE']._serialized_end=1858
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=1860
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=1882
-  _globals['_IMAGEGEN']._serialized_start=1885
-  _globals['_IMAGEGEN']._serialized_end=2684
+  _globals['_GENERATEREQUEST']._serialized_start=213
+  _globals['_GENERATEREQUEST']._serialized_end=549
+  _globals['_GENERATEREQUEST_LABELSENTRY']._serialized_start=494
+  _globals['_GENERATEREQUEST_LABELSENTRY']._serialized_end=539
+  _globals['_GENERATERESPONSE']._serialized_start=551
+  _globals['_GENERATERESPONSE']._serialized_end=622
+  _globals['_SUBMITJOBREQUEST']._serialized_start=625
+  _globals['_SUBMITJOBREQUEST']._serialized_end=892
+  _globals['_SUBMITJOBREQUEST_LABELSENTRY']._serialized_start=494
+  _globals['_SUBMITJOBREQUEST_LABELSENTRY']._serialized_end=539
+  _globals['_BATCHSUBMITJOBSREQUEST']._serialized_start=894
+  _globals['_BATCHSUBMITJOBSREQUEST']._serialized_end=966
+  _globals['_BATCHSUBMITJOBSRESPONSE']._serialized_start=968
+  _globals['_BATCHSUBMITJOBSRESPONSE']._serialized_end=1024
+  _globals['_GETJOBREQUEST']._serialized_start=1026
+  _globals['_GETJOBREQUEST']._serialized_end=1057
+  _globals['_LISTJOBSREQUEST']._serialized_start=1060
+  _globals['_LISTJOBSREQUEST']._serialized_end=1258
+  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_start=494
+  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_end=539
+  _globals['_LISTJOBSRESPONSE']._serialized_start=1260
+  _globals['_LISTJOBSRESPONSE']._serialized_end=1334
+  _globals['_WATCHJOBREQUEST']._serialized_start=1336
+  _globals['_WATCHJOBREQUEST']._serialized_end=1393
+  _globals['_WATCHJOBRESPONSE']._serialized_start=1395
+  _globals['_WATCHJOBRESPONSE']._serialized_end=1466
+  _globals['_CANCELJOBREQUEST']._serialized_start=1468
+  _globals['_CANCELJOBREQUEST']._serialized_end=1502
+  _globals['_DELETEJOBREQUEST']._serialized_start=1504
+  _globals['_DELETEJOBREQUEST']._serialized_end=1538
+  _globals['_DOWNLOADIMAGEREQUEST']._serialized_start=1540
+  _globals['_DOWNLOADIMAGEREQUEST']._serialized_end=1615
+  _globals['_DOWNLOADIMAGERESPONSE']._serialized_start=1617
+  _globals['_DOWNLOADIMAGERESPONSE']._serialized_end=1679
+  _globals['_WATCHJOBSREQUEST']._serialized_start=1682
+  _globals['_WATCHJOBSREQUEST']._serialized_end=1843
+  _globals['_WATCHJOBSREQUEST_LABELSENTRY']._serialized_start=494
+  _globals['_WATCHJOBSREQUEST_LABELSENTRY']._serialized_end=539
+  _globals['_WATCHJOBSRESPONSE']._serialized_start=1845
+  _globals['_WATCHJOBSRESPONSE']._serialized_end=1943
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=1945
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=1967
+  _globals['_IMAGEGEN']._serialized_start=1970
+  _globals['_IMAGEGEN']._serialized_end=2769
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ Copyright the hidream-grpc authors. Licensed under the Apache License, Version 2
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -54,6 +55,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    RECONNECT_WINDOW_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """A name that the caller chooses for this request, so that a retry does not draw twice: while the job is
     kept, the same id with the same request follows that job, and with another request answers
@@ -86,6 +88,15 @@ class GenerateRequest(_message.Message):
         `limits.max_label_bytes` bytes; keys are not empty.
         """
 
+    @_builtins.property
+    def reconnect_window(self) -> _duration_pb2.Duration:
+        """How long the job goes on when this call ends early, so that a caller whose connection was lost can make the
+        call again, with the same `request_id`, and follow the same job. A server cannot tell a lost connection from
+        a cancelled call: a caller that leaves on purpose also calls `CancelJob`. 0 to
+        `limits.max_reconnect_window_seconds`. Absent or 0: the job is cancelled at its next step. It is no part
+        of what a retry must repeat, and has no effect with `detached`.
+        """
+
     def __init__(
         self,
         *,
@@ -96,10 +107,11 @@ class GenerateRequest(_message.Message):
         priority: _job_pb2.Priority.ValueType = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         model: _builtins.str | None = ...,
+        reconnect_window: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "model", b"model", "reconnect_window", b"reconnect_window", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "detached", b"detached", "labels", b"labels", "model", b"model", "preview", b"preview", "priority", b"priority", "request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_model", b"_model", "detached", b"detached", "labels", b"labels", "model", b"model", "preview", b"preview", "priority", b"priority", "reconnect_window", b"reconnect_window", "request_id", b"request_id", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__model: _TypeAlias = _typing.Literal["model"]  # noqa: Y015
     _WhichOneofArgType__model: _TypeAlias = _typing.Literal["_model", b"_model"]  # noqa: Y015

@@ -80,8 +80,9 @@ class ImageGenStub:
     enough for the default receive limit of every gRPC implementation.
 
     Cancelling the call cancels the job at its next step, unless `detached` is set or another call
-    of `Generate` with the same `request_id` goes on; watching a job does not keep it. The call's
-    deadline is the job's: a job is not started after it, and stops when it passes. If the job
+    of `Generate` with the same `request_id` goes on; watching a job does not keep it. With
+    `reconnect_window` it is cancelled that much later, unless the call has been made again by then. The
+    call's deadline is the job's: a job is not started after it, and stops when it passes. If the job
     fails, the call ends with the job's error as its status.
 
     Status codes, besides those of the service:
@@ -252,8 +253,9 @@ class ImageGenAsyncStub(ImageGenStub):
     enough for the default receive limit of every gRPC implementation.
 
     Cancelling the call cancels the job at its next step, unless `detached` is set or another call
-    of `Generate` with the same `request_id` goes on; watching a job does not keep it. The call's
-    deadline is the job's: a job is not started after it, and stops when it passes. If the job
+    of `Generate` with the same `request_id` goes on; watching a job does not keep it. With
+    `reconnect_window` it is cancelled that much later, unless the call has been made again by then. The
+    call's deadline is the job's: a job is not started after it, and stops when it passes. If the job
     fails, the call ends with the job's error as its status.
 
     Status codes, besides those of the service:
@@ -427,8 +429,9 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
         enough for the default receive limit of every gRPC implementation.
 
         Cancelling the call cancels the job at its next step, unless `detached` is set or another call
-        of `Generate` with the same `request_id` goes on; watching a job does not keep it. The call's
-        deadline is the job's: a job is not started after it, and stops when it passes. If the job
+        of `Generate` with the same `request_id` goes on; watching a job does not keep it. With
+        `reconnect_window` it is cancelled that much later, unless the call has been made again by then. The
+        call's deadline is the job's: a job is not started after it, and stops when it passes. If the job
         fails, the call ends with the job's error as its status.
 
         Status codes, besides those of the service:

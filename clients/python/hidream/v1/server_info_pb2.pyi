@@ -361,6 +361,7 @@ class RequestLimits(_message.Message):
     MAX_QUALITY_FIELD_NUMBER: _builtins.int
     MAX_JPEG_SIDE_PIXELS_FIELD_NUMBER: _builtins.int
     MAX_WEBP_SIDE_PIXELS_FIELD_NUMBER: _builtins.int
+    MAX_RECONNECT_WINDOW_SECONDS_FIELD_NUMBER: _builtins.int
     max_prompt_tokens: _builtins.int
     """Tokens of a prompt, for each text encoder, its special tokens included."""
     max_prompt_bytes: _builtins.int
@@ -425,6 +426,8 @@ class RequestLimits(_message.Message):
     """Largest width and height of a JPEG, in pixels. Absent: `max_pixels` alone limits them, as for a PNG."""
     max_webp_side_pixels: _builtins.int
     """Largest width and height of a WebP, in pixels. Absent: `max_pixels` alone limits them."""
+    max_reconnect_window_seconds: _builtins.int
+    """Longest `GenerateRequest.reconnect_window`, in seconds. Absent from a server that does not know it."""
     def __init__(
         self,
         *,
@@ -454,10 +457,11 @@ class RequestLimits(_message.Message):
         max_quality: _builtins.int = ...,
         max_jpeg_side_pixels: _builtins.int | None = ...,
         max_webp_side_pixels: _builtins.int | None = ...,
+        max_reconnect_window_seconds: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_jpeg_side_pixels", b"_max_jpeg_side_pixels", "_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller", "_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller", "_max_running_jobs_per_caller", b"_max_running_jobs_per_caller", "_max_streams_per_caller", b"_max_streams_per_caller", "_max_webp_side_pixels", b"_max_webp_side_pixels", "max_jpeg_side_pixels", b"max_jpeg_side_pixels", "max_pixel_steps_per_minute_per_caller", b"max_pixel_steps_per_minute_per_caller", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_running_jobs_per_caller", b"max_running_jobs_per_caller", "max_streams_per_caller", b"max_streams_per_caller", "max_webp_side_pixels", b"max_webp_side_pixels"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_jpeg_side_pixels", b"_max_jpeg_side_pixels", "_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller", "_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller", "_max_reconnect_window_seconds", b"_max_reconnect_window_seconds", "_max_running_jobs_per_caller", b"_max_running_jobs_per_caller", "_max_streams_per_caller", b"_max_streams_per_caller", "_max_webp_side_pixels", b"_max_webp_side_pixels", "max_jpeg_side_pixels", b"max_jpeg_side_pixels", "max_pixel_steps_per_minute_per_caller", b"max_pixel_steps_per_minute_per_caller", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_reconnect_window_seconds", b"max_reconnect_window_seconds", "max_running_jobs_per_caller", b"max_running_jobs_per_caller", "max_streams_per_caller", b"max_streams_per_caller", "max_webp_side_pixels", b"max_webp_side_pixels"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_jpeg_side_pixels", b"_max_jpeg_side_pixels", "_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller", "_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller", "_max_running_jobs_per_caller", b"_max_running_jobs_per_caller", "_max_streams_per_caller", b"_max_streams_per_caller", "_max_webp_side_pixels", b"_max_webp_side_pixels", "chunk_bytes", b"chunk_bytes", "max_guidance_scale", b"max_guidance_scale", "max_jpeg_side_pixels", b"max_jpeg_side_pixels", "max_label_bytes", b"max_label_bytes", "max_labels", b"max_labels", "max_num_images", b"max_num_images", "max_num_inference_steps", b"max_num_inference_steps", "max_pixel_steps_per_minute_per_caller", b"max_pixel_steps_per_minute_per_caller", "max_pixels", b"max_pixels", "max_preview_side_pixels", b"max_preview_side_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompt_tokens", b"max_prompt_tokens", "max_quality", b"max_quality", "max_queued_jobs", b"max_queued_jobs", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_receive_message_bytes", b"max_receive_message_bytes", "max_request_id_bytes", b"max_request_id_bytes", "max_running_jobs", b"max_running_jobs", "max_running_jobs_per_caller", b"max_running_jobs_per_caller", "max_seed", b"max_seed", "max_streams", b"max_streams", "max_streams_per_caller", b"max_streams_per_caller", "max_webp_side_pixels", b"max_webp_side_pixels", "min_quality", b"min_quality", "min_side_pixels", b"min_side_pixels", "size_multiple", b"size_multiple"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_jpeg_side_pixels", b"_max_jpeg_side_pixels", "_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller", "_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller", "_max_reconnect_window_seconds", b"_max_reconnect_window_seconds", "_max_running_jobs_per_caller", b"_max_running_jobs_per_caller", "_max_streams_per_caller", b"_max_streams_per_caller", "_max_webp_side_pixels", b"_max_webp_side_pixels", "chunk_bytes", b"chunk_bytes", "max_guidance_scale", b"max_guidance_scale", "max_jpeg_side_pixels", b"max_jpeg_side_pixels", "max_label_bytes", b"max_label_bytes", "max_labels", b"max_labels", "max_num_images", b"max_num_images", "max_num_inference_steps", b"max_num_inference_steps", "max_pixel_steps_per_minute_per_caller", b"max_pixel_steps_per_minute_per_caller", "max_pixels", b"max_pixels", "max_preview_side_pixels", b"max_preview_side_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompt_tokens", b"max_prompt_tokens", "max_quality", b"max_quality", "max_queued_jobs", b"max_queued_jobs", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_receive_message_bytes", b"max_receive_message_bytes", "max_reconnect_window_seconds", b"max_reconnect_window_seconds", "max_request_id_bytes", b"max_request_id_bytes", "max_running_jobs", b"max_running_jobs", "max_running_jobs_per_caller", b"max_running_jobs_per_caller", "max_seed", b"max_seed", "max_streams", b"max_streams", "max_streams_per_caller", b"max_streams_per_caller", "max_webp_side_pixels", b"max_webp_side_pixels", "min_quality", b"min_quality", "min_side_pixels", b"min_side_pixels", "size_multiple", b"size_multiple"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_jpeg_side_pixels: _TypeAlias = _typing.Literal["max_jpeg_side_pixels"]  # noqa: Y015
     _WhichOneofArgType__max_jpeg_side_pixels: _TypeAlias = _typing.Literal["_max_jpeg_side_pixels", b"_max_jpeg_side_pixels"]  # noqa: Y015
@@ -465,6 +469,8 @@ class RequestLimits(_message.Message):
     _WhichOneofArgType__max_pixel_steps_per_minute_per_caller: _TypeAlias = _typing.Literal["_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller"]  # noqa: Y015
     _WhichOneofReturnType__max_queued_jobs_per_caller: _TypeAlias = _typing.Literal["max_queued_jobs_per_caller"]  # noqa: Y015
     _WhichOneofArgType__max_queued_jobs_per_caller: _TypeAlias = _typing.Literal["_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller"]  # noqa: Y015
+    _WhichOneofReturnType__max_reconnect_window_seconds: _TypeAlias = _typing.Literal["max_reconnect_window_seconds"]  # noqa: Y015
+    _WhichOneofArgType__max_reconnect_window_seconds: _TypeAlias = _typing.Literal["_max_reconnect_window_seconds", b"_max_reconnect_window_seconds"]  # noqa: Y015
     _WhichOneofReturnType__max_running_jobs_per_caller: _TypeAlias = _typing.Literal["max_running_jobs_per_caller"]  # noqa: Y015
     _WhichOneofArgType__max_running_jobs_per_caller: _TypeAlias = _typing.Literal["_max_running_jobs_per_caller", b"_max_running_jobs_per_caller"]  # noqa: Y015
     _WhichOneofReturnType__max_streams_per_caller: _TypeAlias = _typing.Literal["max_streams_per_caller"]  # noqa: Y015
@@ -477,6 +483,8 @@ class RequestLimits(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_pixel_steps_per_minute_per_caller) -> _WhichOneofReturnType__max_pixel_steps_per_minute_per_caller | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_queued_jobs_per_caller) -> _WhichOneofReturnType__max_queued_jobs_per_caller | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_reconnect_window_seconds) -> _WhichOneofReturnType__max_reconnect_window_seconds | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_running_jobs_per_caller) -> _WhichOneofReturnType__max_running_jobs_per_caller | None: ...
     @_typing.overload

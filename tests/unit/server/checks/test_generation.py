@@ -4,6 +4,7 @@ import dataclasses
 import math
 import struct
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -100,6 +101,19 @@ def test_what_a_request_says_is_what_is_done() -> None:
     assert (submission.request_id, submission.caller, submission.deadline_seconds) == ("r-1", "me", 3.5)
     assert (submission.priority, submission.is_detached) == (Priority.HIGH, True)
     assert submission.labels == {"a": "b"}
+
+
+@pytest.mark.parametrize("seconds", [-0.5, 300.5])
+def test_a_reconnect_window_outside_its_limit_is_refused(seconds: float) -> None:
+    message = request()
+    message.reconnect_window.FromTimedelta(timedelta(seconds=seconds))
+    assert violations_of(message) == (FieldViolation("reconnect_window", "must be 0 to 300 seconds"),)
+
+
+def test_a_retry_may_name_another_reconnect_window() -> None:
+    again = request()
+    again.reconnect_window.FromSeconds(30)
+    assert checked(again).request_digest == checked(request()).request_digest
 
 
 def test_zero_is_not_taken_for_absent() -> None:
