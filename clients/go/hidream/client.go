@@ -3,75 +3,55 @@ package hidream
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"iter"
+	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 
 	hidreamv1 "github.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1"
 )
 
+// DefaultTimeout is Client.Timeout of a new client.
+const DefaultTimeout = 30 * time.Second
+
 // Client calls one server. Its methods may be called at the same time. Errors of the server are gRPC
 // status errors, with the details that image_gen.proto lists.
 type Client struct {
+	// Timeout is the deadline of every call with one answer whose context has none; 0 for none. Such a call
+	// that is UNAVAILABLE for as long as the server says is tried twice more.
+	Timeout time.Duration
+
 	stub hidreamv1.ImageGenClient
 }
 
-// NewClient is a client on a connection, which stays the caller's to close.
+// NewClient is a client on a connection, which stays the caller's to close; make it with DialOptions, so that
+// a server that falls silent is noticed.
 func NewClient(connection grpc.ClientConnInterface) *Client {
-	return &Client{stub: hidreamv1.NewImageGenClient(connection)}
-}
-
-// Generate draws images and follows the job to its end. It calls onEvent, which may be nil, with
-// every event but the pieces of images, which it puts together and checks.
-//
-// Cancelling ctx cancels the job at its next step, unless request.Detached is set; the deadline of
-// ctx is the job's. A job that fails is a gRPC status error; an image that did not arrive as it was
-// announced wraps ErrBrokenImage, any other broken promise of the stream ErrBrokenStream. An image that
-// the server has lost is a status error with codes.DataLoss: its details (errdetails.ErrorInfo) name it.
-func (c *Client) Generate(
-	ctx context.Context,
-	request *hidreamv1.GenerateRequest,
-	onEvent func(*hidreamv1.JobEvent),
-) ([]Image, error) {
-	// Leaving early must end the call, or it would live as long as the caller's context.
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	stream, err := c.stub.Generate(ctx, request)
-	if err != nil {
-		return nil, err
-	}
-	story := story{onEvent: onEvent}
-	for {
-		response, err := stream.Recv()
-		if errors.Is(err, io.EOF) {
-			return story.images()
-		}
-		if err != nil {
-			return nil, err
-		}
-		if err := story.add(response.GetEvent()); err != nil {
-			return nil, err
-		}
-	}
+	return &Client{Timeout: DefaultTimeout, stub: hidreamv1.NewImageGenClient(connection)}
 }
 
 // Submit queues a job and returns it at once.
 func (c *Client) Submit(ctx context.Context, request *hidreamv1.SubmitJobRequest) (*hidreamv1.Job, error) {
-	return c.stub.SubmitJob(ctx, request)
+	request = proto.CloneOf(request)
+	request.RequestId = requestID(request.GetRequestId())
+	return answer(ctx, c.Timeout, c.stub.SubmitJob, request)
 }
 
 // Batch queues many jobs, all of them or none, and returns them in the order of the requests.
 func (c *Client) Batch(ctx context.Context, requests []*hidreamv1.SubmitJobRequest) ([]*hidreamv1.Job, error) {
-	response, err := c.stub.BatchSubmitJobs(ctx, &hidreamv1.BatchSubmitJobsRequest{Requests: requests})
+	batch := proto.CloneOf(&hidreamv1.BatchSubmitJobsRequest{Requests: requests})
+	for _, request := range batch.GetRequests() {
+		request.RequestId = requestID(request.GetRequestId())
+	}
+	response, err := answer(ctx, c.Timeout, c.stub.BatchSubmitJobs, batch)
 	return response.GetJobs(), err
 }
 
 // Get returns a job as it is now.
 func (c *Client) Get(ctx context.Context, jobID string) (*hidreamv1.Job, error) {
-	return c.stub.GetJob(ctx, &hidreamv1.GetJobRequest{JobId: jobID})
+	return answer(ctx, c.Timeout, c.stub.GetJob, &hidreamv1.GetJobRequest{JobId: jobID})
 }
 
 // List gives the caller's jobs that match, newest first, from the request's page on, and fetches page
@@ -80,7 +60,7 @@ func (c *Client) List(ctx context.Context, request *hidreamv1.ListJobsRequest) i
 	return func(yield func(*hidreamv1.Job, error) bool) {
 		pageToken := request.GetPageToken()
 		for {
-			page, err := c.stub.ListJobs(ctx, &hidreamv1.ListJobsRequest{
+			page, err := answer(ctx, c.Timeout, c.stub.ListJobs, &hidreamv1.ListJobsRequest{
 				PageSize:  request.GetPageSize(),
 				PageToken: pageToken,
 				States:    request.GetStates(),
@@ -104,12 +84,12 @@ func (c *Client) List(ctx context.Context, request *hidreamv1.ListJobsRequest) i
 
 // Cancel stops a job at its next step and returns it as it is then; one that has ended stays as it is.
 func (c *Client) Cancel(ctx context.Context, jobID string) (*hidreamv1.Job, error) {
-	return c.stub.CancelJob(ctx, &hidreamv1.CancelJobRequest{JobId: jobID})
+	return answer(ctx, c.Timeout, c.stub.CancelJob, &hidreamv1.CancelJobRequest{JobId: jobID})
 }
 
 // Delete deletes a job that has ended, and its images.
 func (c *Client) Delete(ctx context.Context, jobID string) error {
-	_, err := c.stub.DeleteJob(ctx, &hidreamv1.DeleteJobRequest{JobId: jobID})
+	_, err := answer(ctx, c.Timeout, c.stub.DeleteJob, &hidreamv1.DeleteJobRequest{JobId: jobID})
 	return err
 }
 

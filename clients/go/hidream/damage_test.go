@@ -41,7 +41,7 @@ var damages = map[string]damage{
 // streams are the calls that bring images, each as a function that returns its error.
 var streams = map[string]func(context.Context, *Client, func(*hidreamv1.JobEvent)) ([]Image, error){
 	"Generate": func(ctx context.Context, client *Client, onEvent func(*hidreamv1.JobEvent)) ([]Image, error) {
-		return client.Generate(ctx, &hidreamv1.GenerateRequest{}, onEvent)
+		return client.Generate(ctx, &hidreamv1.GenerateRequest{}, ReconnectPolicy{}, onEvent)
 	},
 	"Watch": func(ctx context.Context, client *Client, onEvent func(*hidreamv1.JobEvent)) ([]Image, error) {
 		return client.Watch(ctx, jobID, ReconnectPolicy{}, onEvent)

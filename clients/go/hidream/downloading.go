@@ -43,7 +43,7 @@ func (c *Client) Download(
 		}
 	}
 	if !part.isWhole() {
-		err := resume(ctx, policy,
+		err := resume(ctx, policy, func(err error) error { return err },
 			func(ctx context.Context) (grpc.ServerStreamingClient[hidreamv1.DownloadImageResponse], error) {
 				return c.stub.DownloadImage(ctx, &hidreamv1.DownloadImageRequest{
 					JobId: jobID, ImageIndex: imageIndex, Offset: part.size,

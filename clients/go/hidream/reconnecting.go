@@ -17,6 +17,7 @@ import (
 const DefaultReconnectTime = 5 * time.Minute
 
 const (
+	maxRetries = 2
 	firstDelay = 100 * time.Millisecond
 	maxDelay   = 5 * time.Second
 )
@@ -42,14 +43,17 @@ var errStop = errors.New("stop")
 
 // resume calls a server-streaming method until it ends with OK, read fails, or no call is answered for
 // too long. Each call starts after what the one before has brought. A server that does not even answer
-// the first one is an error at once: it may be the wrong address.
+// the first one is an error at once, unless it says when to try again: it may be the wrong address. What lost
+// makes of the error is what the caller gets while no call is answered.
 func resume[Response any](
 	ctx context.Context,
 	policy ReconnectPolicy,
+	lost func(error) error,
 	call func(context.Context) (grpc.ServerStreamingClient[Response], error),
 	read func(*Response) error,
 ) error {
 	isConnected := false
+	numRetries := 0
 	delay := firstDelay
 	var lostSince time.Time
 	for {
@@ -61,7 +65,16 @@ func resume[Response any](
 		if errors.As(err, &final) {
 			return final.cause
 		}
-		if err == nil || !isPassing(err) || !isConnected || ctx.Err() != nil {
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		if !isConnected {
+			if numRetries++; !waitToRetry(ctx, numRetries, err) {
+				return err
+			}
+			continue
+		}
+		if !isPassing(err) {
 			return err
 		}
 		if lostSince.IsZero() {
@@ -69,21 +82,61 @@ func resume[Response any](
 		}
 		left := policy.reconnectTime() - time.Since(lostSince)
 		if left <= 0 {
-			return err
+			return lost(err)
 		}
 		if policy.OnConnectionLost != nil {
-			policy.OnConnectionLost(err)
+			policy.OnConnectionLost(lost(err))
 		}
 		// Spread, or all who lost one server come back in the same moment.
 		spread := time.Duration(float64(delay) * (0.5 + rand.Float64()/2))
 		delay = min(2*delay, maxDelay)
-		timer := time.NewTimer(min(max(spread, retryDelay(err)), left))
-		select {
-		case <-ctx.Done():
-			timer.Stop()
+		if !wait(ctx, min(max(spread, retryDelay(err)), left)) {
 			return status.FromContextError(ctx.Err()).Err()
-		case <-timer.C:
 		}
+	}
+}
+
+// answer makes a call with one answer, with a deadline, and twice more where the server asks for that.
+func answer[Request, Response any](
+	ctx context.Context,
+	timeout time.Duration,
+	method func(context.Context, *Request, ...grpc.CallOption) (*Response, error),
+	request *Request,
+) (*Response, error) {
+	if _, hasDeadline := ctx.Deadline(); !hasDeadline && timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, timeout)
+		defer cancel()
+	}
+	for numRetries := 1; ; numRetries++ {
+		response, err := method(ctx, request)
+		if err == nil || !waitToRetry(ctx, numRetries, err) {
+			return response, err
+		}
+	}
+}
+
+// waitToRetry waits for as long as the server says, and says whether to try again.
+func waitToRetry(ctx context.Context, numRetries int, err error) bool {
+	delay := retryDelay(err)
+	if status.Code(err) != codes.Unavailable || delay == 0 || numRetries > maxRetries {
+		return false
+	}
+	if deadline, hasDeadline := ctx.Deadline(); hasDeadline && time.Until(deadline) <= delay {
+		return false
+	}
+	return wait(ctx, delay)
+}
+
+// wait returns whether the time has passed before ctx has ended.
+func wait(ctx context.Context, delay time.Duration) bool {
+	timer := time.NewTimer(delay)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+		return true
 	}
 }
 

@@ -12,10 +12,12 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	hidreamv1 "github.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1"
 )
@@ -34,6 +36,12 @@ type breakingServer struct {
 	code   codes.Code // with which a call breaks off
 	starts []int64    // after_sequence or offset of each call
 	damage damage     // what becomes of the pieces of the image on their way; may be nil
+
+	generated []*hidreamv1.GenerateRequest
+	submitted []string // request ids
+	cancelled []string // job ids
+	numBusy   int      // how many submissions are refused until later
+	isSilent  bool     // calls with one answer get none
 }
 
 func (s *breakingServer) job() *hidreamv1.Job {
@@ -88,14 +96,37 @@ func sendUntilBreak[Response any](s *breakingServer, responses []*Response, send
 	return nil
 }
 
-func (s *breakingServer) GetJob(context.Context, *hidreamv1.GetJobRequest) (*hidreamv1.Job, error) {
+func (s *breakingServer) GetJob(ctx context.Context, _ *hidreamv1.GetJobRequest) (*hidreamv1.Job, error) {
+	if s.isSilent {
+		<-ctx.Done()
+	}
+	return s.job(), nil
+}
+
+func (s *breakingServer) SubmitJob(_ context.Context, request *hidreamv1.SubmitJobRequest) (*hidreamv1.Job, error) {
+	s.submitted = append(s.submitted, request.GetRequestId())
+	if s.numBusy == 0 {
+		return s.job(), nil
+	}
+	s.numBusy--
+	refusal := status.New(codes.Unavailable, "the model is loading")
+	refusal, err := refusal.WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(time.Millisecond)})
+	if err != nil {
+		return nil, err
+	}
+	return nil, refusal.Err()
+}
+
+func (s *breakingServer) CancelJob(_ context.Context, request *hidreamv1.CancelJobRequest) (*hidreamv1.Job, error) {
+	s.cancelled = append(s.cancelled, request.GetJobId())
 	return s.job(), nil
 }
 
 func (s *breakingServer) Generate(
-	_ *hidreamv1.GenerateRequest, stream grpc.ServerStreamingServer[hidreamv1.GenerateResponse],
+	request *hidreamv1.GenerateRequest, stream grpc.ServerStreamingServer[hidreamv1.GenerateResponse],
 ) error {
 	s.starts = append(s.starts, 0)
+	s.generated = append(s.generated, request)
 	var responses []*hidreamv1.GenerateResponse
 	for _, event := range s.events() {
 		responses = append(responses, &hidreamv1.GenerateResponse{JobId: jobID, Event: event})

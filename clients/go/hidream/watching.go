@@ -27,7 +27,7 @@ func (c *Client) Watch(
 ) ([]Image, error) {
 	story := story{onEvent: onEvent}
 	request := &hidreamv1.WatchJobRequest{JobId: jobID}
-	err := resume(ctx, policy,
+	err := resume(ctx, policy, func(err error) error { return lostJob(jobID, err) },
 		func(ctx context.Context) (grpc.ServerStreamingClient[hidreamv1.WatchJobResponse], error) {
 			return c.stub.WatchJob(ctx, request)
 		},
@@ -70,7 +70,7 @@ func (c *Client) WatchAll(
 ) error {
 	// Every connection begins with the jobs that match then.
 	states := map[string]hidreamv1.JobState{}
-	err := resume(ctx, policy,
+	err := resume(ctx, policy, func(err error) error { return err },
 		func(ctx context.Context) (grpc.ServerStreamingClient[hidreamv1.WatchJobsResponse], error) {
 			return c.stub.WatchJobs(ctx, request)
 		},

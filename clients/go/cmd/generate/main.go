@@ -36,7 +36,7 @@ func draw(ctx context.Context, server *flags.Server, request *hidreamv1.Generate
 		return err
 	}
 	defer connection.Close()
-	images, err := hidream.NewClient(connection).Generate(ctx, request, report.Event)
+	images, err := hidream.NewClient(connection).Generate(ctx, request, report.Reconnecting(), report.Event)
 	if err != nil {
 		return err
 	}

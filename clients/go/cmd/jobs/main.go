@@ -136,8 +136,7 @@ func watch(ctx context.Context, client *hidream.Client, arguments []string) erro
 	if len(arguments) != 1 {
 		return errUsage
 	}
-	policy := hidream.ReconnectPolicy{OnConnectionLost: func(err error) { report.Error("connection lost", err) }}
-	images, err := client.Watch(ctx, arguments[0], policy, report.Event)
+	images, err := client.Watch(ctx, arguments[0], report.Reconnecting(), report.Event)
 	for _, image := range images {
 		fmt.Printf("image %d: %d bytes\n", image.Info.GetIndex(), len(image.Data))
 	}

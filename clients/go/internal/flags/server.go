@@ -51,7 +51,7 @@ func (server *Server) Connect() (*grpc.ClientConn, error) {
 		}
 		transport = credentials.NewTLS(config)
 	}
-	options := []grpc.DialOption{grpc.WithTransportCredentials(transport)}
+	options := append(hidream.DialOptions(), grpc.WithTransportCredentials(transport))
 	if token, isSet := os.LookupEnv("HIDREAM_TOKEN"); isSet {
 		if strings.TrimSpace(token) == "" {
 			// An unset $TOKEN of a script must not become a call without a token.

@@ -8,6 +8,7 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/status"
 
+	"github.com/hidream-grpc/hidream-grpc/clients/go/hidream"
 	hidreamv1 "github.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1"
 )
 
@@ -27,6 +28,11 @@ func Event(event *hidreamv1.JobEvent) {
 		fmt.Fprintf(os.Stderr, "succeeded after %v\n",
 			event.Succeeded.GetJob().GetTimings().GetTotal().AsDuration())
 	}
+}
+
+// Reconnecting goes on when the connection is lost, and says each time that it was.
+func Reconnecting() hidream.ReconnectPolicy {
+	return hidream.ReconnectPolicy{OnConnectionLost: func(err error) { Error("connection lost", err) }}
 }
 
 // Error prints what went wrong in a program, and every bad field of a refused request.
