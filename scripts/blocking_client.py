@@ -16,6 +16,7 @@ REPLACEMENTS = {
     r"\n\n +With asyncio: (?:.+\n)*?(?=\n| *\"\"\")": "\n",
     r"\b(?:async|await) ": "",
     r"\bAsync(?=Client|Connection|Generator)": "",
+    r"\baclosing\b": "closing",
     r"\basyncio\b": "time",
     r"\bgrpc\.aio\.": "grpc.",
     r"\b__a(?=enter__|exit__)": "__",

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from google.rpc import status_pb2
+from google.protobuf import duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, image_pb2, job_pb2
@@ -38,6 +39,11 @@ class BreakingImageGen(image_gen_pb2_grpc.ImageGenServicer):
         sha256: of the image, as it is announced.
         damage: what becomes of the pieces of the image on their way.
         starts: `after_sequence` or `offset` of each call so far.
+        generated: the requests of `Generate` so far.
+        job_ids: the job of each call of `Generate`, first call first; of calls beyond these, JOB_ID.
+        submitted: the request ids of `SubmitJob` so far.
+        num_busy: how many of the next submissions are refused until a little later.
+        cancelled: the jobs of `CancelJob` so far.
     """
 
     breaks: list[int] = field(default_factory=list)
@@ -46,6 +52,11 @@ class BreakingImageGen(image_gen_pb2_grpc.ImageGenServicer):
     sha256: bytes = hashlib.sha256(FILE).digest()
     damage: Callable[[Chunks], Chunks] = list
     starts: list[int] = field(default_factory=list)
+    generated: list[image_gen_pb2.GenerateRequest] = field(default_factory=list)
+    job_ids: list[str] = field(default_factory=list)
+    submitted: list[str] = field(default_factory=list)
+    num_busy: int = 0
+    cancelled: list[str] = field(default_factory=list)
 
     @property
     def job(self) -> job_pb2.Job:
@@ -94,9 +105,25 @@ class BreakingImageGen(image_gen_pb2_grpc.ImageGenServicer):
     def GetJob(self, request: image_gen_pb2.GetJobRequest, context: Any) -> job_pb2.Job:  # noqa: N802
         return self.job
 
+    def SubmitJob(self, request: image_gen_pb2.SubmitJobRequest, context: Any) -> job_pb2.Job:  # noqa: N802
+        self.submitted.append(request.request_id)
+        if self.num_busy:
+            self.num_busy -= 1
+            refusal = status_pb2.Status(code=code_pb2.UNAVAILABLE, message="the model is loading")
+            retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(nanos=1_000_000))
+            refusal.details.add().Pack(retry)
+            context.abort_with_status(rpc_status.to_status(refusal))
+        return self.job
+
+    def CancelJob(self, request: image_gen_pb2.CancelJobRequest, context: Any) -> job_pb2.Job:  # noqa: N802
+        self.cancelled.append(request.job_id)
+        return self.job
+
     def Generate(self, request: image_gen_pb2.GenerateRequest, context: Any) -> Iterator[Any]:  # noqa: N802
         self.starts.append(0)
-        responses = [image_gen_pb2.GenerateResponse(job_id=JOB_ID, event=event) for event in self.events]
+        self.generated.append(request)
+        job_id = self.job_ids.pop(0) if self.job_ids else JOB_ID
+        responses = [image_gen_pb2.GenerateResponse(job_id=job_id, event=event) for event in self.events]
         return self._until_break(responses, context)
 
     def WatchJob(self, request: image_gen_pb2.WatchJobRequest, context: Any) -> Iterator[Any]:  # noqa: N802

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Self, TypeVar, Unpack
 
 import grpc
 
 from hidream.addresses import endpoint
-from hidream.connection import DEFAULT_ADDRESS, SERVICE_NAME, Connection, Tls, call_metadata
+from hidream.connection import (
+    DEFAULT_ADDRESS,
+    DEFAULT_KEEPALIVE_SECONDS,
+    SERVICE_NAME,
+    Connection,
+    Tls,
+    call_metadata,
+)
 from hidream.downloads import Download
-from hidream.errors import translated_errors
-from hidream.events import Event, EventReader, ImageFinished
+from hidream.errors import ServerError, error_from_call
+from hidream.events import Event, ImageFinished
 from hidream.health import HealthStatus, ServingWait, health_request, health_status
 from hidream.images import Image
-from hidream.reconnecting import DEFAULT_POLICY, ReconnectPolicy, ResumableStream
+from hidream.reconnecting import DEFAULT_POLICY, FirstAnswer, ReconnectPolicy, ResumableStream
 from hidream.requests import (
     NO_LABELS,
     GenerateOptions,
@@ -26,9 +35,13 @@ from hidream.requests import (
     list_request,
     submit_request,
     watch_jobs_request,
+    with_request_id,
 )
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2, server_info_pb2
-from hidream.watching import AllJobsWatch, JobChange, JobWatch
+from hidream.watching import AllJobsWatch, JobChange, JobGeneration, JobWatch
+
+DEFAULT_TIMEOUT_SECONDS = 30.0
+LEAVE_TIMEOUT_SECONDS = 5.0
 
 _RequestT = TypeVar("_RequestT")
 _ResponseT = TypeVar("_ResponseT")
@@ -39,11 +52,21 @@ class Client:
     """One connection to a server. Threads may share it; close it, or use it in `with`.
 
     Every method raises the errors of `hidream.errors`. `timeout_seconds` is the deadline of the
-    whole call, which travels to the server; None is none.
+    whole call, which travels to the server; None is that of the client for calls with one answer, and
+    none for streams. A call that is UNAVAILABLE for as long as the server says is tried twice more.
+
+    Attributes:
+        address: where the server is.
     """
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, token: str | None = None, tls: Tls | None = None
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        token: str | None = None,
+        tls: Tls | None = None,
+        timeout_seconds: float | None = DEFAULT_TIMEOUT_SECONDS,
+        keepalive_seconds: float = DEFAULT_KEEPALIVE_SECONDS,
     ) -> None:
         """Connects when it is first used.
 
@@ -52,15 +75,24 @@ class Client:
                 that gRPC knows. Without a port it means 8088, or 443 behind `https://`, which implies `tls`.
             token: bearer token, for servers that ask for one. Without `tls` it travels unencrypted.
             tls: encrypts the connection.
+            timeout_seconds: deadline of every call with one answer that names no other; None is none.
+            keepalive_seconds: a server that is silent for so long is asked whether it lives, and lost when it
+                says nothing for as long again. It must allow so many pings: 5 s at least, where nothing else
+                is sent.
 
         Raises:
             AddressError: the address is none of these.
         """
-        self._connection = Connection(*endpoint(address, tls))
+        self.address = address
+        self._connection = Connection(*endpoint(address, tls), keepalive_seconds)
         self._metadata = call_metadata(token)
+        self._timeout_seconds = timeout_seconds
+        self._held_job_ids: set[str] = set()
 
     def close(self) -> None:
         """Close the connection; calls that are under way are cancelled. May be called twice."""
+        for job_id in tuple(self._held_job_ids):
+            self._leave(job_id)
         self._connection.close()
 
     def __enter__(self) -> Self:
@@ -70,53 +102,79 @@ class Client:
         self.close()
 
     def generate(
-        self, prompt: str, *, timeout_seconds: float | None = None, **options: Unpack[GenerateOptions]
+        self,
+        prompt: str,
+        *,
+        timeout_seconds: float | None = None,
+        policy: ReconnectPolicy = DEFAULT_POLICY,
+        **options: Unpack[GenerateOptions],
     ) -> Generator[Event]:
         """Draw images and follow the job: every event as it happens, `Succeeded` last.
 
         The call starts with the first event that is asked for. Closing the generator, or leaving
         it, cancels the call, and so the job unless `detached` is set.
 
+        When the connection is lost, or the server restarts, the call is made again and goes on behind the
+        last event of the same job, as `watch` does. A job that the server has given up meanwhile is drawn
+        anew.
+
         Raises:
-            ServerError: the request was refused, or the job failed.
+            ServerError: the request was refused, the job failed, or no server answered for
+                `policy.reconnect_seconds`; then the error names the job.
             StreamError: the images did not arrive as they were sent.
         """
-        return self._follow(generate_request(prompt, **options), timeout_seconds)
+        if timeout_seconds is not None:
+            policy = replace(policy, timeout_seconds=timeout_seconds)
+        return self._generate(JobGeneration(generate_request(prompt, **options), policy))
 
-    def _follow(
-        self, request: image_gen_pb2.GenerateRequest, timeout_seconds: float | None
-    ) -> Generator[Event]:
-        reader = EventReader()
-        with translated_errors():
-            call = self._connection.image_gen.Generate(
-                request, timeout=timeout_seconds, metadata=self._metadata
+    def _generate(self, stream: JobGeneration) -> Generator[Event]:
+        try:
+            with closing(self._resuming(lambda: self._connection.image_gen.Generate, stream)) as events:
+                for event in events:
+                    if stream.held_job_id:
+                        self._held_job_ids.add(stream.held_job_id)
+                    yield event
+        except ServerError:
+            raise
+        except BaseException:
+            self._leave(stream.held_job_id)
+            raise
+        finally:
+            self._held_job_ids.discard(stream.job_id)
+
+    def _leave(self, job_id: str) -> None:
+        """Stop a job that the server would hold for a caller whose connection is lost."""
+        if job_id not in self._held_job_ids:
+            return
+        request = image_gen_pb2.CancelJobRequest(job_id=job_id)
+        # A server that does not answer stops it itself, a little later.
+        with suppress(grpc.RpcError):
+            self._connection.image_gen.CancelJob(
+                request, timeout=LEAVE_TIMEOUT_SECONDS, metadata=self._metadata
             )
-            try:
-                for response in call:
-                    event = reader.read(response.job_id, response.event)
-                    if event:
-                        yield event
-            finally:
-                call.cancel()
-        reader.finish()
+        # Not before: a client that is closed meanwhile says so too, where this call breaks off.
+        self._held_job_ids.discard(job_id)
 
     def draw(
-        self, prompt: str, *, timeout_seconds: float | None = None, **options: Unpack[GenerateOptions]
+        self,
+        prompt: str,
+        *,
+        timeout_seconds: float | None = None,
+        policy: ReconnectPolicy = DEFAULT_POLICY,
+        **options: Unpack[GenerateOptions],
     ) -> list[Image]:
         """Draw images and wait for them, in the order of their index. Raises what `generate` does."""
-        events = self.generate(prompt, timeout_seconds=timeout_seconds, **options)
-        images = [event.image for event in events if isinstance(event, ImageFinished)]
-        return sorted(images, key=lambda image: image.index)
+        events = self.generate(prompt, timeout_seconds=timeout_seconds, policy=policy, **options)
+        with closing(events):
+            images = {event.image.index: event.image for event in events if isinstance(event, ImageFinished)}
+        return [images[index] for index in sorted(images)]
 
     def submit(
         self, prompt: str, *, timeout_seconds: float | None = None, **options: Unpack[SubmitOptions]
     ) -> job_pb2.Job:
         """Queue a job and return it at once. What was returned survives a restart of the server."""
-        request = submit_request(prompt, **options)
-        with translated_errors():
-            return self._connection.image_gen.SubmitJob(
-                request, timeout=timeout_seconds, metadata=self._metadata
-            )
+        request = with_request_id(submit_request(prompt, **options))
+        return self._answer(self._connection.image_gen.SubmitJob, request, timeout_seconds)
 
     def batch(
         self,
@@ -128,25 +186,19 @@ class Client:
 
         Args:
             requests: made by `hidream.requests.submit_request`.
-            timeout_seconds: deadline of the call; None is none.
+            timeout_seconds: deadline of the call; None is that of the client.
 
         Raises:
             InvalidArgumentError: the fields of its violations begin with `requests[i].`.
         """
-        request = image_gen_pb2.BatchSubmitJobsRequest(requests=requests)
-        with translated_errors():
-            answer = self._connection.image_gen.BatchSubmitJobs(
-                request, timeout=timeout_seconds, metadata=self._metadata
-            )
+        request = image_gen_pb2.BatchSubmitJobsRequest(requests=map(with_request_id, requests))
+        answer = self._answer(self._connection.image_gen.BatchSubmitJobs, request, timeout_seconds)
         return list(answer.jobs)
 
     def status(self, job_id: str, *, timeout_seconds: float | None = None) -> job_pb2.Job:
         """Return a job as it is now."""
         request = image_gen_pb2.GetJobRequest(job_id=job_id)
-        with translated_errors():
-            return self._connection.image_gen.GetJob(
-                request, timeout=timeout_seconds, metadata=self._metadata
-            )
+        return self._answer(self._connection.image_gen.GetJob, request, timeout_seconds)
 
     def list_page(
         self,
@@ -164,13 +216,10 @@ class Client:
             labels: only jobs that carry all of these, with these values.
             page_size: 0 is the server's default.
             page_token: `next_page_token` of the page before.
-            timeout_seconds: deadline of the call; None is none.
+            timeout_seconds: deadline of the call; None is that of the client.
         """
         request = list_request(states, labels, page_size, page_token)
-        with translated_errors():
-            return self._connection.image_gen.ListJobs(
-                request, timeout=timeout_seconds, metadata=self._metadata
-            )
+        return self._answer(self._connection.image_gen.ListJobs, request, timeout_seconds)
 
     def list_jobs(
         self, *, states: Iterable[JobStateName] = (), labels: Mapping[str, str] = NO_LABELS
@@ -218,16 +267,12 @@ class Client:
     def cancel(self, job_id: str, *, timeout_seconds: float | None = None) -> job_pb2.Job:
         """Stop a job at its next step, and return it as it is then; one that has ended stays as it is."""
         request = image_gen_pb2.CancelJobRequest(job_id=job_id)
-        with translated_errors():
-            return self._connection.image_gen.CancelJob(
-                request, timeout=timeout_seconds, metadata=self._metadata
-            )
+        return self._answer(self._connection.image_gen.CancelJob, request, timeout_seconds)
 
     def delete(self, job_id: str, *, timeout_seconds: float | None = None) -> None:
         """Delete a job that has ended, and its images; FailedPreconditionError if it has not."""
         request = image_gen_pb2.DeleteJobRequest(job_id=job_id)
-        with translated_errors():
-            self._connection.image_gen.DeleteJob(request, timeout=timeout_seconds, metadata=self._metadata)
+        self._answer(self._connection.image_gen.DeleteJob, request, timeout_seconds)
 
     def download(
         self, job_id: str, path: Path, image_index: int = 0, policy: ReconnectPolicy = DEFAULT_POLICY
@@ -249,6 +294,22 @@ class Client:
                 pass
             return download.save()
 
+    def _answer(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[_RequestT, _ResponseT],
+        request: _RequestT,
+        timeout_seconds: float | None,
+    ) -> _ResponseT:
+        first = FirstAnswer(self._timeout_seconds if timeout_seconds is None else timeout_seconds)
+        while True:
+            try:
+                return method(request, timeout=first.remaining_seconds(), metadata=self._metadata)
+            except grpc.RpcError as error:
+                time.sleep(first.retry_delay_seconds(self._error(error)))
+
+    def _error(self, call: grpc.RpcError) -> ServerError:
+        return error_from_call(call, self._connection.proxy)
+
     def _resuming(
         self,
         method: Callable[[], grpc.UnaryStreamMultiCallable[_RequestT, _ResponseT]],
@@ -264,26 +325,19 @@ class Client:
                         yield item
                 stream.ended()
             except grpc.RpcError as error:
-                time.sleep(stream.retry_delay_seconds(error))
+                time.sleep(stream.retry_delay_seconds(self._error(error)))
             finally:
                 call.cancel()
 
     def info(self, *, timeout_seconds: float | None = None) -> server_info_pb2.ServerInfo:
         """Describe the server: model, devices, load, versions, defaults and every limit."""
         request = image_gen_pb2.GetServerInfoRequest()
-        with translated_errors():
-            return self._connection.image_gen.GetServerInfo(
-                request, timeout=timeout_seconds, metadata=self._metadata
-            )
+        return self._answer(self._connection.image_gen.GetServerInfo, request, timeout_seconds)
 
     def health(self, *, timeout_seconds: float | None = None, service: str = SERVICE_NAME) -> HealthStatus:
         """Say whether the server takes requests; `service` "" asks for the server as a whole."""
-        with translated_errors():
-            return health_status(
-                self._connection.health.Check(
-                    health_request(service), timeout=timeout_seconds, metadata=self._metadata
-                )
-            )
+        check = self._connection.health.Check
+        return health_status(self._answer(check, health_request(service), timeout_seconds))
 
     def wait_until_serving(self, timeout_seconds: float, *, service: str = SERVICE_NAME) -> None:
         """Return as soon as the server takes requests; it may not even have started yet.
@@ -291,7 +345,7 @@ class Client:
         Raises:
             NotServingError: it did not in this time.
         """
-        wait = ServingWait(timeout_seconds)
+        wait = ServingWait(timeout_seconds, self._connection.proxy)
         while True:
             call = self._connection.health.Watch(
                 health_request(service),
@@ -304,6 +358,6 @@ class Client:
                     if wait.is_over(response):
                         return
             except grpc.RpcError as error:
-                time.sleep(wait.retry_delay_seconds(error))
+                time.sleep(wait.retry_delay_seconds(self._error(error)))
             finally:
                 call.cancel()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate
 
@@ -29,6 +31,8 @@ from hidream.errors import (
     UnavailableError,
 )
 from hidream.options import VARIABLES, Address, CaFile, CertFile, KeyFile, Token, UseTls
+from hidream.progress import ProgressBar, ProgressLines
+from hidream.reconnecting import ReconnectPolicy
 
 EXIT_FAILED = 1
 EXIT_INVALID = 2
@@ -71,7 +75,8 @@ def connected(command: Callable[Concatenate[Client, ...], None]) -> Callable[...
     def run(**options: Any) -> None:
         connection = {name: options.pop(name) for name in of_connection}
         _refuse_empty(connection)
-        with exit_codes(connection["address"]), _new_client(**connection) as client:
+        going_on = GoingOn.after(command.__name__, options.get("out"), connection["address"])
+        with exit_codes(going_on), _new_client(**connection) as client:
             command(client, **options)
 
     # What typer reads.
@@ -143,8 +148,55 @@ class CommandGroup(TyperGroup):
         sys.exit(code)
 
 
+def reconnect_policy(
+    timeout_seconds: float | None,
+    reconnect_seconds: float,
+    display: ProgressBar | ProgressLines,
+    going_on: GoingOn,
+) -> ReconnectPolicy:
+    """How a command follows a job, and says when the connection is lost, and which command goes on."""
+    return ReconnectPolicy(
+        timeout_seconds,
+        reconnect_seconds,
+        lambda error: display.show_connection_lost(
+            going_on.line(error.job_id) if error.job_id else str(error)
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class GoingOn:
+    """The command that goes on with the job of another one that has lost its server.
+
+    Attributes:
+        command: its name.
+        out: its `--out`; None for none.
+        address: its `--address`.
+    """
+
+    command: str
+    out: str | None
+    address: str
+
+    @classmethod
+    def after(cls, command: str, out: str | None, address: str) -> GoingOn:
+        """The command behind another one: `generate` without `--out` writes into the working folder."""
+        if command == "generate":
+            out = out or "."
+        return cls("download" if command == "download" else "watch", out, address)
+
+    def line(self, job_id: str) -> str:
+        """Return the command for a shell, with the job."""
+        words = ["hidream", self.command, job_id]
+        if self.out is not None:
+            words += ["--out", self.out]
+        if self.address != DEFAULT_ADDRESS:
+            words += ["--address", self.address]
+        return f"to go on with job {job_id}: {shlex.join(words)}"
+
+
 @contextmanager
-def exit_codes(address: str) -> Iterator[None]:
+def exit_codes(going_on: GoingOn) -> Iterator[None]:
     """Let an error end the command, with its lines on stderr and its exit code."""
     try:
         yield
@@ -152,7 +204,7 @@ def exit_codes(address: str) -> Iterator[None]:
         typer.echo("hidream: interrupted", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except HiDreamError as error:
-        for line in error_lines(error, address):
+        for line in error_lines(error, going_on.address, going_on):
             typer.echo(f"hidream: {line}", err=True)
         raise typer.Exit(exit_code(error)) from None
     except BrokenPipeError:
@@ -174,7 +226,7 @@ def exit_code(error: HiDreamError) -> int:
             return EXIT_FAILED
 
 
-def error_lines(error: HiDreamError, address: str) -> list[str]:
+def error_lines(error: HiDreamError, address: str, going_on: GoingOn | None = None) -> list[str]:
     """What the command says of an error: a line for each bad argument, or one line."""
     if isinstance(error, InvalidArgumentError) and error.violations:
         return [
@@ -190,6 +242,8 @@ def error_lines(error: HiDreamError, address: str) -> list[str]:
         ]
     if isinstance(error, AddressError):
         return [str(error)]
+    if going_on and isinstance(error, ServerError) and error.job_id:
+        return [f"{address}: {error.message}; {going_on.line(error.job_id)}"]
     line = f"{address}: {error}"
     if isinstance(error, InternalError) and error.error_id not in str(error):
         line += f" (error id {error.error_id})"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from hidream.errors import EventLoopError
+from hidream.proxies import is_loopback, proxy_of
 from hidream.v1.image_gen_pb2_grpc import ImageGenStub
 
 if TYPE_CHECKING:
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 DEFAULT_ADDRESS = "localhost:8088"
 SERVICE_NAME = "hidream.v1.ImageGen"
 
-# By default gRPC waits up to two minutes between attempts.
-CHANNEL_OPTIONS = (("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 2_000))
+DEFAULT_KEEPALIVE_SECONDS = 10.0
+
+_Options: TypeAlias = tuple[tuple[str, str | int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +52,15 @@ def call_metadata(token: str | None) -> tuple[tuple[str, str], ...]:
 
 
 class Connection:
-    """A channel whose calls block; threads may share it."""
+    """A channel whose calls block; threads may share it.
 
-    def __init__(self, address: str, tls: Tls | None) -> None:
-        options = _channel_options(tls)
+    Attributes:
+        proxy: what leads to the server, by name; None where nothing does.
+    """
+
+    def __init__(self, address: str, tls: Tls | None, keepalive_seconds: float) -> None:
+        self.proxy = proxy_of(address)
+        options = _channel_options(address, tls, keepalive_seconds)
         self._channel = (
             grpc.secure_channel(address, tls.credentials(), options)
             if tls
@@ -71,11 +78,16 @@ class AsyncConnection:
     """A channel whose calls are awaited; the first of them binds it to the running event loop.
 
     A call in another loop raises EventLoopError, until the first loop, or the connection in it, was closed.
+
+    Attributes:
+        proxy: what leads to the server, by name; None where nothing does.
     """
 
-    def __init__(self, address: str, tls: Tls | None) -> None:
+    def __init__(self, address: str, tls: Tls | None, keepalive_seconds: float) -> None:
+        self.proxy = proxy_of(address)
         self._address = address
         self._tls = tls
+        self._options = _channel_options(address, tls, keepalive_seconds)
         self._bound: _BoundChannel | None = None
 
     @property
@@ -97,16 +109,15 @@ class AsyncConnection:
     def _in_running_loop(self) -> _BoundChannel:
         if self._bound is None or self._bound.loop.is_closed():
             # Calls of a loop that was closed have ended with it; the channel is closed when it is dropped.
-            self._bound = _BoundChannel(self._address, self._tls)
+            self._bound = _BoundChannel(self._address, self._tls, self._options)
         elif self._bound.loop is not asyncio.get_running_loop():
             raise EventLoopError
         return self._bound
 
 
 class _BoundChannel:
-    def __init__(self, address: str, tls: Tls | None) -> None:
+    def __init__(self, address: str, tls: Tls | None, options: _Options) -> None:
         self.loop = asyncio.get_running_loop()
-        options = _channel_options(tls)
         self.channel = (
             grpc.aio.secure_channel(address, tls.credentials(), options)
             if tls
@@ -116,7 +127,22 @@ class _BoundChannel:
         self.health = HealthStub(self.channel)
 
 
-def _channel_options(tls: Tls | None) -> tuple[tuple[str, str | int], ...]:
-    if tls is None or tls.server_name is None:
-        return CHANNEL_OPTIONS
-    return (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", tls.server_name))
+def _channel_options(address: str, tls: Tls | None, keepalive_seconds: float) -> _Options:
+    keepalive_ms = round(1000 * keepalive_seconds)
+    options: list[tuple[str, str | int]] = [
+        # By default gRPC waits up to two minutes between attempts.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        # A server that takes connections and says nothing: as long as for one that falls silent later.
+        ("grpc.min_reconnect_backoff_ms", 2 * keepalive_ms),
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        # Without it a ping may stay unanswered for a minute.
+        ("grpc.http2.ping_timeout_ms", keepalive_ms),
+        # A watch sends nothing but pings; by default the third waits for data.
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+    if is_loopback(address):
+        options.append(("grpc.enable_http_proxy", 0))
+    if tls is not None and tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return tuple(options)

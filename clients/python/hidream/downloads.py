@@ -32,7 +32,7 @@ class Download(
 
     def __init__(self, job: job_pb2.Job, image_index: int, path: Path, policy: ReconnectPolicy) -> None:
         super().__init__(policy)
-        self._job_id = job.job_id
+        self.job_id = job.job_id
         self._image_index = image_index
         self._path = followed(path)
         # Nothing can lie beside a device or a pipe, and nothing is kept for another download into it.
@@ -66,7 +66,7 @@ class Download(
     def request(self) -> image_gen_pb2.DownloadImageRequest:
         """Return the request for the bytes that are not there yet."""
         return image_gen_pb2.DownloadImageRequest(
-            job_id=self._job_id, image_index=self._image_index, offset=self._check.num_bytes
+            job_id=self.job_id, image_index=self._image_index, offset=self._check.num_bytes
         )
 
     def read(self, response: image_gen_pb2.DownloadImageResponse) -> None:

@@ -28,8 +28,7 @@ again, stands at each RPC in `protos/hidream/v1/image_gen.proto`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -78,7 +77,10 @@ class ServerError(HiDreamError):
         message: the status's text, for people.
         details: the whole `google.rpc.Status`; without details where the server sent none.
         retry_after_seconds: when to try again; None where the server does not say.
+        job_id: the job that was being followed when the connection was lost; empty otherwise.
     """
+
+    job_id = ""
 
     def __init__(self, details: status_pb2.Status) -> None:
         super().__init__(details.message or code_pb2.Code.Name(details.code))
@@ -214,8 +216,9 @@ class NotServingError(HiDreamError):
         last_status: the last health that it reported, by name; None when nothing answered.
     """
 
-    def __init__(self, timeout_seconds: float, last_status: str | None) -> None:
-        seen = f"its health is {last_status}" if last_status else "nothing answers"
+    def __init__(self, timeout_seconds: float, last_status: str | None, proxy: str | None = None) -> None:
+        through = f" through the proxy {proxy}" if proxy else ""
+        seen = f"its health is {last_status}" if last_status else f"nothing answers{through}"
         super().__init__(f"not serving after {timeout_seconds:g} s: {seen}")
         self.timeout_seconds = timeout_seconds
         self.last_status = last_status
@@ -284,8 +287,19 @@ def error_from_status(details: status_pb2.Status) -> ServerError:
     return kind(details)
 
 
-def error_from_call(call: grpc.RpcError) -> ServerError:
-    """The exception for a call of either transport that ended with a status other than OK."""
+def error_from_call(call: grpc.RpcError, proxy: str | None = None) -> ServerError:
+    """The exception for a call of either transport that ended with a status other than OK.
+
+    Args:
+        call: it becomes the cause of the exception.
+        proxy: what leads to the server; a connection that fails there names it.
+    """
+    error = _error_from_call(call, proxy)
+    error.__cause__ = call
+    return error
+
+
+def _error_from_call(call: grpc.RpcError, proxy: str | None) -> ServerError:
     # Both transports raise an error that is the ended call too, which grpc's types do not say.
     assert isinstance(call, grpc.Call | grpc.aio.AioRpcError)
     code, message = call.code(), call.details()
@@ -297,16 +311,9 @@ def error_from_call(call: grpc.RpcError) -> ServerError:
                 continue  # the plain status says enough
             if _CODES.get(details.code) is code:
                 return error_from_status(details)
+    if proxy and code is grpc.StatusCode.UNAVAILABLE:
+        message = f"{message} (through the proxy {proxy})"
     return error_from_status(status_pb2.Status(code=code.value[0], message=message or ""))
-
-
-@contextmanager
-def translated_errors() -> Iterator[None]:
-    """Let calls of either transport raise the errors of this module."""
-    try:
-        yield
-    except grpc.RpcError as call:
-        raise error_from_call(call) from call
 
 
 def _detail(details: status_pb2.Status, kind: type[_MessageT]) -> _MessageT | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import closing
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from hidream.client import Client
-from hidream.command_line import connected
+from hidream.command_line import GoingOn, connected, reconnect_policy
 from hidream.files import ImageFileFormat
 from hidream.json_text import event_json_line
 from hidream.options import (
@@ -23,6 +24,7 @@ from hidream.options import (
     Prompt,
     Quality,
     Quiet,
+    Reconnect,
     RequestId,
     Seed,
     Size,
@@ -32,6 +34,7 @@ from hidream.options import (
     priority_name,
 )
 from hidream.progress import progress_display
+from hidream.reconnecting import DEFAULT_RECONNECT_SECONDS
 from hidream.saved_images import SavedImages, output_pattern, picked_format
 
 
@@ -70,18 +73,22 @@ def generate(
     model: Model = None,
     quiet: Quiet = False,
     as_json: EventsAsJson = False,
+    reconnect: Reconnect = DEFAULT_RECONNECT_SECONDS,
     timeout: NoTimeout = None,
 ) -> None:
-    """Generate what a prompt says, and print the path of each image."""
+    """Generate what a prompt says, and print the path of each image.
+
+    A server that restarts or falls silent meanwhile is waited for, and the same job goes on.
+    """
     size = size or Size()
     file_format = picked_format(out, file_format)
     pattern = output_pattern(out, file_format, images, as_json)
     if pattern.is_stream and preview:
         text = f"previews are files beside that of the image, and {out!r} is none"
         raise typer.BadParameter(text, param_hint="--preview")
-    events = client.generate(
+    start = partial(
+        client.generate,
         prompt,
-        timeout_seconds=timeout,
         negative_prompt=negative,
         width=size.width,
         height=size.height,
@@ -98,10 +105,14 @@ def generate(
         detached=detach,
         model=model,
     )
+    going_on = GoingOn.after("generate", out, client.address)
     saved, job_id = SavedImages(pattern), ""
     try:
         # Closing the events cancels the job when anything here fails, an interrupt included.
-        with closing(events), progress_display(is_shown=not (quiet or as_json)) as display:
+        with (
+            progress_display(is_shown=not (quiet or as_json)) as display,
+            closing(start(policy=reconnect_policy(timeout, reconnect, display, going_on))) as events,
+        ):
             for event in events:
                 job_id = event.job_id
                 display.show(event)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from enum import StrEnum
 
-import grpc
 from grpc_health.v1 import health_pb2
 
-from hidream.errors import NotServingError, error_from_call
+from hidream.errors import DeadlineExceededError, NotServingError, ServerError, UnavailableError
 
 _RETRY_DELAY_SECONDS = 0.2
 
@@ -39,8 +38,9 @@ def health_status(response: health_pb2.HealthCheckResponse) -> HealthStatus:
 class ServingWait:
     """One wait for SERVING, whatever the transport: time left, what was seen, when to try again."""
 
-    def __init__(self, timeout_seconds: float) -> None:
+    def __init__(self, timeout_seconds: float, proxy: str | None) -> None:
         self._timeout_seconds = timeout_seconds
+        self._proxy = proxy
         self._deadline_seconds = time.monotonic() + timeout_seconds
         self._last_status: HealthStatus | None = None
 
@@ -52,7 +52,7 @@ class ServingWait:
         """
         remaining_seconds = self._deadline_seconds - time.monotonic()
         if remaining_seconds <= 0:
-            raise NotServingError(self._timeout_seconds, self._last_status)
+            raise NotServingError(self._timeout_seconds, self._last_status, self._proxy)
         return remaining_seconds
 
     def is_over(self, response: health_pb2.HealthCheckResponse) -> bool:
@@ -60,13 +60,12 @@ class ServingWait:
         self._last_status = health_status(response)
         return self._last_status is HealthStatus.SERVING
 
-    def retry_delay_seconds(self, call: grpc.RpcError) -> float:
-        """Take the end of a watch, and give how long to wait before the next.
+    def retry_delay_seconds(self, error: ServerError) -> float:
+        """Take the error that ended a watch, and give how long to wait before the next.
 
         Raises:
             ServerError: another call would end in the same way.
         """
-        error = error_from_call(call)
-        if error.code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            raise error from call
+        if not isinstance(error, UnavailableError | DeadlineExceededError):
+            raise error
         return min(_RETRY_DELAY_SECONDS, max(0.0, self._deadline_seconds - time.monotonic()))

@@ -8,13 +8,13 @@ from typing import Self
 import typer
 from tqdm import tqdm
 
-from hidream.errors import ServerError
 from hidream.events import Event, ImageFinished, Progress, Queued, Restarted, Started, Succeeded
 from hidream.terminal import format_seconds
 
 _BAR_FORMAT = "{desc:<12} {percentage:3.0f}% |{bar}| step {n_fmt} of {total_fmt}{postfix}"
 _WAITING_FORMAT = "{desc}{postfix}"
 _NUM_LINES = 4
+_CONNECTION_LOST = "connection lost, trying again"
 
 
 class ProgressBar:
@@ -34,6 +34,7 @@ class ProgressBar:
         self._num_received = 0
         self._step_time = ""
         self._summary = ""
+        self._is_lost = False
 
     def __enter__(self) -> Self:
         return self
@@ -45,6 +46,7 @@ class ProgressBar:
 
     def show(self, event: Event) -> None:
         """Take the next event."""
+        self._is_lost = False
         match event:
             case Queued():
                 self._describe(_queued_text(event))
@@ -75,9 +77,12 @@ class ProgressBar:
                 self._describe("done")
                 self._summary = "" if self._bar.disable else summary_line(event)
 
-    def show_connection_lost(self, error: ServerError) -> None:
-        """Say that the events have stopped for a while; the next one goes on where they did."""
-        self._describe("connection lost, trying again")
+    def show_connection_lost(self, going_on: str) -> None:
+        """Say that the events have stopped for a while, and once for all attempts how else to go on."""
+        if not (self._is_lost or self._bar.disable):
+            self._bar.write(f"{_CONNECTION_LOST}; {going_on}", file=sys.stderr)
+        self._is_lost = True
+        self._describe(_CONNECTION_LOST)
 
     def _describe(self, text: str) -> None:
         self._bar.set_description_str(text)
@@ -114,9 +119,9 @@ class ProgressLines:
             case Succeeded():
                 self._say(summary_line(event))
 
-    def show_connection_lost(self, error: ServerError) -> None:
-        """Say that the events have stopped for a while, once for all attempts in a row."""
-        self._say("connection lost, trying again")
+    def show_connection_lost(self, going_on: str) -> None:
+        """Say that the events have stopped for a while, and how else to go on; once for all attempts."""
+        self._say(f"{_CONNECTION_LOST}; {going_on}")
 
     def _say(self, text: str) -> None:
         if text != self._text:

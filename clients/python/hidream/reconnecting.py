@@ -9,11 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import grpc
-
-from hidream.errors import DataLossError, QueueFullError, ServerError, UnavailableError, error_from_call
+from hidream.errors import DataLossError, QueueFullError, ServerError, UnavailableError
 
 DEFAULT_RECONNECT_SECONDS = 300.0
+MAX_RETRIES = 2
 _FIRST_DELAY_SECONDS = 0.1
 _MAX_DELAY_SECONDS = 5.0
 
@@ -40,16 +39,51 @@ class ReconnectPolicy:
 DEFAULT_POLICY = ReconnectPolicy()
 
 
+class FirstAnswer:
+    """The wait for the first answer of a call: a deadline, and two retries where the server asks for them."""
+
+    def __init__(self, timeout_seconds: float | None) -> None:
+        self._deadline_seconds = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        self._num_retries = 0
+
+    def remaining_seconds(self) -> float | None:
+        """Return how long the next try may take; None for no limit."""
+        if self._deadline_seconds is None:
+            return None
+        return max(0.0, self._deadline_seconds - time.monotonic())
+
+    def retry_delay_seconds(self, error: ServerError) -> float:
+        """Take the error that ended a try, and give how long to wait before the next.
+
+        Raises:
+            ServerError: the server did not ask for another try, or two have failed, or no time is left.
+        """
+        delay_seconds: float | None = error.retry_after_seconds
+        if not isinstance(error, UnavailableError) or delay_seconds is None:
+            raise error
+        remaining_seconds = self.remaining_seconds()
+        is_too_late = remaining_seconds is not None and delay_seconds >= remaining_seconds
+        if is_too_late or self._num_retries == MAX_RETRIES:
+            raise error
+        self._num_retries += 1
+        return delay_seconds
+
+
 class ResumableStream(ABC, Generic[_RequestT, _ResponseT, _ItemT]):
     """One stream over any number of calls.
 
     Each call starts after what the one before has brought. A server that does not even answer the
-    first call is an error at once: it may be the wrong address.
+    first call is an error at once, unless it says when to try again: it may be the wrong address.
+
+    Attributes:
+        job_id: what the stream is about, as far as it is about one job; empty before that is known.
     """
+
+    job_id = ""
 
     def __init__(self, policy: ReconnectPolicy) -> None:
         self._policy = policy
-        self._start_seconds = time.monotonic()
+        self._first_answer = FirstAnswer(policy.timeout_seconds)
         self._is_connected = False
         self._lost_seconds: float | None = None
         self._delay_seconds = _FIRST_DELAY_SECONDS
@@ -73,10 +107,7 @@ class ResumableStream(ABC, Generic[_RequestT, _ResponseT, _ItemT]):
 
     def timeout_seconds(self) -> float | None:
         """The deadline of the next call."""
-        timeout_seconds = self._policy.timeout_seconds
-        if timeout_seconds is None:
-            return None
-        return max(0.0, timeout_seconds - (time.monotonic() - self._start_seconds))
+        return self._first_answer.remaining_seconds()
 
     def answered(self) -> None:
         """Say that a response has come: the connection stands."""
@@ -84,25 +115,31 @@ class ResumableStream(ABC, Generic[_RequestT, _ResponseT, _ItemT]):
         self._lost_seconds = None
         self._delay_seconds = _FIRST_DELAY_SECONDS
 
-    def retry_delay_seconds(self, call: grpc.RpcError) -> float:
+    def retry_delay_seconds(self, error: ServerError) -> float:
         """Take the error that ended a call, and give how long to wait before the next.
 
         An error behind everything that was to come counts for nothing, unless it says that what came is
         damaged.
 
         Raises:
-            ServerError: another call would end in the same way, or no answer came for too long.
+            ServerError: another call would end in the same way, or no answer came for too long; then it
+                names the job.
         """
-        error = error_from_call(call)
         if self.is_over and not isinstance(error, DataLossError):
             return 0.0
+        if not self._is_connected:
+            return self._first_answer.retry_delay_seconds(error)
+        if not isinstance(error, UnavailableError | QueueFullError):
+            raise error
+        error.job_id = self.job_id
         now_seconds = time.monotonic()
         if self._lost_seconds is None:
             self._lost_seconds = now_seconds
         left_seconds = self._policy.reconnect_seconds - (now_seconds - self._lost_seconds)
-        is_passing = isinstance(error, UnavailableError | QueueFullError)
-        if not is_passing or not self._is_connected or left_seconds <= 0:
-            raise error from call
+        if left_seconds <= 0:
+            if self.job_id:
+                error.args = (f"{error}; `hidream watch {self.job_id}` goes on with the job",)
+            raise error
         if self._policy.on_connection_lost:
             self._policy.on_connection_lost(error)
         # Random, so that clients which lost one server do not come back in the same moment.

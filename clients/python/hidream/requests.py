@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
@@ -84,6 +85,15 @@ def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> image_g
 def submit_request(prompt: str, **options: Unpack[SubmitOptions]) -> image_gen_pb2.SubmitJobRequest:
     """The request of `submit`, and one of `batch`; raises what `generate_request` does."""
     return _filled(image_gen_pb2.SubmitJobRequest(), {"prompt": prompt, **options})
+
+
+def with_request_id(request: _RequestT) -> _RequestT:
+    """Return a copy of a request that has an id, so that a retry does not generate twice."""
+    named = type(request)()
+    named.CopyFrom(request)
+    if not named.request_id:  # type: ignore[attr-defined]
+        named.request_id = uuid.uuid4().hex  # type: ignore[attr-defined]
+    return named
 
 
 def list_request(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hidream.client import Client
-from hidream.command_line import connected
+from hidream.command_line import GoingOn, connected, reconnect_policy
 from hidream.files import ImageFileFormat
 from hidream.job_ids import whole_id
 from hidream.job_tables import state_name
@@ -67,7 +67,8 @@ def watch(
     job_id = whole_id(client, job_id, timeout)
     saved = None if out is None else _saved_images(client, job_id, out, as_json, timeout)
     with progress_display(is_shown=not (quiet or as_json)) as display:
-        policy = ReconnectPolicy(timeout, reconnect, display.show_connection_lost)
+        going_on = GoingOn.after("watch", out, client.address)
+        policy = reconnect_policy(timeout, reconnect, display, going_on)
         with closing(client.watch(job_id, policy)) as events:
             for event in events:
                 display.show(event)

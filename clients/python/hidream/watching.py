@@ -1,22 +1,28 @@
-"""Watching one job, or all of them, through any number of connections."""
+"""Following one job, or all of them, through any number of connections."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 from hidream.errors import StreamError
-from hidream.events import Event, EventReader, Succeeded
+from hidream.events import Event, EventReader, Queued, Succeeded
 from hidream.reconnecting import ReconnectPolicy, ResumableStream
+from hidream.requests import with_request_id
 from hidream.v1 import image_gen_pb2, job_pb2
 
+MAX_RECONNECT_WINDOW_SECONDS = 30.0
 
-class JobWatch(ResumableStream[image_gen_pb2.WatchJobRequest, image_gen_pb2.WatchJobResponse, Event]):
+_RequestT = TypeVar("_RequestT")
+_ResponseT = TypeVar("_ResponseT", image_gen_pb2.WatchJobResponse, image_gen_pb2.GenerateResponse)
+
+
+class _OneJob(ResumableStream[_RequestT, _ResponseT, Event]):
     """The events of one job; a connection that is lost costs none and repeats none."""
 
-    def __init__(self, job_id: str, policy: ReconnectPolicy) -> None:
+    def __init__(self, policy: ReconnectPolicy) -> None:
         super().__init__(policy)
-        self._job_id = job_id
         self._reader = EventReader()
         self._last_sequence = 0
         self._has_succeeded = False
@@ -26,11 +32,7 @@ class JobWatch(ResumableStream[image_gen_pb2.WatchJobRequest, image_gen_pb2.Watc
         """Whether the job has succeeded; any other end raises."""
         return self._has_succeeded
 
-    def request(self) -> image_gen_pb2.WatchJobRequest:
-        """Return the request for what comes behind the last event."""
-        return image_gen_pb2.WatchJobRequest(job_id=self._job_id, after_sequence=self._last_sequence)
-
-    def read(self, response: image_gen_pb2.WatchJobResponse) -> Event | None:
+    def read(self, response: _ResponseT) -> Event | None:
         """Return the event of one response; None for a piece that completes no image."""
         event = self._reader.read(response.job_id, response.event)
         self._last_sequence = response.event.sequence
@@ -40,6 +42,63 @@ class JobWatch(ResumableStream[image_gen_pb2.WatchJobRequest, image_gen_pb2.Watc
     def ended(self) -> None:
         """Say that a call has ended with OK; raises StreamError when the job has not ended."""
         self._reader.finish()
+
+
+class JobWatch(_OneJob[image_gen_pb2.WatchJobRequest, image_gen_pb2.WatchJobResponse]):
+    """The events of a job that there is."""
+
+    def __init__(self, job_id: str, policy: ReconnectPolicy) -> None:
+        super().__init__(policy)
+        self.job_id = job_id
+
+    def request(self) -> image_gen_pb2.WatchJobRequest:
+        """Return the request for what comes behind the last event."""
+        return image_gen_pb2.WatchJobRequest(job_id=self.job_id, after_sequence=self._last_sequence)
+
+
+class JobGeneration(_OneJob[image_gen_pb2.GenerateRequest, image_gen_pb2.GenerateResponse]):
+    """The events of a job that stops when its caller leaves it.
+
+    The request gets an id of its own, by which the call that is made again finds the job.
+    """
+
+    def __init__(self, request: image_gen_pb2.GenerateRequest, policy: ReconnectPolicy) -> None:
+        super().__init__(policy)
+        # With an id of the caller's others may wait for the same job, which leaving must not stop.
+        self._is_held = not request.request_id and not request.detached
+        self._request = with_request_id(request)
+        self._position: int | None = None
+        if self._is_held:
+            window_seconds = min(max(0.0, policy.reconnect_seconds), MAX_RECONNECT_WINDOW_SECONDS)
+            self._request.reconnect_window.FromTimedelta(timedelta(seconds=window_seconds))
+
+    @property
+    def held_job_id(self) -> str:
+        """The job that the server holds for a while when the connection is lost; empty where it does not."""
+        return self.job_id if self._is_held and not self.is_over else ""
+
+    def request(self) -> image_gen_pb2.GenerateRequest:
+        """Return the same request each time: by its id it follows the same job."""
+        return self._request
+
+    def read(self, response: image_gen_pb2.GenerateResponse) -> Event | None:
+        """Return the event of one response; None for what came before, and for parts of images."""
+        if response.job_id != self.job_id:
+            # The first job, or the one in place of a job that was given up while nobody could be reached.
+            self.job_id, self._last_sequence, self._reader = response.job_id, 0, EventReader()
+        if response.event.sequence <= self._last_sequence and not self._is_new_position(response.event):
+            return None
+        last_sequence = max(self._last_sequence, response.event.sequence)
+        event = super().read(response)
+        self._last_sequence = last_sequence
+        self._position = event.queue_position if isinstance(event, Queued) else None
+        return event
+
+    def _is_new_position(self, event: job_pb2.JobEvent) -> bool:
+        """Whether it tells a waiting job's new place: a server that was started again numbers places anew."""
+        if self._position is None or not event.HasField("queued"):
+            return False
+        return event.queued.queue_position != self._position
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import hidream
 from hidream.batch_lines import InvalidLinesError, LineViolation
-from hidream.command_line import error_lines, exit_code
+from hidream.command_line import GoingOn, error_lines, exit_code
 from hidream.commands import app
 from hidream.errors import (
     FieldViolation,
@@ -140,6 +140,24 @@ def test_a_failure_of_the_server_always_tells_its_id() -> None:
     assert error_lines(error_from_status(details), ADDRESS) == [
         "localhost:8088: internal error (error id a1b2)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("command", "out", "address", "line"),
+    [
+        ("generate", None, ADDRESS, "hidream watch j --out ."),
+        ("generate", "a fox.png", "a:1", "hidream watch j --out 'a fox.png' --address a:1"),
+        ("watch", None, ADDRESS, "hidream watch j"),
+        ("download", "a.png", ADDRESS, "hidream download j --out a.png"),
+    ],
+)
+def test_a_command_that_lost_its_server_names_the_one_that_goes_on(
+    command: str, out: str | None, address: str, line: str
+) -> None:
+    error = error_from_status(status(code_pb2.UNAVAILABLE, "gone"))
+    error.job_id = "j"
+    going_on = GoingOn.after(command, out, address)
+    assert error_lines(error, address, going_on) == [f"{address}: gone; to go on with job j: {line}"]
 
 
 @pytest.mark.parametrize("blank", ["", " "], ids=["empty", "space"])

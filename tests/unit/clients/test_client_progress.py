@@ -3,15 +3,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from google.rpc import code_pb2, status_pb2
 
 from hidream import events
-from hidream.errors import error_from_status
 from hidream.progress import ProgressBar, progress_display
 from hidream.terminal import format_seconds
 from hidream.v1 import image_pb2, job_pb2
 
-LOST = error_from_status(status_pb2.Status(code=code_pb2.UNAVAILABLE))
+LOST = "to go on with job a: hidream watch a"
 COMMON: dict[str, Any] = {"job_id": "job-1", "sequence": 1, "time": datetime.now(UTC)}
 
 
