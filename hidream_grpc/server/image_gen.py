@@ -120,6 +120,8 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
             reader = self._jobs.image_reader(job_id)
             async with aclosing(self._jobs.follow(self._owner(), job_id, after_sequence)) as events:
                 async for event in events:
+                    if request.without_images and isinstance(event.body, ImagePart):
+                        continue
                     message = await _message(event, reader)
                     yield image_gen_pb2.WatchJobResponse(job_id=job_id, event=message)
 

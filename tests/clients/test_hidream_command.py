@@ -2,15 +2,24 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
+import termios
+import uuid
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import PIL.Image
 import pytest
+from typer.testing import CliRunner, Result
 
 from hidream.client import Client
+from hidream.commands import app
+from hidream.v1 import job_pb2
 from tests.clients.conftest import HealthOnlyServer
 from tests.support.live_server import LiveServer, wait_until
 
@@ -120,26 +129,32 @@ def test_a_deadline_that_passes_ends_with_exit_code_1(server: LiveServer, tmp_pa
     server.wait_until_idle()
 
 
+def interruptible(*arguments: str, folder: Path) -> subprocess.Popen[str]:
+    """The command, started so that an interrupt reaches it."""
+    # A test run that a shell started in the background ignores the interrupt, and so would its children.
+    command: tuple[str | Path, ...] = ("env", "--default-signal=INT", HIDREAM, *arguments)
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def text_until(stream: IO[str] | None, wanted: str) -> str:
+    """What a command prints up to something that it must print before it ends."""
+    assert stream is not None
+    text = ""
+    while re.search(wanted, text) is None:
+        character = stream.read(1)
+        assert character, f"the command has ended: {text}"
+        text += character
+    return text
+
+
 def test_an_interrupt_cancels_the_job_and_exits_130(server: LiveServer, tmp_path: Path) -> None:
     num_cancelled = server.info().jobs.cancelled
-    # A test run that a shell started in the background ignores the interrupt, and so would its children.
-    command: tuple[str | Path, ...] = ("env", "--default-signal=INT", HIDREAM)
     options = ("--size", "64x64", "--steps", "150", "--images", "4", "--address", server.address)
-    with subprocess.Popen(
-        [*command, "generate", PROMPT, *options],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stderr is not None
-        output = ""
-        while "step 1 of 150" not in output:
-            character = process.stderr.read(1)
-            assert character, f"the command has ended: {output}"
-            output += character
+    with interruptible("generate", PROMPT, *options, folder=tmp_path) as process:
+        text_until(process.stderr, "step 1 of 150")
         process.send_signal(signal.SIGINT)
-        assert "hidream: interrupted" in process.stderr.read()
-        assert process.wait() == 130
+        assert "hidream: interrupted" in process.communicate()[1]
+        assert process.returncode == 130
     wait_until(lambda: server.info().jobs.cancelled == num_cancelled + 1, 30, "the job is cancelled")
     assert not list(tmp_path.iterdir())
 
@@ -178,3 +193,114 @@ def test_an_address_where_nobody_listens_is_one_line_and_exit_code_3(
     assert result.returncode == 3
     assert f"hidream: {closed_address}: " in result.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def told(address: str, *arguments: str) -> Result:
+    """The command in this process, which starts no interpreter."""
+    return CliRunner().invoke(app, [*arguments, "--address", address])
+
+
+def test_generate_tells_programs_every_event_and_the_file_of_each_image(
+    server: LiveServer, tmp_path: Path
+) -> None:
+    label, request_id = uuid.uuid4().hex, uuid.uuid4().hex
+    options = ("--label", f"test={label}", "--priority", "high", "--request-id", request_id, "--detach")
+    result = told(
+        server.address,
+        "generate",
+        PROMPT,
+        *SMALL,
+        *options,
+        "--images",
+        "2",
+        "--out",
+        f"{tmp_path}/",
+        "--json",
+    )
+    assert (result.exit_code, result.stderr) == (0, "")
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    kinds = [event["event"] for event in events]
+    assert [kind for kind in kinds if kind != "progress"][-3:] == [*["image_finished"] * 2, "succeeded"]
+    written = {event["path"] for event in events if event["event"] == "image_finished"}
+    assert written == {str(path) for path in tmp_path.iterdir()}
+    job = events[-1]["job"]
+    assert (job["request_id"], job["labels"], job["priority"]) == (
+        request_id,
+        {"test": label},
+        "PRIORITY_HIGH",
+    )
+
+
+def test_an_id_may_be_as_short_as_list_prints_it(server: LiveServer) -> None:
+    label = f"test={uuid.uuid4().hex}"
+    submitted = told(server.address, "submit", PROMPT, *SMALL, "--label", label)
+    _, line = told(server.address, "list", "--label", label).stdout.splitlines()
+    short_id = line.split()[0]
+    assert len(short_id) == 8
+    assert submitted.stdout.startswith(short_id)
+    assert told(server.address, "watch", short_id, "--quiet").stdout == "SUCCEEDED\n"
+    assert told(server.address, "status", short_id).stdout.split()[:2] == ["job", submitted.stdout.strip()]
+    assert told(server.address, "delete", short_id).stdout == submitted.stdout
+    assert told(server.address, "status", short_id).exit_code == 1
+
+
+def test_a_detached_job_goes_on_when_its_command_is_interrupted(server: LiveServer, tmp_path: Path) -> None:
+    options = ("--size", "64x64", "--steps", "150", "--detach", "--address", server.address)
+    with (
+        Client(server.address) as client,
+        interruptible("generate", PROMPT, *options, folder=tmp_path) as process,
+    ):
+        text_until(process.stderr, "step 1 of 150")
+        process.send_signal(signal.SIGINT)
+        _, shown = process.communicate()
+        assert process.returncode == 130
+        job_id = shown.split("hidream watch ")[1].split()[0]
+        assert shown.splitlines()[-1] == "hidream: interrupted"
+        assert client.status(job_id).state in (job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STATE_SUCCEEDED)
+        client.cancel(job_id)
+
+
+# Interrupts the command while its modules are imported.
+INTERRUPTED_START = """
+import os, signal, sys
+import hidream.cli
+
+def interrupt(event, arguments):
+    if event == "import" and arguments[0] == "hidream.command_line":
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.addaudithook(interrupt)
+hidream.cli.main()
+"""
+
+
+def test_an_interrupt_while_the_command_starts_leaves_no_traceback() -> None:
+    command = ["env", "--default-signal=INT", sys.executable, "-c", INTERRUPTED_START]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(server: LiveServer) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [HIDREAM, "info", "--address", server.address]
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (1, b"")
+
+
+def test_a_terminal_gets_a_bar_that_moves_with_the_steps(server: LiveServer, tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(ours, (24, 80))
+    command = [HIDREAM, "generate", PROMPT, *SMALL, "--address", server.address]
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=theirs)
+        os.close(theirs)
+        shown = b""
+        # The end of a pseudoterminal is an error.
+        with suppress(OSError):
+            while piece := terminal.read(4096):
+                shown += piece
+        assert process.wait() == 0
+    bar = shown.decode().split("\r")
+    assert any("step 3 of 3" in frame and frame.startswith("drawing") for frame in bar)

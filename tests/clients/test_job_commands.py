@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import subprocess
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import PIL.Image
 import pytest
 
 from hidream.client import Client
 from hidream.downloads import part_path
-from tests.clients.test_hidream_command import HIDREAM, PROMPT, SMALL, hidream
+from tests.clients.test_hidream_command import HIDREAM, PROMPT, SMALL, hidream, text_until
 from tests.support.live_server import LiveServer, running_server, wait_until
 
 LONG = ("--size", "64x64", "--steps", "150", "--images", "4")
@@ -276,17 +275,6 @@ def watching(address: str, job_id: str, *options: str, folder: Path) -> subproce
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def text_until(stream: IO[str] | None, wanted: str) -> str:
-    """What a command prints up to something that it must print before it ends."""
-    assert stream is not None
-    text = ""
-    while re.search(wanted, text) is None:
-        character = stream.read(1)
-        assert character, f"the command has ended: {text}"
-        text += character
-    return text
 
 
 def test_a_watch_survives_a_kill_of_the_server_and_goes_on_behind_the_last_event(tmp_path: Path) -> None:

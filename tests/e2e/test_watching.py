@@ -82,6 +82,14 @@ def test_a_job_that_has_ended_tells_all_that_is_kept_of_it(narrow: Stub, narrow_
     assert (told[0].time, told[-1].time) == (job.start_time, job.end_time)
 
 
+def test_a_job_that_is_watched_without_images_tells_all_but_them(stub: Stub) -> None:
+    job = drawn(stub, num_inference_steps=2)
+    message = image_gen_pb2.WatchJobRequest(job_id=job.job_id, without_images=True)
+    told = kept_of([response.event for response in stub.WatchJob(message)])
+    assert told == [event for event in kept_of(events(stub, job.job_id)) if not event.HasField("image_chunk")]
+    assert told[-1].succeeded.job == job
+
+
 def test_a_job_that_is_watched_tells_what_generate_tells(stub: Stub) -> None:
     message = request(width=64, height=64, num_inference_steps=2, request_id="told-by-both", detached=True)
     generated = follow(stub.Generate(message))

@@ -140,10 +140,12 @@ class RequestValidator:
             return f"must be at most {limits.max_prompt_bytes} bytes of UTF-8, is {num_bytes}"
         if "\0" in prompt:
             return "must not contain NUL"
-        for count in self._count_tokens(prompt):
-            if not count.fits:
-                return f"must be at most {count.max_tokens} tokens of {count.encoder}, is {count.num_tokens}"
-        return None
+        too_long = [count for count in self._count_tokens(prompt) if not count.fits]
+        if not too_long:
+            return None
+        # The limit that a shorter prompt meets last; of equal ones, that of the encoder that counts most.
+        count = min(too_long, key=lambda count: (count.max_tokens, -count.num_tokens))
+        return f"must be at most {count.max_tokens} tokens of {count.encoder}, is {count.num_tokens}"
 
     def _check_size(self, spec: image_pb2.ImageSpec, violate: Callable[[str, str], None]) -> None:
         limits = self._limits

@@ -571,6 +571,8 @@ type WatchJobRequest struct {
 	// stays valid when the server restarts, and when another goes on with the job. 0 means from the job's
 	// current state on. Range: 0 or more.
 	AfterSequence int64 `protobuf:"varint,2,opt,name=after_sequence,json=afterSequence,proto3" json:"after_sequence,omitempty"`
+	// Leave the `image_chunk` events out, for a caller that only waits for the end. Default false.
+	WithoutImages bool `protobuf:"varint,3,opt,name=without_images,json=withoutImages,proto3" json:"without_images,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -617,6 +619,13 @@ func (x *WatchJobRequest) GetAfterSequence() int64 {
 		return x.AfterSequence
 	}
 	return 0
+}
+
+func (x *WatchJobRequest) GetWithoutImages() bool {
+	if x != nil {
+		return x.WithoutImages
+	}
+	return false
 }
 
 // Response stream of `ImageGen.WatchJob`.
@@ -1075,10 +1084,11 @@ const file_hidream_v1_image_gen_proto_rawDesc = "" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"_\n" +
 	"\x10ListJobsResponse\x12#\n" +
 	"\x04jobs\x18\x01 \x03(\v2\x0f.hidream.v1.JobR\x04jobs\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"O\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"v\n" +
 	"\x0fWatchJobRequest\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12%\n" +
-	"\x0eafter_sequence\x18\x02 \x01(\x03R\rafterSequence\"U\n" +
+	"\x0eafter_sequence\x18\x02 \x01(\x03R\rafterSequence\x12%\n" +
+	"\x0ewithout_images\x18\x03 \x01(\bR\rwithoutImages\"U\n" +
 	"\x10WatchJobResponse\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12*\n" +
 	"\x05event\x18\x02 \x01(\v2\x14.hidream.v1.JobEventR\x05event\")\n" +

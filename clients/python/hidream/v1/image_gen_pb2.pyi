@@ -379,6 +379,7 @@ class WatchJobRequest(_message.Message):
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    WITHOUT_IMAGES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The job. Required."""
     after_sequence: _builtins.int
@@ -386,15 +387,18 @@ class WatchJobRequest(_message.Message):
     stays valid when the server restarts, and when another goes on with the job. 0 means from the job's
     current state on. Range: 0 or more.
     """
+    without_images: _builtins.bool
+    """Leave the `image_chunk` events out, for a caller that only waits for the end. Default false."""
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         after_sequence: _builtins.int = ...,
+        without_images: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "job_id", b"job_id", "without_images", b"without_images"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
