@@ -283,7 +283,7 @@ def test_an_interrupt_while_the_command_starts_leaves_no_traceback() -> None:
 def test_a_reader_that_has_seen_enough_is_no_error(server: LiveServer) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    command = [HIDREAM, "info", "--address", server.address]
+    command = [str(HIDREAM), "info", "--address", server.address]
     result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert (result.returncode, result.stderr) == (1, b"")
@@ -292,7 +292,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(server: LiveServer) -> None:
 def test_a_terminal_gets_a_bar_that_moves_with_the_steps(server: LiveServer, tmp_path: Path) -> None:
     ours, theirs = os.openpty()
     termios.tcsetwinsize(ours, (24, 80))
-    command = [HIDREAM, "generate", PROMPT, *SMALL, "--address", server.address]
+    command = [str(HIDREAM), "generate", PROMPT, *SMALL, "--address", server.address]
     with os.fdopen(ours, "rb", buffering=0) as terminal:
         process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=theirs)
         os.close(theirs)
