@@ -103,7 +103,6 @@ def test_what_a_request_says_is_what_is_done() -> None:
     assert submission.labels == {"a": "b"}
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("seconds", [-0.5, 300.5])
 def test_a_reconnect_window_outside_its_limit_is_refused(seconds: float) -> None:
     message = request()
@@ -115,14 +114,14 @@ def test_a_retry_may_name_another_reconnect_window() -> None:
     again = request()
     again.reconnect_window.FromSeconds(30)
     assert checked(again).request_digest == checked(request()).request_digest
-=======
+
+
 def test_of_several_token_limits_the_smallest_is_told() -> None:
     counts = (TokenCount("CLIP-L", 130, 128), TokenCount("T5", 125, 100), TokenCount("Llama", 127, 100))
     validator = RequestValidator(LIMITS, DEFAULTS, lambda prompt: counts)
     with pytest.raises(InvalidRequestError) as caught:
         validator.submission(request(), caller="ipv4:127.0.0.1", deadline_seconds=None)
     assert caught.value.violations[0].description == "must be at most 100 tokens of Llama, is 127"
->>>>>>> d7fcf78 (Watch a job without its images, tell the smallest token limit, and test the command at its edges)
 
 
 def test_zero_is_not_taken_for_absent() -> None:
