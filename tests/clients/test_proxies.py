@@ -9,6 +9,7 @@ from hidream.client import Client
 from hidream.errors import NotServingError, UnavailableError
 from hidream.proxies import is_loopback, proxy_of
 from tests.clients.breaking_server import breaking_image_gen, serving
+from tests.clients.conftest import HealthOnlyServer
 from tests.clients.test_hidream_command import hidream
 
 DEAD_PROXY = "127.0.0.1:1"
@@ -35,6 +36,13 @@ async def test_a_proxy_of_the_environment_has_no_part_in_calls_of_this_machine(
             assert (await client.status("a")).job_id
         result = hidream(address, "generate", "a", "--out", "a.png", folder=tmp_path)
         assert result.returncode == 0, result.stderr
+
+
+def test_the_wait_for_a_server_of_this_machine_takes_no_proxy(health_only_server: HealthOnlyServer) -> None:
+    health_only_server.start()
+    health_only_server.is_serving = True
+    result = hidream(health_only_server.address, "health", "--wait", "60")
+    assert (result.returncode, result.stdout) == (0, "SERVING\n"), result.stderr
 
 
 async def test_a_connection_that_fails_at_a_proxy_names_it() -> None:

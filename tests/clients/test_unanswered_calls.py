@@ -120,7 +120,7 @@ def test_a_server_that_falls_silent_is_told_and_the_same_job_goes_on_when_it_wak
     with Client(server.address, keepalive_seconds=keepalive_seconds) as client:
         generation = Follower(
             lambda policy: client.generate(
-                "a red circle", width=64, height=64, num_inference_steps=150, num_images=2, policy=policy
+                "a red circle", width=64, height=64, num_inference_steps=60, policy=policy
             )
         )
         assert generation.is_running.wait(60)
