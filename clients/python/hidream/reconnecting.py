@@ -77,9 +77,11 @@ class ResumableStream(ABC, Generic[_RequestT, _ResponseT, _ItemT]):
 
     Attributes:
         job_id: what the stream is about, as far as it is about one job; empty before that is known.
+        command: the command of `hidream` that goes on with the job.
     """
 
     job_id = ""
+    command = "watch"
 
     def __init__(self, policy: ReconnectPolicy) -> None:
         self._policy = policy
@@ -138,7 +140,7 @@ class ResumableStream(ABC, Generic[_RequestT, _ResponseT, _ItemT]):
         left_seconds = self._policy.reconnect_seconds - (now_seconds - self._lost_seconds)
         if left_seconds <= 0:
             if self.job_id:
-                error.args = (f"{error}; `hidream watch {self.job_id}` goes on with the job",)
+                error.args = (f"{error}; `hidream {self.command} {self.job_id}` goes on with the job",)
             raise error
         if self._policy.on_connection_lost:
             self._policy.on_connection_lost(error)
