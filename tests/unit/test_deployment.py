@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from alembic.script import ScriptDirectory
 
+from hidream_grpc.jobs.store import migrate
 from hidream_grpc.settings import VARIABLES_OF_CLIENTS, Settings
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -104,3 +107,11 @@ def test_the_files_that_compose_mounts_are_there() -> None:
     ]
     assert mounted
     assert [path for path in mounted if not (DEPLOY / "observability" / path).exists()] == []
+
+
+def test_the_note_on_upgrades_names_the_schema_of_this_version() -> None:
+    rows = re.findall(
+        r"^\| (\d+\.\d+\.\d+) \| (\d{4}) \|$", (DEPLOY / "README.md").read_text("utf-8"), re.MULTILINE
+    )
+    head = ScriptDirectory.from_config(migrate._config()).get_current_head()
+    assert dict(rows)[importlib.metadata.version("hidream-grpc")] == head
