@@ -21,7 +21,6 @@ from diffusers import HiDreamImagePipeline
 from diffusers.utils import logging as diffusers_logging
 
 from hidream.client import Client
-from hidream.requests import GenerateOptions
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 
 PROMPT = "a red circle on a blue background"
@@ -44,7 +43,7 @@ class ImageRequest:
     side_pixels: int
     num_inference_steps: int
 
-    def options(self, seed: int) -> GenerateOptions:
+    def options(self, seed: int) -> dict[str, Any]:
         """Options of `Client.generate`."""
         return {
             "width": self.side_pixels,

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from PIL import Image as ImageFile
@@ -14,7 +15,6 @@ from PIL import Image as ImageFile
 from hidream.client import Client
 from hidream.errors import HiDreamError
 from hidream.events import Event, ImageFinished, Progress, Restarted, Succeeded
-from hidream.requests import GenerateOptions
 
 REQUEST_TIMEOUT_SECONDS = 180.0
 
@@ -29,13 +29,13 @@ class ChaosRequest:
     """A prompt and the options of its image."""
 
     prompt: str
-    options: GenerateOptions
+    options: dict[str, Any]
 
 
 def _request(
     prompt: str, width: int, height: int, num_steps: int, guidance: float, num_images: int
 ) -> ChaosRequest:
-    options: GenerateOptions = {
+    options: dict[str, Any] = {
         "width": width,
         "height": height,
         "num_inference_steps": num_steps,

@@ -11,6 +11,7 @@ from typing import Any
 from hidream.aio import AsyncClient
 from hidream.client import Client
 from hidream.reconnecting import DEFAULT_POLICY, ReconnectPolicy
+from hidream.v1 import job_pb2
 from tests.clients.breaking_server import JOB_ID
 
 
@@ -50,3 +51,14 @@ class EitherClient:
                 await client.download(JOB_ID, path, policy=policy)
 
         asyncio.run(download())
+
+    def waited(self) -> job_pb2.Job:
+        if not self._is_async:
+            with Client(self._address) as client:
+                return client.wait(JOB_ID)
+
+        async def wait() -> job_pb2.Job:
+            async with AsyncClient(self._address) as client:
+                return await client.wait(JOB_ID)
+
+        return asyncio.run(wait())

@@ -34,10 +34,13 @@ def test_a_submitted_job_is_watched_and_downloaded_as_generate_would_draw_it(
     client: Client, tmp_path: Path
 ) -> None:
     job = client.submit(PROMPT, **SMALL)
-    events = list(client.watch(job.job_id))
+    events = list(client.watch(job))
+    ended = client.wait(job)
+    assert ended == client.status(job)
     assert [event.step for event in events if isinstance(event, Progress)][-1] == 3
     [image] = [event.image for event in events if isinstance(event, ImageFinished)]
-    info = client.download(job.job_id, tmp_path / "a.png")
+    assert [bytes(info.sha256) for info in ended.images] == [image.sha256]
+    info = client.download(ended, str(tmp_path / "a.png"))
     assert (info.sha256, info.seed) == (image.sha256, 11)
     assert (tmp_path / "a.png").read_bytes() == image.data
     assert client.draw(PROMPT, **SMALL) == [image]

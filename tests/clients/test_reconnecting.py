@@ -193,3 +193,14 @@ def test_a_file_is_not_named_after_another_format(
     assert result.returncode == 2
     assert "'a.webp' is no name of a png file" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_waiting_for_a_job_outlasts_a_lost_connection_and_the_log_tells_of_it(
+    server: tuple[BreakingImageGen, str], is_async: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    server[0].breaks = [3]
+    assert EitherClient(is_async, server[1]).waited() == server[0].job
+    assert server[0].starts == [0, 30]
+    [record] = [record for record in caplog.records if record.name.startswith("hidream.")]
+    assert record.levelname == "WARNING"
+    assert "connection lost, trying again in" in record.getMessage()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Self, TypeVar, Unpack
+from typing import Self, TypeVar
 
 import grpc
 
@@ -22,16 +23,18 @@ from hidream.connection import (
 )
 from hidream.downloads import Download
 from hidream.errors import ServerError, error_from_call
-from hidream.events import Event, ImageFinished
+from hidream.events import Event, ImageFinished, Succeeded
 from hidream.health import HealthStatus, ServingWait, health_request, health_status
 from hidream.images import Image
 from hidream.reconnecting import DEFAULT_POLICY, FirstAnswer, ReconnectPolicy, ResumableStream
 from hidream.requests import (
     NO_LABELS,
-    GenerateOptions,
+    JobOrId,
     JobStateName,
-    SubmitOptions,
+    OutputFormat,
+    Priority,
     generate_request,
+    job_id_of,
     list_request,
     submit_request,
     watch_jobs_request,
@@ -109,9 +112,23 @@ class AsyncClient:
         self,
         prompt: str,
         *,
+        negative_prompt: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images: int | None = None,
+        seed: int | None = None,
+        output_format: OutputFormat | None = None,
+        quality: int | None = None,
+        request_id: str | None = None,
+        preview: bool | None = None,
+        priority: Priority | None = None,
+        labels: Mapping[str, str] | None = None,
+        model: str | None = None,
+        detached: bool | None = None,
         timeout_seconds: float | None = None,
         policy: ReconnectPolicy = DEFAULT_POLICY,
-        **options: Unpack[GenerateOptions],
     ) -> AsyncGenerator[Event]:
         """Draw images and follow the job: every event as it happens, `Succeeded` last.
 
@@ -126,6 +143,26 @@ class AsyncClient:
         and goes on closes the generator, by `aclose()` or `contextlib.aclosing`: Python closes an abandoned
         asynchronous generator only some time later.
 
+        Args:
+            prompt: what to generate.
+            negative_prompt: what to keep away from; works through guidance.
+            width, height: in pixels; both or neither.
+            num_inference_steps: denoising steps.
+            guidance_scale: how closely to follow the prompt; 1 or less is none, in half the time, and gives
+                poor images of a model that is trained with guidance, such as Full.
+            num_images: number of images; image i is generated from seed + i.
+            seed: seed of image 0; the server picks one when absent, and `Started.spec` says which.
+            output_format: file format of the images.
+            quality: quality of JPEG and WebP, 1 to 100.
+            request_id: a name for this request, so that a retry does not draw twice.
+            preview: also send a small preview of image 0 after each step.
+            priority: which jobs go first when several wait.
+            labels: free labels, to find the job again.
+            model: which one generates, one of `info().live_models`; the server's own when absent.
+            detached: let the job go on when the call ends early.
+            timeout_seconds: deadline of the whole call; None is none.
+            policy: what to do when the connection is lost.
+
         Raises:
             ServerError: the request was refused, the job failed, or no server answered for
                 `policy.reconnect_seconds`; then the error names the job.
@@ -133,7 +170,25 @@ class AsyncClient:
         """
         if timeout_seconds is not None:
             policy = replace(policy, timeout_seconds=timeout_seconds)
-        return self._generate(JobGeneration(generate_request(prompt, **options), policy))
+        request = generate_request(
+            prompt,
+            negative_prompt=negative_prompt,
+            width=width,
+            height=height,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images=num_images,
+            seed=seed,
+            output_format=output_format,
+            quality=quality,
+            request_id=request_id,
+            preview=preview,
+            priority=priority,
+            labels=labels,
+            model=model,
+            detached=detached,
+        )
+        return self._generate(JobGeneration(request, policy))
 
     async def _generate(self, stream: JobGeneration) -> AsyncGenerator[Event]:
         try:
@@ -169,12 +224,45 @@ class AsyncClient:
         self,
         prompt: str,
         *,
+        negative_prompt: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images: int | None = None,
+        seed: int | None = None,
+        output_format: OutputFormat | None = None,
+        quality: int | None = None,
+        request_id: str | None = None,
+        preview: bool | None = None,
+        priority: Priority | None = None,
+        labels: Mapping[str, str] | None = None,
+        model: str | None = None,
+        detached: bool | None = None,
         timeout_seconds: float | None = None,
         policy: ReconnectPolicy = DEFAULT_POLICY,
-        **options: Unpack[GenerateOptions],
     ) -> list[Image]:
         """Draw images and wait for them, in the order of their index. Raises what `generate` does."""
-        events = self.generate(prompt, timeout_seconds=timeout_seconds, policy=policy, **options)
+        events = self.generate(
+            prompt,
+            negative_prompt=negative_prompt,
+            width=width,
+            height=height,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images=num_images,
+            seed=seed,
+            output_format=output_format,
+            quality=quality,
+            request_id=request_id,
+            preview=preview,
+            priority=priority,
+            labels=labels,
+            model=model,
+            detached=detached,
+            timeout_seconds=timeout_seconds,
+            policy=policy,
+        )
         async with aclosing(events):
             images = {
                 event.image.index: event.image async for event in events if isinstance(event, ImageFinished)
@@ -182,11 +270,48 @@ class AsyncClient:
         return [images[index] for index in sorted(images)]
 
     async def submit(
-        self, prompt: str, *, timeout_seconds: float | None = None, **options: Unpack[SubmitOptions]
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images: int | None = None,
+        seed: int | None = None,
+        output_format: OutputFormat | None = None,
+        quality: int | None = None,
+        request_id: str | None = None,
+        preview: bool | None = None,
+        priority: Priority | None = None,
+        labels: Mapping[str, str] | None = None,
+        model: str | None = None,
+        timeout_seconds: float | None = None,
     ) -> job_pb2.Job:
-        """Queue a job and return it at once. What was returned survives a restart of the server."""
-        request = with_request_id(submit_request(prompt, **options))
-        return await self._answer(self._connection.image_gen.SubmitJob, request, timeout_seconds)
+        """Queue a job and return it at once. What was returned survives a restart of the server.
+
+        The arguments are those of `generate`.
+        """
+        request = submit_request(
+            prompt,
+            negative_prompt=negative_prompt,
+            width=width,
+            height=height,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images=num_images,
+            seed=seed,
+            output_format=output_format,
+            quality=quality,
+            request_id=request_id,
+            preview=preview,
+            priority=priority,
+            labels=labels,
+            model=model,
+        )
+        named = with_request_id(request)
+        return await self._answer(self._connection.image_gen.SubmitJob, named, timeout_seconds)
 
     async def batch(
         self,
@@ -207,9 +332,9 @@ class AsyncClient:
         answer = await self._answer(self._connection.image_gen.BatchSubmitJobs, request, timeout_seconds)
         return list(answer.jobs)
 
-    async def status(self, job_id: str, *, timeout_seconds: float | None = None) -> job_pb2.Job:
+    async def status(self, job: JobOrId, *, timeout_seconds: float | None = None) -> job_pb2.Job:
         """Return a job as it is now."""
-        request = image_gen_pb2.GetJobRequest(job_id=job_id)
+        request = image_gen_pb2.GetJobRequest(job_id=job_id_of(job))
         return await self._answer(self._connection.image_gen.GetJob, request, timeout_seconds)
 
     async def list_page(
@@ -246,7 +371,7 @@ class AsyncClient:
             for job in page.jobs:
                 yield job
 
-    def watch(self, job_id: str, policy: ReconnectPolicy = DEFAULT_POLICY) -> AsyncGenerator[Event]:
+    def watch(self, job: JobOrId, policy: ReconnectPolicy = DEFAULT_POLICY) -> AsyncGenerator[Event]:
         """Follow a job to its end: the same events as `generate`, from its current state on.
 
         When the connection is lost, or the server restarts, the stream goes on behind the last event: nothing
@@ -257,7 +382,19 @@ class AsyncClient:
                 `policy.reconnect_seconds`.
             StreamError: the images did not arrive as they were sent.
         """
-        return self._resuming(lambda: self._connection.image_gen.WatchJob, JobWatch(job_id, policy))
+        return self._resuming(lambda: self._connection.image_gen.WatchJob, JobWatch(job_id_of(job), policy))
+
+    async def wait(self, job: JobOrId, policy: ReconnectPolicy = DEFAULT_POLICY) -> job_pb2.Job:
+        """Return a job as it is when it has succeeded; its images stay on the server.
+
+        Lost connections and restarts of the server are waited for, as by `watch`; raises what that does.
+        """
+        stream = JobWatch(job_id_of(job), policy, has_images=False)
+        ended = job_pb2.Job()
+        async for event in self._resuming(lambda: self._connection.image_gen.WatchJob, stream):
+            if isinstance(event, Succeeded):
+                ended = event.job
+        return ended
 
     def watch_all(
         self,
@@ -276,18 +413,22 @@ class AsyncClient:
         request = watch_jobs_request(states, labels)
         return self._resuming(lambda: self._connection.image_gen.WatchJobs, AllJobsWatch(request, policy))
 
-    async def cancel(self, job_id: str, *, timeout_seconds: float | None = None) -> job_pb2.Job:
+    async def cancel(self, job: JobOrId, *, timeout_seconds: float | None = None) -> job_pb2.Job:
         """Stop a job at its next step, and return it as it is then; one that has ended stays as it is."""
-        request = image_gen_pb2.CancelJobRequest(job_id=job_id)
+        request = image_gen_pb2.CancelJobRequest(job_id=job_id_of(job))
         return await self._answer(self._connection.image_gen.CancelJob, request, timeout_seconds)
 
-    async def delete(self, job_id: str, *, timeout_seconds: float | None = None) -> None:
+    async def delete(self, job: JobOrId, *, timeout_seconds: float | None = None) -> None:
         """Delete a job that has ended, and its images; FailedPreconditionError if it has not."""
-        request = image_gen_pb2.DeleteJobRequest(job_id=job_id)
+        request = image_gen_pb2.DeleteJobRequest(job_id=job_id_of(job))
         await self._answer(self._connection.image_gen.DeleteJob, request, timeout_seconds)
 
     async def download(
-        self, job_id: str, path: Path, image_index: int = 0, policy: ReconnectPolicy = DEFAULT_POLICY
+        self,
+        job: JobOrId,
+        path: str | os.PathLike[str],
+        image_index: int = 0,
+        policy: ReconnectPolicy = DEFAULT_POLICY,
     ) -> image_pb2.ImageInfo:
         """Write one finished image into a file, which appears whole or not at all.
 
@@ -300,8 +441,8 @@ class AsyncClient:
             BrokenImageError: the bytes are not those announced.
             OSError: the file cannot be written.
         """
-        job = await self.status(job_id, timeout_seconds=policy.timeout_seconds)
-        with Download(job, image_index, path, policy) as download:
+        now = await self.status(job, timeout_seconds=policy.timeout_seconds)
+        with Download(now, image_index, Path(path), policy) as download:
             async for _ in self._resuming(lambda: self._connection.image_gen.DownloadImage, download):
                 pass
             return download.save()

@@ -1,7 +1,8 @@
-"""A batch as JSON Lines: each line is one job, with the names of `hidream.requests.SubmitOptions`."""
+"""A batch as JSON Lines: each line is one job, with the names of `hidream.requests.submit_request`."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -9,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from hidream.errors import FieldViolation, HiDreamError, InvalidArgumentError
-from hidream.requests import SubmitOptions, submit_request
+from hidream.requests import submit_request
 from hidream.v1 import image_gen_pb2
 
-_NAMES = {"prompt", *SubmitOptions.__annotations__}
+_NAMES = set(inspect.signature(submit_request).parameters)
 _FIELD_OF_BATCH = re.compile(r"requests\[(\d+)\](?:\.(?:spec\.)?(.+))?")
 
 

@@ -115,7 +115,13 @@ Event = Queued | Started | Progress | Preview | Restarted | ImageFinished | Succ
 class EventReader:
     """Turns the messages of one job's stream into events, whatever the transport."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_images: bool = True) -> None:
+        """Read the first event next.
+
+        Args:
+            has_images: whether the stream carries the images.
+        """
+        self._has_images = has_images
         self._images = ImageAssembler()
         self._has_succeeded = False
 
@@ -163,6 +169,8 @@ class EventReader:
                     resumed_from_step=message.restarted.resumed_from_step,
                     **common,
                 )
+            case "image_chunk" if not self._has_images:
+                return None  # from a server that cannot leave them out
             case "image_chunk":
                 image = self._images.add(message.image_chunk)
                 return ImageFinished(image=image, **common) if image else None
@@ -187,11 +195,15 @@ class EventReader:
         if not self._has_succeeded:
             raise StreamError("the stream ended before the job did")
 
-    def _succeeded(self, job: job_pb2.Job, common: dict[str, Any]) -> Succeeded:
+    def _check_images(self, job: job_pb2.Job) -> None:
         self._images.finish(job.images)
         num_finished = self._images.num_finished
         if num_finished != len(job.images):
             raise StreamError(f"{num_finished} images have arrived of a job that drew {len(job.images)}")
+
+    def _succeeded(self, job: job_pb2.Job, common: dict[str, Any]) -> Succeeded:
+        if self._has_images:
+            self._check_images(job)
         self._has_succeeded = True
         return Succeeded(
             job=job,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from abc import ABC, abstractmethod
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from hidream.errors import DataLossError, QueueFullError, ServerError, UnavailableError
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_RECONNECT_SECONDS = 300.0
 MAX_RETRIES = 2
@@ -66,6 +69,7 @@ class FirstAnswer:
         if is_too_late or self._num_retries == MAX_RETRIES:
             raise error
         self._num_retries += 1
+        logger.info("trying again in %.1f s: %s", delay_seconds, error)
         return delay_seconds
 
 
@@ -147,4 +151,6 @@ class ResumableStream(ABC, Generic[_RequestT, _ResponseT, _ItemT]):
         # Random, so that clients which lost one server do not come back in the same moment.
         delay_seconds = self._delay_seconds * random.uniform(0.5, 1.0)
         self._delay_seconds = min(2 * self._delay_seconds, _MAX_DELAY_SECONDS)
-        return min(max(delay_seconds, error.retry_after_seconds or 0.0), left_seconds)
+        delay_seconds = min(max(delay_seconds, error.retry_after_seconds or 0.0), left_seconds)
+        logger.warning("connection lost, trying again in %.1f s: %s", delay_seconds, error)
+        return delay_seconds

@@ -4,34 +4,98 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, TypeVar
 
 from google.protobuf.message import Message
 
 from hidream.errors import FieldViolation, InvalidArgumentError
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
 
-OutputFormat = Literal["PNG", "JPEG", "WEBP"]
-Priority = Literal["LOW", "NORMAL", "HIGH"]
-JobStateName = Literal["QUEUED", "RUNNING", "SUCCEEDED", "FAILED", "CANCELLED"]
+# Names may be written in any case.
+OutputFormat = Literal["PNG", "JPEG", "WEBP", "png", "jpeg", "webp"]
+Priority = Literal["LOW", "NORMAL", "HIGH", "low", "normal", "high"]
+JobStateName = Literal[
+    "QUEUED",
+    "RUNNING",
+    "SUCCEEDED",
+    "FAILED",
+    "CANCELLED",
+    "queued",
+    "running",
+    "succeeded",
+    "failed",
+    "cancelled",
+]
+JobOrId = job_pb2.Job | str
 
 NO_LABELS: Mapping[str, str] = {}
 
 _RequestT = TypeVar("_RequestT", bound=Message)
 
 
-class SubmitOptions(TypedDict, total=False):
-    """What `submit` takes besides the prompt; absent and None mean the server's default.
+def generate_request(
+    prompt: str,
+    *,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    num_images: int | None = None,
+    seed: int | None = None,
+    output_format: OutputFormat | None = None,
+    quality: int | None = None,
+    request_id: str | None = None,
+    preview: bool | None = None,
+    priority: Priority | None = None,
+    labels: Mapping[str, str] | None = None,
+    model: str | None = None,
+    detached: bool | None = None,
+) -> image_gen_pb2.GenerateRequest:
+    """The request of `generate` for these arguments, which are those of `submit_request` but for one.
 
-    Ranges and defaults are the server's (`info().limits`, `info().defaults`); what each means in
-    full stands in `protos/hidream/v1/image.proto`.
+    Args:
+        detached: let the job go on when the call ends early.
 
-    Attributes:
+    Raises:
+        InvalidArgumentError: as of `submit_request`.
+    """
+    # Each argument has the name of its field.
+    return _filled(image_gen_pb2.GenerateRequest(), locals())
+
+
+def submit_request(
+    prompt: str,
+    *,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    num_images: int | None = None,
+    seed: int | None = None,
+    output_format: OutputFormat | None = None,
+    quality: int | None = None,
+    request_id: str | None = None,
+    preview: bool | None = None,
+    priority: Priority | None = None,
+    labels: Mapping[str, str] | None = None,
+    model: str | None = None,
+) -> image_gen_pb2.SubmitJobRequest:
+    """The request of `submit`, and one of `batch`, for these arguments; None means the server's default.
+
+    Ranges and defaults are the server's (`info().limits`, `info().defaults`); what each means in full
+    stands in `protos/hidream/v1/image.proto`. Only what cannot be written into the message is refused
+    here (a number of 65 bits, an unknown format, text that is no UTF-8); every limit is the server's to
+    check.
+
+    Args:
+        prompt: what to generate.
         negative_prompt: what to keep away from; works through guidance.
         width, height: in pixels; both or neither.
         num_inference_steps: denoising steps.
-        guidance_scale: how closely to follow the prompt; 1 or less is none, in half the time, and gives poor
-            images of a model that is trained with guidance, such as Full.
+        guidance_scale: how closely to follow the prompt; 1 or less is none, in half the time, and gives
+            poor images of a model that is trained with guidance, such as Full.
         num_images: number of images; image i is generated from seed + i.
         seed: seed of image 0; the server picks one when absent, and `Started.spec` says which.
         output_format: file format of the images.
@@ -40,51 +104,17 @@ class SubmitOptions(TypedDict, total=False):
         preview: also send a small preview of image 0 after each step.
         priority: which jobs go first when several wait.
         labels: free labels, to find the job again.
-        model: name of the model that generates, one of `info().live_models`; the server's own when absent.
-    """
-
-    negative_prompt: str | None
-    width: int | None
-    height: int | None
-    num_inference_steps: int | None
-    guidance_scale: float | None
-    num_images: int | None
-    seed: int | None
-    output_format: OutputFormat | None
-    quality: int | None
-    request_id: str | None
-    preview: bool | None
-    priority: Priority | None
-    labels: Mapping[str, str] | None
-    model: str | None
-
-
-class GenerateOptions(SubmitOptions, total=False):
-    """What `generate` and `draw` take besides the prompt.
-
-    Attributes:
-        detached: let the job go on when the call ends early.
-    """
-
-    detached: bool | None
-
-
-def generate_request(prompt: str, **options: Unpack[GenerateOptions]) -> image_gen_pb2.GenerateRequest:
-    """The request of `generate` for these arguments.
-
-    Only what cannot be written into the message is refused here (a number of 65 bits, an unknown
-    format, text that is no UTF-8); every limit is the server's to check.
+        model: which one generates, one of `info().live_models`; the server's own when absent.
 
     Raises:
-        InvalidArgumentError: names every such argument.
-        TypeError: there is no such argument.
+        InvalidArgumentError: names every argument that no message can carry.
     """
-    return _filled(image_gen_pb2.GenerateRequest(), {"prompt": prompt, **options})
+    return _filled(image_gen_pb2.SubmitJobRequest(), locals())
 
 
-def submit_request(prompt: str, **options: Unpack[SubmitOptions]) -> image_gen_pb2.SubmitJobRequest:
-    """The request of `submit`, and one of `batch`; raises what `generate_request` does."""
-    return _filled(image_gen_pb2.SubmitJobRequest(), {"prompt": prompt, **options})
+def job_id_of(job: JobOrId) -> str:
+    """The id of a job that is given by its id, or as a call returned it."""
+    return job if isinstance(job, str) else job.job_id
 
 
 def with_request_id(request: _RequestT) -> _RequestT:
@@ -120,8 +150,6 @@ def _filled(request: _RequestT, arguments: Mapping[str, Any]) -> _RequestT:
         if value is None:
             continue
         is_of_spec = "spec" in own_fields and name in image_pb2.ImageSpec.DESCRIPTOR.fields_by_name
-        if not is_of_spec and (name not in own_fields or name == "spec"):
-            raise TypeError(f"unexpected keyword argument {name!r}")
         try:
             _set(request.spec if is_of_spec else request, name, value)  # type: ignore[attr-defined]
         except (TypeError, ValueError) as error:
@@ -136,10 +164,16 @@ def _set(message: Any, name: str, value: Any) -> None:
         case "labels":
             message.labels.update(value)
         case "states":
-            message.states.extend(job_pb2.JobState.Value(f"JOB_STATE_{state}") for state in value)
+            message.states.extend(
+                job_pb2.JobState.Value(f"JOB_STATE_{str(state).upper()}") for state in value
+            )
         case "output_format":
-            message.output_format = image_pb2.OutputFormat.Value(f"OUTPUT_FORMAT_{value}")
+            message.output_format = image_pb2.OutputFormat.Value(f"OUTPUT_FORMAT_{_upper(value)}")
         case "priority":
-            message.priority = job_pb2.Priority.Value(f"PRIORITY_{value}")
+            message.priority = job_pb2.Priority.Value(f"PRIORITY_{_upper(value)}")
         case _:
             setattr(message, name, value)
+
+
+def _upper(name: object) -> str:
+    return str(name).upper()

@@ -47,13 +47,19 @@ class _OneJob(ResumableStream[_RequestT, _ResponseT, Event]):
 class JobWatch(_OneJob[image_gen_pb2.WatchJobRequest, image_gen_pb2.WatchJobResponse]):
     """The events of a job that there is."""
 
-    def __init__(self, job_id: str, policy: ReconnectPolicy) -> None:
+    def __init__(self, job_id: str, policy: ReconnectPolicy, has_images: bool = True) -> None:
         super().__init__(policy)
         self.job_id = job_id
+        self._has_images = has_images
+        self._reader = EventReader(has_images)
 
     def request(self) -> image_gen_pb2.WatchJobRequest:
         """Return the request for what comes behind the last event."""
-        return image_gen_pb2.WatchJobRequest(job_id=self.job_id, after_sequence=self._last_sequence)
+        return image_gen_pb2.WatchJobRequest(
+            job_id=self.job_id,
+            after_sequence=self._last_sequence,
+            without_images=not self._has_images,
+        )
 
 
 class JobGeneration(_OneJob[image_gen_pb2.GenerateRequest, image_gen_pb2.GenerateResponse]):

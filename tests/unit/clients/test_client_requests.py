@@ -1,10 +1,12 @@
+import inspect
 from typing import Any
 
 import pytest
 from google.protobuf.message import Message
 
+from hidream import AsyncClient, Client
 from hidream.errors import InvalidArgumentError
-from hidream.requests import GenerateOptions, SubmitOptions, generate_request, list_request, submit_request
+from hidream.requests import generate_request, job_id_of, list_request, submit_request, watch_jobs_request
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
 
 
@@ -49,18 +51,35 @@ def test_every_argument_reaches_its_field() -> None:
     )
 
 
+@pytest.mark.parametrize("client", [Client, AsyncClient])
 @pytest.mark.parametrize(
-    ("options", "request_type"),
+    ("method", "request_type"),
     [
-        (GenerateOptions, image_gen_pb2.GenerateRequest),
-        (SubmitOptions, image_gen_pb2.SubmitJobRequest),
+        ("generate", image_gen_pb2.GenerateRequest),
+        ("draw", image_gen_pb2.GenerateRequest),
+        ("submit", image_gen_pb2.SubmitJobRequest),
     ],
 )
-def test_every_field_of_the_contract_can_be_given(options: type, request_type: type[Message]) -> None:
+def test_every_field_of_the_contract_is_a_keyword_that_editors_complete(
+    client: type, method: str, request_type: type[Message]
+) -> None:
     fields = {*image_pb2.ImageSpec.DESCRIPTOR.fields_by_name}
     fields |= {*request_type.DESCRIPTOR.fields_by_name}
+    parameters = inspect.signature(getattr(client, method)).parameters
     # The window follows from how long the client itself tries again.
-    assert {*options.__annotations__} == fields - {"spec", "prompt", "reconnect_window"}
+    assert {*parameters} - {"self", "timeout_seconds", "policy"} == fields - {"spec", "reconnect_window"}
+    request_of = submit_request if method == "submit" else generate_request
+    assert {*inspect.signature(request_of).parameters} == fields - {"spec", "reconnect_window"}
+
+
+def test_names_may_be_written_in_any_case() -> None:
+    lower = generate_request("a", output_format="webp", priority="high")
+    assert lower == generate_request("a", output_format="WEBP", priority="HIGH")
+    assert watch_jobs_request(["queued"], {}) == watch_jobs_request(["QUEUED"], {})
+
+
+def test_a_job_is_given_by_itself_or_by_its_id() -> None:
+    assert job_id_of("job-1") == job_id_of(job_pb2.Job(job_id="job-1")) == "job-1"
 
 
 def test_a_submitted_job_takes_what_generate_takes_but_to_be_detached() -> None:
@@ -86,7 +105,7 @@ def test_a_list_is_asked_for_by_names_of_states() -> None:
 
 
 def test_what_is_not_given_stays_absent_and_is_the_servers_to_decide() -> None:
-    absent: dict[str, Any] = dict.fromkeys(GenerateOptions.__annotations__)
+    absent: dict[str, Any] = dict.fromkeys(set(inspect.signature(generate_request).parameters) - {"prompt"})
     assert generate_request("a", **absent) == generate_request("a")
     assert not generate_request("a").spec.HasField("seed")
     assert not generate_request("a").HasField("model")
