@@ -14,9 +14,9 @@ logs/hidream_YYYYMMDD_HHMMSS.log under the project path.
                                  absent when the model folder holds its own text_encoder_4)
       --demo                     the small built-in model, whatever HIDREAM_MODEL_PATH says
   -p, --project-path FOLDER      folder to run from (default: the project this script is part of)
-  -d, --devices LIST             one rank each, such as 0,1,2,3 or 0-3 (default 0); on a CPU any
-                                 numbers, one a rank
-  -c, --device-count NUMBER      checked against the devices; follows from them when absent
+  -d, --devices LIST             one rank each, such as 0,1,2,3 or 0-3 (default 0, or the first
+                                 --device-count); on a CPU any numbers, one a rank
+  -c, --device-count NUMBER      the first NUMBER devices; with --devices it is checked against them
   -t, --device-type TYPE         auto, npu, cuda or cpu (default auto: the first that is present)
       --host HOST                address to listen on (default 0.0.0.0)
       --port PORT                TCP port to listen on (default 8088; 0 lets the system choose)
@@ -26,7 +26,8 @@ logs/hidream_YYYYMMDD_HHMMSS.log under the project path.
   -h, --help                     show this text
       --                         what follows goes to the server as it is
 
-Python is .venv/bin/python of the project path when there is one, python3 from PATH otherwise. The
+Python is .venv/bin/python of the project path when there is one, else that of the project this script is
+part of, else python3 from PATH. The
 environment is passed on as it is: HIDREAM_DEVICES, HIDREAM_LISTEN and the server's other variables hold
 where no flag is given, and the server adds its devices' defaults where nothing is set.
 TEXT
@@ -59,7 +60,7 @@ extra_model_path=
 demo=false
 project_path=
 # The variables of the server are defaults here too: a flag goes before a variable.
-devices=${HIDREAM_DEVICES:-0}
+devices=${HIDREAM_DEVICES:-}
 device_count=
 host=
 port=
@@ -105,9 +106,8 @@ while (($#)); do
   esac
 done
 
-if [[ -z $project_path ]]; then
-  project_path=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/..
-fi
+own_project=$(absolute "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/..")
+project_path=${project_path:-$own_project}
 require_folder --project-path "$project_path"
 project_path=$(absolute "$project_path")
 
@@ -140,12 +140,19 @@ if [[ -n $host$port || -z ${HIDREAM_LISTEN:-} ]]; then
 fi
 
 cd "$project_path"
+places=$project_path
+[[ $own_project == "$project_path" ]] || places+=" or $own_project"
 python=$project_path/.venv/bin/python
-if [[ ! -x $python ]]; then
-  python=$(command -v python3) || fail "no .venv in $project_path and no python3 on PATH"
-fi
+[[ -x $python ]] || python=$own_project/.venv/bin/python
+[[ -x $python ]] || python=$(command -v python3) || fail "no .venv in $places, and no python3 on PATH"
 
-if [[ -n $device_count ]]; then
+if [[ -n $device_count && ! $device_count =~ ^[1-9][0-9]{0,3}$ ]]; then
+  fail "--device-count: $device_count is no number of devices"
+fi
+if [[ -z $devices ]]; then
+  devices=0
+  [[ ${device_count:-1} == 1 ]] || devices=0-$((device_count - 1))
+elif [[ -n $device_count ]]; then
   num_devices=$("$python" -c '
 import sys
 from hidream_grpc.devices.detect import parse_devices
@@ -171,5 +178,6 @@ if $dry_run; then
 fi
 mkdir -p logs 2>/dev/null || fail "--project-path: cannot create $project_path/logs"
 "$python" -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' \
-  hidream_grpc hidream grpc torch || fail "hidream-grpc is not installed for $python: run scripts/install.sh"
+  hidream_grpc hidream grpc torch ||
+  fail "hidream-grpc is not installed for $python, and there is no other .venv in $places: run $own_project/scripts/install.sh"
 exec "${command[@]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "scripts" / "start_service.sh"
 
 
-def start_service(*arguments: str | Path, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+def start_service(
+    *arguments: str | Path, cwd: Path = REPOSITORY, script: Path = SCRIPT
+) -> subprocess.CompletedProcess[str]:
     search_path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        [SCRIPT, *arguments],
+        [script, *arguments],
         cwd=cwd,
         env={**os.environ, "PATH": search_path},
         capture_output=True,
@@ -37,8 +40,8 @@ class ServerCommand:
     options: dict[str, str]
 
 
-def server_command(*arguments: str | Path, cwd: Path = REPOSITORY) -> ServerCommand:
-    result = start_service(*arguments, "--dry-run", cwd=cwd)
+def server_command(*arguments: str | Path, cwd: Path = REPOSITORY, script: Path = SCRIPT) -> ServerCommand:
+    result = start_service(*arguments, "--dry-run", cwd=cwd, script=script)
     assert (result.returncode, result.stderr) == (0, "")
     change_directory, execute = map(shlex.split, result.stdout.splitlines())
     assert change_directory[0] == "cd"
@@ -48,9 +51,9 @@ def server_command(*arguments: str | Path, cwd: Path = REPOSITORY) -> ServerComm
     return ServerCommand(Path(change_directory[1]), Path(execute[1]), options)
 
 
-def refusal(*arguments: str | Path) -> str:
+def refusal(*arguments: str | Path, script: Path = SCRIPT) -> str:
     """The one line on stderr of a start that is refused."""
-    result = start_service(*arguments)
+    result = start_service(*arguments, script=script)
     assert result.returncode == 2
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
@@ -109,6 +112,23 @@ def test_every_flag_of_the_old_server_reaches_the_new_one(
     }
 
 
+@pytest.mark.parametrize(("count", "devices"), [("1", "0"), ("4", "0-3")])
+def test_a_device_count_alone_names_the_first_devices(count: str, devices: str) -> None:
+    assert server_command("--demo", "-c", count).options["--devices"] == devices
+
+
+def test_a_device_count_is_checked_against_the_devices_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HIDREAM_DEVICES", "4-7")
+    assert server_command("--demo", "-c", "4").options["--devices"] == "4-7"
+    assert refusal("--demo", "-c", "2") == "start_service: --device-count: 2, but --devices 4-7 names 4"
+
+
+def test_the_name_of_the_replaced_server_s_script_is_a_link_to_this_one() -> None:
+    assert SCRIPT.with_name("start_hidream_service.sh").resolve() == SCRIPT
+
+
 def test_a_flag_may_be_joined_to_its_value() -> None:
     assert server_command("--demo", "--port=9090").options["--listen"] == "0.0.0.0:9090"
 
@@ -149,12 +169,36 @@ def test_another_project_path_is_where_it_runs_and_logs(tmp_path: Path) -> None:
     assert Path(command.options["--log-file"]).parent == tmp_path / "logs"
 
 
-def test_the_project_s_own_virtual_environment_is_used_when_there_is_one(tmp_path: Path) -> None:
-    assert server_command("--demo", "-p", tmp_path).python == Path(sys.executable).parent / "python3"
-    own_python = tmp_path / ".venv" / "bin" / "python"
-    own_python.parent.mkdir(parents=True)
-    own_python.symlink_to(sys.executable)
-    assert server_command("--demo", "-p", tmp_path).python == own_python
+def test_the_environment_is_the_project_s_or_else_that_of_the_script_or_else_python3(tmp_path: Path) -> None:
+    own_project, other_project = tmp_path / "own", tmp_path / "other"
+    script = own_project / "scripts" / SCRIPT.name
+    script.parent.mkdir(parents=True)
+    other_project.mkdir()
+    shutil.copy(SCRIPT, script)
+
+    def python() -> Path:
+        return server_command("--demo", "-p", other_project, script=script).python
+
+    assert python() == Path(sys.executable).parent / "python3"
+    for project in (own_project, other_project):
+        its_python = project / ".venv" / "bin" / "python"
+        its_python.parent.mkdir(parents=True)
+        its_python.symlink_to(sys.executable)
+        assert python() == its_python
+
+
+def test_a_python_without_the_service_is_one_line_that_names_both_places(tmp_path: Path) -> None:
+    own_project, other_project = tmp_path / "own", tmp_path / "other"
+    python = own_project / ".venv" / "bin" / "python"
+    for folder in (own_project / "scripts", python.parent, other_project):
+        folder.mkdir(parents=True)
+    shutil.copy(SCRIPT, own_project / "scripts")
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    assert refusal("--demo", "-p", other_project, script=own_project / "scripts" / SCRIPT.name) == (
+        f"start_service: hidream-grpc is not installed for {python}, and there is no other .venv in "
+        f"{other_project} or {own_project}: run {own_project}/scripts/install.sh"
+    )
 
 
 def test_a_dry_run_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -194,8 +238,9 @@ def test_help_shows_every_flag_with_its_default() -> None:
         pytest.param(
             ["--demo", "-d", "0-3", "-c", "2"], "--device-count: 2, but --devices 0-3 names 4", id="count"
         ),
+        pytest.param(["--demo", "-c", "0"], "--device-count: 0 is no number of devices", id="no device"),
         pytest.param(
-            ["--demo", "-c", "2"], "--device-count: 2, but --devices 0 names 1", id="default devices"
+            ["--demo", "-c", "all"], "--device-count: all is no number of devices", id="count in words"
         ),
         pytest.param(
             ["--demo", "-d", "1,1", "-c", "2"],
