@@ -7,6 +7,7 @@ that lines are dropped and counted, and the log says how many when it flows agai
 from __future__ import annotations
 
 import atexit
+import contextlib
 import io
 import logging
 import os
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
+from pathlib import Path
 from typing import TextIO
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,9 @@ class DroppingWriter(io.RawIOBase):
         self._changed = threading.Condition()
         threading.Thread(target=self._write_for_ever, name=f"writing {name}", daemon=True).start()
         _writers.append(self)
+
+    def _before_write(self) -> None:
+        """Do what is to be done in the thread before each write."""
 
     def writable(self) -> bool:
         """Say that lines are taken, as they always are."""
@@ -100,6 +105,7 @@ class DroppingWriter(io.RawIOBase):
     def _write_now(self, lines: bytes) -> int:
         """Write all of it, however long that takes; the number of lines that could not be written."""
         unwritten = memoryview(lines)
+        self._before_write()
         while unwritten:
             try:
                 unwritten = unwritten[os.write(self._descriptor, unwritten) :]
@@ -119,11 +125,50 @@ class DroppingWriter(io.RawIOBase):
         return 0
 
 
+class DroppingFileWriter(DroppingWriter):
+    """Appends to a file, later; where it was moved away or removed, to a new one of its name."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file, or make it.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        self._path = path
+        super().__init__(_opened(path), str(path))
+
+    def _before_write(self) -> None:
+        try:
+            if os.path.samestat(self._path.stat(), os.fstat(self._descriptor)):
+                return
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return
+        # Where no new one can be made the old one takes the lines.
+        with contextlib.suppress(OSError):
+            new = _opened(self._path)
+            os.dup2(new, self._descriptor)
+            os.close(new)
+
+
+def _opened(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+
+
 def dropping_stream(descriptor: int, name: str) -> TextIO:
     """A text stream in front of a descriptor; see `DroppingWriter`."""
-    if not _writers:
+    return _text_stream(DroppingWriter(descriptor, name))
+
+
+def dropping_file_stream(path: Path) -> TextIO:
+    """A text stream that appends to a file; see `DroppingFileWriter`."""
+    return _text_stream(DroppingFileWriter(path))
+
+
+def _text_stream(writer: DroppingWriter) -> TextIO:
+    if len(_writers) == 1:
         atexit.register(drain_streams)
-    writer = DroppingWriter(descriptor, name)
     return io.TextIOWrapper(writer, encoding="utf-8", errors="backslashreplace", write_through=True)  # type: ignore[type-var]
 
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import sys
 import traceback
 import uuid
 from dataclasses import dataclass
+from datetime import datetime
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Literal
 
 from pythonjsonlogger.json import JsonFormatter
 
-from hidream_grpc.log_streams import drain_streams, dropping_stream
+from hidream_grpc.log_streams import drain_streams, dropping_file_stream
 
 logger = logging.getLogger(__name__)
 
-# What a log record may carry besides its message, in the order in which a text line shows it.
+# What a text line shows besides its message, in this order; a JSON line has all that a record carries.
 FACTS = (
     "rank",
     "generation",
@@ -78,6 +79,13 @@ class _TextFormatter(logging.Formatter):
         return f"{first} {' '.join(facts)}{newline}{traceback}"
 
 
+class _JsonFormatter(JsonFormatter):
+    """An object with all facts of a record, and its time in ISO 8601 with the zone of the machine."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802  (logging's)
+        return datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+
+
 def configure_logging(config: LogConfig, may_start_threads: bool = False) -> None:
     """Set up the root logger of this process. Several processes may append to one file.
 
@@ -90,7 +98,7 @@ def configure_logging(config: LogConfig, may_start_threads: bool = False) -> Non
     """
     formatter: logging.Formatter
     if config.format == "json":
-        formatter = JsonFormatter(
+        formatter = _JsonFormatter(
             ["asctime", "levelname", "name", "message"],
             rename_fields={"asctime": "time", "levelname": "level", "name": "logger"},
         )
@@ -123,10 +131,10 @@ def _file_handler(file: Path, may_start_threads: bool) -> logging.Handler:
     # A pipe would hold ranks up, and an open of it waits for a reader.
     if file.exists() and not (file.is_file() or file.is_char_device()):
         raise OSError(errno.EINVAL, "it is no regular file")
+    # A file that is moved away, as logrotate does, is begun anew.
     if not may_start_threads:
-        return logging.FileHandler(file, encoding="utf-8", errors="backslashreplace")
-    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
-    return logging.StreamHandler(dropping_stream(descriptor, str(file)))
+        return WatchedFileHandler(file, encoding="utf-8", errors="backslashreplace")
+    return logging.StreamHandler(dropping_file_stream(file))
 
 
 def end_logging() -> None:

@@ -14,7 +14,12 @@ from pathlib import Path
 import pytest
 
 from hidream_grpc import log_streams
-from hidream_grpc.log_streams import MAX_HELD_BYTES, DroppingWriter, dropping_stream
+from hidream_grpc.log_streams import (
+    MAX_HELD_BYTES,
+    DroppingWriter,
+    dropping_file_stream,
+    dropping_stream,
+)
 from tests.support.live_server import wait_until
 
 LINE = b"x" * 1023 + b"\n"
@@ -40,6 +45,24 @@ def test_lines_come_out_in_their_order(pipe: tuple[int, int]) -> None:
     while len(received) < len(expected):
         received += os.read(read_end, 100)
     assert received == expected
+
+
+def test_a_file_that_was_moved_away_or_removed_is_begun_anew(tmp_path: Path) -> None:
+    file, moved = tmp_path / "server.log", tmp_path / "server.log.1"
+
+    def holds(path: Path, text: str) -> None:
+        wait_until(lambda: path.exists() and path.read_text() == text, 10, f"{path.name} holds {text!r}")
+
+    stream = dropping_file_stream(file)
+    stream.write("one\n")
+    holds(file, "one\n")
+    file.rename(moved)
+    stream.write("two\n")
+    holds(file, "two\n")
+    file.unlink()
+    stream.write("three\n")
+    holds(file, "three\n")
+    assert moved.read_text() == "one\n"
 
 
 def test_what_is_more_than_is_held_is_counted_and_told_when_it_flows_again(

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_a_json_line_is_an_object_with_every_fact(capsys: pytest.CaptureFixture[
         "hidream_grpc.piece",
         "a job ended",
     )
-    assert first["time"]
+    assert datetime.fromisoformat(first["time"]).utcoffset() is not None
     assert second["message"] == "two\nlines"
 
 
@@ -103,6 +104,15 @@ def test_the_file_gets_the_lines_of_the_terminal_after_those_that_it_has(
     with configured(LogConfig(file=file)):
         logger.info("红色圆形")
     assert file.read_text(encoding="utf-8") == "an older line\n" + capsys.readouterr().err
+
+
+def test_a_rank_begins_a_file_anew_that_was_moved_away(tmp_path: Path) -> None:
+    file = tmp_path / "server.log"
+    with configured(LogConfig(file=file)):
+        logger.info("one")
+        file.rename(tmp_path / "server.log.1")
+        logger.info("two")
+    assert file.read_text(encoding="utf-8").endswith("two\n")
 
 
 def test_the_folder_of_the_file_is_made(tmp_path: Path) -> None:
