@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
-from hidream_grpc.errors import HiDreamError
+from hidream_grpc.errors import ArtifactUnavailableError, HiDreamError
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,10 @@ class Outage:
             return
         self._has_begun = True
         exc_info = None if isinstance(error, HiDreamError) else error
-        self._log.warning("cannot %s: %s; trying again", self._activity, reason_of(error), exc_info=exc_info)
+        # An outage of the artifact store has its own line, whatever fails by it.
+        level = logging.INFO if isinstance(error, ArtifactUnavailableError) else logging.WARNING
+        text = "cannot %s: %s; trying again"
+        self._log.log(level, text, self._activity, reason_of(error), exc_info=exc_info)
 
     def note_success(self) -> None:
         """Log that the activity works again, if it did not."""

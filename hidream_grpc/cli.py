@@ -18,6 +18,7 @@ from hidream_grpc.logs import LogConfig, configure_logging, log_unforeseen, one_
 from hidream_grpc.server.app import serve
 from hidream_grpc.settings import Settings, describe_unknown_variables, flag_name, load_settings
 from hidream_grpc.settings_help import help_of, help_words, type_words
+from hidream_grpc.version import SERVER_VERSION
 
 if TYPE_CHECKING:
     from typer._click import Context as ClickContext
@@ -143,8 +144,19 @@ _serve_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 app.command("serve", cls=_ServeCommand, context_settings={"max_content_width": 100})(_serve_command)
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"hidream-grpc {SERVER_VERSION}")
+        raise typer.Exit
+
+
+_version_option = typer.Option(
+    "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+)
+
+
 @app.callback(invoke_without_command=True)
-def _commands(context: typer.Context) -> None:
+def _commands(context: typer.Context, version: Annotated[bool, _version_option] = False) -> None:
     """Serves a HiDream-I1 text-to-image model over gRPC."""
     # It also makes `serve` a command of its own, with room for others beside it.
     if context.invoked_subcommand is None:

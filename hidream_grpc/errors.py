@@ -306,10 +306,14 @@ class NotServingError(RequestError):
 
 
 class ArtifactUnavailableError(RequestError):
-    """The artifact store does not answer, or refuses us; the log says why."""
+    """The artifact store does not answer, or refuses us.
 
-    def __init__(self, retry_after_seconds: float) -> None:
+    The reason is for the operator: it may name hosts and folders, and is no part of the text.
+    """
+
+    def __init__(self, retry_after_seconds: float, reason: str) -> None:
         super().__init__("the artifact store is not available")
+        self.reason = reason
         self.retry_after_seconds = retry_after_seconds
 
 

@@ -55,6 +55,10 @@ def _path_text(value: Any) -> Any:
     return value
 
 
+def _in_capitals(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) else value
+
+
 PathSetting = Annotated[Path, BeforeValidator(_path_text)]
 """The path of a file or folder, relative to the working folder of the server, wherever it is set."""
 
@@ -161,7 +165,9 @@ class Settings(BaseSettings):
         Field(ge=1, le=3600),
     ] = 15.0
     retention_seconds: Annotated[
-        Seconds, Help(Group.JOBS, "how long a job that has ended is kept, with its images")
+        float,
+        Help(Group.JOBS, "how long a job that has ended is kept, with its images"),
+        Field(ge=0, allow_inf_nan=False),
     ] = 3600
     max_retained_jobs: Annotated[
         PositiveInt, Help(Group.JOBS, "jobs that have ended and are kept; beyond it the oldest are removed")
@@ -228,6 +234,15 @@ class Settings(BaseSettings):
             "anybody may call",
         ),
     ] = None
+    trusted_proxies: Annotated[
+        str | None,
+        Help(
+            Group.CALLERS,
+            "peers whose x-forwarded-for names the caller where there are no tokens: 10.0.0.0/8,::1; "
+            "unix is any Unix socket",
+            "every peer is a caller",
+        ),
+    ] = None
     max_queued_jobs_per_caller: Annotated[
         int | None,
         Help(Group.CALLERS, "jobs of one caller that may wait", "as --max-queued-jobs"),
@@ -256,6 +271,7 @@ class Settings(BaseSettings):
     log_level: Annotated[
         Literal["DEBUG", "INFO", "WARNING", "ERROR"],
         Help(Group.LOGGING, "least severe level that is logged"),
+        BeforeValidator(_in_capitals),
     ] = "INFO"
     log_format: Annotated[
         Literal["text", "json"], Help(Group.LOGGING, "lines of text, or a JSON object a line")

@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def server() -> Iterator[LiveServer]:
     """One server with the demo model for all tests that leave it as they found it."""
     # All readers of a test come from one host, and are one caller.
-    flags = ("--max-streams-per-caller", "1000", "--grace-seconds", "5")
+    flags = ("--max-streams-per-caller", "1000", "--grace-seconds", "5", "--trusted-proxies", "127.0.0.1")
     with running_server("--metrics-port", "0", *flags) as live:
         yield live
 

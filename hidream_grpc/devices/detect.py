@@ -142,22 +142,30 @@ def detect(device_type: str = AUTO, machine: Machine | None = None) -> DeviceTyp
     """
     machine = machine or Machine()
     if device_type == AUTO:
-        return _first_present(machine)
+        return next((each for each in (NPU, CUDA) if _why_not(each, machine) is None), CPU)
     if device_type not in DEVICE_TYPES:
         raise ConfigurationError(
             DEVICE_TYPE_FLAG, f"unknown device type {device_type!r}: auto, {', '.join(DEVICE_TYPES)}"
         )
     asked = DEVICE_TYPES[device_type]
-    if asked is CPU:
-        return asked
-    if not machine.visible_devices(asked):
-        raise DeviceUnavailableError(
-            DEVICE_TYPE_FLAG, f"{asked.name} asked for, but {_what_is_missing(asked, machine)}"
-        )
-    missing = machine.missing_software(asked)
-    if missing:
-        raise DeviceUnavailableError(DEVICE_TYPE_FLAG, f"{asked.name} asked for, but {missing}")
+    if asked is not CPU and (reason := _why_not(asked, machine)) is not None:
+        raise DeviceUnavailableError(DEVICE_TYPE_FLAG, f"{asked.name} asked for, but {reason}")
     return asked
+
+
+def log_choice(chosen: DeviceType, is_cpu_enough: bool, machine: Machine | None = None) -> None:
+    """Log what `detect` chose by itself, and why nothing before it.
+
+    It is a warning where devices are there and cannot be used, and where only a CPU was found for a model
+    that takes hours on one.
+    """
+    machine = machine or Machine()
+    accelerators = (NPU, CUDA)
+    passed_over = accelerators[: accelerators.index(chosen)] if chosen in accelerators else accelerators
+    reasons = "".join(f"; no {each.name}: {_why_not(each, machine)}" for each in passed_over)
+    is_lack = (chosen is CPU and not is_cpu_enough) or any(map(machine.num_devices, passed_over))
+    level = logging.WARNING if is_lack else logging.INFO
+    _logger.log(level, "%s auto takes %s%s", DEVICE_TYPE_FLAG, chosen.name, reasons)
 
 
 def select_devices(
@@ -217,21 +225,11 @@ def parse_devices(value: str) -> tuple[int, ...]:
     return tuple(devices)
 
 
-def _first_present(machine: Machine) -> DeviceType:
-    for device_type in (NPU, CUDA):
-        if not machine.visible_devices(device_type):
-            if machine.num_devices(device_type):
-                _logger.warning(
-                    "%s devices are here but not used: %s",
-                    device_type.name,
-                    _what_is_missing(device_type, machine),
-                )
-            continue
-        missing = machine.missing_software(device_type)
-        if missing is None:
-            return device_type
-        _logger.warning("%s devices are here but not used: %s", device_type.name, missing)
-    return CPU
+def _why_not(device_type: DeviceType, machine: Machine) -> str | None:
+    """Why no device of a counted type can be used; None where one can."""
+    if not machine.visible_devices(device_type):
+        return _what_is_missing(device_type, machine)
+    return machine.missing_software(device_type)
 
 
 def _what_is_missing(device_type: DeviceType, machine: Machine) -> str:

@@ -1,11 +1,13 @@
-"""Whether this server takes requests, from what is known of its engine, its job store and its end."""
+"""Whether this server takes requests, from what is known of its engine, its stores and its end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from hidream_grpc.engine.requests import EngineState
-from hidream_grpc.errors import NotServingError
+from hidream_grpc.errors import ArtifactUnavailableError, NotServingError, RequestError
+from hidream_grpc.jobs.artifacts.artifacts import RETRY_AFTER_SECONDS, ArtifactStore
+from hidream_grpc.jobs.artifacts.probe import ArtifactProbe
 from hidream_grpc.jobs.store.probe import StoreProbe
 from hidream_grpc.jobs.store.store import SqlJobStore
 
@@ -17,11 +19,12 @@ class Readiness:
 
     Args:
         replica_id: gives the id of this replica as it is registered now.
-        max_outage_seconds: the store may refuse everything for so long before this server is not ready.
+        max_outage_seconds: a store may refuse everything for so long before this server is not ready.
         observe: called with `is_ready` when it may have changed.
 
     Attributes:
-        probe: of the job store; its `run` must run meanwhile.
+        store_probe: of the job store; its `run` must run meanwhile.
+        artifact_probe: of the artifact store; its `run` must run meanwhile.
         engine_state: whether the rank group can work.
         is_draining: whether nothing more is accepted.
     """
@@ -29,11 +32,13 @@ class Readiness:
     def __init__(
         self,
         store: SqlJobStore,
+        artifacts: ArtifactStore,
         replica_id: Callable[[], str],
         max_outage_seconds: float,
         observe: Callable[[bool], None],
     ) -> None:
-        self.probe = StoreProbe(store, replica_id, max_outage_seconds, self._report)
+        self.store_probe = StoreProbe(store, replica_id, max_outage_seconds, self._report)
+        self.artifact_probe = ArtifactProbe(artifacts, max_outage_seconds, self._report)
         self.engine_state = EngineState.STARTING
         self.is_draining = False
         self._observe = observe
@@ -46,7 +51,13 @@ class Readiness:
     @property
     def is_ready(self) -> bool:
         """Whether callers are better sent here than elsewhere; one that comes all the same is tried."""
-        return self.takes_requests and self.probe.is_usable
+        return self.takes_requests and self.store_probe.is_usable and self.artifact_probe.is_usable
+
+    @property
+    def refusal(self) -> RequestError | None:
+        """Why nothing can become a new job, though a retry still finds its own; None where it can."""
+        failure = self.artifact_probe.failure
+        return None if failure is None else ArtifactUnavailableError(RETRY_AFTER_SECONDS, failure)
 
     @property
     def may_claim(self) -> bool:

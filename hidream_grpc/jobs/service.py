@@ -31,7 +31,7 @@ from hidream_grpc.jobs.store.records import AttachedCall, Page
 from hidream_grpc.jobs.uninterrupted import RunningCalls
 from hidream_grpc.jobs.watching.events import JobEvent, Queued
 from hidream_grpc.jobs.watching.feeds import JobFeeds
-from hidream_grpc.jobs.watching.queue_positions import QueuePositions
+from hidream_grpc.jobs.watching.queue_positions import QueueDurations, QueuePositions
 from hidream_grpc.jobs.watching.state_changes import JobChange, StateChanges
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class StorePolicy:
         lease_seconds: after so long without a heartbeat a replica is dead.
         retention: what is kept of jobs that have ended.
         orphan_sweep_seconds: between two looks for files that no job names.
-        max_outage_seconds: the store may refuse everything for so long before this server is not ready.
+        max_outage_seconds: a store may refuse everything for so long before this server is not ready.
     """
 
     lease_seconds: float
@@ -91,7 +91,11 @@ class JobService:
         self._positions = QueuePositions(self._store, self._feeds, self._estimator, claim_limits)
         self._membership = Membership(self._store, model, policy.lease_seconds, self._lose_all)
         self.readiness = Readiness(
-            self._store, lambda: self._membership.replica_id, policy.max_outage_seconds, observe_readiness
+            self._store,
+            self._artifacts,
+            lambda: self._membership.replica_id,
+            policy.max_outage_seconds,
+            observe_readiness,
         )
         self.executor = JobExecutor(
             engine,
@@ -127,6 +131,11 @@ class JobService:
     def num_running(self) -> int:
         """Number of jobs that run, as last counted."""
         return self._counts[JobState.RUNNING]
+
+    @property
+    def queue(self) -> QueueDurations:
+        """How long the jobs wait that wait for this server's model, as last read."""
+        return self._positions.durations
 
     @property
     def num_accepted(self) -> int:
@@ -168,7 +177,8 @@ class JobService:
                 self._positions,
                 self._housekeeping,
                 self._counts,
-                self.readiness.probe,
+                self.readiness.store_probe,
+                self.readiness.artifact_probe,
             ):
                 tasks.create_task(work.run())
 
@@ -280,9 +290,11 @@ class JobService:
             RequestIdConflictError: a request id was used with another request.
             RequestError: the refusal, where not all requests have their jobs.
             StoreUnavailableError, StoreFullError: the store is lost or full.
+            ArtifactUnavailableError: images could not be stored.
         """
         self.readiness.check()
         call = AttachedCall(call_id, self._membership.replica_id) if call_id else None
+        refusal = refusal or self.readiness.refusal
         accepting = self._intake.accept(submissions, owner, self.retry_after_seconds, call, refusal)
         try:
             accepted = await self._calls.finish(accepting, if_left=partial(self._detach_early, call_id))
@@ -404,7 +416,7 @@ class JobService:
         try:
             await self._orphans.remove_lost(job)
         except HiDreamError as error:
-            logger.warning("images of a lost claim stay until the next sweep: %s", error)
+            logger.info("images of a lost claim stay until the next sweep: %s", error)
 
     def _on_cancelled(self, job: Job) -> None:
         if job.state.has_ended:

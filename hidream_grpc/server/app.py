@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,11 +33,13 @@ from hidream_grpc.model.checkpoint.description import CheckpointDescription, des
 from hidream_grpc.model.checkpoint.fingerprint import tokenizer_fingerprint_of
 from hidream_grpc.model.checkpoint.tokenizers.prompt_tokens import PromptTokenCounter
 from hidream_grpc.server.adopted_children import reap_adopted_children
+from hidream_grpc.server.callers import CallerIdentification
 from hidream_grpc.server.checks.models import ModelChoice
 from hidream_grpc.server.checks.requests import RequestChecks
 from hidream_grpc.server.configuration import (
     DrainTimes,
     group_config,
+    log_device_choice,
     request_defaults,
     request_limits,
     store_locations,
@@ -51,6 +54,8 @@ from hidream_grpc.server.listening import bind, grpc_server
 from hidream_grpc.server.memory import return_freed_buffers
 from hidream_grpc.server.metrics import Metrics
 from hidream_grpc.server.model_folders import ModelFolders, model_folders
+from hidream_grpc.server.proxies import TrustedProxies
+from hidream_grpc.server.readings import Readings
 from hidream_grpc.server.signals import Signals, StoppedAtStartError
 from hidream_grpc.server.tokens import TokensFile
 from hidream_grpc.settings import Settings
@@ -68,8 +73,10 @@ class Service:
     Attributes:
         model_name: the name of the model that it serves, for the log.
         store_flag: the flag with which an operator chooses another job store.
+        artifacts_flag: the flag with which an operator chooses another artifact store.
         listen: HOST:PORT to serve gRPC on.
         metrics_port: where Prometheus reads, on the same host; None for no metrics.
+        log_device_choice: says what `--device-type auto` chose, once it is known that the server starts.
     """
 
     model_name: str
@@ -78,6 +85,8 @@ class Service:
     controller: Controller
     store: SqlJobStore
     store_flag: str
+    artifacts: ArtifactStore
+    artifacts_flag: str
     jobs: JobService
     metrics: Metrics
     health: HealthServicer
@@ -85,6 +94,7 @@ class Service:
     listen: str
     metrics_port: int | None
     drain_times: DrainTimes
+    log_device_choice: Callable[[], None]
 
 
 async def serve(settings: Settings) -> None:
@@ -122,11 +132,14 @@ def build(settings: Settings) -> Service:
     limits = request_limits(settings, checkpoint)
     defaults = request_defaults(limits, checkpoint)
     token_counter = PromptTokenCounter.from_checkpoint(folders.model, folders.extra_model)
-    tokens = None if settings.tokens_file is None else TokensFile(settings.tokens_file)
+    callers = CallerIdentification(
+        None if settings.tokens_file is None else TokensFile(settings.tokens_file),
+        None if settings.trusted_proxies is None else TrustedProxies(settings.trusted_proxies),
+    )
     locations = store_locations(settings)
     artifacts = ArtifactStore(locations.artifacts)
-    store = SqlJobStore(locations.jobs)
     metrics = Metrics()
+    store = SqlJobStore(locations.jobs, observe_end=metrics.observe_end)
     health = HealthServicer()
     estimator = JobEstimator(partial(_capacity, limits, group, step_limit))
     controller = Controller(
@@ -154,14 +167,15 @@ def build(settings: Settings) -> Service:
         observe_retention=metrics.observe_retention,
         observe_readiness=health.mark_ready,
     )
-    metrics.watch(jobs=jobs, group=group, controller=controller, step_limit=step_limit)
+    metrics.describe_build(checkpoint.name, group.placement.devices.device_type.name)
+    metrics.registry.register(Readings(jobs, group, controller, step_limit))
     servicer = ImageGenServicer(
         jobs=jobs,
         checks=RequestChecks(ModelChoice(jobs, token_counter.count), limits),
         limits=limits,
         describe_server=ServerDescription(checkpoint, limits, defaults, group, jobs),
     )
-    server = grpc_server(limits, CallInterceptor(metrics, None if tokens is None else tokens.caller_of))
+    server = grpc_server(limits, CallInterceptor(metrics, callers))
     image_gen_pb2_grpc.add_ImageGenServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection((IMAGE_GEN, HEALTH, reflection.SERVICE_NAME), server)
@@ -172,6 +186,8 @@ def build(settings: Settings) -> Service:
         controller=controller,
         store=store,
         store_flag=locations.jobs_flag,
+        artifacts=artifacts,
+        artifacts_flag=locations.artifacts_flag,
         jobs=jobs,
         metrics=metrics,
         health=health,
@@ -179,6 +195,7 @@ def build(settings: Settings) -> Service:
         listen=settings.listen,
         metrics_port=settings.metrics_port,
         drain_times=DrainTimes(settings.drain_delay_seconds, settings.grace_seconds),
+        log_device_choice=partial(log_device_choice, settings, group),
     )
 
 
@@ -196,6 +213,8 @@ async def run(service: Service, signals: Signals) -> None:
         with naming_flag(service.store_flag):
             await signals.unless_ended(service.store.open())
             ending.push_async_callback(service.store.close)
+        with naming_flag(service.artifacts_flag):
+            await signals.unless_ended(service.artifacts.probe())
         host, port = bind(server, service.listen)
         if service.metrics_port is not None:
             logger.info("metrics on port %d", service.metrics.serve(host, service.metrics_port))
@@ -217,6 +236,7 @@ def _log_start(service: Service, address: str) -> None:
     placement = service.group.placement
     layout, idle_devices = placement.layout, placement.devices.idle_devices
     logger.info("listening on %s, loading model %s, layout %s", address, service.model_name, layout)
+    service.log_device_choice()
     if idle_devices:
         logger.warning("layout %s leaves devices idle: %s", layout, ", ".join(map(str, idle_devices)))
 

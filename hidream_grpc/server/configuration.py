@@ -6,11 +6,20 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from hidream_grpc.devices.detect import DeviceSelection, detect, parse_devices, select_devices
+from hidream_grpc.devices.detect import (
+    AUTO,
+    DeviceSelection,
+    detect,
+    log_choice,
+    parse_devices,
+    select_devices,
+)
 from hidream_grpc.devices.device_types import CPU
 from hidream_grpc.devices.host_memory import host_memory
 from hidream_grpc.engine.group.config import GroupConfig, GroupTimeouts
+from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.errors import ConfigurationError
+from hidream_grpc.jobs.artifacts.objects import ARTIFACTS_FLAG
 from hidream_grpc.jobs.folders import make_writable
 from hidream_grpc.jobs.limits import MAX_TORCH_SEED, RequestDefaults, RequestLimits
 from hidream_grpc.jobs.retention.retention import RetentionLimits
@@ -55,11 +64,13 @@ class StoreLocations:
         jobs: the file of a SQLite database, or the URL of a PostgreSQL one.
         jobs_flag: the flag with which an operator chooses another one.
         artifacts: a folder or the URL of a bucket.
+        artifacts_flag: the flag with which an operator chooses another one.
     """
 
     jobs: Path | str
     jobs_flag: str
     artifacts: Path | str
+    artifacts_flag: str
 
 
 # --- engine ---------------------------------------------------------------------------------------
@@ -101,6 +112,13 @@ def group_config(settings: Settings, folders: ModelFolders, checkpoint: Checkpoi
         ),
         log=LogConfig(settings.log_level, settings.log_format, settings.log_file),
     )
+
+
+def log_device_choice(settings: Settings, group: RankGroup) -> None:
+    """Say what `--device-type auto` chose and why; nothing where the operator chose."""
+    if settings.device_type == AUTO:
+        chosen = group.placement.devices.device_type
+        log_choice(chosen, is_cpu_enough=settings.model_path is None)
 
 
 def _plan(settings: Settings, divisions: ModelDivisions) -> tuple[DeviceSelection, Layout]:
@@ -189,6 +207,7 @@ def store_locations(settings: Settings) -> StoreLocations:
         jobs=settings.store or directory / "jobs.sqlite",
         jobs_flag=DATA_DIR_FLAG if settings.store is None else STORE_FLAG,
         artifacts=settings.artifacts or directory / "artifacts",
+        artifacts_flag=DATA_DIR_FLAG if settings.artifacts is None else ARTIFACTS_FLAG,
     )
 
 

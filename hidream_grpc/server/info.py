@@ -18,6 +18,7 @@ from hidream_grpc.model.checkpoint.description import CheckpointDescription
 from hidream_grpc.model.checkpoint.sizes import ImageSize
 from hidream_grpc.model.checkpoint.variants import MAX_SCALE_WITHOUT_GUIDANCE, default_schedule
 from hidream_grpc.server import convert
+from hidream_grpc.version import SERVER_VERSION
 
 _STATES = {
     EngineState.STARTING: server_info_pb2.SERVER_STATE_STARTING,
@@ -46,7 +47,7 @@ class ServerDescription:
         self._jobs = jobs
         self._start_time = time.time()
         self._versions = server_info_pb2.Versions(
-            server=importlib.metadata.version("hidream-grpc"),
+            server=SERVER_VERSION,
             python=platform.python_version(),
             grpcio=importlib.metadata.version("grpcio"),
             torch=importlib.metadata.version("torch"),

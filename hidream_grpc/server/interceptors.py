@@ -1,4 +1,4 @@
-"""What happens around every call of ours, in the order of this file: observe, translate, authenticate, parse.
+"""What happens around every call of ours, in this order: observe, translate, identify, parse.
 
 Calls of health and reflection pass unchanged: they need no token and are not observed.
 """
@@ -22,9 +22,9 @@ from hidream_grpc.errors import (
     HiDreamError,
     InvalidRequestError,
     JobInternalError,
-    UnauthenticatedError,
 )
 from hidream_grpc.server.call import Call, begin_call, current_call
+from hidream_grpc.server.callers import CallerIdentification
 from hidream_grpc.server.metrics import Metrics
 from hidream_grpc.server.status import TABLE, to_status
 
@@ -32,13 +32,6 @@ logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("hidream_grpc.access")
 
 OUR_METHODS = "/hidream.v1.ImageGen/"
-COMMON_OWNER = ""
-"""The owner of all jobs where callers have no tokens."""
-
-_METADATA_KEY = "authorization"
-_SCHEME = "bearer"
-
-IdentifyToken = Callable[[str], str | None]
 # Text: only the stubs know these classes as generic.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -50,10 +43,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     It is one interceptor for all links: each one more costs every streamed message a generator.
     """
 
-    def __init__(self, metrics: Metrics, identify: IdentifyToken | None) -> None:
-        """Take what names the caller of a token (None: it is unknown); None where no token is needed."""
+    def __init__(self, metrics: Metrics, callers: CallerIdentification) -> None:
         self._metrics = metrics
-        self._identify = identify
+        self._callers = callers
 
     async def intercept_service(
         self,
@@ -89,7 +81,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _around(self, method: str, context: Context) -> AsyncIterator[None]:
         with observed(self._metrics, method, context):
             async with translated_errors(context):
-                authenticate(current_call(), context, self._identify)
+                self._callers.identify(current_call(), context.invocation_metadata() or ())
                 yield
 
 
@@ -127,6 +119,8 @@ def _report(metrics: Metrics, call: Call, code: grpc.StatusCode, call_seconds: f
         method,
         code.name,
         extra={
+            "method": method,
+            "code": code.name,
             "peer": call.peer,
             "caller": call.caller,
             "request_id": call.request_id,
@@ -169,44 +163,6 @@ def _unexpected(error: Exception) -> JobInternalError:
         extra={"error_id": hidden.error_id, "request_id": call.request_id, "job_id": call.job_id},
     )
     return hidden
-
-
-# --- authenticate: find out who calls, by the bearer token where the operator asks for one ---------
-
-
-def authenticate(call: Call, context: Context, identify: IdentifyToken | None) -> None:
-    """Note in the call who makes it.
-
-    Without tokens every caller is let through: a host is a caller, and all of them own all jobs. A call
-    that has begun goes on when its token is taken away.
-
-    Raises:
-        UnauthenticatedError: a token is asked for, and none that is known was given.
-    """
-    if identify is None:
-        call.caller, call.owner = host_of(call.peer), COMMON_OWNER
-    else:
-        call.caller = call.owner = _known_caller(context, identify)
-
-
-def _known_caller(context: Context, identify: IdentifyToken) -> str:
-    given = [value for key, value in context.invocation_metadata() or () if key == _METADATA_KEY]
-    if not given:
-        raise UnauthenticatedError("TOKEN_MISSING", "authorization: Bearer <token> is required")
-    scheme, _, token = str(given[0]).partition(" ")
-    # Of several tokens none is the right one.
-    if len(given) > 1 or scheme.lower() != _SCHEME or not token.strip():
-        raise UnauthenticatedError("TOKEN_MALFORMED", "authorization must be one Bearer <token>")
-    caller = identify(token.strip())
-    if caller is None:
-        raise UnauthenticatedError("TOKEN_UNKNOWN", "the bearer token is not known")
-    return caller
-
-
-def host_of(peer: str) -> str:
-    """The peer's address without its port, so that one host is one caller."""
-    scheme, _, address = peer.partition(":")
-    return f"{scheme}:{address.rpartition(':')[0] or address}"
 
 
 # --- parse ----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from hidream_grpc.background import BackgroundTasks, reason_of
 from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.step_limit import StepLimit
 from hidream_grpc.errors import (
+    ArtifactUnavailableError,
     ConfigurationError,
     HiDreamError,
     StoreFullError,
@@ -40,6 +41,8 @@ def naming_flag(flag: str) -> Iterator[None]:
         raise ConfigurationError(flag, str(error)) from None
     except (StoreUnavailableError, StoreFullError) as error:
         raise ConfigurationError(flag, reason_of(error)) from None
+    except ArtifactUnavailableError as error:
+        raise ConfigurationError(flag, error.reason) from None
 
 
 def take_all_devices(group: RankGroup, step_limit: StepLimit) -> None:

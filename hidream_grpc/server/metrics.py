@@ -3,26 +3,54 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
+import platform
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    start_http_server,
+)
 
-from hidream_grpc.engine.controller import Controller
-from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.requests import PromptReport, StepReport
-from hidream_grpc.engine.step_limit import StepLimit
-from hidream_grpc.errors import AddressInUseError, ConfigurationError
+from hidream_grpc.errors import (
+    AddressInUseError,
+    ConfigurationError,
+    JobInternalError,
+    OutOfDeviceMemoryError,
+    StorageFullError,
+)
+from hidream_grpc.jobs.job import CancelReason, Job, JobState
 from hidream_grpc.jobs.retention.retention import RemovalReason, RetentionReport
-from hidream_grpc.jobs.service import JobService
+from hidream_grpc.version import SERVER_VERSION
 
 _CALL_BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 _STEP_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 30)
+_JOB_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
+
+FAILURE_REASONS = {
+    StorageFullError: "STORAGE_FULL",
+    OutOfDeviceMemoryError: "OUT_OF_DEVICE_MEMORY",
+    JobInternalError: "INTERNAL",
+}
+"""The reason of a job that failed, by the type of its error."""
+_REASONS = {
+    JobState.SUCCEEDED: ("",),
+    JobState.FAILED: tuple(FAILURE_REASONS.values()),
+    JobState.CANCELLED: tuple(reason.value for reason in CancelReason),
+}
 
 
 class Metrics:
-    """The server's measurements."""
+    """The measurements of one server; what is of the whole store is named `hidream_store_…`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self._calls = Counter(
             "hidream_calls_total", "Calls that ended.", ["method", "code"], registry=self.registry
         )
@@ -57,12 +85,39 @@ class Metrics:
             "Prompts for which the text encoders ran.",
             registry=self.registry,
         )
-
+        self._jobs = Counter(
+            "hidream_jobs_total",
+            "Jobs that this server ended, by their last state and why.",
+            ["state", "reason"],
+            registry=self.registry,
+        )
+        self._job_seconds = Histogram(
+            "hidream_job_seconds",
+            "Time of a job from its acceptance to its end, by its last state.",
+            ["state"],
+            buckets=_JOB_BUCKETS,
+            registry=self.registry,
+        )
+        for state, reasons in _REASONS.items():
+            self._job_seconds.labels(state)
+            for reason in reasons:
+                self._jobs.labels(state, reason)
+        self._job_queue_seconds = Histogram(
+            "hidream_job_queue_seconds",
+            "Time that a job waited before it started, or before it ended without a start.",
+            buckets=_JOB_BUCKETS,
+            registry=self.registry,
+        )
+        self._images = Counter(
+            "hidream_images_total", "Images of the jobs that this server ended.", registry=self.registry
+        )
         self._retained_jobs = Gauge(
-            "hidream_retained_jobs", "Jobs that have ended and are kept.", registry=self.registry
+            "hidream_store_retained_jobs",
+            "Jobs in the whole store that have ended and are kept.",
+            registry=self.registry,
         )
         self._retained_bytes = Gauge(
-            "hidream_retained_bytes", "Image bytes of those jobs.", registry=self.registry
+            "hidream_store_retained_bytes", "Image bytes of those jobs.", registry=self.registry
         )
         self._removed_jobs = Counter(
             "hidream_removed_jobs_total", "Jobs removed by retention.", ["reason"], registry=self.registry
@@ -86,6 +141,14 @@ class Metrics:
         self._prompt_cache_hits.inc(report.num_cache_hits)
         self._prompt_cache_misses.inc(report.num_cache_misses)
 
+    def observe_end(self, job: Job) -> None:
+        """Count a job that ended, with its images and the time that it took."""
+        self._jobs.labels(job.state, _reason_of(job)).inc()
+        self._images.inc(len(job.images))
+        if not job.is_unreadable:
+            self._job_queue_seconds.observe(job.timings.queue_seconds)
+            self._job_seconds.labels(job.state).observe(job.timings.total_seconds)
+
     def observe_retention(self, report: RetentionReport) -> None:
         """Note what retention left and count what it removed."""
         self._retained_jobs.set(report.num_retained_jobs)
@@ -93,32 +156,13 @@ class Metrics:
         for reason, num_removed in report.num_removed.items():
             self._removed_jobs.labels(reason.value).inc(num_removed)
 
-    def watch(
-        self, jobs: JobService, group: RankGroup, controller: Controller, step_limit: StepLimit
-    ) -> None:
-        """Read what these know whenever Prometheus asks."""
-        for name, text, read in (
-            ("hidream_queued_jobs", "Jobs that wait.", lambda: jobs.num_queued),
-            ("hidream_running_jobs", "Jobs that are being drawn.", lambda: jobs.num_running),
-            (
-                "hidream_rank_restarts",
-                "Rank processes replaced since the start.",
-                lambda: group.num_restarts,
-            ),
-            ("hidream_layout_devices", "Devices of the layout that serves.", lambda: group.world_size),
-            (
-                "hidream_lost_steps",
-                "Steps that jobs took again after a loss of ranks.",
-                lambda: controller.num_lost_steps,
-            ),
-            (
-                "hidream_max_step_pixels",
-                "What one step may hold; less after a lack.",
-                lambda: step_limit.pixels,
-            ),
-            ("hidream_serving", "1 while requests are taken.", lambda: jobs.readiness.is_ready),
-        ):
-            Gauge(name, text, registry=self.registry).set_function(read)
+    def describe_build(self, model: str, device_type: str) -> None:
+        """Say which versions run, and what they serve."""
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "grpcio")}
+        facts = {"version": SERVER_VERSION, "python": platform.python_version(), **versions}
+        Info("hidream_build", "What runs, and what it serves.", registry=self.registry).info(
+            {**facts, "model": model, "device_type": device_type}
+        )
 
     def serve(self, host: str, port: int) -> int:
         """Answer Prometheus over HTTP from a thread of its own; returns the port.
@@ -134,3 +178,13 @@ class Metrics:
                 raise AddressInUseError("--metrics-port", f"{host}:{port}") from None
             raise ConfigurationError("--metrics-port", f"cannot listen on {host}:{port}: {error}") from None
         return int(server.server_port)
+
+
+def _reason_of(job: Job) -> str:
+    match job.state:
+        case JobState.CANCELLED:
+            return (job.cancel_reason or CancelReason.REQUESTED).value
+        case JobState.FAILED:
+            return FAILURE_REASONS.get(type(job.error), "INTERNAL")
+        case _:
+            return ""

@@ -45,6 +45,11 @@ def store(location: str) -> ArtifactStore:
     return ArtifactStore(location)
 
 
+async def test_a_probe_leaves_nothing_behind(store: ArtifactStore) -> None:
+    await store.probe()
+    assert [key for keys in store._objects.keys("", 10) for key in keys] == []
+
+
 async def test_a_stored_image_says_what_it_is(store: ArtifactStore) -> None:
     stored = await store.write("job", CLAIM, 2, PARAMETERS, DATA)
     assert (stored.index, stored.width, stored.height, stored.seed) == (2, 64, 128, 42)

@@ -204,6 +204,19 @@ async def test_a_caller_whose_jobs_are_all_deleted_is_new_again(store: SqlJobSto
     assert (await store.queue_orders(MODEL))[MODEL] == (b.job_id, a.job_id)
 
 
+async def test_an_end_that_was_written_and_whose_answer_was_lost_is_counted(
+    store: SqlJobStore, other: SqlJobStore
+) -> None:
+    await added(store, new_job())
+    (job,) = await claimed(store)
+    done = succeeded(with_image(started(job)))
+    # As the first try of this server would have written it.
+    assert await other.save(done) is Saved.WRITTEN
+    num_ended = store.num_ended(JobState.SUCCEEDED)
+    assert await store.save(done) is Saved.WAS_WRITTEN
+    assert store.num_ended(JobState.SUCCEEDED) == num_ended + 1
+
+
 async def test_a_job_that_is_to_be_cancelled_ends_in_no_other_way(store: SqlJobStore) -> None:
     await added(store, new_job())
     (job,) = await claimed(store)

@@ -435,3 +435,11 @@ def test_where_no_tokens_are_configured_everybody_may_call_and_limits_of_callers
     assert not limits.HasField("max_running_jobs_per_caller")
     assert not limits.HasField("max_pixel_steps_per_minute_per_caller")
     wait_until(lambda: "caller=ipv4:127.0.0.1 " in server.log, 10, "the access log names the host")
+
+
+def test_behind_a_trusted_proxy_the_caller_is_the_one_that_it_names(server: LiveServer) -> None:
+    forwarded = (("x-forwarded-for", "6.6.6.6, 203.0.113.9"),)
+    with server.stub() as stub:
+        stub.GetServerInfo(image_gen_pb2.GetServerInfoRequest(), metadata=forwarded)
+    (line,) = server.logged_lines("caller=ipv4:203.0.113.9 ")
+    assert "peer=ipv4:127.0.0.1:" in line

@@ -245,12 +245,12 @@ def test_a_dry_run_of_retention_tells_what_would_go_and_keeps_it(
     jobs = [get(second, job_id) for job_id in life.job_ids]
     image_bytes = sum(image.size_bytes for job in jobs for image in job.images)
     wait_until(
-        lambda: scrape(second_server).value("hidream_retained_jobs") == len(jobs),
+        lambda: scrape(second_server).value("hidream_store_retained_jobs") == len(jobs),
         WAIT_SECONDS,
         "all that was drawn is counted",
     )
     samples = scrape(second_server)
-    assert samples.value("hidream_retained_bytes") == image_bytes
+    assert samples.value("hidream_store_retained_bytes") == image_bytes
     assert samples.value("hidream_removed_jobs_total", reason="number") == 0
 
     def would_go(job_id: str) -> bool:
@@ -275,7 +275,7 @@ def test_jobs_go_with_their_images_when_they_are_too_old_and_when_they_are_too_m
 
         def kept() -> tuple[float, float]:
             samples = scrape(server)
-            return samples.value("hidream_retained_jobs"), samples.value("hidream_retained_bytes")
+            return samples.value("hidream_store_retained_jobs"), samples.value("hidream_store_retained_bytes")
 
         def is_too_old(job: job_pb2.Job) -> bool:
             # When a reader leaves, the server looks what has become too old meanwhile.

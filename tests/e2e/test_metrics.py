@@ -112,7 +112,12 @@ def test_the_queue_the_running_jobs_and_the_restarts_are_those_of_the_server(
 
     def gauges() -> tuple[float, float, float, float]:
         samples = scrape(server)
-        names = ("hidream_queued_jobs", "hidream_running_jobs", "hidream_rank_restarts", "hidream_serving")
+        names = (
+            "hidream_store_queued_jobs",
+            "hidream_store_running_jobs",
+            "hidream_rank_restarts_total",
+            "hidream_serving",
+        )
         return tuple(samples.value(name) for name in names)  # type: ignore[return-value]
 
     assert gauges() == (0, 0, 0, 1)
@@ -121,6 +126,22 @@ def test_the_queue_the_running_jobs_and_the_restarts_are_those_of_the_server(
         wait_until(lambda: gauges() == (2, 1, 0, 1), TIMEOUT_SECONDS, "one job runs and two wait")
         os.kill(server.rank_pids()[0], signal.SIGKILL)
         wait_until(lambda: gauges() == (2, 1, 1, 1), TIMEOUT_SECONDS, "the rank was replaced")
+        samples = scrape(server)
+        assert samples.value("hidream_running_jobs") == 1
+        assert samples.value("hidream_store_oldest_queued_job_seconds") > 0
+        # From the first step on there is something to estimate by.
+        wait_until(
+            lambda: scrape(server).value("hidream_store_queue_seconds") > 0, TIMEOUT_SECONDS, "estimated"
+        )
         for call in calls:
             call.cancel()
         wait_until(lambda: gauges() == (0, 0, 1, 1), TIMEOUT_SECONDS, "no job is left")
+        follow(stub.Generate(request(num_inference_steps=1, num_images=2)))
+    samples = scrape(server)
+    assert samples.value("hidream_accepted_jobs_total") == 4
+    assert samples.value("hidream_jobs_total", state="CANCELLED", reason="CALLER_LEFT") == 3
+    assert samples.value("hidream_jobs_total", state="SUCCEEDED", reason="") == 1
+    assert samples.value("hidream_images_total") == 2
+    assert samples.value("hidream_job_queue_seconds_count") == 4
+    assert samples.value("hidream_job_seconds_count", state="SUCCEEDED") == 1
+    assert samples.value("hidream_store_queue_seconds") == 0

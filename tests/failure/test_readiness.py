@@ -7,32 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from hidream.v1 import job_pb2
 from tests.failure.faulty_servers import ONE_THREAD, FaultyServer, server_on_postgres
 from tests.support.job_calls import LONG_STEPS, downloaded, get, is_accepted, submit, wait_for_state
-from tests.support.live_server import LiveServer, check_health, running_server
+from tests.support.live_server import LiveServer, check_health, running_server, watched_health
 from tests.support.postgres import PostgresServer
 
 OUTAGE_SECONDS = 1.0
-WAIT_SECONDS = 30.0
 Status = health_pb2.HealthCheckResponse.ServingStatus
-
-
-@contextmanager
-def watched_health(
-    server: LiveServer,
-) -> Iterator[Callable[[], health_pb2.HealthCheckResponse.ServingStatus]]:
-    """A function that waits for the next change of the readiness."""
-    with grpc.insecure_channel(server.address) as channel:
-        watch = health_pb2_grpc.HealthStub(channel).Watch(
-            health_pb2.HealthCheckRequest(service="hidream.v1.ImageGen"), timeout=WAIT_SECONDS
-        )
-        yield lambda: next(watch).status
-        watch.cancel()
 
 
 # --- PostgreSQL ---------------------------------------------------------------------------------------

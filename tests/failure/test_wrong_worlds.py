@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.answering_servers import answering
 from tests.support.postgres import PostgresServer
 from tests.support.refused_starts import refused_line, refused_line_here
 from tests.support.small_disks import small_disk
@@ -138,6 +139,29 @@ def test_a_read_only_disk_is_one_line(tmp_path: Path) -> None:
         assert refused_line_here(
             [*LISTEN, "--data-dir", tmp_path, "--artifacts", (disk / "images").as_uri()]
         ) == (f"hidream-grpc: --artifacts: cannot write to {disk}/images: Read-only file system")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "reason"),
+    [
+        (404, "NoSuchBucket", "the bucket or the folder is not there"),
+        (403, "AccessDenied", "403 Forbidden: <Error><Code>AccessDenied</Code></Error>"),
+    ],
+)
+def test_a_bucket_that_cannot_be_used_is_one_line(
+    status: int, code: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with answering(status, f"<Error><Code>{code}</Code></Error>") as url:
+        for name, value in {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "someone",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+        }.items():
+            monkeypatch.setenv(name, value)
+        line = refused_line_here([*LISTEN, "--data-dir", tmp_path, "--artifacts", "s3://bucket/of/images"])
+    assert line.startswith("hidream-grpc: --artifacts: s3://bucket/of/images: ")
+    assert line.endswith(reason)
+    assert "secret" not in line
 
 
 @pytest.mark.parametrize("home", [None, ""], ids=["no variable", "an empty variable"])

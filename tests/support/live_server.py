@@ -26,6 +26,7 @@ START_TIMEOUT_SECONDS = 120.0
 # Longer than the default grace, which jobs use up where the cores are busy.
 STOP_TIMEOUT_SECONDS = 120.0
 DRAIN_SECONDS = 2.0
+HEALTH_TIMEOUT_SECONDS = 30.0
 # Threads of one rank spin while they wait for each other: with two of them a step beside busy cores takes ten
 # times as long as with one.
 ONE_THREAD_PER_RANK = ("--threads-per-rank", "1")
@@ -190,3 +191,16 @@ def _running_server(flags: tuple[str, ...], wait: bool, environment: dict[str, s
             reader.join(STOP_TIMEOUT_SECONDS)
             assert process.stderr is not None
             process.stderr.close()
+
+
+@contextmanager
+def watched_health(
+    server: LiveServer,
+) -> Iterator[Callable[[], health_pb2.HealthCheckResponse.ServingStatus]]:
+    """A function that waits for the next change of the readiness."""
+    with grpc.insecure_channel(server.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service="hidream.v1.ImageGen"), timeout=HEALTH_TIMEOUT_SECONDS
+        )
+        yield lambda: next(watch).status
+        watch.cancel()

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import importlib.metadata
 import signal
 import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
+
+from hidream_grpc.cli import app
 
 # Sends itself a signal when the first of the server's modules is looked for.
 SCRIPT = """
@@ -44,3 +48,9 @@ def test_without_a_command_the_help_is_printed_as_it_is_with_help() -> None:
     assert (code, errors) == (0, "")
     assert "\n  serve  Load the model once" in text
     assert printed() == (2, text, "")
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    version = importlib.metadata.version("hidream-grpc")
+    assert (shown.exit_code, shown.stdout) == (0, f"hidream-grpc {version}\n")

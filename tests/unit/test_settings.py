@@ -78,6 +78,7 @@ FLAGS = {
     "--store-outage-seconds",
     "--threads-per-rank",
     "--tokens-file",
+    "--trusted-proxies",
 }
 # They bound what the server does, not what a request may ask for.
 LIMITS_OF_THE_SERVER_ALONE = {"max_step_pixels", "max_retained_bytes", "max_retained_jobs"}
@@ -361,6 +362,16 @@ def test_the_variables_of_the_clients_are_known_to_the_server() -> None:
 
 def is_option(value: object) -> bool:
     return isinstance(getattr(value, "__metadata__", (None,))[0], typer.models.OptionInfo)
+
+
+def test_a_level_may_be_written_in_lower_case() -> None:
+    assert load_settings({"log_level": "warning"}, None).log_level == "WARNING"
+
+
+def test_jobs_may_be_kept_for_longer_than_a_day() -> None:
+    assert load_settings({"retention_seconds": "2592000"}, None).retention_seconds == 2_592_000
+    with pytest.raises(ConfigurationError, match=r"^--retention-seconds: "):
+        load_settings({"retention_seconds": "inf"}, None)
 
 
 def test_settings_do_not_change_once_the_server_has_them() -> None:

@@ -3,6 +3,7 @@
     images/<job_id>/<claim_number>/<index>     the file that the caller gets
     snapshots/<job_id>/<claim_number>          what a running job can go on from
     store_id                                   the job store that all of these belong to
+    probes/<id>                                what a server writes and removes to see that it can
 
 Each is there whole or not at all, whatever is killed and whatever runs full. A key holds the number of the
 claim that wrote it, and the job's row says which counts: a server that is late overwrites nothing.
@@ -11,10 +12,11 @@ claim that wrote it, and the job's row says which counts: a server that is late 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
-import logging
 import re
+import uuid
 from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,13 +30,12 @@ from hidream_grpc.jobs.artifacts.objects import ArtifactTimeouts, first_line, is
 from hidream_grpc.jobs.job import StoredImage
 from hidream_grpc.model.parameters import GenerationParameters
 
-logger = logging.getLogger(__name__)
-
 MAX_CALLS_AT_ONCE = 16
 RETRY_AFTER_SECONDS = 5.0
 
 IMAGES = "images"
 SNAPSHOTS = "snapshots"
+PROBES = "probes"
 STORE_ID = "store_id"
 
 Result = TypeVar("Result")
@@ -57,6 +58,9 @@ class ArtifactStore:
     took too long, may still have its effect. All may be repeated.
 
     Every call raises ArtifactUnavailableError while the store does not answer, or refuses us.
+
+    Attributes:
+        observe_call: called when a call but `probe` has ended: whether it wrote, and what it failed with.
     """
 
     def __init__(self, location: Path | str, timeouts: ArtifactTimeouts = ArtifactTimeouts()) -> None:  # noqa: B008
@@ -65,12 +69,30 @@ class ArtifactStore:
         Raises:
             ConfigurationError: the URL names neither, or the folder cannot be made.
         """
+        self.observe_call: Callable[[bool, ArtifactUnavailableError | None], None] = lambda is_write, error: (
+            None
+        )
+        self._location = location
+        # At most one object stays behind where the bucket lets nothing be removed.
+        self._probe_key = f"{PROBES}/{uuid.uuid4().hex}"
         self._objects = open_objects(location, timeouts)
         self._timeouts = timeouts
         # Threads of our own: a store that hangs takes nobody else's. Not obstore's async calls: their
         # results come from a thread that aborts the process if it meets the interpreter's end (obstore
         # 0.12.1, one exit in ten).
         self._threads = ThreadPoolExecutor(MAX_CALLS_AT_ONCE, thread_name_prefix="artifacts")
+
+    async def probe(self) -> None:
+        """Write, read, list and remove an object, as the jobs need it; a store without room works, too."""
+
+        def use() -> None:
+            self._objects.put(self._probe_key, b"")
+            self._objects.get(self._probe_key)
+            next(self._objects.keys(PROBES, 1), None)
+            self._objects.remove([self._probe_key])
+
+        with contextlib.suppress(_FullError):
+            await self._try(use, is_missing_allowed=False)
 
     async def write(
         self, job_id: str, claim_number: int, index: int, parameters: GenerationParameters, data: bytes
@@ -139,7 +161,7 @@ class ArtifactStore:
 
     async def set_store_id(self, store_id: str) -> None:
         """Write which job store the files belong to, unless another server was faster: read it again then."""
-        await self._call(lambda: self._objects.put_new(STORE_ID, store_id.encode()))
+        await self._call(lambda: self._objects.put_new(STORE_ID, store_id.encode()), is_write=True)
 
     async def files(self, max_files: int) -> AsyncIterator[tuple[StoredFile, ...]]:
         """All images and snapshots, in tuples of at most `max_files`.
@@ -158,25 +180,47 @@ class ArtifactStore:
 
     async def _put(self, job_id: str, key: str, data: bytes) -> None:
         try:
-            await self._call(lambda: self._objects.put(key, data))
+            await self._call(lambda: self._objects.put(key, data), is_write=True)
         except _FullError as error:
             raise StorageFullError(job_id, len(data)) from error
-        except FileNotFoundError as error:
-            raise _unavailable("the bucket or the folder is not there") from error
 
-    async def _call(self, call: Callable[[], Result]) -> Result:
-        """Make a call in a thread; raises FileNotFoundError, _FullError or ArtifactUnavailableError."""
+    async def _call(self, call: Callable[[], Result], is_write: bool = False) -> Result:
+        """Make a call as `_try` does, and have it observed."""
+        try:
+            result = await self._try(call, is_missing_allowed=not is_write)
+        except ArtifactUnavailableError as error:
+            self.observe_call(is_write, error)
+            raise
+        except (FileNotFoundError, _FullError):
+            self.observe_call(is_write, None)
+            raise
+        self.observe_call(is_write, None)
+        return result
+
+    async def _try(self, call: Callable[[], Result], is_missing_allowed: bool) -> Result:
+        """Make a call in a thread.
+
+        Raises:
+            FileNotFoundError: the object is not there, and may be missing.
+            _FullError: there is no room.
+            ArtifactUnavailableError: the store does not answer, or refuses us.
+        """
         try:
             async with asyncio.timeout(self._timeouts.call_seconds):
                 return await self._in_thread(call)
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            if is_missing_allowed:
+                raise
+            raise self._unavailable("the bucket or the folder is not there") from error
         except TimeoutError as error:
-            raise _unavailable(f"no answer in {self._timeouts.call_seconds:g} s") from error
+            raise self._unavailable(f"no answer in {self._timeouts.call_seconds:g} s") from error
         except (BaseError, OSError) as error:
             if is_full(error):
                 raise _FullError from error
-            raise _unavailable(first_line(error)) from error
+            raise self._unavailable(first_line(error)) from error
+
+    def _unavailable(self, reason: str) -> ArtifactUnavailableError:
+        return ArtifactUnavailableError(RETRY_AFTER_SECONDS, f"{self._location}: {reason}")
 
     async def _in_thread(self, call: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
@@ -184,12 +228,6 @@ class ArtifactStore:
 
 class _FullError(Exception):
     """The store has no room for an object."""
-
-
-def _unavailable(reason: str) -> ArtifactUnavailableError:
-    # The reason may name hosts and folders: it is for the operator, not for callers.
-    logger.warning("the artifact store is not available: %s", reason)
-    return ArtifactUnavailableError(RETRY_AFTER_SECONDS)
 
 
 def image_file(job_id: str, claim_number: int, index: int) -> StoredFile:

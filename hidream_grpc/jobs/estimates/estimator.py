@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from hidream_grpc.engine.requests import (
@@ -95,8 +95,12 @@ class JobEstimator:
     @property
     def next_start_seconds(self) -> float | None:
         """Seconds until a place in the queue is free, since its job starts; None where that is unknown."""
-        starts = [self.wait_seconds(work.job_id) for work in self._waiting]
-        return min((seconds for seconds in starts if seconds is not None), default=None)
+        return min(self._known_waits(), default=None)
+
+    @property
+    def last_start_seconds(self) -> float | None:
+        """Seconds until the last of the jobs that wait starts; None where that is unknown, or none waits."""
+        return max(self._known_waits(), default=None)
 
     def wait_seconds(self, job_id: str) -> float | None:
         """Seconds until a waiting job starts; None where that is unknown."""
@@ -105,6 +109,10 @@ class JobEstimator:
     def remaining_seconds(self, job_id: str) -> float | None:
         """Seconds until a running job ends; None where that is unknown."""
         return self._seconds_until(self._newest().ends.get(job_id))
+
+    def _known_waits(self) -> Iterator[float]:
+        waits = (self.wait_seconds(work.job_id) for work in self._waiting)
+        return (seconds for seconds in waits if seconds is not None)
 
     def _forget(self) -> None:
         self._estimates = None

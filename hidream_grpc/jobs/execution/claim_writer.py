@@ -179,7 +179,7 @@ class ClaimWriter:
         try:
             await self._tools.artifacts.remove_snapshots(self.job.job_id)
         except ArtifactUnavailableError as error:
-            logger.warning("a snapshot stays until files without a job are removed: %s", error)
+            logger.info("a snapshot stays until files without a job are removed: %s", error)
 
     async def _unless_lost(self, action: Callable[[], Awaitable[Job]]) -> Job:
         try:

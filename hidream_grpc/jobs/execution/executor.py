@@ -225,7 +225,7 @@ class JobExecutor:
         else:
             if running.job.state.has_ended:
                 total_seconds = round(running.job.timings.total_seconds, 3)
-                extra = {**facts, "total_seconds": total_seconds}
+                extra = {**facts, "caller": job.submission.caller, "total_seconds": total_seconds}
                 logger.info("job %s", running.job.state.lower(), extra=extra)
 
     def _lose(self, running: RunningJob) -> None:

@@ -73,10 +73,11 @@ class StoreBase:
             with.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, observe_end: Callable[[Job], None]) -> None:
         self._database = database
         self._hub = ChangeHub()
         self._calls = RunningCalls()
+        self._observe_end = observe_end
         self._num_ended: Counter[JobState] = Counter()
         self.clock = StoreClock()
         self.observe_call: Callable[[str, StoreUnavailableError | StoreFullError | None], None] = (
@@ -99,7 +100,13 @@ class StoreBase:
 
     def _committed(self, changes: Sequence[Change], job: Job | None = None) -> None:
         """Note that a transaction has committed; the changes of a SQLite file are published from here."""
-        if changes and job is not None and job.state.has_ended:
-            self._num_ended[job.state] += 1
+        if changes and job is not None:
+            self._note_end(job)
         if self._database.is_sqlite:
             self._hub.publish(changes)
+
+    def _note_end(self, job: Job) -> None:
+        """Count a job that this process has ended; nothing happens when it has not ended."""
+        if job.state.has_ended:
+            self._num_ended[job.state] += 1
+            self._observe_end(job)

@@ -9,15 +9,13 @@ from collections.abc import Callable
 
 from hidream_grpc.background import keep_doing
 from hidream_grpc.errors import StoreFullError, StoreUnavailableError
+from hidream_grpc.jobs.outage_timer import OutageTimer
 from hidream_grpc.jobs.store.failures import has_no_free_connection
 from hidream_grpc.jobs.store.store import SqlJobStore
 
 logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 1.0
-NUM_TICKS = 10
-"""The parts that an outage is measured in: a pause of this process counts as one of them at most."""
-
 _PROBE = SqlJobStore.probe.__name__
 _WATCHED = frozenset({SqlJobStore.add.__name__, SqlJobStore.claim.__name__, _PROBE})
 
@@ -51,7 +49,7 @@ class StoreProbe:
         self._max_outage_seconds = max_outage_seconds
         self._on_change = on_change
         # Runs while something is in doubt or a probe has no answer: a database that hangs says nothing.
-        self._outage_timer: asyncio.TimerHandle | None = None
+        self._timer = OutageTimer(max_outage_seconds, self._note_outage)
         self._is_asking = False
         self._round = 0
         # The round in which each was refused last.
@@ -63,7 +61,7 @@ class StoreProbe:
         try:
             await keep_doing("use the job store", self._probe, lambda: asyncio.sleep(PROBE_SECONDS))
         finally:
-            self._stop_timer()
+            self._timer.stop()
 
     def note_call(self, name: str, error: StoreUnavailableError | StoreFullError | None) -> None:
         """Note how a call to the store ended, by the name of its method.
@@ -77,7 +75,7 @@ class StoreProbe:
             self._is_asking = False
         if isinstance(error, StoreUnavailableError):
             self._refused[name] = self._round
-            self._start_timer()
+            self._timer.start()
             return
         self._refused.pop(name, None)
         if name == _PROBE:
@@ -88,14 +86,14 @@ class StoreProbe:
     async def _probe(self) -> None:
         self._round += 1
         self._is_asking = True
-        self._start_timer()
+        self._timer.start()
         with contextlib.suppress(StoreFullError):
             await self._store.probe(self._replica_id(), is_in_doubt=bool(self._refused))
 
     def _note_success(self) -> None:
-        self._stop_timer()
+        self._timer.stop()
         if self._is_asking:
-            self._start_timer()
+            self._timer.start()
         if not self.is_usable:
             self.is_usable = True
             logger.info("the job store answers again: health says SERVING where the engine works")
@@ -109,22 +107,3 @@ class StoreProbe:
                 self._max_outage_seconds,
             )
             self._on_change()
-
-    def _start_timer(self) -> None:
-        if self._outage_timer is None:
-            self._wait_for_tick(NUM_TICKS)
-
-    def _wait_for_tick(self, num_ticks: int) -> None:
-        tick_seconds = self._max_outage_seconds / NUM_TICKS
-        self._outage_timer = asyncio.get_running_loop().call_later(tick_seconds, self._tick, num_ticks - 1)
-
-    def _tick(self, num_ticks: int) -> None:
-        if num_ticks:
-            self._wait_for_tick(num_ticks)
-        else:
-            self._note_outage()
-
-    def _stop_timer(self) -> None:
-        if self._outage_timer is not None:
-            self._outage_timer.cancel()
-            self._outage_timer = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from hidream_grpc.jobs.job import Job
 from hidream_grpc.jobs.store import queries
 from hidream_grpc.jobs.store.acceptance import JobAcceptance
 from hidream_grpc.jobs.store.base import uninterrupted
@@ -33,16 +35,17 @@ class SqlJobStore(JobAcceptance, JobReading, JobCancellation, JobClaims, Replica
     is cancelled goes on to its end: the caller does not know what became of it.
     """
 
-    def __init__(self, location: Path | str) -> None:
+    def __init__(self, location: Path | str, observe_end: Callable[[Job], None] = lambda job: None) -> None:
         """Take the location of a store, without connecting to it.
 
         Args:
             location: the file of a SQLite database, or a URL as `--store` has it, see `parse_store_url`.
+            observe_end: called with each job that this process has ended.
 
         Raises:
             ConfigurationError: what is wrong with the URL.
         """
-        super().__init__(Database(location))
+        super().__init__(Database(location), observe_end)
         is_sqlite = self._database.is_sqlite
         self._listener = None if is_sqlite else PostgresListener(self._database, self._hub)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from hidream_grpc.background import keep_doing
 from hidream_grpc.errors import HiDreamError
@@ -21,12 +22,30 @@ REFRESH_SECONDS = 1.0
 """Seconds until the queue is read again without a change in it: the estimates change meanwhile."""
 
 
+@dataclass(frozen=True, slots=True)
+class QueueDurations:
+    """How long the jobs wait that wait for one model.
+
+    Attributes:
+        seconds: until the last of them starts, as this server estimates; 0 where that is unknown.
+        oldest_seconds: for which the oldest of them has waited.
+    """
+
+    seconds: float = 0.0
+    oldest_seconds: float = 0.0
+
+
 class QueuePositions:
-    """Knows the position of every waiting job, and publishes it to the readers of the job."""
+    """Knows the position of every waiting job, and publishes it to the readers of the job.
+
+    Attributes:
+        durations: of the queue of this server's model, as last read.
+    """
 
     def __init__(
         self, store: SqlJobStore, feeds: JobFeeds, estimator: JobEstimator, limits: ClaimLimits
     ) -> None:
+        self.durations = QueueDurations()
         self._store = store
         self._limits = limits
         self._feeds = feeds
@@ -107,6 +126,11 @@ class QueuePositions:
             for position, job_id in enumerate(of_model, start=FIRST_POSITION)
         }
         self._estimator.note_waiting(tuple(self._waiting.values()))
+        oldest_time = min((job.create_time for job in self._waiting.values()), default=None)
+        self.durations = QueueDurations(
+            seconds=self._estimator.last_start_seconds or 0.0,
+            oldest_seconds=0.0 if oldest_time is None else max(0.0, self._store.clock.now() - oldest_time),
+        )
 
     def _position(self, job_id: str) -> Queued | None:
         position = self._positions.get(job_id)

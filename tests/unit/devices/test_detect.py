@@ -14,6 +14,7 @@ from hidream_grpc.devices.detect import (
     MAX_DEVICE_INDEX,
     Machine,
     detect,
+    log_choice,
     parse_devices,
     select_devices,
 )
@@ -71,13 +72,45 @@ def test_auto_passes_over_devices_that_torch_cannot_use_and_says_why(
     make_machine: MakeMachine, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine = make_machine(NVIDIA + DAVINCI, torch_cuda_version=None, has_torch_npu=False)
-    with caplog.at_level(logging.WARNING):
-        assert detect(machine=machine) is CPU
-    assert [record.getMessage() for record in caplog.records] == [
-        "npu devices are here but not used: the Python package torch_npu is not installed "
-        "(install the extra 'npu')",
-        "cuda devices are here but not used: the installed torch is not built for CUDA",
-    ]
+    assert detect(machine=machine) is CPU
+    log_choice(CPU, is_cpu_enough=True, machine=machine)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == (
+        "--device-type auto takes cpu; no npu: the Python package torch_npu is not installed "
+        "(install the extra 'npu'); no cuda: the installed torch is not built for CUDA"
+    )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "is_cpu_enough", "level", "line"),
+    [
+        pytest.param(DAVINCI, False, logging.INFO, "npu", id="NPUs"),
+        pytest.param(
+            NVIDIA, False, logging.INFO, "cuda; no npu: this machine has none (no {dev}/davinciN)", id="GPUs"
+        ),
+        pytest.param((), True, logging.INFO, None, id="none, for the demo model"),
+        pytest.param((), False, logging.WARNING, None, id="none, for a real model"),
+    ],
+)
+def test_the_log_says_what_auto_chose_and_why(
+    make_machine: MakeMachine,
+    nodes: tuple[str, ...],
+    is_cpu_enough: bool,
+    level: int,
+    line: str | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    machine = make_machine(nodes)
+    with caplog.at_level(logging.INFO):
+        log_choice(detect(machine=machine), is_cpu_enough, machine)
+    (record,) = caplog.records
+    why_cpu = (
+        "cpu; no npu: this machine has none (no {dev}/davinciN); "
+        "no cuda: this machine has none (no {dev}/nvidiaN)"
+    )
+    expected = (line or why_cpu).format(dev=machine.dev_directory)
+    assert (record.levelno, record.getMessage()) == (level, f"--device-type auto takes {expected}")
 
 
 @pytest.mark.parametrize("variable_value", ["", " ", "-1"], ids=["empty", "blank", "none"])
@@ -85,12 +118,14 @@ def test_auto_says_when_a_variable_hides_all_devices(
     make_machine: MakeMachine, variable_value: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     machine = make_machine(DAVINCI, environment={"ASCEND_RT_VISIBLE_DEVICES": variable_value})
-    with caplog.at_level(logging.WARNING):
-        assert detect(machine=machine) is CPU
-    assert [record.getMessage() for record in caplog.records] == [
-        f"npu devices are here but not used: ASCEND_RT_VISIBLE_DEVICES={variable_value} leaves none of "
-        f"{machine.dev_directory}/davinciN visible"
-    ]
+    assert detect(machine=machine) is CPU
+    log_choice(CPU, is_cpu_enough=True, machine=machine)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert (
+        f"; no npu: ASCEND_RT_VISIBLE_DEVICES={variable_value} leaves none of "
+        f"{machine.dev_directory}/davinciN visible; "
+    ) in record.getMessage()
 
 
 def test_a_type_that_is_there_can_be_asked_for_by_name(make_machine: MakeMachine) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, cast
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -9,7 +9,7 @@ from google.rpc import code_pb2
 
 from hidream_grpc.errors import JobCancelledError, RankDiedError
 from hidream_grpc.server.call import Call, begin_call
-from hidream_grpc.server.interceptors import COMMON_OWNER, Context, authenticate, host_of, translated_errors
+from hidream_grpc.server.interceptors import translated_errors
 
 
 class AbortedContext:
@@ -72,23 +72,3 @@ async def test_a_call_whose_caller_is_gone_is_left_alone(ending: BaseException) 
         async with translated_errors(context):  # type: ignore[arg-type]
             raise ending
     assert context.code is None
-
-
-@pytest.mark.parametrize(
-    ("peer", "host"),
-    [
-        ("ipv4:10.0.0.7:51234", "ipv4:10.0.0.7"),
-        ("ipv6:%5B2001:db8::7%5D:51234", "ipv6:%5B2001:db8::7%5D"),
-        ("ipv6:[2001:db8::7]:51234", "ipv6:[2001:db8::7]"),
-        ("unix:/run/hidream.sock", "unix:/run/hidream.sock"),
-        ("unix:", "unix:"),
-    ],
-)
-def test_all_connections_of_a_host_are_one_caller(peer: str, host: str) -> None:
-    assert host_of(peer) == host
-
-
-def test_without_tokens_each_host_is_a_caller_and_all_own_all_jobs() -> None:
-    call = Call(method="/hidream.v1.ImageGen/Generate", peer="ipv4:10.0.0.7:51234", deadline=None)
-    authenticate(call, cast(Context, None), None)
-    assert (call.caller, call.owner) == ("ipv4:10.0.0.7", COMMON_OWNER)

@@ -46,7 +46,7 @@ EXAMPLES: dict[type[HiDreamError], HiDreamError] = {
         errors.CallerStreamLimitError("alice", 200, 3.5),
         errors.ModelNotServedError("dev", ("demo", "full")),
         errors.NotServingError("the model is loading", 2.0),
-        errors.ArtifactUnavailableError(5.0),
+        errors.ArtifactUnavailableError(5.0, "no such bucket"),
         errors.ImageNotFoundError("j1", 3),
         errors.ImageNotFinishedError("j1", 3),
         errors.ImageDamagedError("j1", 3),

@@ -154,7 +154,7 @@ class Bench:
 
     async def remove(self, job_id: str) -> None:
         if job_id in self.failures:
-            raise ArtifactUnavailableError(1.0)
+            raise ArtifactUnavailableError(1.0, "refused")
         self.files.discard(job_id)
 
     async def delete_ended(self, job_ids: Collection[str]) -> None:

@@ -9,7 +9,8 @@ import pytest
 from sqlalchemy.exc import TimeoutError as NoFreeConnectionError
 
 from hidream_grpc.errors import StoreFullError, StoreUnavailableError
-from hidream_grpc.jobs.store.probe import NUM_TICKS, StoreProbe
+from hidream_grpc.jobs.outage_timer import NUM_TICKS
+from hidream_grpc.jobs.store.probe import StoreProbe
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.unit.jobs.service_bench import until
 
