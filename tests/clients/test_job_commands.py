@@ -267,9 +267,9 @@ def test_where_nobody_listens_every_command_exits_3(
     assert f"hidream: {closed_address}: " in result.stderr.splitlines()[-1]
 
 
-def watching(address: str, job_id: str, *options: str, folder: Path) -> subprocess.Popen[str]:
+def begun(address: str, *arguments: str, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [HIDREAM, "watch", job_id, *options, "--address", address],
+        [HIDREAM, *arguments, "--address", address],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -277,7 +277,9 @@ def watching(address: str, job_id: str, *options: str, folder: Path) -> subproce
     )
 
 
-def test_a_watch_survives_a_kill_of_the_server_and_goes_on_behind_the_last_event(tmp_path: Path) -> None:
+def test_a_watch_and_a_generation_survive_a_kill_of_the_server_and_go_on_behind_the_last_event(
+    tmp_path: Path,
+) -> None:
     flags = ("--data-dir", str(tmp_path / "data"), "--grace-seconds", "0")
     out = tmp_path / "out"
     out.mkdir()
@@ -285,21 +287,39 @@ def test_a_watch_survives_a_kill_of_the_server_and_goes_on_behind_the_last_event
         with running_server(*flags) as server:
             address = server.address
             job_id = submitted(server, "--size", "64x64", "--steps", "150", "--images", "2")
-            for_people = ended.enter_context(watching(address, job_id, "--out", "a.png", folder=out))
-            for_programs = ended.enter_context(watching(address, job_id, "--json", folder=out))
+            for_people = ended.enter_context(begun(address, "watch", job_id, "--out", "a.png", folder=out))
+            for_programs = ended.enter_context(begun(address, "watch", job_id, "--json", folder=out))
+            generating = ended.enter_context(
+                begun(
+                    address,
+                    *("generate", PROMPT, "--size", "64x64", "--steps", "150", "--out", "b.png", "--json"),
+                    folder=out,
+                )
+            )
             ended.callback(for_people.kill)
+            ended.callback(generating.kill)
             ended.callback(for_programs.kill)
             text_until(for_people.stderr, r"step \d+ of 150")
             told_before = text_until(for_programs.stdout, r'"step": \d+.*\n')
+            generated_before = text_until(generating.stdout, r'"step": \d+.*\n')
             server.process.kill()
             server.process.wait()
         with running_server(*flags, "--listen", address):
             paths, shown = for_people.communicate(timeout=120)
             told_after, errors = for_programs.communicate(timeout=120)
+            generated_after, generation_errors = generating.communicate(timeout=120)
     assert (for_people.returncode, paths) == (0, "a_0.png\na_1.png\n"), shown
     assert "connection lost, trying again" in shown
     assert "attempt 2: the server that ran it ended; goes on after step" in shown
-    assert sorted(file.name for file in out.iterdir()) == ["a_0.png", "a_1.png"]
+    assert sorted(file.name for file in out.iterdir()) == ["a_0.png", "a_1.png", "b.png"]
+
+    assert (generating.returncode, generation_errors) == (0, "")
+    generated = [json.loads(line) for line in (generated_before + generated_after).splitlines()]
+    assert len({event["job_id"] for event in generated}) == 1
+    sequences = [event["sequence"] for event in generated]
+    assert sequences == sorted(set(sequences))
+    assert [event["event"] for event in generated].count("restarted") == 1
+    assert [event["event"] for event in generated[-2:]] == ["image_finished", "succeeded"]
 
     assert (for_programs.returncode, errors) == (0, "")
     events = [json.loads(line) for line in (told_before + told_after).splitlines()]
