@@ -132,7 +132,7 @@ def test_a_server_that_falls_silent_is_told_and_the_same_job_goes_on_when_it_wak
                 client.info(timeout_seconds=TOLD_SECONDS)
             for follower in (generation, watch):
                 assert follower.is_told.wait(TOLD_SECONDS)
-                assert follower.errors[0].job_id == job_id
+                assert follower.errors[0].followed_job_id == job_id
         for follower in (generation, watch):
             follower.join()
             assert follower.has_succeeded

@@ -159,7 +159,7 @@ def reconnect_policy(
         timeout_seconds,
         reconnect_seconds,
         lambda error: display.show_connection_lost(
-            going_on.line(error.job_id) if error.job_id else str(error)
+            going_on.line(error.followed_job_id) if error.followed_job_id else str(error)
         ),
     )
 
@@ -242,8 +242,8 @@ def error_lines(error: HiDreamError, address: str, going_on: GoingOn | None = No
         ]
     if isinstance(error, AddressError):
         return [str(error)]
-    if going_on and isinstance(error, ServerError) and error.job_id:
-        return [f"{address}: {error.message}; {going_on.line(error.job_id)}"]
+    if going_on and isinstance(error, ServerError) and error.followed_job_id:
+        return [f"{address}: {error.message}; {going_on.line(error.followed_job_id)}"]
     line = f"{address}: {error}"
     if isinstance(error, InternalError) and error.error_id not in str(error):
         line += f" (error id {error.error_id})"

@@ -77,10 +77,10 @@ class ServerError(HiDreamError):
         message: the status's text, for people.
         details: the whole `google.rpc.Status`; without details where the server sent none.
         retry_after_seconds: when to try again; None where the server does not say.
-        job_id: the job that was being followed when the connection was lost; empty otherwise.
+        followed_job_id: the job that was being followed when the connection was lost; empty otherwise.
     """
 
-    job_id = ""
+    followed_job_id = ""
 
     def __init__(self, details: status_pb2.Status) -> None:
         super().__init__(details.message or code_pb2.Code.Name(details.code))

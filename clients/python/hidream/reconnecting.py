@@ -137,7 +137,7 @@ class ResumableStream(ABC, Generic[_RequestT, _ResponseT, _ItemT]):
             return self._first_answer.retry_delay_seconds(error)
         if not isinstance(error, UnavailableError | QueueFullError):
             raise error
-        error.job_id = self.job_id
+        error.followed_job_id = self.job_id
         now_seconds = time.monotonic()
         if self._lost_seconds is None:
             self._lost_seconds = now_seconds

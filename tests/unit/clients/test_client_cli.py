@@ -155,7 +155,7 @@ def test_a_command_that_lost_its_server_names_the_one_that_goes_on(
     command: str, out: str | None, address: str, line: str
 ) -> None:
     error = error_from_status(status(code_pb2.UNAVAILABLE, "gone"))
-    error.job_id = "j"
+    error.followed_job_id = "j"
     going_on = GoingOn.after(command, out, address)
     assert error_lines(error, address, going_on) == [f"{address}: gone; to go on with job j: {line}"]
 
