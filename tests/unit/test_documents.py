@@ -13,7 +13,14 @@ from hidream_grpc.devices.device_types import NPU
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted(
     path.relative_to(REPOSITORY)
-    for pattern in ("*.md", "docs/**/*.md", "deploy/**/*.md", "clients/*/README.md", "scripts/**/*.md")
+    for pattern in (
+        "*.md",
+        "examples/*.md",
+        "docs/**/*.md",
+        "deploy/**/*.md",
+        "clients/*/README.md",
+        "scripts/**/*.md",
+    )
     for path in REPOSITORY.glob(pattern)
 )
 TWINS = [
@@ -58,6 +65,14 @@ def table_rows(text: str) -> list[list[str]]:
 @pytest.mark.parametrize(("english", "chinese"), TWINS)
 def test_a_chinese_document_names_what_its_english_twin_names_row_by_row(english: str, chinese: str) -> None:
     assert table_rows(text_of(chinese)) == table_rows(text_of(english))
+
+
+@pytest.mark.parametrize(("english", "chinese"), TWINS)
+def test_a_chinese_document_links_to_what_its_english_twin_links_to(english: str, chinese: str) -> None:
+    names = {Path(english).name, Path(chinese).name}
+    linked = [{*own_links(text_of(document))} for document in (english, chinese)]
+    of_english, of_chinese = ({link for link in links if link[0] not in names} for links in linked)
+    assert of_chinese == of_english
 
 
 def test_every_variable_that_ranks_on_npus_get_is_documented_with_its_value() -> None:
