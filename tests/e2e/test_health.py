@@ -50,21 +50,28 @@ def test_reflection_describes_the_service_without_a_proto_file(server: LiveServe
 
 
 def test_a_loading_server_answers_but_takes_no_request() -> None:
+    limits = ("--max-num-inference-steps", "5", "--max-guidance-scale", "2.5")
     with (
-        running_server("--grace-seconds", "5", wait=False, environment=COLD) as server,
+        running_server("--devices", "0", *limits, wait=False, environment=COLD) as server,
         grpc.insecure_channel(server.address) as channel,
         server.stub() as stub,
     ):
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert next(watch).status == Status.NOT_SERVING
         assert check_health(server.address, "liveness") == Status.SERVING
-        assert server.info().state == server_info_pb2.SERVER_STATE_STARTING
+        info = server.info()
+        assert info.state == server_info_pb2.SERVER_STATE_STARTING
+        assert (info.generation, len(info.devices)) == (0, 0)
+        # An absent field never means more than the operator allows.
+        assert (info.defaults.num_inference_steps, info.defaults.guidance_scale) == (5, 2.5)
         with pytest.raises(grpc.RpcError) as caught:
             list(stub.Generate(request()))
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
         status = rpc_status.from_call(caught.value)
+        retry = error_details_pb2.RetryInfo()
         assert status is not None
-        assert status.details[0].Unpack(error_details_pb2.RetryInfo())
+        assert status.details[0].Unpack(retry)
+        assert retry.retry_delay.ToTimedelta().total_seconds() > 0
         # Watch tells the change by itself.
         assert next(watch).status == Status.SERVING
         watch.cancel()

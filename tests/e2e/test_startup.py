@@ -11,21 +11,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
-from google.rpc import error_details_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_status import rpc_status
 from safetensors.numpy import load_file, save_file
 
-from hidream.v1 import server_info_pb2
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from tests.e2e.conftest import NarrowServer
 from tests.support.live_server import LiveServer, running_server
 from tests.support.refused_starts import refused_line, refused_line_here
-from tests.support.streams import follow, request
-from tests.support.warm_zygotes.starts import COLD
 
 
 @pytest.fixture(autouse=True)
@@ -217,29 +210,3 @@ def test_devices_that_no_layout_fits_are_told_and_stay_idle() -> None:
     assert (info.layout, list(info.idle_devices)) == ("tp=2", [2])
     assert "layout tp=2 leaves devices idle: 2" in loading.log
     assert "rank 2 is process" not in loading.log
-
-
-def test_health_info_and_calls_are_answered_while_the_ranks_load() -> None:
-    flags = ("--devices", "0", "--max-num-inference-steps", "5", "--max-guidance-scale", "2.5")
-    with running_server(*flags, wait=False, environment=COLD) as loading:
-        with grpc.insecure_channel(loading.address) as channel:
-            health = health_pb2_grpc.HealthStub(channel)
-            readiness = health.Check(health_pb2.HealthCheckRequest(service="hidream.v1.ImageGen"))
-            liveness = health.Check(health_pb2.HealthCheckRequest(service="liveness"))
-        info = loading.info()
-        with loading.stub() as stub, pytest.raises(grpc.RpcError) as refused:
-            follow(stub.Generate(request()))
-    assert loading.process.returncode == 0
-    # Asked at once after the address was told, seconds before the ranks are there.
-    assert readiness.status == health_pb2.HealthCheckResponse.NOT_SERVING
-    assert liveness.status == health_pb2.HealthCheckResponse.SERVING
-    assert info.state == server_info_pb2.SERVER_STATE_STARTING
-    assert (info.generation, len(info.devices)) == (0, 0)
-    # An absent field never means more than the operator allows.
-    assert (info.defaults.num_inference_steps, info.defaults.guidance_scale) == (5, 2.5)
-    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
-    status = rpc_status.from_call(refused.value)
-    retry = error_details_pb2.RetryInfo()
-    assert status is not None
-    assert status.details[0].Unpack(retry)
-    assert retry.retry_delay.ToTimedelta().total_seconds() > 0

@@ -123,16 +123,14 @@ def seconds_of(timings: job_pb2.JobTimings) -> list[float]:
     return [duration.ToTimedelta().total_seconds() for _, duration in timings.ListFields()]
 
 
-@pytest.mark.parametrize("seconds", [30.0, -30.0], ids=["ahead", "back"])
-def test_a_running_job_in_a_file_does_not_notice_that_the_clock_is_set(
-    seconds: float, tmp_path: Path
-) -> None:
+def test_a_running_job_in_a_file_does_not_notice_that_the_clock_is_set(tmp_path: Path) -> None:
     with server_on_sqlite(tmp_path) as server, server.live.stub() as stub, readers() as streams:
         stream = streams.generate(stub, width=128, height=128, num_inference_steps=150)
         stream.wait_for("progress")
-        server.clock.step_to(seconds)
-        # Whatever looks for work looks now.
-        drawn(stub, num_inference_steps=1)
+        for seconds in (30.0, -30.0):
+            server.clock.step_to(seconds)
+            # Whatever looks for work looks now.
+            drawn(stub, num_inference_steps=1)
         assert stream.wait_for_end() == grpc.StatusCode.OK
         assert "restarted" not in stream.kinds
         assert stream.kinds.count("started") == 1

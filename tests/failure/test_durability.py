@@ -13,8 +13,13 @@ from tests.failure.kill_loop import LONG_STEPS, KillLoop, downloaded, flags_of, 
 from tests.support.live_server import running_server, wait_until
 
 
-@pytest.mark.parametrize("num_kills", [1, pytest.param(4, marks=pytest.mark.long)])
-@pytest.mark.parametrize("store", ["sqlite", "postgresql"])
+@pytest.mark.parametrize(
+    ("store", "num_kills"),
+    [
+        ("sqlite", 1),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("sqlite", 4), ("postgresql", 4))),
+    ],
+)
 def test_no_acknowledged_job_is_lost_or_drawn_twice_when_everything_is_killed(
     store: str, num_kills: int, tmp_path: Path
 ) -> None:

@@ -178,6 +178,7 @@ async def test_the_ranks_parent_and_their_store_are_replaced_when_they_are_stopp
     await comes_back(group, undisturbed, tuple(range(NUM_RANKS)) if process == "zygote" else ())
 
 
+@pytest.mark.long
 async def test_a_rank_that_hardly_gets_a_core_is_waited_for() -> None:
     # A group of its own: it learns how slow a step may be.
     group = RankGroup(group_config(2, timeouts=TIMEOUTS))

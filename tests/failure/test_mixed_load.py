@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 
 from hidream.v1 import image_gen_pb2
 from tests.support.job_calls import (
@@ -33,7 +34,6 @@ from tests.support.postgres import running_postgres
 from tests.support.streams import request
 
 NUM_CALLERS = 8
-NUM_CALLS = 40
 SEED = 6
 ANSWERS = {
     grpc.StatusCode.OK,
@@ -47,8 +47,9 @@ ANSWERS = {
 class Caller:
     """One that calls again and again, what its random numbers say."""
 
-    def __init__(self, seed: int, job_ids: list[str]) -> None:
+    def __init__(self, seed: int, num_calls: int, job_ids: list[str]) -> None:
         self._random = random.Random(seed)
+        self._num_calls = num_calls
         self._job_ids = job_ids
         self.codes: Counter[tuple[str, grpc.StatusCode]] = Counter()
 
@@ -66,7 +67,7 @@ class Caller:
             self.download,
         ]
         with servers[0].stub() as one, servers[1].stub() as other:
-            for _ in range(NUM_CALLS):
+            for _ in range(self._num_calls):
                 call, code = self._random.choice(calls), grpc.StatusCode.OK
                 try:
                     call(self._random.choice((one, other)))
@@ -124,7 +125,8 @@ class Caller:
         return self._random.choice(self._job_ids[-50:] or ["none yet"])
 
 
-def test_each_job_that_was_accepted_ends_once_whatever_its_callers_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_calls", [15, pytest.param(60, marks=pytest.mark.long)])
+def test_each_job_that_was_accepted_ends_once_whatever_its_callers_do(num_calls: int, tmp_path: Path) -> None:
     with ExitStack() as stack:
         postgres = stack.enter_context(running_postgres())
         flags = {
@@ -139,7 +141,7 @@ def test_each_job_that_was_accepted_ends_once_whatever_its_callers_do(tmp_path: 
         words = [str(word) for flag in flags.items() for word in flag]
         servers = (stack.enter_context(running_server(*words)), stack.enter_context(running_server(*words)))
         job_ids: list[str] = []
-        callers = [Caller(SEED + number, job_ids) for number in range(NUM_CALLERS)]
+        callers = [Caller(SEED + number, num_calls, job_ids) for number in range(NUM_CALLERS)]
         with ThreadPoolExecutor(NUM_CALLERS) as threads:
             list(threads.map(lambda caller: caller.run(servers), callers))
         codes = sum((caller.codes for caller in callers), Counter())

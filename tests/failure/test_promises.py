@@ -1,6 +1,6 @@
 """While everything fails, every promise is kept: three replicas on PostgreSQL, and one server on SQLite.
 
-A run lasts a quarter of a minute, with `--long` a minute, or as many as `--promise-minutes` says. What fails,
+A run lasts ten seconds, with `--long` a minute, or as many as `--promise-minutes` says. What fails,
 and what callers do, comes from `--promise-seed`; the failure says which, and the log has one line of counts
 for each run.
 """
@@ -30,7 +30,7 @@ RUNNING = (
     *("--orphan-sweep-seconds", "3"),
 )
 NAMES = ("first", "second", "third")
-SHORT_SECONDS = 15.0
+SHORT_SECONDS = 10.0
 LONG_SECONDS = 60.0
 
 

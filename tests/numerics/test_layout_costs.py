@@ -17,7 +17,8 @@ from scripts.bench.forwards import fill_at_random, library_transformer
 from scripts.bench.layouts import RankCosts, checkpoint_shapes, rank_costs
 from tests.numerics.counted_ranks import NUM_SAMPLES, SAMPLE
 
-LAYOUTS = ["tp=2", "ep=2", "tp=2,ep=2", "tp=4", "cfg=2,tp=2"]
+LAYOUTS = ["tp=2,ep=2", "cfg=2,tp=2"]
+OTHER_LAYOUTS = ["tp=2", "ep=2", "tp=4"]
 TIMEOUT_SECONDS = 240
 CONFIG: dict[str, Any] = {
     "patch_size": 2,
@@ -38,26 +39,31 @@ CONFIG: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def real_costs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[RankCosts]]:
+def real_costs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[RankCosts]]:
     """Run the ranks of each layout, and return their costs."""
+    layouts = LAYOUTS + (OTHER_LAYOUTS if request.config.getoption("--long") else [])
     folder = tmp_path_factory.mktemp("costs")
     checkpoint = folder / "transformer"
     library = fill_at_random(library_transformer(CONFIG, torch.float32), torch.device("cpu"))
     library.save_pretrained(checkpoint)
     answers = folder / "answers"
     answers.mkdir()
-    command = [sys.executable, "-m", "tests.numerics.counted_ranks", str(checkpoint), str(answers), *LAYOUTS]
+    command = [sys.executable, "-m", "tests.numerics.counted_ranks", str(checkpoint), str(answers), *layouts]
     subprocess.run(command, check=True, timeout=TIMEOUT_SECONDS)
     return {
         layout: [
             RankCosts(**json.loads((answers / layout / f"{rank}.json").read_text()))
             for rank in range(parse_layout(layout).world_size)
         ]
-        for layout in LAYOUTS
+        for layout in layouts
     }
 
 
-@pytest.mark.parametrize("layout_text", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout_text", [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.long) for layout in OTHER_LAYOUTS)]
+)
 @torch.inference_mode()
 def test_costs_counted_without_memory_are_those_of_real_ranks(
     layout_text: str, real_costs: dict[str, list[RankCosts]]
@@ -78,7 +84,9 @@ def test_costs_counted_without_memory_are_those_of_real_ranks(
     assert sum(costs.flops for costs in counted) == sum(costs.flops for costs in real_costs[layout_text])
 
 
-@pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "num_devices", [*(pytest.param(few, marks=pytest.mark.long) for few in (1, 2)), 4, 8]
+)
 @torch.inference_mode()
 def test_no_rank_of_the_real_model_holds_or_reads_more_than_its_share(num_devices: int) -> None:
     shapes = checkpoint_shapes(HIDREAM_I1_CONFIG)
