@@ -13,7 +13,7 @@ import pytest
 
 from hidream.v1 import image_gen_pb2, job_pb2
 from tests.failure.faulty_servers import FaultyServer, server_on_postgres
-from tests.support.job_calls import LONG_STEPS, Stub, get, submission, submit, wait_for_state
+from tests.support.job_calls import Stub, get, submission, submit, wait_for_state
 from tests.support.live_server import wait_until
 from tests.support.postgres import PostgresServer
 
@@ -87,7 +87,7 @@ def test_a_server_that_the_database_keeps_out_says_so_and_goes_on_when_it_may(
         guarded_server(guarded, url, tmp_path) as server,
         server.live.stub() as stub,
     ):
-        runs = submit(stub, width=128, height=128, num_inference_steps=LONG_STEPS).job_id
+        runs = submit(stub, width=128, height=128, num_inference_steps=80).job_id
         wait_for_state(stub, runs, job_pb2.JOB_STATE_RUNNING)
         waits = submit(stub, num_inference_steps=1).job_id
         with change_of(kind, guarded, server.role, url):

@@ -110,7 +110,7 @@ def test_a_job_in_a_file_goes_on_as_if_its_server_had_not_slept(tmp_path: Path) 
 def test_a_job_goes_on_when_one_of_its_two_callers_leaves_and_the_others_replica_sleeps(
     rest: str, postgres: PostgresServer, tmp_path: Path
 ) -> None:
-    message = request(num_inference_steps=LONG_STEPS, width=128, height=128, request_id="tried-again")
+    message = request(num_inference_steps=80, width=128, height=128, request_id="tried-again")
     with (
         servers_on_postgres(postgres, tmp_path, ("first", "second"), "--lease-seconds", "10") as (
             first,
