@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Builds into .cache/go/bin what generates the Go stubs and what tests call the service with:
-# grpcurl, grpc-health-probe, and the examples of clients/go; with --deploy also what checks deploy/: promtool
+# grpcurl, ghz, grpc-health-probe, and the examples of clients/go; with --deploy also what checks deploy/: promtool
 # and kustomize. Quick when they stand. Without Go: one line and exit 0, or exit 1 where CI is set.
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$project"
 give_up() {
-  echo "install_go_tools: tests that need grpcurl or the Go client skip: $1" >&2
+  echo "install_go_tools: tests that need Go skip: $1" >&2
   [[ -z ${CI:-} ]] || exit 1
   exit 0
 }
@@ -18,6 +18,7 @@ tools=(
   google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.0
   github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.4
   github.com/grpc-ecosystem/grpc-health-probe@v0.4.61
+  github.com/bojand/ghz/cmd/ghz@v0.121.0
 )
 if [[ ${1:-} == --deploy ]]; then
   tools+=(

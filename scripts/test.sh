@@ -6,6 +6,7 @@ project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$project"
 scripts/install.sh test
 scripts/install_go_tools.sh
+scripts/install_node_packages.sh
 scripts/install_pgbouncer.sh
 if [[ $* == "" || $* == --long ]]; then
   # Tests of one file share servers. More workers would not help: each server computes too.

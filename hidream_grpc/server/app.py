@@ -11,7 +11,6 @@ from functools import partial
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from hidream.v1 import image_gen_pb2_grpc
 from hidream_grpc.background import BackgroundTasks
@@ -56,6 +55,7 @@ from hidream_grpc.server.metrics import Metrics
 from hidream_grpc.server.model_folders import ModelFolders, model_folders
 from hidream_grpc.server.proxies import TrustedProxies
 from hidream_grpc.server.readings import Readings
+from hidream_grpc.server.reflection import enable_reflection
 from hidream_grpc.server.signals import Signals, StoppedAtStartError
 from hidream_grpc.server.tokens import TokensFile
 from hidream_grpc.settings import Settings
@@ -178,7 +178,7 @@ def build(settings: Settings) -> Service:
     server = grpc_server(limits, CallInterceptor(metrics, callers))
     image_gen_pb2_grpc.add_ImageGenServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    reflection.enable_server_reflection((IMAGE_GEN, HEALTH, reflection.SERVICE_NAME), server)
+    enable_reflection(server, (IMAGE_GEN, HEALTH))
     return Service(
         model_name=checkpoint.name,
         group=group,

@@ -32,6 +32,7 @@ class GoTools:
     """Programs in Go that call a server."""
 
     grpcurl: Path
+    ghz: Path
     grpc_health_probe: Path
     hidream_generate: Path
     hidream_jobs: Path
@@ -58,8 +59,22 @@ def go_tools() -> GoTools:
     if run_script("go.sh", "version").returncode != 0:
         pytest.skip(installed.stdout.strip())
     return GoTools(
-        *(folder / name for name in ("grpcurl", "grpc-health-probe", "hidream-generate", "hidream-jobs"))
+        *(
+            folder / name
+            for name in ("grpcurl", "ghz", "grpc-health-probe", "hidream-generate", "hidream-jobs")
+        )
     )
+
+
+@pytest.fixture(scope="session")
+def node_example() -> Path:
+    """The program in clients/node, with its packages; without Node the test skips, in CI it fails."""
+    installed = run_script("install_node_packages.sh")
+    assert installed.returncode == 0, installed.stdout
+    folder = PROJECT / "clients" / "node"
+    if not (folder / "node_modules").exists():
+        pytest.skip(installed.stdout.strip())
+    return folder / "generate.mjs"
 
 
 class HealthOnlyServer:

@@ -47,6 +47,8 @@ def test_grpcurl_finds_the_services_without_proto_files(server: LiveServer, go_t
     ("symbol", "line"),
     [
         ("hidream.v1.ImageGen", "rpc Generate ( .hidream.v1.GenerateRequest ) returns ( stream "),
+        ("hidream.v1.ImageGen.Generate", "rpc Generate ( .hidream.v1.GenerateRequest ) returns ( stream "),
+        ("grpc.health.v1.Health.Check", "rpc Check ( .grpc.health.v1.HealthCheckRequest ) returns ( "),
         ("hidream.v1.GenerateRequest", "  .hidream.v1.ImageSpec spec = 1;"),
         ("hidream.v1.ImageSpec", "  optional int64 seed = 8;"),
     ],
@@ -56,6 +58,13 @@ def test_grpcurl_describes_the_contract(
 ) -> None:
     described = run(go_tools.grpcurl, "-plaintext", server.address, "describe", symbol)
     assert line in described.stdout, described.stderr
+
+
+def test_grpcurl_says_that_a_method_is_not_there(server: LiveServer, go_tools: GoTools) -> None:
+    described = run(go_tools.grpcurl, "-plaintext", server.address, "describe", "hidream.v1.ImageGen.Draw")
+    assert described.returncode != 0
+    assert "hidream.v1.ImageGen.Draw" in described.stderr
+    assert "not found" in described.stderr.lower()
 
 
 def test_grpcurl_draws_the_image_that_the_python_client_draws(
