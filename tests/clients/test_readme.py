@@ -1,4 +1,4 @@
-"""The program in the README draws an image; the Chinese README has the same program."""
+"""The programs of the README and of docs/clients.md that CI can run generate their image."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-import PIL.Image
+import pytest
 
+from hidream.client import Client
+from tests.clients.conftest import PROJECT, GoTools, run_script
 from tests.support.live_server import LiveServer
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+# The first run builds the Go programs and installs the packages of Node.
+pytestmark = pytest.mark.timeout(900)
+
+PAGE = "docs/clients.md"
+ADDRESS = "localhost:8088"
 
 
-def program_of(readme: str) -> str:
-    text = (REPOSITORY / readme).read_text(encoding="utf-8")
-    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+def program_of(page: str, language: str = "python") -> str:
+    text = (PROJECT / page).read_text(encoding="utf-8")
+    (program,) = re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     assert isinstance(program, str)
     return program
 
@@ -33,21 +39,49 @@ def without_texts(program: str) -> str:
     return ast.dump(tree)
 
 
-def test_the_ten_lines_of_the_readme_draw_an_image(server: LiveServer, tmp_path: Path) -> None:
-    program = program_of("README.md")
-    assert "localhost:8088" in program
-    done = subprocess.run(
-        [sys.executable, "-c", program.replace("localhost:8088", server.address)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+@pytest.fixture
+def circle(client: Client) -> bytes:
+    """The image that every one of the programs asks for."""
+    [image] = client.draw("a red circle on a blue background", seed=7)
+    return image.data
+
+
+def check_program(folder: Path, circle: bytes, *command: str | Path) -> None:
+    """Run a program in a folder: it tells its steps, and writes the image there."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "step 24 of 24"
-    with PIL.Image.open(tmp_path / "circle.png") as image:
-        assert image.size == (256, 256)
+    assert (folder / "circle.png").read_bytes() == circle
 
 
-def test_the_chinese_readme_has_the_same_ten_lines() -> None:
-    assert without_texts(program_of("README.zh.md")) == without_texts(program_of("README.md"))
+def test_the_ten_lines_of_the_readme_generate_an_image(
+    server: LiveServer, circle: bytes, tmp_path: Path
+) -> None:
+    program = program_of("README.md").replace(ADDRESS, server.address)
+    check_program(tmp_path, circle, sys.executable, "-c", program)
+
+
+@pytest.mark.parametrize("page", ["README.zh.md", PAGE])
+def test_other_pages_have_the_same_ten_lines(page: str) -> None:
+    assert without_texts(program_of(page)) == without_texts(program_of("README.md"))
+
+
+def test_the_node_program_generates_an_image(
+    server: LiveServer, circle: bytes, node_example: Path, tmp_path: Path
+) -> None:
+    check_program(tmp_path, circle, "node", node_example, server.address)
+
+
+def test_the_page_shows_the_node_program() -> None:
+    assert program_of(PAGE, "js") == (PROJECT / "clients" / "node" / "generate.mjs").read_text()
+
+
+def test_the_go_program_of_the_page_generates_an_image(
+    server: LiveServer, circle: bytes, go_tools: GoTools, tmp_path: Path
+) -> None:
+    source, binary = tmp_path / "main.go", tmp_path / "circle"
+    source.write_text(program_of(PAGE, "go").replace(ADDRESS, server.address))
+    module = PROJECT / "clients" / "go"
+    built = run_script("go.sh", "-C", str(module), "build", "-trimpath", "-o", str(binary), str(source))
+    assert built.returncode == 0, built.stdout
+    check_program(tmp_path, circle, binary)
