@@ -39,10 +39,11 @@ def without_texts(program: str) -> str:
     return ast.dump(tree)
 
 
-@pytest.fixture
-def circle(client: Client) -> bytes:
+@pytest.fixture(scope="module")
+def circle(server: LiveServer) -> bytes:
     """The image that every one of the programs asks for."""
-    [image] = client.draw("a red circle on a blue background", seed=7)
+    with Client(server.address) as client:
+        [image] = client.draw("a red circle on a blue background", seed=7)
     return image.data
 
 
