@@ -9,13 +9,13 @@ import subprocess
 import sys
 import termios
 import uuid
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import IO
 
 import PIL.Image
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from hidream.client import Client
 from hidream.commands import app
@@ -28,11 +28,14 @@ PROMPT = "a red circle on a blue background"
 SMALL = ("--size", "64x64", "--steps", "3")
 
 
-def hidream(address: str, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The installed command, as a shell runs it."""
-    return subprocess.run(
-        [HIDREAM, *arguments, "--address", address], cwd=folder, capture_output=True, text=True, check=False
-    )
+def hidream(
+    address: str, *arguments: str, folder: Path | None = None, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """The command as a shell runs it, but in this process, which starts no interpreter for it."""
+    with chdir(folder or Path()):
+        command = [*arguments, "--address", address]
+        result = CliRunner().invoke(app, command, input=stdin, catch_exceptions=False)
+    return subprocess.CompletedProcess(command, result.exit_code, result.stdout, result.stderr)
 
 
 def test_generate_writes_the_image_and_shows_every_step(server: LiveServer, tmp_path: Path) -> None:
@@ -195,17 +198,12 @@ def test_an_address_where_nobody_listens_is_one_line_and_exit_code_3(
     assert not list(tmp_path.iterdir())
 
 
-def told(address: str, *arguments: str) -> Result:
-    """The command in this process, which starts no interpreter."""
-    return CliRunner().invoke(app, [*arguments, "--address", address])
-
-
 def test_generate_tells_programs_every_event_and_the_file_of_each_image(
     server: LiveServer, tmp_path: Path
 ) -> None:
     label, request_id = uuid.uuid4().hex, uuid.uuid4().hex
     options = ("--label", f"test={label}", "--priority", "high", "--request-id", request_id, "--detach")
-    result = told(
+    result = hidream(
         server.address,
         "generate",
         PROMPT,
@@ -217,7 +215,7 @@ def test_generate_tells_programs_every_event_and_the_file_of_each_image(
         f"{tmp_path}/",
         "--json",
     )
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert (result.returncode, result.stderr) == (0, "")
     events = [json.loads(line) for line in result.stdout.splitlines()]
     kinds = [event["event"] for event in events]
     assert [kind for kind in kinds if kind != "progress"][-3:] == [*["image_finished"] * 2, "succeeded"]
@@ -233,15 +231,15 @@ def test_generate_tells_programs_every_event_and_the_file_of_each_image(
 
 def test_an_id_may_be_as_short_as_list_prints_it(server: LiveServer) -> None:
     label = f"test={uuid.uuid4().hex}"
-    submitted = told(server.address, "submit", PROMPT, *SMALL, "--label", label)
-    _, line = told(server.address, "list", "--label", label).stdout.splitlines()
+    submitted = hidream(server.address, "submit", PROMPT, *SMALL, "--label", label)
+    _, line = hidream(server.address, "list", "--label", label).stdout.splitlines()
     short_id = line.split()[0]
     assert len(short_id) == 8
     assert submitted.stdout.startswith(short_id)
-    assert told(server.address, "watch", short_id, "--quiet").stdout == "SUCCEEDED\n"
-    assert told(server.address, "status", short_id).stdout.split()[:2] == ["job", submitted.stdout.strip()]
-    assert told(server.address, "delete", short_id).stdout == submitted.stdout
-    assert told(server.address, "status", short_id).exit_code == 1
+    assert hidream(server.address, "watch", short_id, "--quiet").stdout == "SUCCEEDED\n"
+    assert hidream(server.address, "status", short_id).stdout.split()[:2] == ["job", submitted.stdout.strip()]
+    assert hidream(server.address, "delete", short_id).stdout == submitted.stdout
+    assert hidream(server.address, "status", short_id).returncode == 1
 
 
 def test_a_detached_job_goes_on_when_its_command_is_interrupted(server: LiveServer, tmp_path: Path) -> None:

@@ -95,8 +95,7 @@ def batch_line(seed: int, label: str, **fields: Any) -> str:
 
 
 def run_batch(server: LiveServer, text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [str(HIDREAM), "batch", *arguments, "--address", server.address]
-    return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    return hidream(server.address, "batch", *arguments, stdin=text)
 
 
 def test_a_batch_from_a_file_becomes_jobs_in_the_order_of_its_lines(
