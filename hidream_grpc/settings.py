@@ -26,7 +26,9 @@ from hidream_grpc.errors import ConfigurationError
 from hidream_grpc.settings_help import INT64_MAX, Group, Help
 
 ENVIRONMENT_PREFIX = "HIDREAM_"
-VARIABLES_OF_CLIENTS = frozenset({"HIDREAM_ADDRESS", "HIDREAM_CA_FILE", "HIDREAM_TLS", "HIDREAM_TOKEN"})
+VARIABLES_OF_CLIENTS = frozenset(
+    f"HIDREAM_{name}" for name in ("ADDRESS", "CA_FILE", "CERT_FILE", "KEY_FILE", "TLS", "TOKEN")
+)
 
 _TIMEOUTS = GroupTimeouts()
 
