@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,9 +35,14 @@ def text_of(document: str | Path) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """The names that GitHub gives to the headings of a document."""
-    headings = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    """The names that GitHub gives to the headings of a document: `c` and `c-1` for C# and C++."""
+    num_of_name: Counter[str] = Counter()
+    found = set()
+    for heading in re.findall(r"^#+ +(.+)$", text, re.MULTILINE):
+        name = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        found.add(f"{name}-{num_of_name[name]}" if num_of_name[name] else name)
+        num_of_name[name] += 1
+    return found
 
 
 def own_links(text: str) -> Iterator[tuple[str, str]]:
