@@ -83,6 +83,7 @@ def test_three_replicas_keep_every_promise_while_servers_store_clocks_and_images
             folder.heal()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(0)
 def test_one_server_on_a_file_keeps_every_promise_while_it_its_clock_and_its_bucket_fail(
     tmp_path: Path, seconds: float, seed: str, kinds: list[str], record_property: Any

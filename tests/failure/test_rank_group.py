@@ -243,6 +243,7 @@ async def test_ranks_ignore_what_a_terminal_sends_to_all(group: RankGroup, undis
     assert await draw(group, picture()) == undisturbed
 
 
+@pytest.mark.long
 async def test_a_group_of_fresh_interpreters_draws_the_same_and_leaves_nothing(
     group: RankGroup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
