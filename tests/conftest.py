@@ -43,11 +43,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[LiveServer]:
-    """One server with the demo model for all tests that leave it as they found it."""
+def server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
+    """One server with the demo model for all tests that leave it as they found it.
+
+    With `--long` it has two ranks.
+    """
+    devices = "0,1" if request.config.getoption("--long") else "0"
     # All readers of a test come from one host, and are one caller.
     flags = ("--max-streams-per-caller", "1000", "--grace-seconds", "5", "--trusted-proxies", "127.0.0.1")
-    with running_server("--metrics-port", "0", *flags) as live:
+    with running_server("--devices", devices, "--metrics-port", "0", *flags) as live:
         yield live
 
 

@@ -19,7 +19,7 @@ from tests.support.streams import Stream, follow, read_until, request
 @pytest.fixture(scope="module")
 def mortal_server() -> Iterator[LiveServer]:
     """A server whose ranks may be killed; nothing else relies on it."""
-    with running_server("--grace-seconds", "5", "--metrics-port", "0") as server:
+    with running_server("--devices", "0,1", "--grace-seconds", "5", "--metrics-port", "0") as server:
         yield server
 
 
@@ -140,7 +140,7 @@ def test_a_job_that_is_cancelled_while_a_rank_is_replaced_does_not_come_back(
 
 
 def test_no_process_outlives_a_server_that_is_killed() -> None:
-    with running_server("--grace-seconds", "5") as server:
+    with running_server("--devices", "0,1", "--grace-seconds", "5") as server:
         descendants = server.descendants()
         # Zygote, store and two ranks.
         assert len(descendants) == 4

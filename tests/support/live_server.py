@@ -30,6 +30,8 @@ HEALTH_TIMEOUT_SECONDS = 30.0
 # Threads of one rank spin while they wait for each other: with two of them a step beside busy cores takes ten
 # times as long as with one.
 ONE_THREAD_PER_RANK = ("--threads-per-rank", "1")
+# Two ranks take as long for a step of so small a model, and twice the cores.
+ONE_RANK = ("--devices", "0")
 
 
 def wait_until(condition: Callable[[], bool], timeout_seconds: float, what: str) -> None:
@@ -38,7 +40,8 @@ def wait_until(condition: Callable[[], bool], timeout_seconds: float, what: str)
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_seconds:g} s: {what}")
-        time.sleep(0.01)
+        # What is asked of a server costs it milliseconds.
+        time.sleep(0.03)
 
 
 def wait_until_serving(address: str) -> None:
@@ -156,14 +159,15 @@ def running_server(
     """The server with these flags on a free port of 127.0.0.1; it ends with SIGTERM.
 
     Args:
-        flags: of `hidream-grpc serve`.
+        flags: of `hidream-grpc serve`; one rank of one thread unless they say otherwise.
         wait: until it serves; otherwise only until it listens.
         environment: variables of the server besides those of the test.
     """
     with tempfile.TemporaryDirectory(prefix="hidream-test-") as folder:
         own_folder = () if "--data-dir" in flags else ("--data-dir", folder)
         threads = () if "--threads-per-rank" in flags else ONE_THREAD_PER_RANK
-        words = ("--listen", "127.0.0.1:0", *own_folder, *threads, *flags)
+        ranks = () if {"--devices", "-d", "--layout"} & set(flags) else ONE_RANK
+        words = ("--listen", "127.0.0.1:0", *own_folder, *ranks, *threads, *flags)
         with _running_server(words, wait, {**os.environ, **(environment or {})}) as server:
             yield server
 
