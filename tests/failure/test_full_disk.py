@@ -78,7 +78,7 @@ def test_on_a_full_disk_new_jobs_are_refused_and_all_that_were_accepted_end_when
             assert hashlib.sha256(downloaded(stub, job_id)).digest() == job.images[0].sha256
         assert drawn(stub, seed=3).state == job_pb2.JOB_STATE_SUCCEEDED
         # However long it lasts, the log says it once.
-        for activity in ("keep snapshots", "store the state of job"):
+        for activity in ("keep snapshots", "store the state"):
             assert len(server.logged_lines(f"cannot {activity} of job {runs}")) == 1
 
 
