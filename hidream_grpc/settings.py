@@ -23,6 +23,7 @@ from pydantic_settings import (
 
 from hidream_grpc.engine.group.config import GroupTimeouts
 from hidream_grpc.errors import ConfigurationError
+from hidream_grpc.model.image_metadata import MetadataDetail
 from hidream_grpc.settings_help import INT64_MAX, Group, Help
 
 ENVIRONMENT_PREFIX = "HIDREAM_"
@@ -200,6 +201,15 @@ class Settings(BaseSettings):
         Help(Group.IMAGES, "interval at which files that belong to no job are removed"),
         Field(ge=1, le=86_400),
     ] = 600.0
+
+    image_metadata: Annotated[
+        MetadataDetail,
+        Help(
+            Group.IMAGES,
+            "what an image file says of itself: nothing, that a model generated it, or also prompt, seed and "
+            "all else that generates it again",
+        ),
+    ] = "full"
 
     max_queued_jobs: Annotated[int, Help(Group.LIMITS, "jobs that may wait"), Field(ge=1, le=1_000_000)] = 64
     max_running_jobs: Annotated[

@@ -29,6 +29,7 @@ from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.checkpoint.description import CheckpointDescription
 from hidream_grpc.model.checkpoint.sizes import MAX_PREVIEW_SIDE_PIXELS
 from hidream_grpc.model.checkpoint.step_shapes import choose_compile_shapes
+from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.memory_requirements import MemoryRequirements
 from hidream_grpc.model.model_weights import read_model_weights
 from hidream_grpc.model.parallel.layout import Layout
@@ -106,6 +107,12 @@ def group_config(settings: Settings, folders: ModelFolders, checkpoint: Checkpoi
         replace=settings.replace or ("one" if device_type.backend == "gloo" else "all"),
         threads_per_rank=settings.threads_per_rank or max(1, cores_per_rank),
         compile_shapes=choose_compile_shapes(settings.compile_shapes, device_type, checkpoint.size_limits),
+        image_metadata=ImageMetadata(
+            detail=settings.image_metadata,
+            model=checkpoint.name,
+            scheduler=checkpoint.scheduler_name,
+            shift=checkpoint.shift,
+        ),
         timeouts=GroupTimeouts(
             load_seconds=settings.load_timeout_seconds,
             collective_seconds=settings.collective_timeout_seconds,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections.abc import Iterator
 
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.json_format import ParseDict
 from PIL import Image
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, image_pb2, job_pb2
@@ -122,6 +124,20 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
         follow(stub.Generate(request(seed=seed, num_inference_steps=3))).images for seed in (5, 5, 6)
     )
     assert first == again != other
+
+
+def test_an_image_says_which_request_draws_it_again(stub: image_gen_pb2_grpc.ImageGenStub) -> None:
+    drawn = follow(stub.Generate(request("红 circle", seed=20, num_inference_steps=2)))
+    with Image.open(io.BytesIO(drawn.images[0])) as image:
+        said = json.loads(image.info["hidream"])
+        assert b"trainedAlgorithmicMedia" in image.info["xmp"]
+    execution = drawn.job.execution
+    assert ParseDict(said["execution"], job_pb2.Execution()) == job_pb2.Execution(
+        model=execution.model, scheduler=execution.scheduler, shift=execution.shift
+    )
+    again = image_gen_pb2.GenerateRequest(spec=ParseDict(said["spec"], image_pb2.ImageSpec()))
+    assert again.spec.seed == 20
+    assert follow(stub.Generate(again)).images == drawn.images
 
 
 def test_a_request_without_seed_says_the_seed_that_draws_it_again(

@@ -27,6 +27,7 @@ from hidream_grpc.engine.rank.process_group import join_group, leave_group
 from hidream_grpc.engine.rank.runner import Runner
 from hidream_grpc.engine.zygote.store_host import host_store
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
+from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.pipeline import HiDreamModel
@@ -129,7 +130,7 @@ class Rank:
 
     def run_plan(self) -> Planned:
         """Admit a job with a broken prompt, one with a broken negative prompt and a whole one."""
-        runner = Runner(self.model, self.device, self.groups.world)
+        runner = Runner(self.model, self.device, self.groups.world, ImageMetadata())
         jobs = {
             "broken": parameters(f"{BROKEN} for good"),
             "half broken": parameters(SQUARE, negative_prompt=f"{BROKEN} too"),

@@ -46,6 +46,7 @@ FLAGS = {
     "--extra-model-path",
     "--grace-seconds",
     "--help",
+    "--image-metadata",
     "--layout",
     "--lease-seconds",
     "--listen",

@@ -11,6 +11,7 @@ from hidream_grpc.devices.device_types import StartMethod
 from hidream_grpc.engine.group.memory_gate import MemoryCheck
 from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.checkpoint.step_shapes import StepShape
+from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.parallel.layout import Layout
 
 
@@ -60,6 +61,7 @@ class GroupConfig:
         threads_per_rank: CPU threads of torch in each rank.
         check_memory: raises where the ranks that start have no room for what they load.
         compile_shapes: the shapes of steps that each rank compiles for once it has loaded.
+        image_metadata: what the files of images say of themselves.
         timeouts: the time limits of everything that the server waits for.
         log: how zygote and ranks log.
     """
@@ -75,6 +77,7 @@ class GroupConfig:
     threads_per_rank: int = 1
     check_memory: MemoryCheck = _accept_any_memory
     compile_shapes: tuple[StepShape, ...] = ()
+    image_metadata: ImageMetadata = field(default_factory=ImageMetadata)
     timeouts: GroupTimeouts = field(default_factory=GroupTimeouts)
     log: LogConfig = field(default_factory=LogConfig)
 

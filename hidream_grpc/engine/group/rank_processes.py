@@ -195,6 +195,7 @@ class RankProcesses:
                 local_index=placement.devices.local_index(rank),
                 num_threads=self._config.threads_per_rank,
                 compile_shapes=self._config.compile_shapes,
+                image_metadata=self._config.image_metadata,
                 counter_path=counter_path,
                 log=self._config.log,
             )

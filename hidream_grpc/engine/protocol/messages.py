@@ -14,10 +14,11 @@ from hidream_grpc.devices.device_types import StartMethod
 from hidream_grpc.errors import LossCause
 from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.checkpoint.step_shapes import StepShape
+from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -107,6 +108,7 @@ class Load(_Message, frozen=True):
     local_index: int
     num_threads: int
     compile_shapes: tuple[StepShape, ...]
+    image_metadata: ImageMetadata
     counter_path: Path
     log: LogConfig
 

@@ -13,7 +13,8 @@ from hidream_grpc.devices.device import Device
 from hidream_grpc.engine.protocol.messages import Admission, DecodedImage
 from hidream_grpc.model.decoding.images import encode_image
 from hidream_grpc.model.decoding.vae import ImageDecoding
-from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.model.image_metadata import ImageMetadata
+from hidream_grpc.model.parameters import OutputFormat
 
 
 class RunningDecode:
@@ -27,6 +28,7 @@ class RunningDecode:
         image_index: index of the image in the request.
         decoding: decoding of the image, not begun.
         device: where the decoder runs.
+        metadata: what the file says of itself.
         clock: returns seconds from any start.
     """
 
@@ -36,12 +38,14 @@ class RunningDecode:
         image_index: int,
         decoding: ImageDecoding,
         device: Device,
+        metadata: ImageMetadata,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.admission = admission
         self._image_index = image_index
         self._decoding = decoding
         self._device = device
+        self._metadata = metadata
         self._clock = clock
         self._seconds = 0.0
         self._file: Future[bytes] | None = None
@@ -79,7 +83,24 @@ class RunningDecode:
         # Otherwise the next step would wait for work that this slice only started.
         self._device.synchronize()
         if self._decoding.is_finished:
-            self._file = _start_encoding(self._decoding.pixels(), self.admission.parameters)
+            self._file = self._start_encoding(self._decoding.pixels())
+
+    def _start_encoding(self, pixels: NDArray[np.uint8]) -> Future[bytes]:
+        """Encode the image in a thread that ends afterwards."""
+        parameters = self.admission.parameters
+        is_ascii = parameters.output_format is not OutputFormat.PNG
+        text = self._metadata.text(parameters, self._image_index, is_ascii=is_ascii)
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="image file")
+        file = executor.submit(
+            encode_image,
+            pixels,
+            parameters.output_format,
+            parameters.quality,
+            has_mark=self._metadata.has_mark,
+            text=text,
+        )
+        executor.shutdown(wait=False)
+        return file
 
     def _image(self, data: bytes) -> DecodedImage:
         return DecodedImage(
@@ -88,11 +109,3 @@ class RunningDecode:
             data=data,
             decode_seconds=self._seconds,
         )
-
-
-def _start_encoding(pixels: NDArray[np.uint8], parameters: GenerationParameters) -> Future[bytes]:
-    """Encode an image in a thread that ends afterwards."""
-    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="image file")
-    file = executor.submit(encode_image, pixels, parameters.output_format, parameters.quality)
-    executor.shutdown(wait=False)
-    return file

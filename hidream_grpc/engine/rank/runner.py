@@ -28,6 +28,7 @@ from hidream_grpc.engine.rank.decoding import RunningDecode
 from hidream_grpc.errors import JobInternalError, NonFiniteError, OutOfDeviceMemoryError, SnapshotError
 from hidream_grpc.model.denoising.snapshots import StateSnapshot
 from hidream_grpc.model.denoising.state import DenoisingState, StepBatch, have_finite_latents
+from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.pipeline import HiDreamModel
 from hidream_grpc.model.prompts.encoding import EncodedPrompts
@@ -71,12 +72,16 @@ class Runner:
         model: this rank's share of the model, on `device`.
         device: device of this rank.
         world: all ranks of this generation's group, which this process has joined.
+        image_metadata: what the files of images say of themselves.
     """
 
-    def __init__(self, model: HiDreamModel, device: Device, world: Axis) -> None:
+    def __init__(
+        self, model: HiDreamModel, device: Device, world: Axis, image_metadata: ImageMetadata
+    ) -> None:
         self._model = model
         self._device = device
         self._world = world
+        self._image_metadata = image_metadata
         self._requests: dict[str, _Request] = {}
         self._decoding: RunningDecode | None = None
 
@@ -232,7 +237,9 @@ class Runner:
         request = self._requests[decode.claim_id]
         with self._own_work_of(request.admission, faults):
             decoding = self._model.start_decoding(request.state, decode.image_index)
-            self._decoding = RunningDecode(request.admission, decode.image_index, decoding, self._device)
+            self._decoding = RunningDecode(
+                request.admission, decode.image_index, decoding, self._device, self._image_metadata
+            )
 
     @contextmanager
     def _own_work_of(self, admission: Admission, faults: list[JobFault]) -> Iterator[None]:

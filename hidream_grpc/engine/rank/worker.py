@@ -47,6 +47,7 @@ from hidream_grpc.engine.rank.runner import Runner
 from hidream_grpc.errors import HiDreamError, JobInternalError, LossCause
 from hidream_grpc.logs import NOT_ON_TERMINAL, configure_logging
 from hidream_grpc.model.checkpoint.files import MODEL_PATH_FLAG
+from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.loading import summary_of
 from hidream_grpc.model.parallel.groups import CollectiveError, ParallelGroups
 from hidream_grpc.model.pipeline import HiDreamModel
@@ -78,6 +79,7 @@ class Worker:
         channel: connection to the server.
         rank: index of the rank in every generation's group.
         device, model, groups: what this rank works with until the process ends.
+        image_metadata: what the files of images say of themselves.
         context: adds the generation to its log lines.
     """
 
@@ -88,6 +90,7 @@ class Worker:
         device: Device,
         model: HiDreamModel,
         groups: ParallelGroups,
+        image_metadata: ImageMetadata,
         context: RankContext,
     ) -> None:
         self._channel = channel
@@ -95,6 +98,7 @@ class Worker:
         self._device = device
         self._model = model
         self._groups = groups
+        self._image_metadata = image_metadata
         self._context = context
         self._runner: Runner | None = None
         # The runner of the lost generation, until the first plan of the next one.
@@ -146,7 +150,7 @@ class Worker:
         self._leave()
         self._context.generation = command.generation
         join_group(command, self._groups, self._rank, self._device.backend, self._device.torch_device)
-        self._runner = Runner(self._model, self._device, self._groups.world)
+        self._runner = Runner(self._model, self._device, self._groups.world, self._image_metadata)
         # Guidance always needs it, and a new rank has not encoded it.
         self._model.encode([EMPTY_PROMPT])
         return Joined(generation=command.generation)
@@ -212,7 +216,7 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
         load_seconds = time.monotonic() - started
         logger.info("loaded in %.3f s", load_seconds)
         channel.send(_loaded(device, model, load_seconds))
-        Worker(channel, rank, device, model, groups, context).serve()
+        Worker(channel, rank, device, model, groups, load.image_metadata, context).serve()
 
 
 def _load_failed(error: Exception, device: Device | None, rank: int, work: str) -> LoadFailed:

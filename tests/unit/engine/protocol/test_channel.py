@@ -34,6 +34,7 @@ from hidream_grpc.engine.protocol.messages import (
 )
 from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.checkpoint.step_shapes import StepShape
+from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 
@@ -124,6 +125,7 @@ async def test_messages_cross_in_both_directions_and_in_order(pair: Pair) -> Non
         local_index=3,
         num_threads=2,
         compile_shapes=(StepShape(width=1024, height=768, num_samples=2),),
+        image_metadata=ImageMetadata(),
         counter_path=Path("collectives"),
         log=LogConfig(level="DEBUG", format="json", file=Path("a.log")),
     )

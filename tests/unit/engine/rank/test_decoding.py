@@ -11,6 +11,7 @@ from hidream_grpc.engine.protocol.messages import Admission, DecodedImage
 from hidream_grpc.engine.rank.decoding import RunningDecode
 from hidream_grpc.model.decoding.images import encode_image
 from hidream_grpc.model.decoding.vae import ImageDecoding
+from hidream_grpc.model.image_metadata import ImageMetadata
 from tests.support.autoencoders import latents_of, small_vae
 from tests.support.denoising import parameters
 
@@ -23,7 +24,7 @@ class HeldFile:
     def __init__(self) -> None:
         self.may_end = threading.Event()
 
-    def __call__(self, *_arguments: object) -> bytes:
+    def __call__(self, *_arguments: object, **_options: object) -> bytes:
         self.may_end.wait()
         return b"file"
 
@@ -53,7 +54,7 @@ def slices(vae: AutoencoderKL) -> OneSecondSlices:
 
 def running(slices: OneSecondSlices) -> RunningDecode:
     admission = Admission(claim_id="job/1", job_id="job", request_id="request", parameters=parameters())
-    return RunningDecode(admission, 3, slices, open_device("cpu", 0), slices.clock)
+    return RunningDecode(admission, 3, slices, open_device("cpu", 0), ImageMetadata(), slices.clock)
 
 
 def expected_file(vae: AutoencoderKL) -> bytes:
@@ -120,7 +121,7 @@ def test_a_decoder_that_fails_says_so_and_so_does_a_file_that_cannot_be_written(
     with pytest.raises(RuntimeError, match="15 channels"):
         running(too_few_channels).advance(None, waits_for_file=False)
 
-    def refuse(*_arguments: object) -> bytes:
+    def refuse(*_arguments: object, **_options: object) -> bytes:
         raise OSError("no such format")
 
     monkeypatch.setattr("hidream_grpc.engine.rank.decoding.encode_image", refuse)

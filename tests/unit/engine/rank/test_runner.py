@@ -9,6 +9,7 @@ from hidream_grpc.engine.protocol.messages import Decode, JobFault, PlanDone, St
 from hidream_grpc.engine.rank.runner import Runner
 from hidream_grpc.errors import NonFiniteError
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
+from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.pipeline import HiDreamModel
@@ -23,7 +24,7 @@ def runner() -> Runner:
     """The runner of a rank that has the whole demo model."""
     device = open_device("cpu", 0)
     model = HiDreamModel.from_pretrained(demo_checkpoint_path(), None, device)
-    return Runner(model, device, ParallelGroups(Layout()).world)
+    return Runner(model, device, ParallelGroups(Layout()).world, ImageMetadata())
 
 
 def run_to_the_end(runner: Runner, plans: list[StepPlan]) -> list[PlanDone]:

@@ -23,6 +23,7 @@ from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.checkpoint.description import describe_checkpoint
 from hidream_grpc.model.checkpoint.fingerprint import fingerprint_of
 from hidream_grpc.model.checkpoint.step_shapes import StepShape
+from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.pipeline import HiDreamModel
 from tests.support.torch_threads import one_thread
@@ -75,6 +76,7 @@ def failure_of(model_path: Path, folder: Path, compile_shapes: tuple[StepShape, 
         local_index=0,
         num_threads=1,
         compile_shapes=compile_shapes,
+        image_metadata=ImageMetadata(),
         counter_path=CollectiveCounterReader(folder).path,
         log=LogConfig(file=folder / "log"),
     )

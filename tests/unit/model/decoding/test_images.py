@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import io
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image, JpegImagePlugin
+from PIL import ExifTags, Image, JpegImagePlugin
 
-from hidream_grpc.model.decoding.images import encode_image
+from hidream_grpc.model.decoding.images import TEXT_KEYWORD, encode_image
 from hidream_grpc.model.parameters import OutputFormat
 
 
@@ -40,6 +41,51 @@ def test_png_loses_nothing(pixels: NDArray[np.uint8]) -> None:
 @pytest.mark.parametrize("output_format", OutputFormat)
 def test_the_same_pixels_are_the_same_bytes(output_format: OutputFormat, pixels: NDArray[np.uint8]) -> None:
     assert encode_image(pixels, output_format, 90) == encode_image(pixels.copy(), output_format, 90)
+
+
+@pytest.mark.parametrize("output_format", OutputFormat)
+def test_a_marked_file_says_in_xmp_that_a_model_generated_it(
+    output_format: OutputFormat, pixels: NDArray[np.uint8]
+) -> None:
+    data = encode_image(pixels, output_format, 90, has_mark=True)
+    assert data == encode_image(pixels, output_format, 90, has_mark=True)
+    with Image.open(io.BytesIO(data)) as image:
+        xmp = image.info["xmp"]
+    # As any reader of XML sees it.
+    [source] = ElementTree.fromstring(xmp).iter(
+        "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"
+    )
+    assert source.text == "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+    unmarked = encode_image(pixels, output_format, 90)
+    assert np.array_equal(decode(data, output_format), decode(unmarked, output_format))
+    assert b"xmp" not in unmarked.lower()
+    assert b"Exif" not in unmarked
+
+
+def test_a_png_carries_its_text_in_any_script(pixels: NDArray[np.uint8]) -> None:
+    data = encode_image(pixels, OutputFormat.PNG, 90, text='{"prompt": "红色"}')
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.info[TEXT_KEYWORD] == '{"prompt": "红色"}'
+
+
+def comment(data: bytes) -> bytes | None:
+    with Image.open(io.BytesIO(data)) as image:
+        return image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+
+
+@pytest.mark.parametrize("output_format", [OutputFormat.JPEG, OutputFormat.WEBP])
+def test_other_files_carry_their_text_in_the_exif_comment(
+    output_format: OutputFormat, pixels: NDArray[np.uint8]
+) -> None:
+    assert comment(encode_image(pixels, output_format, 90, text="a fox")) == b"ASCII\0\0\0a fox"
+
+
+def test_a_jpeg_leaves_out_a_text_that_it_cannot_hold_and_keeps_the_mark(pixels: NDArray[np.uint8]) -> None:
+    data = encode_image(pixels, OutputFormat.JPEG, 90, has_mark=True, text="a" * 65_536)
+    assert comment(data) is None
+    assert b"trainedAlgorithmicMedia" in data
+    assert comment(encode_image(pixels, OutputFormat.JPEG, 90, text="a" * 65_400)) is not None
+    assert comment(encode_image(pixels, OutputFormat.WEBP, 90, text="a" * 65_536)) is not None
 
 
 @pytest.mark.parametrize("output_format", [OutputFormat.JPEG, OutputFormat.WEBP])
