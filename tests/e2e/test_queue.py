@@ -25,7 +25,8 @@ def test_a_waiting_caller_sees_its_position_change_until_it_starts(narrow_server
         with ThreadPoolExecutor() as threads:
             streams = list(threads.map(follow, waiting))
     positions = [[event.queued.queue_position for event in s.of_kind("queued")] for s in streams]
-    assert positions[0] == []
+    # The first may be told once more, with another estimate.
+    assert set(positions[0]) <= {1}
     # A reader that is slower than the queue may miss a position, never see one grow.
     assert all(seen == sorted(seen, reverse=True) for seen in positions)
     assert positions[2][-1] == 1
