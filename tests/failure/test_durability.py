@@ -72,6 +72,7 @@ def wait_for_snapshot(data_dir: Path, older: set[bytes]) -> set[bytes]:
     return found
 
 
+@pytest.mark.long
 def test_a_snapshot_that_was_altered_on_the_disk_costs_the_steps_and_not_the_image(tmp_path: Path) -> None:
     flags = ("--data-dir", str(tmp_path), "--devices", "1", "--threads-per-rank", "1")
     with running_server(*flags) as server, server.stub() as stub:

@@ -79,8 +79,11 @@ async def group(shared_group: RankGroup, undisturbed: bytes) -> RankGroup:
 
 @pytest.mark.parametrize(
     ("victims", "fault"),
-    [((0,), LOOP), ((2,), WAIT_FOR_EVER), ((0, 1), LOOP)],
-    ids=["rank 0 loops", "the last rank waits", "two loop"],
+    [
+        pytest.param((0,), LOOP, id="rank 0 loops"),
+        pytest.param((2,), WAIT_FOR_EVER, id="the last rank waits"),
+        pytest.param((0, 1), LOOP, id="two loop", marks=pytest.mark.long),
+    ],
 )
 async def test_a_rank_that_hangs_in_a_step_is_replaced_and_those_that_wait_for_it_are_not(
     group: RankGroup, undisturbed: bytes, victims: tuple[int, ...], fault: signal.Signals

@@ -75,8 +75,18 @@ async def group(shared_group: RankGroup, undisturbed: bytes) -> RankGroup:
     return shared_group
 
 
-@pytest.mark.parametrize("in_a_step", [False, True], ids=["idle", "in a step"])
-@pytest.mark.parametrize("victims", [(0,), (2,), (0, 1)], ids=["rank 0", "the last rank", "two at once"])
+@pytest.mark.parametrize(
+    ("victims", "in_a_step"),
+    [
+        pytest.param((0,), True, id="rank 0 in a step"),
+        pytest.param((2,), False, id="the last rank while idle"),
+        pytest.param((0, 1), True, id="two at once in a step"),
+        *(
+            pytest.param(victims, in_a_step, marks=pytest.mark.long)
+            for victims, in_a_step in (((0,), False), ((2,), True), ((0, 1), False))
+        ),
+    ],
+)
 async def test_killed_ranks_are_replaced_and_the_picture_is_the_same(
     group: RankGroup, undisturbed: bytes, victims: tuple[int, ...], in_a_step: bool
 ) -> None:

@@ -38,7 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-# One of each kind: an axis alone, axes together, numbers of ranks that are no power of two.
+# One of each kind: an axis alone, axes together, a number of ranks that is no power of two.
 LAYOUTS_OF_EACH_KIND = [
     ("4 heads, 4 experts", "tp=2"),
     ("4 heads, 4 experts", "ep=2"),
@@ -46,11 +46,11 @@ LAYOUTS_OF_EACH_KIND = [
     ("4 heads, 4 experts", "dp=2"),
     ("4 heads, 4 experts", "cfg=2,ep=2,tp=2"),
     ("6 heads, 6 experts", "ep=3"),
+]
+OTHER_LAYOUTS = [
     ("6 heads, 6 experts", "dp=3"),
     ("6 heads, 6 experts", "tp=2,ep=2"),
     ("5 heads, 4 experts", "tp=5"),
-]
-OTHER_LAYOUTS = [
     ("4 heads, 4 experts", "tp=4"),
     ("4 heads, 4 experts", "tp=2,ep=2"),
     ("4 heads, 4 experts", "cfg=2,dp=2"),
