@@ -70,7 +70,7 @@ async def test_two_servers_never_share_one_file(sqlite_database: StoreDatabase) 
         assert await told(store) is None
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 async def test_after_sigkill_every_acknowledged_job_is_there(database: StoreDatabase, seed: int) -> None:
     generator = random.Random(seed)
     acknowledged: dict[str, str] = {}
