@@ -50,6 +50,33 @@ def test_generate_writes_the_image_and_shows_every_step(server: LiveServer, tmp_
         assert (picture.size, picture.format) == ((64, 64), "PNG")
 
 
+def test_generate_draws_an_image_again_and_says_whether_the_bytes_are_the_same(
+    server: LiveServer, tmp_path: Path
+) -> None:
+    first = (
+        "generate",
+        PROMPT,
+        "--seed",
+        "7",
+        *SMALL,
+        "--guidance",
+        "3.3",
+        "--out",
+        "fox.jpeg",
+        "--quality",
+        "70",
+    )
+    assert hidream(server.address, *first, folder=tmp_path).returncode == 0
+    again = hidream(server.address, "generate", "--like", "fox.jpeg", "--out", "new", folder=tmp_path)
+    assert (again.returncode, again.stdout) == (0, "new\n")
+    assert again.stderr.splitlines()[-1] == "hidream: the same bytes as fox.jpeg"
+    assert (tmp_path / "new").read_bytes() == (tmp_path / "fox.jpeg").read_bytes()
+    varied = ("generate", "--like", "fox.jpeg", "--seed", "8", "--out", "varied.png")
+    other = hidream(server.address, *varied, folder=tmp_path)
+    assert other.returncode == 0
+    assert "not the same bytes as fox.jpeg: pixels differ by" in other.stderr.splitlines()[-1]
+
+
 def test_generate_with_every_option_writes_what_was_asked_for(server: LiveServer, tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
     result = hidream(

@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from hidream import __version__, job_commands, server_commands, submit_commands, watch_commands
+from hidream import (
+    __version__,
+    job_commands,
+    server_commands,
+    show_command,
+    submit_commands,
+    watch_commands,
+)
 from hidream.command_line import EXIT_INVALID, CommandGroup
 from hidream.generate_command import generate
 
@@ -56,6 +63,7 @@ for name, command in {
     "cancel": job_commands.cancel,
     "delete": job_commands.delete,
     "download": watch_commands.download,
+    "show": show_command.show,
     "info": server_commands.info,
     "health": server_commands.health,
 }.items():

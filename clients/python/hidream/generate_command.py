@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hidream.client import Client
 from hidream.command_line import GoingOn, connected, reconnect_policy
-from hidream.files import ImageFileFormat
+from hidream.events import ImageFinished
+from hidream.files import ImageFileFormat, format_of_suffix
+from hidream.generated_image import GeneratedImage
 from hidream.json_text import event_json_line
 from hidream.options import (
     EventsAsJson,
@@ -21,7 +24,6 @@ from hidream.options import (
     Negative,
     NoTimeout,
     PriorityOption,
-    Prompt,
     Quality,
     Quiet,
     Reconnect,
@@ -41,7 +43,9 @@ from hidream.saved_images import SavedImages, output_pattern, picked_format
 @connected
 def generate(
     client: Client,
-    prompt: Prompt,
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to draw, unless --like says it.", show_default=False)
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(
@@ -61,6 +65,15 @@ def generate(
         ImageFileFormat | None, typer.Option("--format", help="Default: what --out ends in, or png.")
     ] = None,
     quality: Quality = None,
+    like: Annotated[
+        GeneratedImage | None,
+        typer.Option(
+            parser=GeneratedImage.read_with_request,
+            metavar="FILE",
+            help="Draw what an image file says of itself again, but for what else is given, and say whether "
+            "the bytes are the same.",
+        ),
+    ] = None,
     preview: Annotated[
         bool, typer.Option("--preview", help="After each step write NAME.preview.jpg beside the image.")
     ] = False,
@@ -80,33 +93,41 @@ def generate(
 
     A server that restarts or falls silent meanwhile is waited for, and the same job goes on.
     """
+    if prompt is None and like is None:
+        raise typer.BadParameter("a prompt is missing, or --like", param_hint="PROMPT")
     size = size or Size()
+    if file_format is None and like is not None:
+        file_format = _format_for(out, like)
     file_format = picked_format(out, file_format)
     pattern = output_pattern(out, file_format, images, as_json)
     if pattern.is_stream and preview:
         text = f"previews are files beside that of the image, and {out!r} is none"
         raise typer.BadParameter(text, param_hint="--preview")
+    given = {
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "width": size.width,
+        "height": size.height,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "num_images": images,
+        "seed": seed,
+        "quality": quality,
+        "model": model,
+    }
+    said = like.arguments(file_format) if like else {}
     start = partial(
         client.generate,
-        prompt,
-        negative_prompt=negative,
-        width=size.width,
-        height=size.height,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        num_images=images,
-        seed=seed,
+        **said | {name: value for name, value in given.items() if value is not None},
         output_format=file_format.output_format,
-        quality=quality,
         preview=preview,
         priority=priority_name(priority),
         labels=labels_by_key(label),
         request_id=request_id,
         detached=detach,
-        model=model,
     )
     going_on = GoingOn.after("generate", out, client.address)
-    saved, job_id = SavedImages(pattern), ""
+    saved, job_id, comparison = SavedImages(pattern), "", ""
     try:
         # Closing the events cancels the job when anything here fails, an interrupt included.
         with (
@@ -117,6 +138,8 @@ def generate(
                 job_id = event.job_id
                 display.show(event)
                 path = saved.take(event)
+                if like and isinstance(event, ImageFinished) and event.image.index == 0:
+                    comparison = like.compared_with(event.image.data)
                 if as_json:
                     typer.echo(event_json_line(event, path))
     except KeyboardInterrupt:
@@ -126,3 +149,10 @@ def generate(
     if not as_json:
         for path in saved.paths:
             typer.echo(path)
+    if comparison and not quiet:
+        typer.echo(f"hidream: {comparison}", err=True)
+
+
+def _format_for(out: str | None, like: GeneratedImage) -> ImageFileFormat | None:
+    """The format of an image that is drawn again, where the name of its file says no other."""
+    return None if out and format_of_suffix(Path(out).suffix) else like.file_format

@@ -48,7 +48,9 @@ def status(code: int, message: str = "what happened") -> status_pb2.Status:
             "hidream: --seed (spec.seed): Value out of range",
             id="a seed that no message can carry",
         ),
-        pytest.param(["generate"], "prompt", id="no prompt"),
+        pytest.param(["generate"], "a prompt is missing, or --like", id="no prompt"),
+        pytest.param(["show", "a.png"], "a.png: No such file", id="no image to show"),
+        pytest.param(["generate", "--like", "/dev/null"], "cannot be read as an image", id="like no image"),
         pytest.param(
             ["generate", "a", "--out", "-", "--images", "2"],
             "stdout takes one image only",
