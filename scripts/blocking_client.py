@@ -14,6 +14,7 @@ REPLACEMENTS = {
     r"\A.*": '"""The client for ordinary code. `scripts/generate` derives it from `hidream.aio`."""',
     # A paragraph of a docstring.
     r"\n\n +With asyncio: (?:.+\n)*?(?=\n| *\"\"\")": "\n",
+    r"\basync for (\w+) in (\w+):\n +yield \1\n": r"yield from \2\n",
     r"\b(?:async|await) ": "",
     r"\bAsync(?=Client|Connection|Generator)": "",
     r"\baclosing\b": "closing",

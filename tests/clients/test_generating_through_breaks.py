@@ -87,9 +87,13 @@ def test_a_generation_that_gets_no_answer_for_too_long_names_its_job(
     server[0].breaks = [2, *[0] * 1000]
     told: list[ServerError] = []
     policy = ReconnectPolicy(reconnect_seconds=0.3, on_connection_lost=told.append)
-    with pytest.raises(UnavailableError, match=f"`hidream watch {JOB_ID}` goes on with the job") as lost:
+    with pytest.raises(UnavailableError) as lost:
         either.items("generate", "a", policy=policy)
-    assert {error.followed_job_id for error in (lost.value, *told)} == {JOB_ID}
+    request_id = server[0].generated[0].request_id
+    assert str(lost.value) == f"the server is going away (job {JOB_ID}, request id {request_id})"
+    for error in (lost.value, *told):
+        assert (error.followed_job_id, error.followed_request_id) == (JOB_ID, request_id)
+        assert error.held_seconds == pytest.approx(0.3)
     assert lost.value.message == "the server is going away"
     assert server[0].cancelled == []
 
@@ -116,6 +120,36 @@ def test_leaving_early_stops_the_job(
         next(events)
     assert servicer.cancelled == stopped
     assert servicer.generated[0].HasField("reconnect_window") == bool(stopped)
+
+
+@pytest.mark.parametrize("is_client_closed", [False, True], ids=["events", "client"])
+def test_leaving_while_the_connection_is_lost_stops_no_job(
+    is_client_closed: bool, server: tuple[BreakingImageGen, str]
+) -> None:
+    servicer, address = server
+    servicer.breaks = [3, 0]
+    with Client(address) as client:
+
+        def leave(_: ServerError) -> None:
+            if is_client_closed:
+                client.close()
+            raise KeyboardInterrupt
+
+        events = client.generate("a", policy=ReconnectPolicy(on_connection_lost=leave))
+        with pytest.raises(KeyboardInterrupt), closing(events):
+            list(events)
+    assert servicer.cancelled == []
+
+
+def test_a_job_that_was_given_up_is_not_stopped_in_place_of_the_new_one(
+    server: tuple[BreakingImageGen, str],
+) -> None:
+    servicer, address = server
+    servicer.breaks, servicer.job_ids = [2], ["given-up"]
+    with Client(address) as client, closing(client.generate("a")) as events:
+        while next(events).job_id != JOB_ID:
+            pass
+    assert servicer.cancelled == [JOB_ID]
 
 
 def test_closing_the_client_stops_the_jobs_that_it_follows(server: tuple[BreakingImageGen, str]) -> None:
@@ -153,17 +187,25 @@ def test_the_command_goes_on_after_a_break_and_says_how_else_to(
     result = hidream(address, "generate", "a", "--out", "a fox.png", folder=tmp_path)
     assert (result.returncode, result.stdout) == (0, "a fox.png\n"), result.stderr
     assert (tmp_path / "a fox.png").read_bytes() == FILE
-    going_on = f"to go on with job {JOB_ID}: hidream watch {JOB_ID} --out 'a fox.png' --address {address}"
+    told = f"to go on with job {JOB_ID}: the same command with --request-id "
     shown = result.stderr
-    assert shown.index("step 1 of 3") < shown.index(going_on) < shown.index("step 2 of 3")
+    assert shown.index("step 1 of 3") < shown.index(told) < shown.index("step 2 of 3")
 
     servicer.breaks = [2, *[0] * 1000]
-    result = hidream(address, "generate", "a", "--reconnect", "0.3", "--out", "a fox.png", folder=tmp_path)
+    arguments = ("generate", "a", "--reconnect", "0.3", "--out", "a fox.png")
+    result = hidream(address, *arguments, folder=tmp_path)
     assert result.returncode == 3
-    assert result.stderr.splitlines()[-1] == f"hidream: {address}: the server is going away; {going_on}"
+    request_id = servicer.generated[-1].request_id
+    assert result.stderr.splitlines()[-1] == (
+        f"hidream: {address}: the server is going away; {told}{request_id} (after 0.3 s it may start anew)"
+    )
+
+    servicer.breaks = [2, *[0] * 1000]
+    result = hidream(address, *arguments, "--detach", folder=tmp_path)
+    going_on = f"hidream watch {JOB_ID} --out 'a fox.png' --address {address}"
+    assert result.stderr.splitlines()[-1].endswith(f"; to go on with job {JOB_ID}: {going_on}")
 
     servicer.breaks.clear()
     (tmp_path / "a fox.png").unlink()
-    words = shlex.split(going_on.partition(": ")[2])
-    assert hidream(address, *words[1:-2], folder=tmp_path).returncode == 0
+    assert hidream(address, *shlex.split(going_on)[1:-2], folder=tmp_path).returncode == 0
     assert (tmp_path / "a fox.png").read_bytes() == FILE

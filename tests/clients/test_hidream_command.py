@@ -21,6 +21,7 @@ from hidream.client import Client
 from hidream.commands import app
 from hidream.v1 import job_pb2
 from tests.clients.conftest import HealthOnlyServer
+from tests.failure.tcp_proxy import running_proxy
 from tests.support.live_server import LiveServer, wait_until
 
 HIDREAM = Path(sys.executable).parent / "hidream"
@@ -280,9 +281,38 @@ def test_a_detached_job_goes_on_when_its_command_is_interrupted(server: LiveServ
         _, shown = process.communicate()
         assert process.returncode == 130
         job_id = shown.split("hidream watch ")[1].split()[0]
-        assert shown.splitlines()[-1] == "hidream: interrupted"
+        going_on = f"hidream watch {job_id} --out . --address {server.address}"
+        assert shown.splitlines()[-2:] == [
+            f"hidream: to go on with job {job_id}: {going_on}",
+            "hidream: interrupted",
+        ]
         assert client.status(job_id).state in (job_pb2.JOB_STATE_RUNNING, job_pb2.JOB_STATE_SUCCEEDED)
         client.cancel(job_id)
+
+
+def test_what_a_command_prints_when_its_connection_is_lost_goes_on_with_its_job(
+    server: LiveServer, tmp_path: Path
+) -> None:
+    label = uuid.uuid4().hex
+    arguments = (*("generate", PROMPT, "--size", "64x64", "--steps", "150"), "--label", f"test={label}")
+    with running_proxy(("127.0.0.1", int(server.address.rpartition(":")[2]))) as proxy:
+        address = f"127.0.0.1:{proxy.port}"
+        with interruptible(*arguments, "--address", address, folder=tmp_path) as process:
+            text_until(process.stderr, "step 1 of 150")
+            proxy.cut()
+            told = text_until(process.stderr, r"to go on with job .*\n")
+            process.send_signal(signal.SIGINT)
+            assert "hidream: interrupted" in process.communicate()[1]
+            assert process.returncode == 130
+        proxy.heal()
+        said = re.search(r"with job (\w+): the same command with (--request-id) (\w+) \(after 30 s ", told)
+        assert said, told
+        result = hidream(address, *arguments, *said.groups()[1:], folder=tmp_path)
+        assert result.returncode == 0, result.stderr
+    with Client(server.address) as client:
+        [job] = client.list_jobs(labels={"test": label})
+        assert (job.job_id, job.state) == (said[1], job_pb2.JOB_STATE_SUCCEEDED)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 # Interrupts the command while its modules are imported.

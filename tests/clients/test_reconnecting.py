@@ -123,7 +123,7 @@ def test_a_download_goes_on_from_what_an_earlier_one_has_left(
     server: tuple[BreakingImageGen, str], either: EitherClient, tmp_path: Path
 ) -> None:
     server[0].breaks, path = [3], tmp_path / "a.png"
-    with pytest.raises(UnavailableError, match=f"`hidream download {JOB_ID}` goes on with the job"):
+    with pytest.raises(UnavailableError, match=rf"\(job {JOB_ID}\)"):
         either.download(path, ReconnectPolicy(reconnect_seconds=0))
     assert not path.exists()
     assert part_path(path, JOB_ID, 0).read_bytes() == FILE[: 3 * CHUNK_BYTES]

@@ -94,12 +94,13 @@ class AsyncClient:
         self._connection = AsyncConnection(*endpoint(address, tls), keepalive_seconds)
         self._metadata = call_metadata(token)
         self._timeout_seconds = timeout_seconds
-        self._held_job_ids: set[str] = set()
+        self._generations: set[JobGeneration] = set()
 
     async def close(self) -> None:
         """Close the connection; calls that are under way are cancelled. May be called twice."""
-        for job_id in tuple(self._held_job_ids):
-            await self._leave(job_id)
+        leaving = FirstAnswer(LEAVE_TIMEOUT_SECONDS)
+        for stream in tuple(self._generations):
+            await self._leave(stream, leaving)
         await self._connection.close()
 
     async def __aenter__(self) -> Self:
@@ -136,8 +137,10 @@ class AsyncClient:
         it, cancels the call, and so the job unless `detached` is set.
 
         When the connection is lost, or the server restarts, the call is made again and goes on behind the
-        last event of the same job, as `watch` does. A job that the server has given up meanwhile is drawn
-        anew.
+        last event of the same job, as `watch` does. The server holds the job for 30 s after it has noticed,
+        and for no time with a `request_id`, which others may wait for too; a job that it has given up is
+        generated anew. Leaving while the connection is lost cancels nothing: until then the same call, with
+        the `followed_request_id` of the error as its `request_id`, goes on with the job.
 
         With asyncio: cancelling the task that waits for an event cancels the call too. Code that leaves early
         and goes on closes the generator, by `aclose()` or `contextlib.aclosing`: Python closes an abandoned
@@ -165,7 +168,7 @@ class AsyncClient:
 
         Raises:
             ServerError: the request was refused, the job failed, or no server answered for
-                `policy.reconnect_seconds`; then the error names the job.
+                `policy.reconnect_seconds`; then the error names the job and the request id.
             StreamError: the images did not arrive as they were sent.
         """
         if timeout_seconds is not None:
@@ -191,34 +194,33 @@ class AsyncClient:
         return self._generate(JobGeneration(request, policy))
 
     async def _generate(self, stream: JobGeneration) -> AsyncGenerator[Event]:
+        self._generations.add(stream)
         try:
             async with aclosing(
                 self._resuming(lambda: self._connection.image_gen.Generate, stream)
             ) as events:
                 async for event in events:
-                    if stream.held_job_id:
-                        self._held_job_ids.add(stream.held_job_id)
                     yield event
         except ServerError:
             raise
         except BaseException:
-            await self._leave(stream.held_job_id)
+            await self._leave(stream, FirstAnswer(LEAVE_TIMEOUT_SECONDS))
             raise
         finally:
-            self._held_job_ids.discard(stream.job_id)
+            self._generations.discard(stream)
 
-    async def _leave(self, job_id: str) -> None:
+    async def _leave(self, stream: JobGeneration, leaving: FirstAnswer) -> None:
         """Stop a job that the server would hold for a caller whose connection is lost."""
-        if job_id not in self._held_job_ids:
+        if stream not in self._generations or not stream.held_job_id:
             return
-        request = image_gen_pb2.CancelJobRequest(job_id=job_id)
+        request = image_gen_pb2.CancelJobRequest(job_id=stream.held_job_id)
         # A server that does not answer stops it itself, a little later.
         with suppress(grpc.RpcError):
             await self._connection.image_gen.CancelJob(
-                request, timeout=LEAVE_TIMEOUT_SECONDS, metadata=self._metadata
+                request, timeout=leaving.remaining_seconds(), metadata=self._metadata
             )
         # Not before: a client that is closed meanwhile says so too, where this call breaks off.
-        self._held_job_ids.discard(job_id)
+        self._generations.discard(stream)
 
     async def draw(
         self,

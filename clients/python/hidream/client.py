@@ -90,12 +90,13 @@ class Client:
         self._connection = Connection(*endpoint(address, tls), keepalive_seconds)
         self._metadata = call_metadata(token)
         self._timeout_seconds = timeout_seconds
-        self._held_job_ids: set[str] = set()
+        self._generations: set[JobGeneration] = set()
 
     def close(self) -> None:
         """Close the connection; calls that are under way are cancelled. May be called twice."""
-        for job_id in tuple(self._held_job_ids):
-            self._leave(job_id)
+        leaving = FirstAnswer(LEAVE_TIMEOUT_SECONDS)
+        for stream in tuple(self._generations):
+            self._leave(stream, leaving)
         self._connection.close()
 
     def __enter__(self) -> Self:
@@ -132,8 +133,10 @@ class Client:
         it, cancels the call, and so the job unless `detached` is set.
 
         When the connection is lost, or the server restarts, the call is made again and goes on behind the
-        last event of the same job, as `watch` does. A job that the server has given up meanwhile is drawn
-        anew.
+        last event of the same job, as `watch` does. The server holds the job for 30 s after it has noticed,
+        and for no time with a `request_id`, which others may wait for too; a job that it has given up is
+        generated anew. Leaving while the connection is lost cancels nothing: until then the same call, with
+        the `followed_request_id` of the error as its `request_id`, goes on with the job.
 
         Args:
             prompt: what to generate.
@@ -157,7 +160,7 @@ class Client:
 
         Raises:
             ServerError: the request was refused, the job failed, or no server answered for
-                `policy.reconnect_seconds`; then the error names the job.
+                `policy.reconnect_seconds`; then the error names the job and the request id.
             StreamError: the images did not arrive as they were sent.
         """
         if timeout_seconds is not None:
@@ -183,32 +186,30 @@ class Client:
         return self._generate(JobGeneration(request, policy))
 
     def _generate(self, stream: JobGeneration) -> Generator[Event]:
+        self._generations.add(stream)
         try:
             with closing(self._resuming(lambda: self._connection.image_gen.Generate, stream)) as events:
-                for event in events:
-                    if stream.held_job_id:
-                        self._held_job_ids.add(stream.held_job_id)
-                    yield event
+                yield from events
         except ServerError:
             raise
         except BaseException:
-            self._leave(stream.held_job_id)
+            self._leave(stream, FirstAnswer(LEAVE_TIMEOUT_SECONDS))
             raise
         finally:
-            self._held_job_ids.discard(stream.job_id)
+            self._generations.discard(stream)
 
-    def _leave(self, job_id: str) -> None:
+    def _leave(self, stream: JobGeneration, leaving: FirstAnswer) -> None:
         """Stop a job that the server would hold for a caller whose connection is lost."""
-        if job_id not in self._held_job_ids:
+        if stream not in self._generations or not stream.held_job_id:
             return
-        request = image_gen_pb2.CancelJobRequest(job_id=job_id)
+        request = image_gen_pb2.CancelJobRequest(job_id=stream.held_job_id)
         # A server that does not answer stops it itself, a little later.
         with suppress(grpc.RpcError):
             self._connection.image_gen.CancelJob(
-                request, timeout=LEAVE_TIMEOUT_SECONDS, metadata=self._metadata
+                request, timeout=leaving.remaining_seconds(), metadata=self._metadata
             )
         # Not before: a client that is closed meanwhile says so too, where this call breaks off.
-        self._held_job_ids.discard(job_id)
+        self._generations.discard(stream)
 
     def draw(
         self,

@@ -66,21 +66,24 @@ def connected(command: Callable[Concatenate[Client, ...], None]) -> Callable[...
 
     Args:
         command: what to do with a client of the server that those options describe; its errors end
-            the process with their lines and exit code.
+            the process with their lines and exit code. One that has `going_on` gets what goes on with it.
     """
     _, *own = inspect.signature(command, eval_str=True).parameters.values()
+    shown = [parameter for parameter in own if parameter.name != "going_on"]
     of_connection = inspect.signature(_new_client, eval_str=True).parameters
 
     @functools.wraps(command)
     def run(**options: Any) -> None:
         connection = {name: options.pop(name) for name in of_connection}
         _refuse_empty(connection)
-        going_on = GoingOn.after(command.__name__, options.get("out"), connection["address"])
-        with exit_codes(going_on), _new_client(**connection) as client:
+        going_on = GoingOn.after(command.__name__, options, connection)
+        if len(shown) < len(own):
+            options["going_on"] = going_on
+        with exit_codes(connection["address"], going_on), _new_client(**connection) as client:
             command(client, **options)
 
     # What typer reads.
-    run.__signature__ = inspect.Signature([*own, *of_connection.values()])  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature([*shown, *of_connection.values()])  # type: ignore[attr-defined]
     return run
 
 
@@ -159,7 +162,7 @@ def reconnect_policy(
         timeout_seconds,
         reconnect_seconds,
         lambda error: display.show_connection_lost(
-            going_on.line(error.followed_job_id) if error.followed_job_id else str(error)
+            going_on.after_loss(error) if error.followed_job_id else str(error)
         ),
     )
 
@@ -170,33 +173,54 @@ class GoingOn:
 
     Attributes:
         command: its name.
-        out: its `--out`; None for none.
-        address: its `--address`.
+        options: its options, as words of a command line.
     """
 
     command: str
-    out: str | None
-    address: str
+    options: tuple[str, ...]
 
     @classmethod
-    def after(cls, command: str, out: str | None, address: str) -> GoingOn:
+    def after(cls, command: str, options: Mapping[str, Any], connection: Mapping[str, Any]) -> GoingOn:
         """The command behind another one: `generate` without `--out` writes into the working folder."""
-        if command == "generate":
-            out = out or "."
-        return cls("download" if command == "download" else "watch", out, address)
+        out = options.get("out") or ("." if command == "generate" else None)
+        address = connection["address"]
+        kept = {
+            "out": out,
+            "index": options.get("index"),
+            **connection,
+            "address": None if address == DEFAULT_ADDRESS else address,
+            # Other users of the machine see a command line, and a log keeps it.
+            "token": None if connection["token"] is None or VARIABLES["token"] in os.environ else "TOKEN",
+        }
+        return cls("download" if command == "download" else "watch", tuple(_words(kept)))
 
     def line(self, job_id: str) -> str:
-        """Return the command for a shell, with the job."""
-        words = ["hidream", self.command, job_id]
-        if self.out is not None:
-            words += ["--out", self.out]
-        if self.address != DEFAULT_ADDRESS:
-            words += ["--address", self.address]
-        return f"to go on with job {job_id}: {shlex.join(words)}"
+        """Return the command for a shell, with a job that goes on by itself."""
+        return f"to go on with job {job_id}: {shlex.join(['hidream', self.command, job_id, *self.options])}"
+
+    def after_loss(self, error: ServerError) -> str:
+        """Say how to go on with the job that was being followed when the connection was lost."""
+        if not error.followed_request_id:
+            return self.line(error.followed_job_id)
+        when = f"after {error.held_seconds:g} s " if error.held_seconds else ""
+        return (
+            f"to go on with job {error.followed_job_id}: the same command with "
+            f"--request-id {error.followed_request_id} ({when}it may start anew)"
+        )
+
+
+def _words(options: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in options.items():
+        option = "--" + name.replace("_", "-")
+        if value is True:
+            yield option
+        elif value not in (None, False):
+            for one in value if isinstance(value, list) else [value]:
+                yield from (option, str(one))
 
 
 @contextmanager
-def exit_codes(going_on: GoingOn) -> Iterator[None]:
+def exit_codes(address: str, going_on: GoingOn) -> Iterator[None]:
     """Let an error end the command, with its lines on stderr and its exit code."""
     try:
         yield
@@ -204,7 +228,7 @@ def exit_codes(going_on: GoingOn) -> Iterator[None]:
         typer.echo("hidream: interrupted", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except HiDreamError as error:
-        for line in error_lines(error, going_on.address, going_on):
+        for line in error_lines(error, address, going_on):
             typer.echo(f"hidream: {line}", err=True)
         raise typer.Exit(exit_code(error)) from None
     except BrokenPipeError:
@@ -243,7 +267,7 @@ def error_lines(error: HiDreamError, address: str, going_on: GoingOn | None = No
     if isinstance(error, AddressError):
         return [str(error)]
     if going_on and isinstance(error, ServerError) and error.followed_job_id:
-        return [f"{address}: {error.message}; {going_on.line(error.followed_job_id)}"]
+        return [f"{address}: {error.message}; {going_on.after_loss(error)}"]
     line = f"{address}: {error}"
     if isinstance(error, InternalError) and error.error_id not in str(error):
         line += f" (error id {error.error_id})"

@@ -30,8 +30,6 @@ class Download(
     same image into the same file goes on from there. A device or a pipe gets the image when it is whole.
     """
 
-    command = "download"
-
     def __init__(self, job: job_pb2.Job, image_index: int, path: Path, policy: ReconnectPolicy) -> None:
         super().__init__(policy)
         self.job_id = job.job_id

@@ -78,9 +78,14 @@ class ServerError(HiDreamError):
         details: the whole `google.rpc.Status`; without details where the server sent none.
         retry_after_seconds: when to try again; None where the server does not say.
         followed_job_id: the job that was being followed when the connection was lost; empty otherwise.
+        followed_request_id: with it as its `request_id` the same `generate` goes on with that job, or
+            generates it anew; empty for a job that goes on by itself, which `watch` follows.
+        held_seconds: how long the server holds such a job, from when it has noticed.
     """
 
     followed_job_id = ""
+    followed_request_id = ""
+    held_seconds = 0.0
 
     def __init__(self, details: status_pb2.Status) -> None:
         super().__init__(details.message or code_pb2.Code.Name(details.code))

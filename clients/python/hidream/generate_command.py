@@ -43,6 +43,7 @@ from hidream.saved_images import SavedImages, output_pattern, picked_format
 @connected
 def generate(
     client: Client,
+    going_on: GoingOn,
     prompt: Annotated[
         str | None, typer.Argument(help="What to draw, unless --like says it.", show_default=False)
     ] = None,
@@ -126,10 +127,10 @@ def generate(
         request_id=request_id,
         detached=detach,
     )
-    going_on = GoingOn.after("generate", out, client.address)
     saved, job_id, comparison = SavedImages(pattern), "", ""
     try:
-        # Closing the events cancels the job when anything here fails, an interrupt included.
+        # Closing the events cancels the job when anything here fails, an interrupt included, unless the
+        # connection is lost: then the display has told how to go on with it.
         with (
             progress_display(is_shown=not (quiet or as_json)) as display,
             closing(start(policy=reconnect_policy(timeout, reconnect, display, going_on))) as events,
@@ -144,7 +145,7 @@ def generate(
                     typer.echo(event_json_line(event, path))
     except KeyboardInterrupt:
         if detach and job_id:
-            typer.echo(f"hidream: job {job_id} goes on: hidream watch {job_id}", err=True)
+            typer.echo(f"hidream: {going_on.line(job_id)}", err=True)
         raise
     if not as_json:
         for path in saved.paths:

@@ -81,11 +81,13 @@ class ResumableStream(ABC, Generic[_RequestT, _ResponseT, _ItemT]):
 
     Attributes:
         job_id: what the stream is about, as far as it is about one job; empty before that is known.
-        command: the command of `hidream` that goes on with the job.
+        request_id: by which the same call goes on with a job that stops without it; empty for other jobs.
+        held_seconds: how long the server holds such a job when the connection is lost.
     """
 
     job_id = ""
-    command = "watch"
+    request_id = ""
+    held_seconds = 0.0
 
     def __init__(self, policy: ReconnectPolicy) -> None:
         self._policy = policy
@@ -98,6 +100,11 @@ class ResumableStream(ABC, Generic[_RequestT, _ResponseT, _ItemT]):
     @abstractmethod
     def is_over(self) -> bool:
         """Whether nothing more is to come."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the connection was lost, and no call has been answered since."""
+        return self._lost_seconds is not None
 
     @abstractmethod
     def request(self) -> _RequestT:
@@ -129,7 +136,7 @@ class ResumableStream(ABC, Generic[_RequestT, _ResponseT, _ItemT]):
 
         Raises:
             ServerError: another call would end in the same way, or no answer came for too long; then it
-                names the job.
+                names the job and the request id.
         """
         if self.is_over and not isinstance(error, DataLossError):
             return 0.0
@@ -138,13 +145,16 @@ class ResumableStream(ABC, Generic[_RequestT, _ResponseT, _ItemT]):
         if not isinstance(error, UnavailableError | QueueFullError):
             raise error
         error.followed_job_id = self.job_id
+        error.followed_request_id = self.request_id
+        error.held_seconds = self.held_seconds
         now_seconds = time.monotonic()
         if self._lost_seconds is None:
             self._lost_seconds = now_seconds
         left_seconds = self._policy.reconnect_seconds - (now_seconds - self._lost_seconds)
         if left_seconds <= 0:
             if self.job_id:
-                error.args = (f"{error}; `hidream {self.command} {self.job_id}` goes on with the job",)
+                request = f", request id {self.request_id}" if self.request_id else ""
+                error.args = (f"{error} (job {self.job_id}{request})",)
             raise error
         if self._policy.on_connection_lost:
             self._policy.on_connection_lost(error)

@@ -41,6 +41,7 @@ Out = Annotated[
 @connected
 def watch(
     client: Client,
+    going_on: GoingOn,
     job_id: Annotated[
         str | None, typer.Argument(metavar="JOB_ID", help="Default: all jobs.", show_default=False)
     ] = None,
@@ -67,7 +68,6 @@ def watch(
     job_id = whole_id(client, job_id, timeout)
     saved = None if out is None else _saved_images(client, job_id, out, as_json, timeout)
     with progress_display(is_shown=not (quiet or as_json)) as display:
-        going_on = GoingOn.after("watch", out, client.address)
         policy = reconnect_policy(timeout, reconnect, display, going_on)
         with closing(client.watch(job_id, policy)) as events:
             for event in events:

@@ -74,14 +74,19 @@ class JobGeneration(_OneJob[image_gen_pb2.GenerateRequest, image_gen_pb2.Generat
         self._is_held = not request.request_id and not request.detached
         self._request = with_request_id(request)
         self._position: int | None = None
+        if not request.detached:
+            self.request_id = self._request.request_id
         if self._is_held:
-            window_seconds = min(max(0.0, policy.reconnect_seconds), MAX_RECONNECT_WINDOW_SECONDS)
-            self._request.reconnect_window.FromTimedelta(timedelta(seconds=window_seconds))
+            self.held_seconds = min(max(0.0, policy.reconnect_seconds), MAX_RECONNECT_WINDOW_SECONDS)
+            self._request.reconnect_window.FromTimedelta(timedelta(seconds=self.held_seconds))
 
     @property
     def held_job_id(self) -> str:
-        """The job that the server holds for a while when the connection is lost; empty where it does not."""
-        return self.job_id if self._is_held and not self.is_over else ""
+        """The job that the server would hold for nobody if the caller left now.
+
+        Empty where there is none, and while the connection is lost: then the error has told how to go on.
+        """
+        return self.job_id if self._is_held and not (self.is_over or self.is_lost) else ""
 
     def request(self) -> image_gen_pb2.GenerateRequest:
         """Return the same request each time: by its id it follows the same job."""
@@ -101,7 +106,7 @@ class JobGeneration(_OneJob[image_gen_pb2.GenerateRequest, image_gen_pb2.Generat
         return event
 
     def _is_new_position(self, event: job_pb2.JobEvent) -> bool:
-        """Whether it tells a waiting job's new place: a server that was started again numbers places anew."""
+        """Whether it tells a waiting job's new position: a server that was started again counts anew."""
         if self._position is None or not event.HasField("queued"):
             return False
         return event.queued.queue_position != self._position
@@ -144,7 +149,7 @@ class AllJobsWatch(
         return False
 
     def request(self) -> image_gen_pb2.WatchJobsRequest:
-        """Return the same request each time: there is no place to go on from."""
+        """Return the same request each time: there is no position to go on from."""
         return self._request
 
     def read(self, response: image_gen_pb2.WatchJobsResponse) -> JobChange | None:

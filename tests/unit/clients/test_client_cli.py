@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import duration_pb2
@@ -145,21 +146,49 @@ def test_a_failure_of_the_server_always_tells_its_id() -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "out", "address", "line"),
+    ("command", "options", "connection", "line"),
     [
-        ("generate", None, ADDRESS, "hidream watch j --out ."),
-        ("generate", "a fox.png", "a:1", "hidream watch j --out 'a fox.png' --address a:1"),
-        ("watch", None, ADDRESS, "hidream watch j"),
-        ("download", "a.png", ADDRESS, "hidream download j --out a.png"),
+        ("generate", {}, {}, "hidream watch j --out ."),
+        (
+            "generate",
+            {"out": "a fox.png"},
+            {"address": "a:1"},
+            "hidream watch j --out 'a fox.png' --address a:1",
+        ),
+        ("watch", {"out": None}, {"token": "secret"}, "hidream watch j --token TOKEN"),
+        (
+            "download",
+            {"out": "a.png", "index": [0, 2]},
+            {},
+            "hidream download j --out a.png --index 0 --index 2",
+        ),
+        (
+            *("watch", {"out": None}),
+            {"tls": True, "ca_file": Path("ca"), "cert_file": Path("c"), "key_file": Path("k")},
+            "hidream watch j --tls --ca-file ca --cert-file c --key-file k",
+        ),
     ],
 )
 def test_a_command_that_lost_its_server_names_the_one_that_goes_on(
-    command: str, out: str | None, address: str, line: str
+    command: str, options: dict[str, Any], connection: dict[str, Any], line: str
 ) -> None:
     error = error_from_status(status(code_pb2.UNAVAILABLE, "gone"))
     error.followed_job_id = "j"
-    going_on = GoingOn.after(command, out, address)
-    assert error_lines(error, address, going_on) == [f"{address}: gone; to go on with job j: {line}"]
+    unused = dict.fromkeys(VARIABLES) | {"address": ADDRESS, "tls": False}
+    going_on = GoingOn.after(command, options, unused | connection)
+    assert error_lines(error, ADDRESS, going_on) == [f"{ADDRESS}: gone; to go on with job j: {line}"]
+
+
+@pytest.mark.parametrize(
+    ("held_seconds", "when"), [(30.0, "after 30 s it may start anew"), (0.0, "it may start anew")]
+)
+def test_a_job_that_stops_without_its_caller_is_gone_on_with_by_its_request_id(
+    held_seconds: float, when: str
+) -> None:
+    error = error_from_status(status(code_pb2.UNAVAILABLE, "gone"))
+    error.followed_job_id, error.followed_request_id, error.held_seconds = "j", "r", held_seconds
+    line = f"to go on with job j: the same command with --request-id r ({when})"
+    assert GoingOn("watch", ()).after_loss(error) == line
 
 
 @pytest.mark.parametrize("blank", ["", " "], ids=["empty", "space"])
