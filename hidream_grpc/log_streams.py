@@ -148,7 +148,7 @@ class DroppingFileWriter(DroppingWriter):
         # Where no new one can be made the old one takes the lines.
         with contextlib.suppress(OSError):
             new = _opened(self._path)
-            os.dup2(new, self._descriptor)
+            os.dup2(new, self._descriptor, inheritable=False)
             os.close(new)
 
 

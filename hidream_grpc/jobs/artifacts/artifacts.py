@@ -3,7 +3,7 @@
     images/<job_id>/<claim_number>/<index>     the file that the caller gets
     snapshots/<job_id>/<claim_number>          what a running job can go on from
     store_id                                   the job store that all of these belong to
-    probes/<id>                                what a server writes and removes to see that it can
+    probes/probe                               what servers write and remove to see that they can
 
 Each is there whole or not at all, whatever is killed and whatever runs full. A key holds the number of the
 claim that wrote it, and the job's row says which counts: a server that is late overwrites nothing.
@@ -16,7 +16,6 @@ import contextlib
 import functools
 import hashlib
 import re
-import uuid
 from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +35,8 @@ RETRY_AFTER_SECONDS = 5.0
 IMAGES = "images"
 SNAPSHOTS = "snapshots"
 PROBES = "probes"
+PROBE_KEY = f"{PROBES}/probe"
+"""One for all servers: at most one object stays behind where the bucket lets nothing be removed."""
 STORE_ID = "store_id"
 
 Result = TypeVar("Result")
@@ -61,6 +62,7 @@ class ArtifactStore:
 
     Attributes:
         observe_call: called when a call but `probe` has ended: whether it wrote, and what it failed with.
+        max_call_seconds: a call has ended by then, or failed.
     """
 
     def __init__(self, location: Path | str, timeouts: ArtifactTimeouts = ArtifactTimeouts()) -> None:  # noqa: B008
@@ -73,10 +75,8 @@ class ArtifactStore:
             None
         )
         self._location = location
-        # At most one object stays behind where the bucket lets nothing be removed.
-        self._probe_key = f"{PROBES}/{uuid.uuid4().hex}"
         self._objects = open_objects(location, timeouts)
-        self._timeouts = timeouts
+        self.max_call_seconds = timeouts.call_seconds
         # Threads of our own: a store that hangs takes nobody else's. Not obstore's async calls: their
         # results come from a thread that aborts the process if it meets the interpreter's end (obstore
         # 0.12.1, one exit in ten).
@@ -86,10 +86,12 @@ class ArtifactStore:
         """Write, read, list and remove an object, as the jobs need it; a store without room works, too."""
 
         def use() -> None:
-            self._objects.put(self._probe_key, b"")
-            self._objects.get(self._probe_key)
+            self._objects.put(PROBE_KEY, b"")
+            # Another server, or a probe that took too long, may have removed it already.
+            with contextlib.suppress(FileNotFoundError):
+                self._objects.get(PROBE_KEY)
             next(self._objects.keys(PROBES, 1), None)
-            self._objects.remove([self._probe_key])
+            self._objects.remove([PROBE_KEY])
 
         with contextlib.suppress(_FullError):
             await self._try(use, is_missing_allowed=False)
@@ -206,14 +208,14 @@ class ArtifactStore:
             ArtifactUnavailableError: the store does not answer, or refuses us.
         """
         try:
-            async with asyncio.timeout(self._timeouts.call_seconds):
+            async with asyncio.timeout(self.max_call_seconds):
                 return await self._in_thread(call)
         except FileNotFoundError as error:
             if is_missing_allowed:
                 raise
             raise self._unavailable("the bucket or the folder is not there") from error
         except TimeoutError as error:
-            raise self._unavailable(f"no answer in {self._timeouts.call_seconds:g} s") from error
+            raise self._unavailable(f"no answer in {self.max_call_seconds:g} s") from error
         except (BaseError, OSError) as error:
             if is_full(error):
                 raise _FullError from error

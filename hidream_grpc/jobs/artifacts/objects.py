@@ -107,6 +107,9 @@ class FolderObjects(Objects):
             # obstore does not sync. The last is the folder that has the entry of a new job.
             for each in (path, *list(path.parents)[: key.count("/")]):
                 _sync(each)
+        except FileNotFoundError:
+            # Removed again already, with its job or by another server's probe; or all of it is away.
+            self._check()
         except OSError:
             # A network file system may report only now that it had no room.
             path.unlink(missing_ok=True)

@@ -93,13 +93,13 @@ class JobClaims(StoreBase):
         change = row_changed(job)
         async with self._database.write() as connection:
             saved = await _save(connection, job)
-            if saved is Saved.WAS_WRITTEN:
-                # By the call before, whose answer was lost.
-                self._note_end(job)
-            if saved is not Saved.WRITTEN:
-                return saved
-            await self._notify(connection, [change])
-        self._committed([change], job)
+            if saved is Saved.WRITTEN:
+                await self._notify(connection, [change])
+        if saved is Saved.WRITTEN:
+            self._committed([change], job)
+        elif saved is Saved.WAS_WRITTEN:
+            # By the call before, whose answer was lost.
+            self._note_end(job)
         return saved
 
     @uninterrupted

@@ -11,7 +11,7 @@ import pytest
 
 from hidream_grpc.errors import ArtifactUnavailableError
 from hidream_grpc.jobs.artifacts import probe as artifact_probe
-from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
+from hidream_grpc.jobs.artifacts.artifacts import PROBE_KEY, ArtifactStore
 from hidream_grpc.jobs.artifacts.probe import ArtifactProbe
 from tests.unit.jobs.service_bench import Bench, bench_in, submission, until
 
@@ -23,6 +23,7 @@ class AskedArtifacts:
 
     def __init__(self) -> None:
         self.num_probes = 0
+        self.max_call_seconds = 0.0
         self.answer: Callable[[], None] | None = lambda: None
         self.observe_call: Callable[[bool, ArtifactUnavailableError | None], None] = lambda is_write, error: (
             None
@@ -34,6 +35,11 @@ class AskedArtifacts:
             await asyncio.Event().wait()
         else:
             self.answer()
+
+    async def are_probed(self, num_probes: int) -> None:
+        """Wait for so many whole probes."""
+        until_num_probes = self.num_probes + num_probes + 1
+        await until(lambda: self.num_probes >= until_num_probes)
 
 
 @asynccontextmanager
@@ -48,6 +54,7 @@ async def probing(
     )
     task = asyncio.create_task(probe.run())
     try:
+        await until(lambda: artifacts.num_probes > 0)
         yield artifacts, probe, changes
     finally:
         task.cancel()
@@ -98,12 +105,122 @@ async def test_no_probe_speaks_for_images_that_are_refused_all_the_while(
         assert probe.failure is None
 
 
+class NotedTimer:
+    """Measures no time: the test asks whether an outage is being measured."""
+
+    def __init__(self, max_outage_seconds: float, on_end: Callable[[], None]) -> None:
+        self.is_running = False
+
+    def start(self) -> None:
+        self.is_running = True
+
+    def stop(self) -> None:
+        self.is_running = False
+
+
+async def test_an_image_that_is_stored_during_a_probe_leaves_no_outage_to_be_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timers = list[NotedTimer]()
+
+    def noted_timer(max_outage_seconds: float, on_end: Callable[[], None]) -> NotedTimer:
+        timers.append(NotedTimer(max_outage_seconds, on_end))
+        return timers[-1]
+
+    monkeypatch.setattr(artifact_probe, "OutageTimer", noted_timer)
+    async with probing(monkeypatch, 60.0) as (artifacts, probe, _):
+        monkeypatch.setattr(artifact_probe, "PROBE_SECONDS", 60.0)
+        num_probes = artifacts.num_probes
+
+        def store_an_image() -> None:
+            artifacts.observe_call(True, None)
+            assert timers[0].is_running, "this probe has no answer yet"
+
+        artifacts.answer = store_an_image
+        artifacts.observe_call(True, REFUSED)
+        await until(lambda: artifacts.num_probes > num_probes)
+        await until(lambda: not timers[0].is_running)
+        assert probe.failure is None
+
+
+async def test_images_that_fail_slowly_are_one_outage_whatever_probes_say_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with probing(monkeypatch, 60.0) as (artifacts, probe, _):
+        artifacts.max_call_seconds = 60.0
+        for _ in range(3):
+            artifacts.observe_call(True, REFUSED)
+            await artifacts.are_probed(3)
+            assert probe.failure == "refused"
+        # Nobody stores anything any more: a probe tells.
+        artifacts.max_call_seconds = 0.0
+        await until(lambda: probe.failure is None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the artifact store is not available: refused; new jobs are refused",
+        "the artifact store is available again",
+    ]
+
+
+async def test_servers_that_probe_one_store_at_once_do_not_see_each_other(tmp_path: Path) -> None:
+    stores = [ArtifactStore(tmp_path) for _ in range(2)]
+    for _ in range(10):
+        await asyncio.gather(*(store.probe() for store in stores * 10))
+    assert not (tmp_path / PROBE_KEY).exists()
+
+
+async def test_a_store_that_gives_nothing_is_logged_once_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with probing(monkeypatch, 60.0) as (artifacts, probe, _):
+        for _ in range(2):
+            artifacts.observe_call(False, REFUSED)
+            await artifacts.are_probed(2)
+        artifacts.observe_call(False, None)
+        assert probe.failure is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "the artifact store cannot be read: refused",
+        "the artifact store can be read again",
+    ]
+
+
+async def test_reads_that_fail_in_an_outage_have_no_line_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with probing(monkeypatch, 60.0) as (artifacts, probe, _):
+        artifacts.answer = refuse
+        artifacts.observe_call(False, REFUSED)
+        await until(lambda: probe.failure is not None)
+        artifacts.observe_call(False, REFUSED)
+        artifacts.answer = lambda: None
+        await artifacts.are_probed(2)
+    assert len(caplog.records) == 1
+
+
+async def test_there_is_no_probe_while_images_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = list[float]()
+    async with probing(monkeypatch, 60.0) as (artifacts, _, _):
+
+        async def store_images_meanwhile(event: asyncio.Event, seconds: float) -> bool:
+            waits.append(seconds)
+            if len(waits) > 3:
+                await asyncio.Event().wait()
+            artifacts.observe_call(True, None)
+            return False
+
+        monkeypatch.setattr(artifact_probe, "wait_at_most", store_images_meanwhile)
+        num_probes = artifacts.num_probes
+        await until(lambda: len(waits) > 3)
+        # One may have been under way.
+        assert artifacts.num_probes <= num_probes + 1
+
+
 async def test_a_read_that_fails_is_no_failure_of_writes_and_has_them_probed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with probing(monkeypatch, 60.0) as (artifacts, probe, _):
         monkeypatch.setattr(artifact_probe, "PROBE_SECONDS", 60.0)
-        await until(lambda: artifacts.num_probes > 0)
         num_probes = artifacts.num_probes
         artifacts.observe_call(False, REFUSED)
         assert probe.failure is None
