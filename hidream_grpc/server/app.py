@@ -46,7 +46,7 @@ from hidream_grpc.server.configuration import (
 )
 from hidream_grpc.server.health import IMAGE_GEN, HealthServicer
 from hidream_grpc.server.image_gen import ImageGenServicer
-from hidream_grpc.server.info import ServerDescription
+from hidream_grpc.server.info import VERSIONS, ServerDescription
 from hidream_grpc.server.interceptors import CallInterceptor
 from hidream_grpc.server.lifecycle import drain, end, naming_flag, take_all_devices, until_stopped
 from hidream_grpc.server.listening import bind, grpc_server
@@ -167,7 +167,7 @@ def build(settings: Settings) -> Service:
         observe_retention=metrics.observe_retention,
         observe_readiness=health.mark_ready,
     )
-    metrics.describe_build(checkpoint.name, group.placement.devices.device_type.name)
+    metrics.describe_build(VERSIONS, checkpoint.name, group.placement.devices.device_type.name)
     metrics.registry.register(Readings(jobs, group, controller, step_limit))
     servicer = ImageGenServicer(
         jobs=jobs,

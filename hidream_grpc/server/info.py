@@ -27,6 +27,15 @@ _STATES = {
     EngineState.FAILED: server_info_pb2.SERVER_STATE_FAILED,
     EngineState.STOPPED: server_info_pb2.SERVER_STATE_DRAINING,
 }
+VERSIONS = server_info_pb2.Versions(
+    server=SERVER_VERSION,
+    python=platform.python_version(),
+    grpcio=importlib.metadata.version("grpcio"),
+    torch=importlib.metadata.version("torch"),
+    diffusers=importlib.metadata.version("diffusers"),
+    transformers=importlib.metadata.version("transformers"),
+)
+"""What runs here."""
 
 
 class ServerDescription:
@@ -46,14 +55,6 @@ class ServerDescription:
         self._group = group
         self._jobs = jobs
         self._start_time = time.time()
-        self._versions = server_info_pb2.Versions(
-            server=SERVER_VERSION,
-            python=platform.python_version(),
-            grpcio=importlib.metadata.version("grpcio"),
-            torch=importlib.metadata.version("torch"),
-            diffusers=importlib.metadata.version("diffusers"),
-            transformers=importlib.metadata.version("transformers"),
-        )
 
     def __call__(self) -> server_info_pb2.ServerInfo:
         """The server as it is now."""
@@ -94,7 +95,7 @@ class ServerDescription:
                 cancelled=self._jobs.num_ended(JobState.CANCELLED),
                 total=self._jobs.num_accepted,
             ),
-            versions=self._versions,
+            versions=VERSIONS,
             start_time=convert.timestamp(self._start_time),
             generation=self._group.generation,
             num_rank_restarts=self._group.num_restarts,

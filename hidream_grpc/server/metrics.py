@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.metadata
-import platform
 
 from prometheus_client import (
     CollectorRegistry,
@@ -16,6 +14,7 @@ from prometheus_client import (
     start_http_server,
 )
 
+from hidream.v1 import server_info_pb2
 from hidream_grpc.engine.requests import PromptReport, StepReport
 from hidream_grpc.errors import (
     AddressInUseError,
@@ -26,7 +25,6 @@ from hidream_grpc.errors import (
 )
 from hidream_grpc.jobs.job import CancelReason, Job, JobState
 from hidream_grpc.jobs.retention.retention import RemovalReason, RetentionReport
-from hidream_grpc.version import SERVER_VERSION
 
 _CALL_BUCKETS = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 _STEP_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 30)
@@ -156,10 +154,14 @@ class Metrics:
         for reason, num_removed in report.num_removed.items():
             self._removed_jobs.labels(reason.value).inc(num_removed)
 
-    def describe_build(self, model: str, device_type: str) -> None:
+    def describe_build(self, versions: server_info_pb2.Versions, model: str, device_type: str) -> None:
         """Say which versions run, and what they serve."""
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "grpcio")}
-        facts = {"version": SERVER_VERSION, "python": platform.python_version(), **versions}
+        facts = {
+            "version": versions.server,
+            "python": versions.python,
+            "torch": versions.torch,
+            "grpcio": versions.grpcio,
+        }
         Info("hidream_build", "What runs, and what it serves.", registry=self.registry).info(
             {**facts, "model": model, "device_type": device_type}
         )

@@ -14,6 +14,7 @@ from hidream_grpc.errors import (
 )
 from hidream_grpc.jobs.job import CancelReason, Job, JobState
 from hidream_grpc.jobs.retention.retention import RemovalReason, RetentionReport
+from hidream_grpc.server.info import VERSIONS
 from hidream_grpc.server.metrics import FAILURE_REASONS, Metrics
 from hidream_grpc.version import SERVER_VERSION
 from tests.support.job_stores import new_job, started, with_image
@@ -57,7 +58,7 @@ def test_every_error_that_a_job_can_fail_with_has_a_reason() -> None:
 
 def test_the_build_names_the_version_and_the_process_is_measured() -> None:
     metrics = Metrics()
-    metrics.describe_build("HiDream-I1-Dev", "npu")
+    metrics.describe_build(VERSIONS, "HiDream-I1-Dev", "npu")
     (build,) = [family for family in metrics.registry.collect() if family.name == "hidream_build"]
     labels = build.samples[0].labels
     assert (labels["version"], labels["model"]) == (SERVER_VERSION, "HiDream-I1-Dev")
