@@ -108,7 +108,10 @@ class JobService:
             self._on_lost,
         )
         self._closed = asyncio.Event()
-        self._callers = AttachedCallers(self._store, self._closed, self._on_cancelled)
+        max_lost_calls = limits.max_streams_per_caller or limits.max_streams
+        self._callers = AttachedCallers(
+            self._store, self._feeds, max_lost_calls, self._closed, self._on_cancelled
+        )
         self._follower = StoreFollower(self._store, self._feeds, self.executor, self._positions)
         self._orphans = OrphanedFiles(self._store, self._artifacts)
         retention = Retention(
@@ -265,8 +268,11 @@ class JobService:
                 raise
             finally:
                 if call_id and not feed.has_ended:
-                    may_return = reason is CancelReason.CALLER_LEFT
-                    self.detach(job.job_id, call_id, reason, reconnect_window_seconds if may_return else 0.0)
+                    if reason is CancelReason.CALLER_LEFT and reconnect_window_seconds > 0:
+                        call = AttachedCall(call_id, self._membership.replica_id)
+                        self._callers.detach_later(job, call, reason, reconnect_window_seconds)
+                    else:
+                        self.detach(job.job_id, call_id, reason)
 
     async def submit_all(
         self,
@@ -373,12 +379,10 @@ class JobService:
         self._on_cancelled(job)
         return job
 
-    def detach(
-        self, job_id: str, call_id: str, reason: CancelReason | None, after_seconds: float = 0.0
-    ) -> None:
+    def detach(self, job_id: str, call_id: str, reason: CancelReason | None) -> None:
         """Note that a caller of `submit` goes; with a reason the job stops if it was the last one."""
         call = AttachedCall(call_id, self._membership.replica_id)
-        self._callers.detach(job_id, call, reason, after_seconds)
+        self._callers.detach(job_id, call, reason)
 
     async def delete(self, owner: str | None, job_id: str) -> None:
         """Remove a job that has ended, and its images; raises JobNotFoundError or JobNotEndedError."""

@@ -228,6 +228,11 @@ class JobFeed:
             self._closing_error = error
             self._wake_readers()
 
+    async def wait_for_end(self) -> None:
+        """Return when the end of the job is known here, or the feed was closed."""
+        while not self._has_ended and self._closing_error is None:
+            await self._changed.wait()
+
     def next_after(self, sequence: int) -> JobEvent | None:
         """The earliest event kept whose sequence is greater, or None when there is none yet."""
         candidates = [event for event in self._newest.values() if event.sequence > sequence]

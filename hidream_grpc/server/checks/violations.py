@@ -44,9 +44,13 @@ def request_id_violations(request: JobRequest, limits: RequestLimits) -> list[Fi
 
 def reconnect_window_violations(request: JobRequest, limits: RequestLimits) -> list[FieldViolation]:
     """The violations of a reconnect window; requests without one have none."""
-    if 0 <= reconnect_window_seconds(request) <= limits.max_reconnect_window_seconds:
+    seconds = reconnect_window_seconds(request)
+    if not 0 <= seconds <= limits.max_reconnect_window_seconds:
+        description = f"must be 0 to {limits.max_reconnect_window_seconds} seconds"
+    elif seconds and not request.request_id:
+        description = "needs a request_id, by which the job is found again"
+    else:
         return []
-    description = f"must be 0 to {limits.max_reconnect_window_seconds} seconds"
     return [FieldViolation("reconnect_window", description)]
 
 

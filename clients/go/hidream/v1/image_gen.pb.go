@@ -57,8 +57,10 @@ type GenerateRequest struct {
 	// How long the job goes on when this call ends early, so that a caller whose connection was lost can make the
 	// call again, with the same `request_id`, and follow the same job. A server cannot tell a lost connection from
 	// a cancelled call: a caller that leaves on purpose also calls `CancelJob`. 0 to
-	// `limits.max_reconnect_window_seconds`. Absent or 0: the job is cancelled at its next step. It is no part
-	// of what a retry must repeat, and has no effect with `detached`.
+	// `limits.max_reconnect_window_seconds`, and more than 0 only with a `request_id`: without one the job could not
+	// be found again. Absent or 0, or at a server that does not know this field: the job is cancelled at its next
+	// step. A caller with more lost calls than it may have streams loses the window of the oldest. It is no part of
+	// what a retry must repeat, and has no effect with `detached`.
 	ReconnectWindow *durationpb.Duration `protobuf:"bytes,8,opt,name=reconnect_window,json=reconnectWindow,proto3" json:"reconnect_window,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any, cast
 
 import pytest
 
-from hidream_grpc.errors import JobNotFoundError, StoreFullError, StoreUnavailableError
+from hidream_grpc.errors import JobCancelledError, JobNotFoundError, StoreFullError, StoreUnavailableError
 from hidream_grpc.jobs.job import CancelReason, Job
 from hidream_grpc.jobs.replicas import attached_callers
 from hidream_grpc.jobs.replicas.attached_callers import AttachedCallers
 from hidream_grpc.jobs.store.records import AttachedCall
+from hidream_grpc.jobs.watching.events import Cancelled
+from hidream_grpc.jobs.watching.feeds import JobFeeds
 from tests.support.job_stores import eventually, new_job
 
 CALL = AttachedCall("call", "replica")
 LEFT = CancelReason.CALLER_LEFT
+MAX_LOST_CALLS = 2
+WINDOW_SECONDS = 300.0
 
 
 class NotedStore:
@@ -40,7 +45,10 @@ class Bench:
         self.store = NotedStore(*failures, cancelled=cancelled)
         self.closed = asyncio.Event()
         self.cancelled: list[Job] = []
-        self.callers = AttachedCallers(cast(Any, self.store), self.closed, self.cancelled.append)
+        self.feeds = JobFeeds(time.time)
+        self.callers = AttachedCallers(
+            cast(Any, self.store), self.feeds, MAX_LOST_CALLS, self.closed, self.cancelled.append
+        )
 
     async def has_called(self, num_calls: int) -> None:
         async def is_done() -> bool:
@@ -89,6 +97,34 @@ async def test_a_job_that_was_removed_meanwhile_is_left_alone() -> None:
     bench.callers.detach("other", CALL, LEFT)
     await bench.has_called(2)
     assert bench.store.detached == [("other", CALL, LEFT)]
+
+
+async def test_a_lost_call_is_waited_for_until_its_job_ends() -> None:
+    job, bench = new_job(), Bench()
+    bench.callers.detach_later(job, CALL, LEFT, WINDOW_SECONDS)
+
+    async def is_waited_for() -> bool:
+        return bench.feeds.get(job.job_id) is not None
+
+    async def is_forgotten() -> bool:
+        return bench.feeds.get(job.job_id) is None
+
+    await eventually(is_waited_for)
+    feed = bench.feeds.get(job.job_id)
+    assert feed is not None
+    feed.publish(Cancelled(CancelReason.REQUESTED, JobCancelledError(job.job_id)))
+    await eventually(is_forgotten)
+    assert bench.store.num_calls == 0
+
+
+async def test_of_too_many_lost_calls_of_one_caller_the_oldest_are_detached() -> None:
+    bench = Bench()
+    jobs = [new_job() for _ in range(MAX_LOST_CALLS + 2)]
+    for job in jobs:
+        bench.callers.detach_later(job, CALL, LEFT, WINDOW_SECONDS)
+    await bench.has_called(2)
+    assert [job_id for job_id, _, _ in bench.store.detached] == [job.job_id for job in jobs[:2]]
+    assert bench.feeds.job_ids == tuple(job.job_id for job in jobs[2:])
 
 
 async def test_nobody_leaves_a_server_that_goes_away() -> None:

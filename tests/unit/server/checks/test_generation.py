@@ -110,8 +110,18 @@ def test_a_reconnect_window_outside_its_limit_is_refused(seconds: float) -> None
     assert violations_of(message) == (FieldViolation("reconnect_window", "must be 0 to 300 seconds"),)
 
 
+def test_a_reconnect_window_needs_a_request_id() -> None:
+    message = request()
+    message.reconnect_window.FromSeconds(30)
+    description = "needs a request_id, by which the job is found again"
+    assert violations_of(message) == (FieldViolation("reconnect_window", description),)
+    message.request_id = "mine"
+    assert checked(message)
+
+
 def test_a_retry_may_name_another_reconnect_window() -> None:
     again = request()
+    again.request_id = "mine"
     again.reconnect_window.FromSeconds(30)
     assert checked(again).request_digest == checked(request()).request_digest
 
