@@ -176,7 +176,7 @@ def test_the_programs_tell_that_a_server_fell_silent_and_go_on_with_the_same_job
         wait_for("step 1 of 150")
         with stopped(server):
             told = wait_for("connection lost")
-        assert re.search(r"request-id \w{26,32}", told)
+        assert re.search(r"request.id \w{26,32}", told)
         assert process.wait(120) == 0
         reader.join()
     assert (tmp_path / "a.png").exists()

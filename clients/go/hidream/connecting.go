@@ -70,6 +70,9 @@ func throughProxy(target string, err error) error {
 	if err == nil || !isStatus || converted.Code() != codes.Unavailable || len(converted.Details()) > 0 {
 		return err
 	}
+	if strings.HasPrefix(target, "unix") {
+		return err
+	}
 	host := target[strings.LastIndex(target, "/")+1:]
 	// As gRPC asks, which takes no proxy to this machine itself.
 	proxy, proxyErr := http.ProxyFromEnvironment(&http.Request{URL: &url.URL{Scheme: "https", Host: host}})

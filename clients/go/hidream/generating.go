@@ -22,21 +22,27 @@ const (
 // LostJobError says that the server of a job that was followed does not answer. It wraps the error of the call.
 type LostJobError struct {
 	JobID string
-	Err   error
+	// RequestID is the id with which the same request of Generate goes on with the job, or has it drawn anew. It is
+	// empty for a job that goes on by itself, which Watch follows.
+	RequestID string
+	Err       error
 }
 
 func (e *LostJobError) Error() string {
-	return fmt.Sprintf("%v; `jobs watch %s` goes on with the job", e.Err, e.JobID)
+	if e.RequestID == "" {
+		return fmt.Sprintf("%v (job %s)", e.Err, e.JobID)
+	}
+	return fmt.Sprintf("%v (job %s, request id %s)", e.Err, e.JobID, e.RequestID)
 }
 
 // Unwrap returns the error of the call.
 func (e *LostJobError) Unwrap() error { return e.Err }
 
-func lostJob(jobID string, err error) error {
+func lostJob(jobID, requestID string, err error) error {
 	if jobID == "" {
 		return err
 	}
-	return &LostJobError{JobID: jobID, Err: err}
+	return &LostJobError{JobID: jobID, RequestID: requestID, Err: err}
 }
 
 // Generate draws images and follows the job to its end. It calls onEvent, which may be nil, with
@@ -44,9 +50,11 @@ func lostJob(jobID string, err error) error {
 //
 // When the connection is lost, or the server restarts, the call is made again and goes on behind the last
 // event of the same job, as Watch does; a job that the server has given up meanwhile is drawn anew. While that
-// fails policy.OnConnectionLost gets a *LostJobError, and in the end the caller.
+// fails policy.OnConnectionLost gets a *LostJobError, and in the end the caller. The server holds the job for
+// request.ReconnectWindow after it has noticed: 30 s where neither that nor a request id is given.
 //
-// Cancelling ctx cancels the job at its next step, unless request.Detached is set; the deadline of
+// Cancelling ctx cancels the job at its next step, unless request.Detached is set or the connection is lost, when
+// the same request may still be made again with the id that the error names; the deadline of
 // ctx is the job's. A job that fails is a gRPC status error; an image that did not arrive as it was
 // announced wraps ErrBrokenImage, any other broken promise of the stream ErrBrokenStream. An image that
 // the server has lost is a status error with codes.DataLoss: its details (errdetails.ErrorInfo) name it.
@@ -60,10 +68,13 @@ func (c *Client) Generate(
 	isHeld := request.GetRequestId() == "" && !request.GetDetached()
 	request = proto.CloneOf(request)
 	request.RequestId = requestID(request.GetRequestId())
-	if isHeld {
+	if isHeld && request.ReconnectWindow == nil {
 		request.ReconnectWindow = durationpb.New(min(max(policy.reconnectTime(), 0), maxReconnectWindow))
 	}
 	generation := generation{story: story{onEvent: onEvent}}
+	if !request.GetDetached() {
+		generation.requestID = request.GetRequestId()
+	}
 	err := resume(ctx, policy, generation.lost,
 		func(ctx context.Context) (grpc.ServerStreamingClient[hidreamv1.GenerateResponse], error) {
 			return c.stub.Generate(ctx, request)
@@ -71,7 +82,7 @@ func (c *Client) Generate(
 		generation.add)
 	if err != nil && !errors.Is(err, errStop) {
 		hasLeft := ctx.Err() != nil || errors.Is(err, ErrBrokenStream)
-		if isHeld && hasLeft && generation.jobID != "" {
+		if isHeld && hasLeft && !generation.isLost && generation.jobID != "" {
 			c.leave(ctx, generation.jobID)
 		}
 		return nil, err
@@ -91,20 +102,26 @@ func (c *Client) leave(ctx context.Context, jobID string) {
 type generation struct {
 	story
 	jobID        string
+	requestID    string // of a job that stops without its caller
+	isLost       bool   // no call has been answered since the connection was lost
 	lastSequence int64
 	position     int32 // in the queue; 0 for a job that does not wait
 }
 
-func (g *generation) lost(err error) error { return lostJob(g.jobID, err) }
+func (g *generation) lost(err error) error {
+	g.isLost = true
+	return lostJob(g.jobID, g.requestID, err)
+}
 
 func (g *generation) add(response *hidreamv1.GenerateResponse) error {
+	g.isLost = false
 	if response.GetJobId() != g.jobID {
 		// The first job, or the one in place of a job that was given up while nobody could be reached.
-		*g = generation{story: story{onEvent: g.onEvent}, jobID: response.GetJobId()}
+		*g = generation{story: story{onEvent: g.onEvent}, jobID: response.GetJobId(), requestID: g.requestID}
 	}
 	event := response.GetEvent()
 	position := event.GetQueued().GetQueuePosition()
-	// A server that was started again numbers the places in its queue anew.
+	// A server that was started again counts the positions in its queue anew.
 	isNewPosition := g.position != 0 && position != 0 && position != g.position
 	if event.GetSequence() <= g.lastSequence && !isNewPosition {
 		return nil

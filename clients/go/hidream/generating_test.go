@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	hidreamv1 "github.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1"
 )
@@ -57,9 +58,26 @@ func TestAGenerationThatGetsNoAnswerForTooLongNamesItsJob(t *testing.T) {
 		if !errors.As(err, &lost) || lost.JobID != jobID || status.Code(err) != codes.Unavailable {
 			t.Fatalf("got %v", err)
 		}
-		if !strings.Contains(err.Error(), "`jobs watch "+jobID+"`") {
-			t.Errorf("%q names no command", err)
+		requestID := service.generated[0].GetRequestId()
+		if lost.RequestID != requestID || !strings.Contains(err.Error(), "(job "+jobID+", request id "+requestID+")") {
+			t.Errorf("%q does not say how to go on", err)
 		}
+	}
+}
+
+func TestACallerThatLeavesWhileTheConnectionIsLostStopsNoJob(t *testing.T) {
+	service := &breakingServer{breaks: append([]int{1}, make([]int, 1000)...)}
+	ctx, cancel := context.WithCancel(t.Context())
+	policy := ReconnectPolicy{OnConnectionLost: func(error) { cancel() }}
+	request := &hidreamv1.GenerateRequest{ReconnectWindow: durationpb.New(time.Second)}
+	if _, err := clientOf(t, service).Generate(ctx, request, policy, nil); status.Code(err) != codes.Canceled {
+		t.Fatalf("got %v", err)
+	}
+	if len(service.cancelled) > 0 {
+		t.Errorf("cancelled %v", service.cancelled)
+	}
+	if window := service.generated[0].GetReconnectWindow().AsDuration(); window != time.Second {
+		t.Errorf("the window is %v", window)
 	}
 }
 
@@ -120,7 +138,8 @@ func TestProxy(t *testing.T) {
 
 func TestAProxyIsNamedWhenItFailsAndLeftOutForThisMachine(t *testing.T) {
 	const proxy = "127.0.0.1:1"
-	for target, isNamed := range map[string]bool{"192.0.2.1:80": true, "127.0.0.1:2": false, "localhost:2": false} {
+	for target, isNamed := range map[string]bool{"192.0.2.1:80": true, "127.0.0.1:2": false, "localhost:2": false,
+		"unix:///no/such.sock": false} {
 		command := exec.Command(os.Args[0], "-test.run=^TestProxy$", "-test.v")
 		command.Env = append(os.Environ(), "TEST_PROXIED_TARGET="+target,
 			"HTTPS_PROXY=http://name:secret@"+proxy, "https_proxy=http://name:secret@"+proxy, "NO_PROXY=", "no_proxy=")

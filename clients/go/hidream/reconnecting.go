@@ -80,12 +80,13 @@ func resume[Response any](
 		if lostSince.IsZero() {
 			lostSince = time.Now()
 		}
+		lostErr := lost(err)
 		left := policy.reconnectTime() - time.Since(lostSince)
 		if left <= 0 {
-			return lost(err)
+			return lostErr
 		}
 		if policy.OnConnectionLost != nil {
-			policy.OnConnectionLost(lost(err))
+			policy.OnConnectionLost(lostErr)
 		}
 		// Spread, or all who lost one server come back in the same moment.
 		spread := time.Duration(float64(delay) * (0.5 + rand.Float64()/2))

@@ -27,7 +27,7 @@ func (c *Client) Watch(
 ) ([]Image, error) {
 	story := story{onEvent: onEvent}
 	request := &hidreamv1.WatchJobRequest{JobId: jobID}
-	err := resume(ctx, policy, func(err error) error { return lostJob(jobID, err) },
+	err := resume(ctx, policy, func(err error) error { return lostJob(jobID, "", err) },
 		func(ctx context.Context) (grpc.ServerStreamingClient[hidreamv1.WatchJobResponse], error) {
 			return c.stub.WatchJob(ctx, request)
 		},

@@ -20,6 +20,7 @@ func main() {
 	out := flag.String("out", "picture.png", "file to write")
 	request := &hidreamv1.GenerateRequest{Spec: flags.Spec(flag.CommandLine)}
 	flags.Model(flag.CommandLine, &request.Model)
+	flag.StringVar(&request.RequestId, "request-id", "", "a name for the request: the same one goes on with its job")
 	flag.Parse()
 
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
