@@ -86,6 +86,12 @@ class OutputPattern:
         """Whether the images go to the stdout of this process."""
         return own_descriptor(followed(self.pattern)) == 1
 
+    @property
+    def is_named_pipe(self) -> bool:
+        """Whether the images go to a named pipe, whose reader sees an end behind the first."""
+        path = followed(self.pattern)
+        return path.is_fifo() and own_descriptor(path) is None
+
     def path_of(self, image: Image | image_pb2.ImageInfo, num_images: int) -> Path:
         """Return where one image of several goes."""
         if self.is_stream:

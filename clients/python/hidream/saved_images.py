@@ -1,4 +1,4 @@
-"""Where the images of a command go, and how they are written while the job is followed."""
+"""Writing the images of a command while its job is followed."""
 
 from __future__ import annotations
 
@@ -81,6 +81,8 @@ def output_pattern(
         raise typer.BadParameter(str(error), param_hint="--out") from error
     if pattern.is_stdout and (num_images or 1) > 1:
         raise typer.BadParameter("stdout takes one image only", param_hint="--out")
+    if pattern.is_named_pipe and (num_images or 1) > 1:
+        raise typer.BadParameter("a named pipe takes one image only", param_hint="--out")
     if pattern.is_stdout and as_json:
         raise typer.BadParameter("stdout is for the JSON", param_hint="--out")
     if pattern.is_stdout and sys.stdout.isatty():

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,13 @@ def test_a_wrong_command_line_is_one_clear_line_and_exit_code_2(
     assert told.startswith("hidream: ")
     assert line in told
     assert not list(tmp_path.iterdir())
+
+
+def test_several_images_into_a_named_pipe_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    result = CliRunner().invoke(app, ["generate", "a", "--images", "2", "--out", str(tmp_path / "a.png")])
+    assert result.exit_code == 2
+    assert "a named pipe takes one image only" in result.stderr
 
 
 @pytest.mark.parametrize(
