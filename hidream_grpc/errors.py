@@ -13,7 +13,7 @@
     │   ├── StoreUnusableError          a file, right, role or host of the job store is not as it must be
     │   └── StoreVersionError           a newer server has written the job store
     ├── RequestError                    the caller is told; the table is `server/status.py`
-    │   ├── UnauthenticatedError        a token is asked for, and none that is known was given
+    │   ├── UnauthenticatedError        a token or a name in a certificate is asked for, and missing
     │   ├── InvalidRequestError         one or more fields, all named
     │   ├── RequestIdConflictError      the request id was used with another request
     │   ├── JobNotFoundError            no such job, or it is another's
@@ -160,7 +160,7 @@ class RequestError(HiDreamError):
 
 
 class UnauthenticatedError(RequestError):
-    """The caller gave no bearer token, or none that is known; reason is a word for programs."""
+    """The caller gave no bearer token or name that is known; reason is a word for programs."""
 
     def __init__(self, reason: str, description: str) -> None:
         super().__init__(description)

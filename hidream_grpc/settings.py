@@ -133,6 +133,26 @@ class Settings(BaseSettings):
         Help(Group.LISTENING, "port of the metrics for Prometheus; 0 takes a free one", "no metrics"),
         Field(ge=0, le=65_535),
     ] = None
+    tls_certificate: Annotated[
+        PathSetting | None,
+        Help(
+            Group.LISTENING,
+            "PEM file of the server's certificate and those up to its authority; read again when it changes",
+            "no encryption",
+        ),
+    ] = None
+    tls_key: Annotated[
+        PathSetting | None,
+        Help(Group.LISTENING, "PEM file of the private key of --tls-certificate", "no encryption"),
+    ] = None
+    tls_client_ca: Annotated[
+        PathSetting | None,
+        Help(
+            Group.LISTENING,
+            "PEM file of the authorities of callers, each of which then needs a certificate that names it",
+            "callers need no certificate",
+        ),
+    ] = None
     drain_delay_seconds: Annotated[
         Seconds,
         Help(Group.LISTENING, "time after SIGTERM in which health says NOT_SERVING and calls are accepted"),
@@ -250,8 +270,8 @@ class Settings(BaseSettings):
         str | None,
         Help(
             Group.CALLERS,
-            "peers whose x-forwarded-for names the caller where there are no tokens: 10.0.0.0/8,::1; "
-            "unix is any Unix socket",
+            "peers whose x-forwarded-for names the caller where neither a token nor a certificate does: "
+            "10.0.0.0/8,::1; unix is any Unix socket",
             "every peer is a caller",
         ),
     ] = None

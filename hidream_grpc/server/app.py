@@ -57,6 +57,7 @@ from hidream_grpc.server.proxies import TrustedProxies
 from hidream_grpc.server.readings import Readings
 from hidream_grpc.server.reflection import enable_reflection
 from hidream_grpc.server.signals import Signals, StoppedAtStartError
+from hidream_grpc.server.tls import ServerTls, tls_files
 from hidream_grpc.server.tokens import TokensFile
 from hidream_grpc.settings import Settings
 
@@ -75,6 +76,7 @@ class Service:
         store_flag: the flag with which an operator chooses another job store.
         artifacts_flag: the flag with which an operator chooses another artifact store.
         listen: HOST:PORT to serve gRPC on.
+        tls: encrypts what callers and the server say; None for plaintext.
         metrics_port: where Prometheus reads, on the same host; None for no metrics.
         log_device_choice: says what `--device-type auto` chose, once it is known that the server starts.
     """
@@ -92,6 +94,7 @@ class Service:
     health: HealthServicer
     server: grpc.aio.Server
     listen: str
+    tls: ServerTls | None
     metrics_port: int | None
     drain_times: DrainTimes
     log_device_choice: Callable[[], None]
@@ -132,9 +135,12 @@ def build(settings: Settings) -> Service:
     limits = request_limits(settings, checkpoint)
     defaults = request_defaults(limits, checkpoint)
     token_counter = PromptTokenCounter.from_checkpoint(folders.model, folders.extra_model)
+    files = tls_files(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
+    tls = None if files is None else ServerTls(files)
     callers = CallerIdentification(
         None if settings.tokens_file is None else TokensFile(settings.tokens_file),
         None if settings.trusted_proxies is None else TrustedProxies(settings.trusted_proxies),
+        have_certificates=settings.tls_client_ca is not None,
     )
     locations = store_locations(settings)
     artifacts = ArtifactStore(locations.artifacts)
@@ -193,6 +199,7 @@ def build(settings: Settings) -> Service:
         health=health,
         server=server,
         listen=settings.listen,
+        tls=tls,
         metrics_port=settings.metrics_port,
         drain_times=DrainTimes(settings.drain_delay_seconds, settings.grace_seconds),
         log_device_choice=partial(log_device_choice, settings, group),
@@ -215,7 +222,7 @@ async def run(service: Service, signals: Signals) -> None:
             ending.push_async_callback(service.store.close)
         with naming_flag(service.artifacts_flag):
             await signals.unless_ended(service.artifacts.probe())
-        host, port = bind(server, service.listen)
+        host, port = bind(server, service.listen, service.tls)
         if service.metrics_port is not None:
             logger.info("metrics on port %d", service.metrics.serve(host, service.metrics_port))
         with naming_flag(service.store_flag):
@@ -235,6 +242,8 @@ async def run(service: Service, signals: Signals) -> None:
 def _log_start(service: Service, address: str) -> None:
     placement = service.group.placement
     layout, idle_devices = placement.layout, placement.devices.idle_devices
+    if service.tls is not None:
+        logger.info("connections need %s", service.tls)
     logger.info("listening on %s, loading model %s, layout %s", address, service.model_name, layout)
     service.log_device_choice()
     if idle_devices:

@@ -18,8 +18,8 @@ class Call:
 
     Attributes:
         deadline: the caller's, on the clock of time.monotonic; None for none.
-        caller: takes turns with others, and has limits; a name of the tokens file, or a host.
-        owner: the caller whose jobs may be seen; empty, for all of them, where callers have no tokens.
+        caller: takes turns with others, and has limits; named by token or certificate, or a host.
+        owner: the caller whose jobs may be seen; empty, for all of them, where callers are hosts.
     """
 
     method: str

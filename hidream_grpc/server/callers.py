@@ -1,8 +1,8 @@
-"""Names the caller of each call: by its bearer token where the operator asks for one, else by its host."""
+"""Names the caller of each call: by token or certificate where the operator asks for it, or by its host."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from hidream_grpc.errors import UnauthenticatedError
 from hidream_grpc.server.call import Call
@@ -15,38 +15,80 @@ COMMON_OWNER = ""
 _AUTHORIZATION = "authorization"
 _SCHEME = "bearer"
 
+_NAMES_IN_CERTIFICATE = ("peer_uri", "peer_email", "peer_dns", "x509_common_name")
+"""Where grpc says what a certificate names: the kinds of subject alternative names, then the common name."""
+
+MAX_NAME_CHARACTERS = 256
+
 Metadata = Iterable[tuple[str, str | bytes]]
+PeerFacts = Mapping[str, Iterable[bytes]]
 
 
 class CallerIdentification:
     """Names the callers.
 
-    Without tokens every caller is let through: a host is a caller, and all of them own all jobs.
+    Without tokens and certificates every caller is let through: a host is a caller, and all of them own all
+    jobs.
 
     Args:
         tokens: the callers that the operator names; None where no token is needed.
         proxies: peers that say for whom they call; None where no peer is believed.
+        have_certificates: whether every connection is one of a caller with a certificate.
     """
 
-    def __init__(self, tokens: TokensFile | None = None, proxies: TrustedProxies | None = None) -> None:
+    def __init__(
+        self,
+        tokens: TokensFile | None = None,
+        proxies: TrustedProxies | None = None,
+        *,
+        have_certificates: bool = False,
+    ) -> None:
         self._tokens = tokens
         self._proxies = proxies
+        self._have_certificates = have_certificates
 
-    def identify(self, call: Call, metadata: Metadata) -> None:
+    def identify(self, call: Call, metadata: Metadata, peer_facts: Callable[[], PeerFacts] = dict) -> None:
         """Note in the call who makes it. A call that has begun goes on when its token is taken away.
 
+        Args:
+            call: the call.
+            metadata: what its caller sent with it.
+            peer_facts: what grpc knows of the other end of the connection.
+
         Raises:
-            UnauthenticatedError: a token is asked for, and none that is known was given.
+            UnauthenticatedError: a token is asked for, and none that is known was given, or a certificate
+                names nobody.
         """
         metadata = tuple(metadata)
         if self._tokens is not None:
             call.caller = call.owner = _owner_of_token(self._tokens, _values(metadata, _AUTHORIZATION))
+            return
+        if self._have_certificates:
+            call.caller = call.owner = name_in_certificate(peer_facts())
             return
         call.owner = COMMON_OWNER
         if self._proxies is None:
             call.caller = host_of(call.peer)
         else:
             call.caller = self._proxies.caller_of(call.peer, _values(metadata, FORWARDED_FOR))
+
+
+def name_in_certificate(facts: PeerFacts) -> str:
+    """The first name of the first kind that the certificate of a peer has: URI, email, DNS name, common name.
+
+    Raises:
+        UnauthenticatedError: it has none, or one that is no name for a log.
+    """
+    names = (value for kind in _NAMES_IN_CERTIFICATE for value in facts.get(kind, ()) if value)
+    if (encoded := next(names, None)) is None:
+        description = "the certificate has no URI, email address, DNS name or common name"
+        raise UnauthenticatedError("CERTIFICATE_WITHOUT_NAME", description)
+    name = encoded.decode("utf-8", "replace")
+    # What cannot be decoded must not become the name of somebody else.
+    if "\N{REPLACEMENT CHARACTER}" in name or not name.isprintable() or len(name) > MAX_NAME_CHARACTERS:
+        description = f"the name in the certificate is not 1 to {MAX_NAME_CHARACTERS} printable characters"
+        raise UnauthenticatedError("CERTIFICATE_NAME_UNUSABLE", description)
+    return name
 
 
 def _values(metadata: Metadata, name: str) -> list[str]:

@@ -81,7 +81,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _around(self, method: str, context: Context) -> AsyncIterator[None]:
         with observed(self._metrics, method, context):
             async with translated_errors(context):
-                self._callers.identify(current_call(), context.invocation_metadata() or ())
+                metadata = context.invocation_metadata() or ()
+                self._callers.identify(current_call(), metadata, context.auth_context)
                 yield
 
 

@@ -9,6 +9,7 @@ import grpc.aio
 
 from hidream_grpc.errors import AddressInUseError, ConfigurationError
 from hidream_grpc.jobs.limits import RequestLimits
+from hidream_grpc.server.tls import CERTIFICATE_FLAG, ServerTls
 
 LISTEN_FLAG = "--listen"
 MAX_PORT = 65_535
@@ -37,14 +38,14 @@ def grpc_server(limits: RequestLimits, interceptor: grpc.aio.ServerInterceptor) 
     )
 
 
-def bind(server: grpc.aio.Server, listen: str) -> tuple[str, int]:
-    """Have a server listen on HOST:PORT.
+def bind(server: grpc.aio.Server, listen: str, tls: ServerTls | None = None) -> tuple[str, int]:
+    """Have a server listen on HOST:PORT, encrypted where there is TLS.
 
     Returns:
         The host, and the port that it got.
 
     Raises:
-        ConfigurationError: it is no address, or not one of this machine.
+        ConfigurationError: it is no address, or not one of this machine, or grpc refuses the certificate.
         AddressInUseError: another process listens there.
     """
     host, colon, port = listen.rpartition(":")
@@ -56,10 +57,17 @@ def bind(server: grpc.aio.Server, listen: str) -> tuple[str, int]:
         raise ConfigurationError(LISTEN_FLAG, f"{listen!r} is not HOST:PORT (an IPv6 address in brackets)")
     _check_free(host, int(port), listen)
     try:
-        bound = server.add_insecure_port(listen)
+        if tls is None:
+            bound = server.add_insecure_port(listen)
+        else:
+            bound = server.add_secure_port(listen, tls.credentials())
     except RuntimeError:
         bound = 0
     if bound == 0:
+        if tls is not None:
+            # Raises where the address is what is wrong.
+            _check_free(host, int(port), listen)
+            raise ConfigurationError(CERTIFICATE_FLAG, "grpc does not take this kind of certificate or key")
         raise AddressInUseError(LISTEN_FLAG, listen)
     return host, bound
 

@@ -13,15 +13,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-import os
 import re
-import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hidream_grpc.errors import ConfigurationError
+from hidream_grpc.server.operator_files import read_operator_file, version_of
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ class TokensFile:
         """
         self._path = path
         self._clock = clock
-        self._version = self._version_now()
+        self._version = version_of(self._path)
         self._unreadable_reason: str | None = None
         self._entries = parse_tokens(self._text(), path)
         self._next_check_time = clock() + RELOAD_CHECK_SECONDS
@@ -109,7 +108,7 @@ class TokensFile:
         return caller_of(self._entries, token)
 
     def _reload(self) -> None:
-        version = self._version_now()
+        version = version_of(self._path)
         if version == self._version:
             self._unreadable_reason = None
             return
@@ -132,29 +131,11 @@ class TokensFile:
             num_callers = len({entry.name for entry in self._entries})
             logger.info("%s: %d callers", self._path, num_callers)
 
-    def _version_now(self) -> tuple[int, int, int] | None:
-        """Facts of the file that differ once it was written anew or replaced; None where there is none."""
-        try:
-            status = self._path.stat()
-        except OSError:
-            return None
-        return status.st_ino, status.st_mtime_ns, status.st_size
-
     def _text(self) -> str:
         try:
-            # A pipe would keep the thread waiting for a writer.
-            with open(self._path, encoding="utf-8", opener=_open_without_waiting) as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise ConfigurationError(TOKENS_FILE_FLAG, f"{self._path}: is no regular file")
-                return file.read()
-        except OSError as error:
-            raise ConfigurationError(TOKENS_FILE_FLAG, f"{self._path}: {error.strerror}") from None
+            return read_operator_file(TOKENS_FILE_FLAG, self._path).decode()
         except UnicodeDecodeError:
             raise ConfigurationError(TOKENS_FILE_FLAG, f"{self._path}: is not UTF-8") from None
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _digest(token: str, path: Path, number: int) -> bytes:

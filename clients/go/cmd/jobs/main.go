@@ -19,7 +19,7 @@ import (
 	"github.com/hidream-grpc/hidream-grpc/clients/go/internal/report"
 )
 
-const usage = `usage: jobs [-address HOST:PORT] [-tls] [-ca-file FILE] COMMAND
+const usage = `usage: jobs [-address HOST:PORT] [-tls] [-ca-file FILE] [-cert-file FILE -key-file FILE] COMMAND
   submit -prompt TEXT [-seed N] [-width N -height N] [-steps N] [-model NAME]
                                queue a job, print its id
   batch                        queue the jobs of stdin, all or none: a SubmitJobRequest as JSON a line

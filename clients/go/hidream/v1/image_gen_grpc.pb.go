@@ -59,6 +59,9 @@ const (
 //   - `UNAUTHENTICATED` (`ErrorInfo` with reason `TOKEN_MISSING`, `TOKEN_MALFORMED` or `TOKEN_UNKNOWN`): the
 //     server asks for a bearer token (metadata `authorization: Bearer <token>`) and got none that it knows.
 //     Do not retry.
+//   - `UNAUTHENTICATED` (`ErrorInfo` with reason `CERTIFICATE_WITHOUT_NAME` or `CERTIFICATE_NAME_UNUSABLE`): the
+//     server names callers by their certificates, and this one has no URI, email address, DNS name or common
+//     name, or one that is not 1 to 256 printable characters. Do not retry.
 //   - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
 //   - `RESOURCE_EXHAUSTED`: the request message is larger than
 //     `ServerInfo.limits.max_receive_message_bytes`. Do not retry.
@@ -376,6 +379,9 @@ func (c *imageGenClient) GetServerInfo(ctx context.Context, in *GetServerInfoReq
 //   - `UNAUTHENTICATED` (`ErrorInfo` with reason `TOKEN_MISSING`, `TOKEN_MALFORMED` or `TOKEN_UNKNOWN`): the
 //     server asks for a bearer token (metadata `authorization: Bearer <token>`) and got none that it knows.
 //     Do not retry.
+//   - `UNAUTHENTICATED` (`ErrorInfo` with reason `CERTIFICATE_WITHOUT_NAME` or `CERTIFICATE_NAME_UNUSABLE`): the
+//     server names callers by their certificates, and this one has no URI, email address, DNS name or common
+//     name, or one that is not 1 to 256 printable characters. Do not retry.
 //   - `PERMISSION_DENIED`: the token is known, but not for this. Do not retry.
 //   - `RESOURCE_EXHAUSTED`: the request message is larger than
 //     `ServerInfo.limits.max_receive_message_bytes`. Do not retry.

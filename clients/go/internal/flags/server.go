@@ -18,9 +18,11 @@ import (
 
 // Server is which server to call, and how.
 type Server struct {
-	address string
-	isTLS   bool
-	caFile  string
+	address  string
+	isTLS    bool
+	caFile   string
+	certFile string
+	keyFile  string
 }
 
 // ServerOf adds the flags of a server to a set, and returns what they fill in when it is parsed.
@@ -29,6 +31,8 @@ func ServerOf(set *flag.FlagSet) *Server {
 	set.StringVar(&server.address, "address", "localhost:8088", "host:port of the server")
 	set.BoolVar(&server.isTLS, "tls", false, "encrypt the connection")
 	set.StringVar(&server.caFile, "ca-file", "", "PEM file of who vouches for the server (implies -tls)")
+	set.StringVar(&server.certFile, "cert-file", "", "PEM file of the certificate of the caller, for mutual TLS (implies -tls)")
+	set.StringVar(&server.keyFile, "key-file", "", "PEM file of the private key of -cert-file")
 	return server
 }
 
@@ -36,7 +40,7 @@ func ServerOf(set *flag.FlagSet) *Server {
 // since other users of the machine see the command lines of all.
 func (server *Server) Connect() (*grpc.ClientConn, error) {
 	transport := insecure.NewCredentials()
-	if server.isTLS || server.caFile != "" {
+	if server.isTLS || server.caFile != "" || server.certFile != "" || server.keyFile != "" {
 		// Without roots of ours, those of the system.
 		config := &tls.Config{}
 		if server.caFile != "" {
@@ -48,6 +52,16 @@ func (server *Server) Connect() (*grpc.ClientConn, error) {
 			if !config.RootCAs.AppendCertsFromPEM(pem) {
 				return nil, fmt.Errorf("%s holds no certificate", server.caFile)
 			}
+		}
+		if (server.certFile == "") != (server.keyFile == "") {
+			return nil, errors.New("-cert-file and -key-file are given together")
+		}
+		if server.certFile != "" {
+			certificate, err := tls.LoadX509KeyPair(server.certFile, server.keyFile)
+			if err != nil {
+				return nil, err
+			}
+			config.Certificates = []tls.Certificate{certificate}
 		}
 		transport = credentials.NewTLS(config)
 	}
