@@ -165,7 +165,7 @@ def test_new_connections_see_a_new_certificate_and_open_streams_go_on(secured: S
             stub = image_gen_pb2_grpc.ImageGenStub(
                 open_channels.enter_context(secured.channel(secured.alice))
             )
-            watch = stub.WatchJobs(image_gen_pb2.WatchJobsRequest())
+            watch = stub.WatchJobs(image_gen_pb2.WatchJobsRequest(), timeout=START_TIMEOUT_SECONDS)
             assert any(response.job.job_id == older.job_id for response in watch)
             watches.append(watch)
         replacement = secured.authority.issue_cert("localhost")

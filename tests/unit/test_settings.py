@@ -301,7 +301,7 @@ def test_an_empty_config_flag_is_refused() -> None:
         load_settings({}, "")
 
 
-PATHS = ("model_path", "extra_model_path", "data_dir", "tokens_file", "log_file")
+PATHS = ("model_path", "extra_model_path", "data_dir", "tokens_file", "tls_key", "log_file")
 
 
 @pytest.mark.parametrize("field", PATHS)
