@@ -78,6 +78,9 @@ FLAGS = {
     "--store",
     "--store-outage-seconds",
     "--threads-per-rank",
+    "--tls-certificate",
+    "--tls-client-ca",
+    "--tls-key",
     "--tokens-file",
     "--trusted-proxies",
 }
