@@ -84,7 +84,10 @@ class ServerTls:
     def credentials(self) -> grpc.ServerCredentials:
         """What a port is opened with."""
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration, self.changed_configuration, self._files.client_ca is not None
+            self._configuration,
+            # The stubs do not know that None stands for no change.
+            self.changed_configuration,  # type: ignore[arg-type]
+            self._files.client_ca is not None,
         )
 
     def changed_configuration(self) -> grpc.ServerCertificateConfiguration | None:
