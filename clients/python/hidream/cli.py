@@ -14,6 +14,8 @@ def main() -> None:
     # Where whoever started this process has it ignored, it stays so.
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # What ends the command in order, as the end of a container, means the same.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     finally:
