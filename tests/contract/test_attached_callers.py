@@ -126,7 +126,9 @@ async def test_a_job_that_nobody_waits_for_is_not_stopped_by_callers_of_another(
     assert (await store.get(OWNER, detached.job_id)).state is JobState.QUEUED
 
 
-@pytest.mark.parametrize("runs", [False, True], ids=["waits", "runs"])
+@pytest.mark.parametrize(
+    "runs", [pytest.param(False, id="waits", marks=pytest.mark.long), pytest.param(True, id="runs")]
+)
 async def test_a_retry_that_comes_while_the_caller_before_it_leaves_is_never_lost(
     runs: bool, store: SqlJobStore, other: SqlJobStore
 ) -> None:

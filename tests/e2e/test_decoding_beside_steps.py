@@ -105,6 +105,7 @@ async def test_another_request_takes_a_step_after_every_slice_and_the_image_is_t
 
 
 @pytest.mark.usefixtures("denoised")
+@pytest.mark.long
 async def test_ranks_decode_an_image_each_at_the_same_time(group: RankGroup) -> None:
     expected = (await decode(group, "large")).data
     images = list(

@@ -101,6 +101,7 @@ def test_a_page_that_ends_with_the_last_job_is_the_last(stub: Stub) -> None:
     assert page(stub, labels={"listing": "nobody has this"}) == image_gen_pb2.ListJobsResponse()
 
 
+@pytest.mark.long
 def test_a_page_holds_1_to_1000_jobs_and_100_when_nothing_is_said(stub: Stub) -> None:
     for size in (-1, 1001, 2**31 - 1):
         assert set(bad_fields(lambda size=size: page(stub, page_size=size))) == {"page_size"}  # type: ignore[misc]

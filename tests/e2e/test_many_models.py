@@ -133,6 +133,7 @@ def test_a_job_waits_in_the_queue_of_its_own_model(stubs: tuple[Stub, Stub]) -> 
         assert events(full, job_id)[-1].HasField("succeeded")
 
 
+@pytest.mark.long
 def test_after_a_restart_with_other_weights_no_job_is_drawn_by_two_models(
     models: Models, tmp_path: Path
 ) -> None:

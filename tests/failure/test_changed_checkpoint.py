@@ -124,6 +124,7 @@ def is_serving(server: LiveServer) -> bool:
     return answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
+@pytest.mark.long
 def test_a_server_whose_checkpoint_was_exchanged_says_what_to_do_and_goes_on_when_it_is_back(
     checkpoint: Path,
 ) -> None:

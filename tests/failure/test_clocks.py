@@ -48,7 +48,7 @@ def server_on(
             yield server, stub
 
 
-@pytest.mark.parametrize("store", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("store", [pytest.param("sqlite", marks=pytest.mark.long), "postgresql"])
 def test_a_clock_that_is_set_two_hours_ahead_removes_no_images(
     store: str, postgres: PostgresServer, tmp_path: Path
 ) -> None:
@@ -97,7 +97,7 @@ def test_a_deadline_holds_though_the_servers_clock_is_an_hour_ahead(
         assert get(stub, job_id).state == job_pb2.JOB_STATE_CANCELLED
 
 
-@pytest.mark.parametrize("store", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("store", [pytest.param("sqlite", marks=pytest.mark.long), "postgresql"])
 def test_times_of_a_job_follow_one_another_when_the_clock_is_set_under_it(
     store: str, postgres: PostgresServer, tmp_path: Path
 ) -> None:

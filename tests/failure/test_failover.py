@@ -51,7 +51,9 @@ def cluster(way: str) -> Iterator[Cluster]:
         yield Cluster(primary, standby, way, stack)
 
 
-@pytest.mark.parametrize("way", ["several hosts", "one name that moves"])
+@pytest.mark.parametrize(
+    "way", ["several hosts", pytest.param("one name that moves", marks=pytest.mark.long)]
+)
 async def test_replicas_write_to_the_new_primary_and_hear_of_each_other_there(way: str) -> None:
     with cluster(way) as databases:
         database = StoreDatabase(databases.url, is_file=False)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import pytest
 from google.rpc import code_pb2, error_details_pb2
 
 from hidream.v1 import job_pb2, server_info_pb2
@@ -82,6 +83,7 @@ def test_on_a_full_disk_new_jobs_are_refused_and_all_that_were_accepted_end_when
             assert len(server.logged_lines(f"cannot {activity} of job {runs}")) == 1
 
 
+@pytest.mark.long
 def test_a_server_that_was_killed_on_a_full_disk_says_so_at_its_start_and_goes_on_when_there_is_room(
     tmp_path: Path,
 ) -> None:

@@ -93,6 +93,7 @@ async def test_a_device_that_does_not_come_back_is_replaced_by_a_spare_one_and_t
     assert not group.ask_for_full_layout()
 
 
+@pytest.mark.long
 async def test_a_group_that_is_asked_back_too_early_stays_on_what_works(
     group: RankGroup, devices: Devices
 ) -> None:
@@ -123,6 +124,7 @@ async def test_a_bad_checkpoint_is_not_taken_for_a_broken_device(tmp_path: Path)
     assert group.placement.layout == group.full_layout
 
 
+@pytest.mark.long
 async def test_kills_from_outside_cost_no_device(group: RankGroup) -> None:
     await group.start()
     for _ in range(2):

@@ -65,6 +65,7 @@ def test_streams_at_a_server_that_slept_through_its_lease_go_on_or_end_soon_afte
             assert get(one, each).HasField("end_time")
 
 
+@pytest.mark.long
 def test_streams_at_a_server_that_slept_while_the_job_ended_elsewhere_bring_its_end(
     postgres: PostgresServer, tmp_path: Path
 ) -> None:
@@ -106,7 +107,8 @@ def test_a_job_in_a_file_goes_on_as_if_its_server_had_not_slept(tmp_path: Path) 
         assert drawn.events[-1].succeeded.job.execution.attempt == 1
 
 
-@pytest.mark.parametrize("rest", ["sleeps while", pytest.param("sleeps after", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("rest", ["sleeps while", "sleeps after"])
 def test_a_job_goes_on_when_one_of_its_two_callers_leaves_and_the_others_replica_sleeps(
     rest: str, postgres: PostgresServer, tmp_path: Path
 ) -> None:

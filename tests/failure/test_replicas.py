@@ -133,7 +133,13 @@ def test_a_caller_that_tries_again_at_the_other_replica_keeps_its_job(
         wait_for_state(other, job_id, job_pb2.JOB_STATE_CANCELLED)
 
 
-@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "drained"])
+@pytest.mark.parametrize(
+    "death",
+    [
+        pytest.param(signal.SIGKILL, id="killed"),
+        pytest.param(signal.SIGTERM, id="drained", marks=pytest.mark.long),
+    ],
+)
 def test_what_a_replica_leaves_is_finished_by_the_other(
     death: signal.Signals, postgres: PostgresServer, tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def test_a_lost_device_costs_a_restart_and_its_return_another_one(tmp_path: Path
             assert follow(stub.Generate(request(num_inference_steps=2))).job.execution.layout == "tp=2"
 
 
+@pytest.mark.long
 def test_a_server_without_any_device_left_takes_nothing_keeps_what_it_has_and_comes_back(
     tmp_path: Path,
 ) -> None:

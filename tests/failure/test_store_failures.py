@@ -40,7 +40,14 @@ def cut_for_a_moment(server: FaultyServer) -> Iterator[None]:
         timer.join()
 
 
-@pytest.mark.parametrize("way", ["CancelJob", "CancelJob twice", "its caller leaves", "its deadline passes"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "CancelJob",
+        "its deadline passes",
+        *(pytest.param(way, marks=pytest.mark.long) for way in ("CancelJob twice", "its caller leaves")),
+    ],
+)
 def test_a_job_that_is_stopped_while_the_database_fails_is_cancelled(
     way: str, postgres: PostgresServer, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ CHANGES = {
     "a broken progress document": "progress_document = '{\"stage\": '",
     "a broken submission": "submission = '[]'",
 }
+OTHER_CHANGES = ("an unknown state", "a broken submission")
 
 
 def error_id_of(stub: Stub, job_id: str) -> str:
@@ -69,7 +70,13 @@ def test_a_waiting_job_whose_row_cannot_be_read_fails_alone(
         all_serve(servers, stubs, good)
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change",
+    [
+        "a broken progress document",
+        *(pytest.param(change, marks=pytest.mark.long) for change in OTHER_CHANGES),
+    ],
+)
 def test_a_running_job_whose_row_cannot_be_read_ends_and_disturbs_no_other(
     change: str, postgres: PostgresServer, replicas: tuple[list[FaultyServer], list[Stub]]
 ) -> None:

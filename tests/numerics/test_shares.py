@@ -170,6 +170,7 @@ def load_with_room_for(room_bytes: float, folder: Path, layout: str) -> subproce
     )
 
 
+@pytest.mark.long
 def test_a_loading_rank_never_holds_more_than_its_share_and_one_slice(tiny_checkpoint: Path) -> None:
     large = {"num_attention_heads": 8, "attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
     folder = write_reshaped(tiny_checkpoint, tiny_checkpoint.parent / "large", **large) / "transformer"

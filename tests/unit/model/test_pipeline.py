@@ -155,6 +155,7 @@ def test_the_demo_model_draws_the_size_asked_for() -> None:
     assert pixels.dtype == np.uint8
 
 
+@pytest.mark.long
 def test_loading_and_drawing_write_nothing_to_the_terminal(tiny_checkpoint: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
