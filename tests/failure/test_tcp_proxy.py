@@ -7,6 +7,7 @@ import socketserver
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -17,8 +18,10 @@ DELAY_SECONDS = 0.2
 
 class Echo(socketserver.BaseRequestHandler):
     def handle(self) -> None:
-        while data := self.request.recv(1024):
-            self.request.sendall(data)
+        # What a proxy cuts is reset.
+        with suppress(ConnectionError):
+            while data := self.request.recv(1024):
+                self.request.sendall(data)
 
 
 @pytest.fixture
