@@ -265,7 +265,8 @@ async def test_an_artifact_store_that_fails_for_many_jobs_is_one_line_of_the_log
     for _ in range(3):
         await bench.sweep()
     (record,) = caplog.records
-    assert record.levelno == logging.WARNING
+    # The warning is the artifact store's own, whatever fails by it.
+    assert record.levelno == logging.INFO
 
 
 async def test_a_job_that_is_read_stays_until_its_readers_have_gone() -> None:
