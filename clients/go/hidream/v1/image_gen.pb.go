@@ -9,6 +9,7 @@
 package hidreamv1
 
 import (
+	_ "google.golang.org/genproto/googleapis/api/annotations"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	durationpb "google.golang.org/protobuf/types/known/durationpb"
@@ -1039,7 +1040,7 @@ var File_hidream_v1_image_gen_proto protoreflect.FileDescriptor
 const file_hidream_v1_image_gen_proto_rawDesc = "" +
 	"\n" +
 	"\x1ahidream/v1/image_gen.proto\x12\n" +
-	"hidream.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16hidream/v1/image.proto\x1a\x14hidream/v1/job.proto\x1a\x1chidream/v1/server_info.proto\"\xaa\x03\n" +
+	"hidream.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16hidream/v1/image.proto\x1a\x14hidream/v1/job.proto\x1a\x1chidream/v1/server_info.proto\"\xaa\x03\n" +
 	"\x0fGenerateRequest\x12)\n" +
 	"\x04spec\x18\x01 \x01(\v2\x15.hidream.v1.ImageSpecR\x04spec\x12\x1d\n" +
 	"\n" +
@@ -1115,19 +1116,21 @@ const file_hidream_v1_image_gen_proto_rawDesc = "" +
 	"\x03job\x18\x01 \x01(\v2\x0f.hidream.v1.JobR\x03job\x12;\n" +
 	"\vchange_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"changeTime\"\x16\n" +
-	"\x14GetServerInfoRequest2\x9f\x06\n" +
-	"\bImageGen\x12G\n" +
-	"\bGenerate\x12\x1b.hidream.v1.GenerateRequest\x1a\x1c.hidream.v1.GenerateResponse0\x01\x12:\n" +
-	"\tSubmitJob\x12\x1c.hidream.v1.SubmitJobRequest\x1a\x0f.hidream.v1.Job\x12Z\n" +
-	"\x0fBatchSubmitJobs\x12\".hidream.v1.BatchSubmitJobsRequest\x1a#.hidream.v1.BatchSubmitJobsResponse\x124\n" +
-	"\x06GetJob\x12\x19.hidream.v1.GetJobRequest\x1a\x0f.hidream.v1.Job\x12E\n" +
-	"\bListJobs\x12\x1b.hidream.v1.ListJobsRequest\x1a\x1c.hidream.v1.ListJobsResponse\x12G\n" +
-	"\bWatchJob\x12\x1b.hidream.v1.WatchJobRequest\x1a\x1c.hidream.v1.WatchJobResponse0\x01\x12:\n" +
-	"\tCancelJob\x12\x1c.hidream.v1.CancelJobRequest\x1a\x0f.hidream.v1.Job\x12A\n" +
-	"\tDeleteJob\x12\x1c.hidream.v1.DeleteJobRequest\x1a\x16.google.protobuf.Empty\x12V\n" +
-	"\rDownloadImage\x12 .hidream.v1.DownloadImageRequest\x1a!.hidream.v1.DownloadImageResponse0\x01\x12J\n" +
-	"\tWatchJobs\x12\x1c.hidream.v1.WatchJobsRequest\x1a\x1d.hidream.v1.WatchJobsResponse0\x01\x12I\n" +
-	"\rGetServerInfo\x12 .hidream.v1.GetServerInfoRequest\x1a\x16.hidream.v1.ServerInfoBFZDgithub.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1;hidreamv1b\x06proto3"
+	"\x14GetServerInfoRequest2\xd4\b\n" +
+	"\bImageGen\x12`\n" +
+	"\bGenerate\x12\x1b.hidream.v1.GenerateRequest\x1a\x1c.hidream.v1.GenerateResponse\"\x17\x82\xd3\xe4\x93\x02\x11:\x01*\"\f/v1/generate0\x01\x12O\n" +
+	"\tSubmitJob\x12\x1c.hidream.v1.SubmitJobRequest\x1a\x0f.hidream.v1.Job\"\x13\x82\xd3\xe4\x93\x02\r:\x01*\"\b/v1/jobs\x12u\n" +
+	"\x0fBatchSubmitJobs\x12\".hidream.v1.BatchSubmitJobsRequest\x1a#.hidream.v1.BatchSubmitJobsResponse\"\x19\x82\xd3\xe4\x93\x02\x13:\x01*\"\x0e/v1/jobs:batch\x12O\n" +
+	"\x06GetJob\x12\x19.hidream.v1.GetJobRequest\x1a\x0f.hidream.v1.Job\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/jobs/{job_id}\x12W\n" +
+	"\bListJobs\x12\x1b.hidream.v1.ListJobsRequest\x1a\x1c.hidream.v1.ListJobsResponse\"\x10\x82\xd3\xe4\x93\x02\n" +
+	"\x12\b/v1/jobs\x12i\n" +
+	"\bWatchJob\x12\x1b.hidream.v1.WatchJobRequest\x1a\x1c.hidream.v1.WatchJobResponse\" \x82\xd3\xe4\x93\x02\x1a\x12\x18/v1/jobs/{job_id}/events0\x01\x12_\n" +
+	"\tCancelJob\x12\x1c.hidream.v1.CancelJobRequest\x1a\x0f.hidream.v1.Job\"#\x82\xd3\xe4\x93\x02\x1d:\x01*\"\x18/v1/jobs/{job_id}:cancel\x12\\\n" +
+	"\tDeleteJob\x12\x1c.hidream.v1.DeleteJobRequest\x1a\x16.google.protobuf.Empty\"\x19\x82\xd3\xe4\x93\x02\x13*\x11/v1/jobs/{job_id}\x12\x86\x01\n" +
+	"\rDownloadImage\x12 .hidream.v1.DownloadImageRequest\x1a!.hidream.v1.DownloadImageResponse\".\x82\xd3\xe4\x93\x02(\x12&/v1/jobs/{job_id}/images/{image_index}0\x01\x12b\n" +
+	"\tWatchJobs\x12\x1c.hidream.v1.WatchJobsRequest\x1a\x1d.hidream.v1.WatchJobsResponse\"\x16\x82\xd3\xe4\x93\x02\x10\x12\x0e/v1/jobs:watch0\x01\x12]\n" +
+	"\rGetServerInfo\x12 .hidream.v1.GetServerInfoRequest\x1a\x16.hidream.v1.ServerInfo\"\x12\x82\xd3\xe4\x93\x02\f\x12\n" +
+	"/v1/serverBFZDgithub.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1;hidreamv1b\x06proto3"
 
 var (
 	file_hidream_v1_image_gen_proto_rawDescOnce sync.Once

@@ -22,6 +22,7 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
@@ -30,7 +31,7 @@ from hidream.v1 import job_pb2 as hidream_dot_v1_dot_job__pb2
 from hidream.v1 import server_info_pb2 as hidream_dot_v1_dot_server__info__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahidream/v1/image_gen.proto\x12\nhidream.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16hidream/v1/image.proto\x1a\x14hidream/v1/job.proto\x1a\x1chidream/v1/server_info.proto\"\xd0\x02\n\x0fGenerateRequest\x12#\n\x04spec\x18\x01 \x01(\x0b\x32\x15.hidream.v1.ImageSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07preview\x18\x03 \x01(\x08\x12\x10\n\x08\x64\x65tached\x18\x04 \x01(\x08\x12&\n\x08priority\x18\x05 \x01(\x0e\x32\x14.hidream.v1.Priority\x12\x37\n\x06labels\x18\x06 \x03(\x0b\x32\'.hidream.v1.GenerateRequest.LabelsEntry\x12\x12\n\x05model\x18\x07 \x01(\tH\x00\x88\x01\x01\x12\x33\n\x10reconnect_window\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_model\"G\n\x10GenerateResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12#\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x14.hidream.v1.JobEvent\"\x8b\x02\n\x10SubmitJobRequest\x12#\n\x04spec\x18\x01 \x01(\x0b\x32\x15.hidream.v1.ImageSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07preview\x18\x03 \x01(\x08\x12&\n\x08priority\x18\x04 \x01(\x0e\x32\x14.hidream.v1.Priority\x12\x38\n\x06labels\x18\x05 \x03(\x0b\x32(.hidream.v1.SubmitJobRequest.LabelsEntry\x12\x12\n\x05model\x18\x06 \x01(\tH\x00\x88\x01\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_model\"H\n\x16\x42\x61tchSubmitJobsRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.hidream.v1.SubmitJobRequest\"8\n\x17\x42\x61tchSubmitJobsResponse\x12\x1d\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.hidream.v1.Job\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xc6\x01\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12$\n\x06states\x18\x03 \x03(\x0e\x32\x14.hidream.v1.JobState\x12\x37\n\x06labels\x18\x04 \x03(\x0b\x32\'.hidream.v1.ListJobsRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"J\n\x10ListJobsResponse\x12\x1d\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.hidream.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"Q\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x16\n\x0ewithout_images\x18\x03 \x01(\x08\"G\n\x10WatchJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12#\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x14.hidream.v1.JobEvent\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\"\n\x10\x44\x65leteJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"K\n\x14\x44ownloadImageRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0bimage_index\x18\x02 \x01(\x05\x12\x0e\n\x06offset\x18\x03 \x01(\x03\">\n\x15\x44ownloadImageResponse\x12%\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x16.hidream.v1.ImageChunk\"\xa1\x01\n\x10WatchJobsRequest\x12$\n\x06states\x18\x01 \x03(\x0e\x32\x14.hidream.v1.JobState\x12\x38\n\x06labels\x18\x02 \x03(\x0b\x32(.hidream.v1.WatchJobsRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"b\n\x11WatchJobsResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.hidream.v1.Job\x12/\n\x0b\x63hange_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x16\n\x14GetServerInfoRequest2\x9f\x06\n\x08ImageGen\x12G\n\x08Generate\x12\x1b.hidream.v1.GenerateRequest\x1a\x1c.hidream.v1.GenerateResponse0\x01\x12:\n\tSubmitJob\x12\x1c.hidream.v1.SubmitJobRequest\x1a\x0f.hidream.v1.Job\x12Z\n\x0f\x42\x61tchSubmitJobs\x12\".hidream.v1.BatchSubmitJobsRequest\x1a#.hidream.v1.BatchSubmitJobsResponse\x12\x34\n\x06GetJob\x12\x19.hidream.v1.GetJobRequest\x1a\x0f.hidream.v1.Job\x12\x45\n\x08ListJobs\x12\x1b.hidream.v1.ListJobsRequest\x1a\x1c.hidream.v1.ListJobsResponse\x12G\n\x08WatchJob\x12\x1b.hidream.v1.WatchJobRequest\x1a\x1c.hidream.v1.WatchJobResponse0\x01\x12:\n\tCancelJob\x12\x1c.hidream.v1.CancelJobRequest\x1a\x0f.hidream.v1.Job\x12\x41\n\tDeleteJob\x12\x1c.hidream.v1.DeleteJobRequest\x1a\x16.google.protobuf.Empty\x12V\n\rDownloadImage\x12 .hidream.v1.DownloadImageRequest\x1a!.hidream.v1.DownloadImageResponse0\x01\x12J\n\tWatchJobs\x12\x1c.hidream.v1.WatchJobsRequest\x1a\x1d.hidream.v1.WatchJobsResponse0\x01\x12I\n\rGetServerInfo\x12 .hidream.v1.GetServerInfoRequest\x1a\x16.hidream.v1.ServerInfoBFZDgithub.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1;hidreamv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahidream/v1/image_gen.proto\x12\nhidream.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16hidream/v1/image.proto\x1a\x14hidream/v1/job.proto\x1a\x1chidream/v1/server_info.proto\"\xd0\x02\n\x0fGenerateRequest\x12#\n\x04spec\x18\x01 \x01(\x0b\x32\x15.hidream.v1.ImageSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07preview\x18\x03 \x01(\x08\x12\x10\n\x08\x64\x65tached\x18\x04 \x01(\x08\x12&\n\x08priority\x18\x05 \x01(\x0e\x32\x14.hidream.v1.Priority\x12\x37\n\x06labels\x18\x06 \x03(\x0b\x32\'.hidream.v1.GenerateRequest.LabelsEntry\x12\x12\n\x05model\x18\x07 \x01(\tH\x00\x88\x01\x01\x12\x33\n\x10reconnect_window\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_model\"G\n\x10GenerateResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12#\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x14.hidream.v1.JobEvent\"\x8b\x02\n\x10SubmitJobRequest\x12#\n\x04spec\x18\x01 \x01(\x0b\x32\x15.hidream.v1.ImageSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07preview\x18\x03 \x01(\x08\x12&\n\x08priority\x18\x04 \x01(\x0e\x32\x14.hidream.v1.Priority\x12\x38\n\x06labels\x18\x05 \x03(\x0b\x32(.hidream.v1.SubmitJobRequest.LabelsEntry\x12\x12\n\x05model\x18\x06 \x01(\tH\x00\x88\x01\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06_model\"H\n\x16\x42\x61tchSubmitJobsRequest\x12.\n\x08requests\x18\x01 \x03(\x0b\x32\x1c.hidream.v1.SubmitJobRequest\"8\n\x17\x42\x61tchSubmitJobsResponse\x12\x1d\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.hidream.v1.Job\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xc6\x01\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12$\n\x06states\x18\x03 \x03(\x0e\x32\x14.hidream.v1.JobState\x12\x37\n\x06labels\x18\x04 \x03(\x0b\x32\'.hidream.v1.ListJobsRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"J\n\x10ListJobsResponse\x12\x1d\n\x04jobs\x18\x01 \x03(\x0b\x32\x0f.hidream.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"Q\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x16\n\x0ewithout_images\x18\x03 \x01(\x08\"G\n\x10WatchJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12#\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x14.hidream.v1.JobEvent\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\"\n\x10\x44\x65leteJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"K\n\x14\x44ownloadImageRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0bimage_index\x18\x02 \x01(\x05\x12\x0e\n\x06offset\x18\x03 \x01(\x03\">\n\x15\x44ownloadImageResponse\x12%\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x16.hidream.v1.ImageChunk\"\xa1\x01\n\x10WatchJobsRequest\x12$\n\x06states\x18\x01 \x03(\x0e\x32\x14.hidream.v1.JobState\x12\x38\n\x06labels\x18\x02 \x03(\x0b\x32(.hidream.v1.WatchJobsRequest.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"b\n\x11WatchJobsResponse\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.hidream.v1.Job\x12/\n\x0b\x63hange_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x16\n\x14GetServerInfoRequest2\xd4\x08\n\x08ImageGen\x12`\n\x08Generate\x12\x1b.hidream.v1.GenerateRequest\x1a\x1c.hidream.v1.GenerateResponse\"\x17\x82\xd3\xe4\x93\x02\x11\"\x0c/v1/generate:\x01*0\x01\x12O\n\tSubmitJob\x12\x1c.hidream.v1.SubmitJobRequest\x1a\x0f.hidream.v1.Job\"\x13\x82\xd3\xe4\x93\x02\r\"\x08/v1/jobs:\x01*\x12u\n\x0f\x42\x61tchSubmitJobs\x12\".hidream.v1.BatchSubmitJobsRequest\x1a#.hidream.v1.BatchSubmitJobsResponse\"\x19\x82\xd3\xe4\x93\x02\x13\"\x0e/v1/jobs:batch:\x01*\x12O\n\x06GetJob\x12\x19.hidream.v1.GetJobRequest\x1a\x0f.hidream.v1.Job\"\x19\x82\xd3\xe4\x93\x02\x13\x12\x11/v1/jobs/{job_id}\x12W\n\x08ListJobs\x12\x1b.hidream.v1.ListJobsRequest\x1a\x1c.hidream.v1.ListJobsResponse\"\x10\x82\xd3\xe4\x93\x02\n\x12\x08/v1/jobs\x12i\n\x08WatchJob\x12\x1b.hidream.v1.WatchJobRequest\x1a\x1c.hidream.v1.WatchJobResponse\" \x82\xd3\xe4\x93\x02\x1a\x12\x18/v1/jobs/{job_id}/events0\x01\x12_\n\tCancelJob\x12\x1c.hidream.v1.CancelJobRequest\x1a\x0f.hidream.v1.Job\"#\x82\xd3\xe4\x93\x02\x1d\"\x18/v1/jobs/{job_id}:cancel:\x01*\x12\\\n\tDeleteJob\x12\x1c.hidream.v1.DeleteJobRequest\x1a\x16.google.protobuf.Empty\"\x19\x82\xd3\xe4\x93\x02\x13*\x11/v1/jobs/{job_id}\x12\x86\x01\n\rDownloadImage\x12 .hidream.v1.DownloadImageRequest\x1a!.hidream.v1.DownloadImageResponse\".\x82\xd3\xe4\x93\x02(\x12&/v1/jobs/{job_id}/images/{image_index}0\x01\x12\x62\n\tWatchJobs\x12\x1c.hidream.v1.WatchJobsRequest\x1a\x1d.hidream.v1.WatchJobsResponse\"\x16\x82\xd3\xe4\x93\x02\x10\x12\x0e/v1/jobs:watch0\x01\x12]\n\rGetServerInfo\x12 .hidream.v1.GetServerInfoRequest\x1a\x16.hidream.v1.ServerInfo\"\x12\x82\xd3\xe4\x93\x02\x0c\x12\n/v1/serverBFZDgithub.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1;hidreamv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,48 +47,70 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_WATCHJOBSREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_WATCHJOBSREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_GENERATEREQUEST']._serialized_start=213
-  _globals['_GENERATEREQUEST']._serialized_end=549
-  _globals['_GENERATEREQUEST_LABELSENTRY']._serialized_start=494
-  _globals['_GENERATEREQUEST_LABELSENTRY']._serialized_end=539
-  _globals['_GENERATERESPONSE']._serialized_start=551
-  _globals['_GENERATERESPONSE']._serialized_end=622
-  _globals['_SUBMITJOBREQUEST']._serialized_start=625
-  _globals['_SUBMITJOBREQUEST']._serialized_end=892
-  _globals['_SUBMITJOBREQUEST_LABELSENTRY']._serialized_start=494
-  _globals['_SUBMITJOBREQUEST_LABELSENTRY']._serialized_end=539
-  _globals['_BATCHSUBMITJOBSREQUEST']._serialized_start=894
-  _globals['_BATCHSUBMITJOBSREQUEST']._serialized_end=966
-  _globals['_BATCHSUBMITJOBSRESPONSE']._serialized_start=968
-  _globals['_BATCHSUBMITJOBSRESPONSE']._serialized_end=1024
-  _globals['_GETJOBREQUEST']._serialized_start=1026
-  _globals['_GETJOBREQUEST']._serialized_end=1057
-  _globals['_LISTJOBSREQUEST']._serialized_start=1060
-  _globals['_LISTJOBSREQUEST']._serialized_end=1258
-  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_start=494
-  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_end=539
-  _globals['_LISTJOBSRESPONSE']._serialized_start=1260
-  _globals['_LISTJOBSRESPONSE']._serialized_end=1334
-  _globals['_WATCHJOBREQUEST']._serialized_start=1336
-  _globals['_WATCHJOBREQUEST']._serialized_end=1417
-  _globals['_WATCHJOBRESPONSE']._serialized_start=1419
-  _globals['_WATCHJOBRESPONSE']._serialized_end=1490
-  _globals['_CANCELJOBREQUEST']._serialized_start=1492
-  _globals['_CANCELJOBREQUEST']._serialized_end=1526
-  _globals['_DELETEJOBREQUEST']._serialized_start=1528
-  _globals['_DELETEJOBREQUEST']._serialized_end=1562
-  _globals['_DOWNLOADIMAGEREQUEST']._serialized_start=1564
-  _globals['_DOWNLOADIMAGEREQUEST']._serialized_end=1639
-  _globals['_DOWNLOADIMAGERESPONSE']._serialized_start=1641
-  _globals['_DOWNLOADIMAGERESPONSE']._serialized_end=1703
-  _globals['_WATCHJOBSREQUEST']._serialized_start=1706
-  _globals['_WATCHJOBSREQUEST']._serialized_end=1867
-  _globals['_WATCHJOBSREQUEST_LABELSENTRY']._serialized_start=494
-  _globals['_WATCHJOBSREQUEST_LABELSENTRY']._serialized_end=539
-  _globals['_WATCHJOBSRESPONSE']._serialized_start=1869
-  _globals['_WATCHJOBSRESPONSE']._serialized_end=1967
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=1969
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=1991
-  _globals['_IMAGEGEN']._serialized_start=1994
-  _globals['_IMAGEGEN']._serialized_end=2793
+  _globals['_IMAGEGEN'].methods_by_name['Generate']._loaded_options = None
+  _globals['_IMAGEGEN'].methods_by_name['Generate']._serialized_options = b'\202\323\344\223\002\021\"\014/v1/generate:\001*'
+  _globals['_IMAGEGEN'].methods_by_name['SubmitJob']._loaded_options = None
+  _globals['_IMAGEGEN'].methods_by_name['SubmitJob']._serialized_options = b'\202\323\344\223\002\r\"\010/v1/jobs:\001*'
+  _globals['_IMAGEGEN'].methods_by_name['BatchSubmitJobs']._loaded_options = None
+  _globals['_IMAGEGEN'].methods_by_name['BatchSubmitJobs']._serialized_options = b'\202\323\344\223\002\023\"\016/v1/jobs:batch:\001*'
+  _globals['_IMAGEGEN'].methods_by_name['GetJob']._loaded_options = None
+  _globals['_IMAGEGEN'].methods_by_name['GetJob']._serialized_options = b'\202\323\344\223\002\023\022\021/v1/jobs/{job_id}'
+  _globals['_IMAGEGEN'].methods_by_name['ListJobs']._loaded_options = None
+  _globals['_IMAGEGEN'].methods_by_name['ListJobs']._serialized_options = b'\202\323\344\223\002\n\022\010/v1/jobs'
+  _globals['_IMAGEGEN'].methods_by_name['WatchJob']._loaded_options = None
+  _globals['_IMAGEGEN'].methods_by_name['WatchJob']._serialized_options = b'\202\323\344\223\002\032\022\030/v1/jobs/{job_id}/events'
+  _globals['_IMAGEGEN'].methods_by_name['CancelJob']._loaded_options = None
+  _globals['_IMAGEGEN'].methods_by_name['CancelJob']._serialized_options = b'\202\323\344\223\002\035\"\030/v1/jobs/{job_id}:cancel:\001*'
+  _globals['_IMAGEGEN'].methods_by_name['DeleteJob']._loaded_options = None
+  _globals['_IMAGEGEN'].methods_by_name['DeleteJob']._serialized_options = b'\202\323\344\223\002\023*\021/v1/jobs/{job_id}'
+  _globals['_IMAGEGEN'].methods_by_name['DownloadImage']._loaded_options = None
+  _globals['_IMAGEGEN'].methods_by_name['DownloadImage']._serialized_options = b'\202\323\344\223\002(\022&/v1/jobs/{job_id}/images/{image_index}'
+  _globals['_IMAGEGEN'].methods_by_name['WatchJobs']._loaded_options = None
+  _globals['_IMAGEGEN'].methods_by_name['WatchJobs']._serialized_options = b'\202\323\344\223\002\020\022\016/v1/jobs:watch'
+  _globals['_IMAGEGEN'].methods_by_name['GetServerInfo']._loaded_options = None
+  _globals['_IMAGEGEN'].methods_by_name['GetServerInfo']._serialized_options = b'\202\323\344\223\002\014\022\n/v1/server'
+  _globals['_GENERATEREQUEST']._serialized_start=243
+  _globals['_GENERATEREQUEST']._serialized_end=579
+  _globals['_GENERATEREQUEST_LABELSENTRY']._serialized_start=524
+  _globals['_GENERATEREQUEST_LABELSENTRY']._serialized_end=569
+  _globals['_GENERATERESPONSE']._serialized_start=581
+  _globals['_GENERATERESPONSE']._serialized_end=652
+  _globals['_SUBMITJOBREQUEST']._serialized_start=655
+  _globals['_SUBMITJOBREQUEST']._serialized_end=922
+  _globals['_SUBMITJOBREQUEST_LABELSENTRY']._serialized_start=524
+  _globals['_SUBMITJOBREQUEST_LABELSENTRY']._serialized_end=569
+  _globals['_BATCHSUBMITJOBSREQUEST']._serialized_start=924
+  _globals['_BATCHSUBMITJOBSREQUEST']._serialized_end=996
+  _globals['_BATCHSUBMITJOBSRESPONSE']._serialized_start=998
+  _globals['_BATCHSUBMITJOBSRESPONSE']._serialized_end=1054
+  _globals['_GETJOBREQUEST']._serialized_start=1056
+  _globals['_GETJOBREQUEST']._serialized_end=1087
+  _globals['_LISTJOBSREQUEST']._serialized_start=1090
+  _globals['_LISTJOBSREQUEST']._serialized_end=1288
+  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_start=524
+  _globals['_LISTJOBSREQUEST_LABELSENTRY']._serialized_end=569
+  _globals['_LISTJOBSRESPONSE']._serialized_start=1290
+  _globals['_LISTJOBSRESPONSE']._serialized_end=1364
+  _globals['_WATCHJOBREQUEST']._serialized_start=1366
+  _globals['_WATCHJOBREQUEST']._serialized_end=1447
+  _globals['_WATCHJOBRESPONSE']._serialized_start=1449
+  _globals['_WATCHJOBRESPONSE']._serialized_end=1520
+  _globals['_CANCELJOBREQUEST']._serialized_start=1522
+  _globals['_CANCELJOBREQUEST']._serialized_end=1556
+  _globals['_DELETEJOBREQUEST']._serialized_start=1558
+  _globals['_DELETEJOBREQUEST']._serialized_end=1592
+  _globals['_DOWNLOADIMAGEREQUEST']._serialized_start=1594
+  _globals['_DOWNLOADIMAGEREQUEST']._serialized_end=1669
+  _globals['_DOWNLOADIMAGERESPONSE']._serialized_start=1671
+  _globals['_DOWNLOADIMAGERESPONSE']._serialized_end=1733
+  _globals['_WATCHJOBSREQUEST']._serialized_start=1736
+  _globals['_WATCHJOBSREQUEST']._serialized_end=1897
+  _globals['_WATCHJOBSREQUEST_LABELSENTRY']._serialized_start=524
+  _globals['_WATCHJOBSREQUEST_LABELSENTRY']._serialized_end=569
+  _globals['_WATCHJOBSRESPONSE']._serialized_start=1899
+  _globals['_WATCHJOBSRESPONSE']._serialized_end=1997
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=1999
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=2021
+  _globals['_IMAGEGEN']._serialized_start=2024
+  _globals['_IMAGEGEN']._serialized_end=3132
 # @@protoc_insertion_point(module_scope)
