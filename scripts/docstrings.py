@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PROJECT = Path(__file__).parent.parent
-FOLDERS = ("clients/python/hidream", "hidream_grpc", "scripts", "tests")
+FOLDERS = ("clients/http/hidream_http", "clients/python/hidream", "hidream_grpc", "scripts", "tests")
 GENERATED = PROJECT / "clients" / "python" / "hidream" / "v1"
 
 # Such a word leans on the name, which an editor does not show; "As many" and "For each" do not.

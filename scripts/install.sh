@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv and installs the service and its client into it: install.sh [EXTRA]. At once when nothing
+# Makes .venv and installs the service, its client and its HTTP bridge into it: install.sh [EXTRA]. At once when nothing
 # has changed since. Needs Python 3.11 or newer and a package index, nothing else.
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -7,7 +7,7 @@ cd "$project"
 extra=${1:-}
 venv="$project/.venv"
 # An installation with an extra serves those who need none.
-wanted=$(cat pyproject.toml clients/python/pyproject.toml | sha256sum | cut -d' ' -f1)
+wanted=$(cat pyproject.toml clients/python/pyproject.toml clients/http/pyproject.toml | sha256sum | cut -d' ' -f1)
 for stamp in "$venv/installed-$extra" "$venv"/installed-*; do
   if [[ -x $venv/bin/python && -f $stamp && ($stamp == "$venv/installed-$extra" || -z $extra) && $(<"$stamp") == "$wanted" ]]; then
     exit 0
@@ -35,5 +35,5 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
 fi
 echo "installing hidream-grpc (the first time takes a few minutes: torch is large)"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-  --editable clients/python --editable ".${extra:+[$extra]}"
+  --editable clients/python --editable clients/http --editable ".${extra:+[$extra]}"
 echo "$wanted" >"$venv/installed-$extra"

@@ -1,0 +1,118 @@
+"""Runs a bridge: listens, serves until it is told to end, and lets running requests end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Generator
+from dataclasses import dataclass, field
+
+import uvicorn
+
+from hidream_http.application import build
+from hidream_http.settings import SettingError, Settings
+
+logger = logging.getLogger(__name__)
+
+MAX_PORT = 65_535
+END_SECONDS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """How the bridge is told to end.
+
+    Attributes:
+        first: no more requests; those that run may end.
+        second: at once.
+    """
+
+    first: asyncio.Event = field(default_factory=asyncio.Event)
+    second: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __call__(self) -> None:
+        """Go one step further."""
+        (self.second if self.first.is_set() else self.first).set()
+
+
+class _Server(uvicorn.Server):
+    """The server of uvicorn, whose signals are ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Leave the signals alone."""
+        yield
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; belongs to the main thread.
+
+    Raises:
+        SettingError: in one line, what is wrong with the settings.
+    """
+    stop = Stop()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    await serve_until(stop, settings, listening_socket(settings.listen))
+
+
+async def serve_until(stop: Stop, settings: Settings, listener: socket.socket) -> None:
+    """Serve on a socket until the bridge is told to end.
+
+    Raises:
+        SettingError: in one line, what is wrong with the settings.
+    """
+    config = uvicorn.Config(
+        build(settings),
+        http="httptools",
+        loop="none",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=END_SECONDS,
+    )
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve([listener]))
+    logger.info("listening on %s; calls go to %s", _url(listener), settings.server)
+    ending = asyncio.create_task(stop.first.wait())
+    await asyncio.wait((serving, ending), return_when=asyncio.FIRST_COMPLETED)
+    server.should_exit = True
+    await serving
+    ending.cancel()
+
+
+def listening_socket(listen: str) -> socket.socket:
+    """The socket of HOST:PORT, on which connections wait from now on.
+
+    Raises:
+        SettingError: it is no address, or not one of this machine, or another process listens there.
+    """
+    host, colon, port = listen.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host or "[" in host:
+        colon = ""
+    if not host or not colon or not (port.isascii() and port.isdecimal()) or int(port) > MAX_PORT:
+        raise SettingError("--listen", f"{listen!r} is not HOST:PORT (an IPv6 address in brackets)")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, int(port)), family=family, backlog=1024)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise SettingError("--listen", f"{listen} is in use") from None
+        # Python adds the address to the reason, in parentheses.
+        reason = str(error.strerror).partition(" (")[0]
+        raise SettingError("--listen", f"cannot listen on {listen}: {reason}") from None
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
