@@ -230,6 +230,19 @@ class Settings(BaseSettings):
             "all else that generates it again",
         ),
     ] = "full"
+    c2pa_certificate: Annotated[
+        PathSetting | None,
+        Help(
+            Group.IMAGES,
+            "PEM file of the certificate that signs a C2PA manifest in each image, and of those up to its "
+            "authority; needs the extra c2pa",
+            "no manifest",
+        ),
+    ] = None
+    c2pa_key: Annotated[
+        PathSetting | None,
+        Help(Group.IMAGES, "PEM file of the private key of --c2pa-certificate", "no manifest"),
+    ] = None
 
     max_queued_jobs: Annotated[int, Help(Group.LIMITS, "jobs that may wait"), Field(ge=1, le=1_000_000)] = 64
     max_running_jobs: Annotated[

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from hidream_grpc.model.manifest_signing import ManifestSigner
 from hidream_grpc.model.parameters import GenerationParameters
 
 MetadataDetail = Literal["none", "mark", "full"]
@@ -20,12 +21,14 @@ class ImageMetadata(msgspec.Struct, frozen=True, kw_only=True):
         model: the checkpoint's name.
         scheduler: class of the noise scheduler, as diffusers names it.
         shift: the scheduler's timestep shift.
+        signer: adds a signed manifest to each file; None where files have none.
     """
 
     detail: MetadataDetail = "none"
     model: str = ""
     scheduler: str = ""
     shift: float = 0.0
+    signer: ManifestSigner | None = None
 
     @property
     def has_mark(self) -> bool:

@@ -34,6 +34,7 @@ from hidream_grpc.model.memory_requirements import MemoryRequirements
 from hidream_grpc.model.model_weights import read_model_weights
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import LAYOUT_FLAG, ModelDivisions, choose_layout, smaller_layouts
+from hidream_grpc.server.manifest_certificate import manifest_signer
 from hidream_grpc.server.model_folders import ModelFolders
 from hidream_grpc.settings import Settings
 
@@ -112,6 +113,7 @@ def group_config(settings: Settings, folders: ModelFolders, checkpoint: Checkpoi
             model=checkpoint.name,
             scheduler=checkpoint.scheduler_name,
             shift=checkpoint.shift,
+            signer=manifest_signer(settings.c2pa_certificate, settings.c2pa_key),
         ),
         timeouts=GroupTimeouts(
             load_seconds=settings.load_timeout_seconds,

@@ -35,6 +35,8 @@ FLAGS = {
     "-m",
     "-t",
     "--artifacts",
+    "--c2pa-certificate",
+    "--c2pa-key",
     "--chunk-bytes",
     "--collective-timeout-seconds",
     "--compile-shapes",
@@ -108,7 +110,7 @@ def entries_of_help(columns: int = 80) -> dict[str, str]:
 
 @pytest.mark.parametrize("columns", [20, 80, 200])
 def test_these_are_all_flags_of_the_serve_command_on_a_terminal_of_any_width(columns: int) -> None:
-    names = [name for line in entries_of_help(columns) for name in re.findall(r"--?[a-z][a-z-]*", line)]
+    names = [name for line in entries_of_help(columns) for name in re.findall(r"--?[a-z][a-z0-9-]*", line)]
     assert sorted(names) == sorted(FLAGS)
 
 

@@ -32,6 +32,7 @@ class GeneratedImage:
         path: the file.
         data: its bytes.
         is_marked: whether it says that a model generated it.
+        has_manifest: whether it has a C2PA manifest, which nobody has verified here.
         spec: the request that gives this image alone; None where the file does not say it.
         execution: the model that generated it; empty where the file does not say it.
     """
@@ -39,6 +40,7 @@ class GeneratedImage:
     path: Path
     data: bytes
     is_marked: bool
+    has_manifest: bool
     spec: image_pb2.ImageSpec | None
     execution: job_pb2.Execution
 
@@ -53,6 +55,7 @@ class GeneratedImage:
         try:
             with _opened(data) as image:
                 is_marked = _MARK in _bytes(image.info.get("xmp"))
+                has_manifest = _has_manifest(image, data)
                 document = _document(image)
             spec, execution = None, job_pb2.Execution()
             if document is not None:
@@ -63,16 +66,16 @@ class GeneratedImage:
         # Pillow and the parsers raise many kinds for a file that is damaged or of something else.
         except Exception:
             raise typer.BadParameter(f"{path}: cannot be read as an image of this service") from None
-        if spec is None and not is_marked:
+        if spec is None and not is_marked and not has_manifest:
             raise typer.BadParameter(f"{path}: does not say how it was generated")
-        return cls(path, data, is_marked, spec, execution)
+        return cls(path, data, is_marked, has_manifest, spec, execution)
 
     @classmethod
     def read_with_request(cls, text: str) -> GeneratedImage:
         """The image of a path; BadParameter where it does not say its request."""
         image = cls.read(text)
         if image.spec is None:
-            raise typer.BadParameter(f"{image.path}: says that a model generated it, but not from what")
+            raise typer.BadParameter(f"{image.path}: does not say from what it was generated")
         return image
 
     @property
@@ -114,7 +117,7 @@ class GeneratedImage:
 
     def json(self) -> str:
         """Return what the file says as JSON, in the names of the contract."""
-        said: dict[str, Any] = {"is_generated": self.is_marked}
+        said: dict[str, Any] = {"is_generated": self.is_marked, "has_c2pa_manifest": self.has_manifest}
         for name, message in (("spec", self.spec), ("execution", self.execution)):
             if self.spec is not None and message is not None:
                 said[name] = MessageToDict(message, preserving_proto_field_name=True)
@@ -122,6 +125,7 @@ class GeneratedImage:
 
     def _rows(self) -> Iterator[tuple[str, str]]:
         yield "generated", "by a model (trainedAlgorithmicMedia)" if self.is_marked else ""
+        yield "C2PA", "has a manifest, not verified here" if self.has_manifest else ""
         if (spec := self.spec) is None:
             return
         yield "prompt", _printable(spec.prompt)
@@ -154,6 +158,29 @@ def _document(image: Image.Image) -> Any:
         return json.loads(text)
     comment = _bytes(image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment))
     return json.loads(comment.removeprefix(_ASCII)) if comment.startswith(_ASCII + b"{") else None
+
+
+def _has_manifest(image: Image.Image, data: bytes) -> bool:
+    """Whether a file has what C2PA calls a manifest store, in the place that is its own in each format."""
+    match image.format:
+        case "PNG":
+            chunks = getattr(image, "private_chunks", ())
+            return any(chunk[0] == b"caBX" for chunk in chunks)
+        case "JPEG":
+            segments = getattr(image, "applist", ())
+            return any(name == "APP11" and b"jumdc2pa" in content for name, content in segments)
+        case _:
+            return b"C2PA" in _riff_chunks(data)
+
+
+def _riff_chunks(data: bytes) -> Iterator[bytes]:
+    """The names of the chunks of a WebP."""
+    # Behind "RIFF", the size of the whole and "WEBP".
+    position = 12
+    while position + 8 <= len(data):
+        yield data[position : position + 4]
+        size = int.from_bytes(data[position + 4 : position + 8], "little")
+        position += 8 + size + size % 2
 
 
 def _bytes(value: object) -> bytes:

@@ -87,20 +87,24 @@ class RunningDecode:
 
     def _start_encoding(self, pixels: NDArray[np.uint8]) -> Future[bytes]:
         """Encode the image in a thread that ends afterwards."""
-        parameters = self.admission.parameters
-        is_ascii = parameters.output_format is not OutputFormat.PNG
-        text = self._metadata.text(parameters, self._image_index, is_ascii=is_ascii)
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="image file")
-        file = executor.submit(
-            encode_image,
+        file = executor.submit(self._encode, pixels)
+        executor.shutdown(wait=False)
+        return file
+
+    def _encode(self, pixels: NDArray[np.uint8]) -> bytes:
+        parameters, metadata = self.admission.parameters, self._metadata
+        is_ascii = parameters.output_format is not OutputFormat.PNG
+        file = encode_image(
             pixels,
             parameters.output_format,
             parameters.quality,
-            has_mark=self._metadata.has_mark,
-            text=text,
+            has_mark=metadata.has_mark,
+            text=metadata.text(parameters, self._image_index, is_ascii=is_ascii),
         )
-        executor.shutdown(wait=False)
-        return file
+        if metadata.signer is None:
+            return file
+        return metadata.signer.sign(file, parameters.output_format.mime_type)
 
     def _image(self, data: bytes) -> DecodedImage:
         return DecodedImage(

@@ -50,7 +50,7 @@ def test_show_says_of_a_marked_file_that_a_model_generated_it_but_it_cannot_be_d
     assert "trainedAlgorithmicMedia" in CliRunner().invoke(app, ["show", path]).stdout
     again = CliRunner().invoke(app, ["generate", "--like", path])
     assert (again.exit_code, len(again.stderr.splitlines())) == (2, 1)
-    assert "but not from what" in again.stderr
+    assert "does not say from what" in again.stderr
 
 
 def test_a_file_that_says_nothing_or_is_damaged_is_one_line(tmp_path: Path) -> None:
