@@ -9,30 +9,49 @@ from importlib.util import find_spec
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute
 
 from hidream.errors import ServerError
-from hidream_http import health
+from hidream_http import health, metrics
+from hidream_http.body_limit import BodyLimit
 from hidream_http.bridge import Bridge
+from hidream_http.draining import Drain, RefusedWhileDraining
+from hidream_http.metrics import Metrics
+from hidream_http.observing import Observed
 from hidream_http.problems import ProblemError, answer_with_problem
 from hidream_http.settings import Settings
 
 # Each has `routes(bridge) -> list[BaseRoute]`; the first route that matches answers.
 FACES = (
     "hidream_http.openai_images",
-    "hidream_http.transcoding",
+    "hidream_http.transcoding.routes",
     "hidream_http.page",
     "hidream_http.replaced_server",
 )
 
+# What a page of another origin may send and read, beside what every page may.
+_REQUEST_HEADERS = (
+    "Authorization",
+    "If-None-Match",
+    "If-Range",
+    "Last-Event-ID",
+    "Range",
+    "Request-Timeout",
+    "traceparent",
+    "tracestate",
+)
+_RESPONSE_HEADERS = ("Content-Range", "ETag", "Repr-Digest", "Retry-After", "WWW-Authenticate")
 
-def build(settings: Settings) -> Starlette:
+
+def build(settings: Settings, drain: Drain) -> Starlette:
     """The application of a bridge, which any server of ASGI can run.
 
     Raises:
         SettingError: the address of the server is none.
     """
-    bridge = Bridge.of(settings)
+    bridge = Bridge.of(settings, drain)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -41,8 +60,9 @@ def build(settings: Settings) -> Starlette:
         finally:
             await bridge.connection.close()
 
+    observed = Metrics()
     return Starlette(
-        routes=[*health.routes(bridge), *_routes_of_faces(bridge)],
+        routes=[*health.routes(bridge), *metrics.routes(observed), *_routes_of_faces(bridge)],
         exception_handlers={
             ServerError: answer_with_problem,
             ProblemError: answer_with_problem,
@@ -50,7 +70,28 @@ def build(settings: Settings) -> Starlette:
             Exception: answer_with_problem,
         },
         lifespan=lifespan,
+        middleware=[
+            Middleware(Observed, observed),
+            *_cors(settings.cors_origins),
+            Middleware(RefusedWhileDraining, drain),
+            Middleware(BodyLimit, settings.max_body_bytes),
+        ],
     )
+
+
+def _cors(origins: tuple[str, ...]) -> list[Middleware]:
+    """Let pages of these origins call; without any, a browser lets only our own."""
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=_REQUEST_HEADERS,
+            expose_headers=_RESPONSE_HEADERS,
+        )
+    ]
 
 
 def _routes_of_faces(bridge: Bridge) -> list[BaseRoute]:

@@ -14,6 +14,7 @@ from starlette.requests import HTTPConnection
 from hidream.addresses import endpoint
 from hidream.connection import AsyncConnection
 from hidream.errors import AddressError, error_from_call
+from hidream_http.draining import Drain
 from hidream_http.problems import Violation, invalid
 from hidream_http.settings import SettingError, Settings
 
@@ -40,13 +41,15 @@ class Bridge:
     Attributes:
         settings: of this bridge.
         connection: belongs to the event loop of the first call.
+        drain: knows when the bridge ends.
     """
 
     settings: Settings
     connection: AsyncConnection
+    drain: Drain
 
     @classmethod
-    def of(cls, settings: Settings) -> Bridge:
+    def of(cls, settings: Settings, drain: Drain) -> Bridge:
         """The bridge to the server of these settings; it connects at the first call.
 
         Raises:
@@ -56,7 +59,7 @@ class Bridge:
             target, tls = endpoint(settings.server, settings.server_tls)
         except AddressError as error:
             raise SettingError("--server", str(error)) from None
-        return cls(settings, AsyncConnection(target, tls, KEEPALIVE_SECONDS))
+        return cls(settings, AsyncConnection(target, tls, KEEPALIVE_SECONDS), drain)
 
     @property
     def stub(self) -> ImageGenAsyncStub:

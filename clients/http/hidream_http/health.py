@@ -21,7 +21,7 @@ def routes(bridge: Bridge) -> list[BaseRoute]:
         return JSONResponse({"status": "alive"})
 
     async def ready(_: Request) -> Response:
-        status = await _server_status(bridge)
+        status = "DRAINING" if bridge.drain.has_begun.is_set() else await _server_status(bridge)
         return JSONResponse({"status": status}, 200 if status == "SERVING" else 503)
 
     return [Route("/healthz", alive), Route("/readyz", ready)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import grpc
 from google.protobuf import json_format
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from hidream.errors import InternalError, InvalidArgumentError, ResourceExhaustedError, ServerError
 
@@ -81,6 +82,10 @@ class Problem:
             return "Client Closed Request"
         return HTTPStatus(self.status).phrase
 
+    def document(self) -> str:
+        """The problem as JSON; what it quotes may be no text that UTF-8 can write."""
+        return json.dumps(self.body(), ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+
     def body(self) -> dict[str, Any]:
         """The members of the problem, as RFC 9457 has them, and ours."""
         body: dict[str, Any] = {
@@ -116,7 +121,7 @@ class Problem:
 
     def response(self) -> Response:
         """The whole answer."""
-        return JSONResponse(self.body(), self.status, self.response_headers(), MEDIA_TYPE)
+        return Response(self.document(), self.status, self.response_headers(), MEDIA_TYPE)
 
 
 class ProblemError(Exception):

@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 import uvicorn
 
 from hidream_http.application import build
+from hidream_http.draining import Drain
+from hidream_http.leaving import ended
 from hidream_http.settings import SettingError, Settings
+from hidream_http.tls import ListenerTls
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +61,8 @@ async def serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    await serve_until(stop, settings, listening_socket(settings.listen))
+    with listening_socket(settings.listen) as listener:
+        await serve_until(stop, settings, listener)
 
 
 async def serve_until(stop: Stop, settings: Settings, listener: socket.socket) -> None:
@@ -67,8 +71,9 @@ async def serve_until(stop: Stop, settings: Settings, listener: socket.socket) -
     Raises:
         SettingError: in one line, what is wrong with the settings.
     """
+    drain, tls = Drain(), ListenerTls(settings.tls) if settings.tls else None
     config = uvicorn.Config(
-        build(settings),
+        build(settings, drain),
         http="httptools",
         loop="none",
         ws="none",
@@ -78,15 +83,27 @@ async def serve_until(stop: Stop, settings: Settings, listener: socket.socket) -
         proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=END_SECONDS,
+        ssl_context_factory=None if tls is None else lambda *_: tls.context(),
     )
     server = _Server(config)
     serving = asyncio.create_task(server.serve([listener]))
-    logger.info("listening on %s; calls go to %s", _url(listener), settings.server)
-    ending = asyncio.create_task(stop.first.wait())
+    logger.info("listening on %s; calls go to %s", _url(listener, settings), settings.server)
+    ending = asyncio.create_task(_drain(drain, stop, settings.drain_seconds))
     await asyncio.wait((serving, ending), return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
     await serving
-    ending.cancel()
+    await ended(ending)
+
+
+async def _drain(drain: Drain, stop: Stop, drain_seconds: float) -> None:
+    """Return when the bridge is told to end and no request runs, or those that do have been told."""
+    await stop.first.wait()
+    logger.info("draining: running requests may end within %g s", drain_seconds)
+    drain.has_begun.set()
+    idle, at_once = asyncio.create_task(drain.wait_until_idle()), asyncio.create_task(stop.second.wait())
+    await asyncio.wait((idle, at_once), timeout=drain_seconds, return_when=asyncio.FIRST_COMPLETED)
+    drain.is_over.set()
+    await ended(idle, at_once)
 
 
 def listening_socket(listen: str) -> socket.socket:
@@ -113,6 +130,7 @@ def listening_socket(listen: str) -> socket.socket:
         raise SettingError("--listen", f"cannot listen on {listen}: {reason}") from None
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, settings: Settings) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if settings.tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

@@ -1,0 +1,124 @@
+"""What the bridge allows: sizes, origins, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from hidream.v1 import job_pb2
+from hidream_http.settings import Settings
+from tests.http.test_streams import EVENT_STREAM, SPEC, sent_events
+from tests.support.job_calls import Stub, cancel, running, wait_for_state
+from tests.support.live_bridge import LiveBridge, running_bridge
+from tests.support.live_server import LiveServer, wait_until
+
+ORIGIN = "https://pages.example"
+LONG_SPEC = {**SPEC, "numInferenceSteps": 100}
+
+
+@pytest.fixture(scope="module")
+def narrow(server: LiveServer) -> Iterator[LiveBridge]:
+    """A bridge that takes small bodies, and calls of the pages of one origin."""
+    with running_bridge(server.address, Settings(max_body_bytes=1000, cors_origins=(ORIGIN,))) as bridge:
+        yield bridge
+
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(narrow: LiveBridge) -> None:
+    def endless() -> Iterator[bytes]:
+        while True:
+            yield b" " * 1000
+
+    with narrow.client() as http:
+        headers = {"Content-Type": "application/json"}
+        announced = http.post("/v1/jobs", content=b" " * 1001, headers=headers)
+        assert announced.status_code == 413
+        assert announced.json()["detail"] == "the body is larger than 1000 bytes"
+        try:
+            refused = http.post("/v1/jobs", content=endless(), headers=headers).status_code
+        except httpx.WriteError:
+            # The connection was closed while the body was being sent.
+            refused = 413
+        assert refused == 413
+        # What is not too large is read.
+        assert http.post("/v1/jobs", content=b" " * 1000, headers=headers).status_code == 400
+
+
+def test_pages_of_other_origins_may_call_where_the_operator_says_so(
+    narrow: LiveBridge, http: httpx.Client
+) -> None:
+    asking = {
+        "Origin": ORIGIN,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,last-event-id",
+    }
+    with narrow.client() as allowed:
+        assert allowed.options("/v1/jobs", headers=asking).headers["access-control-allow-origin"] == ORIGIN
+        answer = allowed.get("/v1/server", headers={"Origin": ORIGIN})
+        assert answer.headers["access-control-allow-origin"] == ORIGIN
+        other = allowed.get("/v1/server", headers={"Origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+    assert "access-control-allow-origin" not in http.get("/v1/server", headers={"Origin": ORIGIN}).headers
+    assert http.options("/v1/jobs", headers=asking).status_code == 405
+
+
+def test_a_server_that_is_not_there_is_a_problem_to_try_again() -> None:
+    with running_bridge("127.0.0.1:1") as bridge, bridge.client() as http:
+        for answer in (http.get("/v1/server"), http.post("/v1/generate", json={"spec": SPEC})):
+            assert (answer.status_code, answer.json()["code"]) == (503, "UNAVAILABLE")
+            assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_requests_are_counted_and_logged(server: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "hidream_http.access")
+    with running_bridge(server.address) as bridge, bridge.client() as http:
+        http.get("/v1/jobs/some-job")
+        http.get("/nowhere/at/all")
+        text = http.get("/metrics").text
+    assert 'hidream_http_requests_total{method="GET",route="/v1/jobs/{job_id}",status="404"} 1.0' in text
+    assert 'hidream_http_requests_total{method="GET",route="",status="404"} 1.0' in text
+    assert "hidream_http_running_requests 0.0" in text
+    records = [record for record in caplog.records if record.name == "hidream_http.access"]
+    assert [record.getMessage() for record in records] == [
+        "GET /v1/jobs/{job_id} 404",
+        "GET (no route) 404",
+    ]
+    assert getattr(records[0], "job_id") == "some-job"  # noqa: B009  (a fact of ours)
+
+
+def test_the_bridge_lets_running_requests_end(server: LiveServer, stub: Stub) -> None:
+    job_id = running(stub)
+    with running_bridge(server.address) as bridge, bridge.client() as http:
+        with http.stream("GET", f"/v1/jobs/{job_id}/events", headers=EVENT_STREAM) as answer:
+            watched = sent_events(answer.iter_lines())
+            next(watched)
+            bridge.stop()
+            wait_until(lambda: http.get("/readyz").status_code == 503, 10, "it says that it drains")
+            refused = http.get("/v1/server")
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            cancel(stub, job_id)
+            last = [json.loads(event["data"]) for event in watched][-1]
+        bridge.wait_until_ended()
+    assert "cancelled" in last["event"]
+
+
+def test_streams_that_outlast_the_drain_are_told(server: LiveServer, stub: Stub) -> None:
+    with (
+        running_bridge(server.address, Settings(drain_seconds=0.1)) as bridge,
+        bridge.client() as http,
+        pytest.raises(httpx.RemoteProtocolError),
+        http.stream("POST", "/v1/generate", json={"spec": LONG_SPEC}, headers=EVENT_STREAM) as answer,
+    ):
+        received: list[dict[str, str]] = []
+        for event in sent_events(answer.iter_lines()):
+            if not received:
+                bridge.stop()
+            received.append(event)
+    bridge.wait_until_ended()
+    assert received[-1]["event"] == "problem"
+    assert json.loads(received[-1]["data"])["status"] == 503
+    # As for any caller that leaves.
+    wait_for_state(stub, json.loads(received[0]["data"])["jobId"], job_pb2.JOB_STATE_CANCELLED)
