@@ -8,6 +8,7 @@ scripts/install.sh test
 scripts/install_go_tools.sh
 scripts/install_node_packages.sh
 scripts/install_pgbouncer.sh
+scripts/install_chromium.sh
 if [[ $* == "" || $* == --long ]]; then
   # Tests of one file share servers. A third worker computes while others wait; more would starve each other.
   set -- -n 3 --dist loadfile --no-loadscope-reorder --durations=25 "$@"

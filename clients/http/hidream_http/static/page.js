@@ -1,0 +1,97 @@
+// The page: puts the form, the gallery and the strip together.
+
+import { askForTokenWith, call, imageAddress, token } from "./api.js";
+import { allow, explain, onDraw, submit, use } from "./form.js";
+import { Gallery, jobPath } from "./gallery.js";
+import { watchServer } from "./strip.js";
+import { say, translate } from "./words.js";
+
+const news = document.getElementById("news");
+const viewer = document.getElementById("viewer");
+const forget = document.getElementById("forget");
+const tell = (text) => { news.textContent = text; };
+
+const actions = {
+  again: ({ job }) => use(job.spec),
+  vary: ({ job: { spec: { seed, ...others } } }) => submit(others).then((job) => gallery.put(job)),
+  download: async ({ job, images }) => { for (const image of images) await save(job, image); },
+  cancel: ({ job }) => call("POST", `${jobPath(job.jobId)}:cancel`, {}).then((now) => gallery.put(now)),
+  remove: (card) => {
+    const button = card.button("remove");
+    if (button.textContent === say("remove")) {
+      button.textContent = say("reallyRemove");
+      button.addEventListener("blur", () => { button.textContent = say("remove"); }, { once: true });
+      return tell(say("reallyRemove"));
+    }
+    const neighbour = card.element.nextElementSibling ?? card.element.previousElementSibling;
+    return call("DELETE", jobPath(card.job.jobId)).then(() => {
+      gallery.drop(card.job.jobId);
+      (neighbour?.querySelector("button") ?? document.querySelector("textarea")).focus();
+      tell(say("removed"));
+    });
+  },
+};
+
+translate(document);
+document.getElementById("settings").open = matchMedia("(min-width: 60rem)").matches;
+forget.hidden = !token.get();
+forget.addEventListener("click", () => {
+  token.forget();
+  location.reload();
+});
+viewer.addEventListener("click", (event) => event.target === viewer && viewer.close());
+// Whatever was asked for, and failed, is said in one place.
+addEventListener("unhandledrejection", (event) => {
+  event.preventDefault();
+  explain(event.reason);
+});
+askForTokenWith(askForToken);
+const gallery = new Gallery({ actions, open, tell }, () => askServer());
+const askServer = watchServer((info) => {
+  allow(info);
+  return gallery.refreshQueue();
+});
+onDraw((job) => gallery.put(job));
+
+// Makes a link one that saves an image.
+async function aim(link, job, image) {
+  link.href = await imageAddress(job, image);
+  link.download = `hidream-${image.seed ?? 0}.${image.mimeType.split("/")[1]}`;
+}
+
+async function save(job, image) {
+  const link = document.createElement("a");
+  await aim(link, job, image);
+  link.click();
+}
+
+async function open(job, image) {
+  const picture = viewer.querySelector("img");
+  const link = viewer.querySelector("a");
+  await aim(link, job, image);
+  picture.src = link.href;
+  picture.alt = viewer.querySelector("#viewer-prompt").textContent = job.spec.prompt;
+  viewer.querySelector(".facts").textContent = `${say("seed")} ${image.seed ?? 0} · ${image.width} × ${image.height}`;
+  viewer.showModal();
+}
+
+// Resolves when the person has given a token; the request that needed it is then made again.
+function askForToken(wasRefused) {
+  const dialog = document.getElementById("token");
+  const input = dialog.querySelector("input");
+  document.getElementById("token-note").textContent = say(wasRefused ? "tokenRefused" : "tokenKept");
+  input.ariaInvalid = wasRefused;
+  input.value = "";
+  dialog.oncancel = (event) => event.preventDefault();
+  dialog.showModal();
+  return new Promise((given) => {
+    dialog.onclose = () => {
+      token.set(input.value.trim());
+      forget.hidden = false;
+      // Chromium gives the focus back to a field without its caret.
+      document.activeElement.blur();
+      document.querySelector("[name=prompt]").focus();
+      given();
+    };
+  });
+}
