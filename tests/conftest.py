@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from tests.support.live_server import LiveServer, running_server
 from tests.support.warm_zygotes.starts import start_warm
 
 UNIT_TESTS = Path(__file__).parent / "unit"
+
+# The many objects of the libraries and of the collected tests are no garbage: they are not searched for it.
+gc.disable()
 
 # Servers that tests break on purpose are no news.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -40,6 +44,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("long")]
     # The many short files of tests/unit last: they let the workers end at about the same time.
     items.sort(key=lambda item: item.path.is_relative_to(UNIT_TESTS))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,15 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 ZYGOTE_MODULE = "hidream_grpc.engine.zygote.zygote"
+WORKER_WORDS = [sys.executable, "-u", "-c", "import sys;exec(eval(sys.stdin.readline()))"]
+"""Command line of a worker of pytest-xdist, by execnet 2."""
+
 MESSAGE_BYTES = 128 * 1024
 
 _START = "_fork_exec"  # of CPython's subprocess, since 3.11
@@ -36,6 +40,18 @@ class Start:
     environment: dict[str, str] | None
     streams: tuple[int, int, int]
     inherited: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingProcess:
+    """A warm process, a child of this one, and the socket to it."""
+
+    channel: socket.socket
+    pid: int
+
+
+waiting: WaitingProcess | None = None
+"""The warm process of a worker that was forked itself, forked before it."""
 
 
 def replace_starts(make: Callable[[Start], int | None]) -> None:

@@ -1,4 +1,4 @@
-"""Servers and rank groups of tests are forks of one warm process.
+"""Servers and rank groups of tests, and the workers that run tests, are forks of a warm process.
 
 To import torch, the libraries of the model and those of the server takes seconds of a core, at every start.
 What is left out here is that import alone: servers, zygotes and ranks do all that they do, and a zygote that
@@ -16,7 +16,16 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.support.warm_zygotes.handover import ZYGOTE_MODULE, Start, receive, replace_starts, send
+from tests.support.warm_zygotes import handover
+from tests.support.warm_zygotes.handover import (
+    WORKER_WORDS,
+    ZYGOTE_MODULE,
+    Start,
+    WaitingProcess,
+    receive,
+    replace_starts,
+    send,
+)
 from tests.support.warm_zygotes.warm_process import is_possible
 
 COLD = {"START": "cold"}
@@ -37,13 +46,12 @@ class _WarmProcess:
     def __init__(self) -> None:
         self._environment = dict(os.environ)
         self._lock = threading.Lock()
-        self._channel: socket.socket | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = handover.waiting
 
     def make(self, start: Start) -> int | None:
         """A child of this process, or None where it must be started as ever."""
         is_zygote = ZYGOTE_MODULE in start.words
-        if not is_zygote and start.words[:4] != _SERVE:
+        if not is_zygote and start.words[:4] != _SERVE and start.words != WORKER_WORDS:
             return None
         environment = dict(os.environ) if start.environment is None else start.environment
         if not self._is_like_this(environment):
@@ -55,33 +63,35 @@ class _WarmProcess:
         }
         streams = [number if file == -1 else file for number, file in enumerate(start.streams)]
         with self._lock:
-            channel = self._channel = self._channel or self._start()
-            send(channel, request, (*streams, *start.inherited))
-            pid, _files = receive(channel)
+            process = self._process = self._process or self._start()
+            send(process.channel, request, (*streams, *start.inherited))
+            pid, _files = receive(process.channel)
         return int(pid)
 
     def close(self) -> None:
         """End the process; what was forked from it goes on."""
         with self._lock:
-            if self._channel is not None and self._process is not None:
-                self._channel.close()
-                self._process.wait()
+            if self._process is not None:
+                self._process.channel.close()
+                os.waitpid(self._process.pid, 0)
 
     def _is_like_this(self, environment: dict[str, str]) -> bool:
         names = {name for name, _value in self._environment.items() ^ environment.items()}
         return all(name in _MAY_DIFFER or name.startswith(("AWS_", "HIDREAM_")) for name in names)
 
-    def _start(self) -> socket.socket:
+    def _start(self) -> WaitingProcess:
         channel, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with its_end:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "tests.support.warm_zygotes.warm_process", str(its_end.fileno())],
                 cwd=Path(__file__).parents[3],
                 env=self._environment,
                 pass_fds=(its_end.fileno(),),
                 start_new_session=True,
             )
-        return channel
+        # It is waited for by its id, as one that was forked.
+        process.returncode = 0
+        return WaitingProcess(channel, process.pid)
 
 
 def start_warm() -> Callable[[], None]:

@@ -2,7 +2,8 @@
 
 A zygote must be a child of the process that it serves. For the process of the tests, which is the parent
 of this one, a fork is made whose parent it is (CLONE_PARENT). For a server, such a fork makes one more, which
-waits to become the zygote, and then becomes the server, whose child it stays.
+waits to become the zygote, and then becomes the server, whose child it stays. The workers of a run in
+parallel are such forks of the first process too, each with a warm process of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import socket
 import sys
 import threading
 import traceback
+import types
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +31,7 @@ from setproctitle import setproctitle
 from hidream_grpc.engine.protocol.processes import num_threads
 from hidream_grpc.engine.zygote import zygote
 from tests.support.warm_zygotes import handover
-from tests.support.warm_zygotes.handover import ZYGOTE_MODULE, receive, send
+from tests.support.warm_zygotes.handover import WORKER_WORDS, ZYGOTE_MODULE, receive, send
 
 _SYS_CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE_PARENT = 0x8000  # linux/sched.h
@@ -59,6 +62,11 @@ def main() -> None:
     gc.freeze()
     if num_threads() != 1:
         raise RuntimeError("a process with threads must not fork")
+    _make_children(channel)
+
+
+def _make_children(channel: socket.socket) -> None:
+    """Fork at every request until the tests are gone."""
     while True:
         try:
             request, files = receive(channel)
@@ -94,12 +102,37 @@ def _become(channel: socket.socket, request: dict[str, Any], files: list[int]) -
         channel.close()
         if ZYGOTE_MODULE in request["words"]:
             _work_as_zygote(request["words"], files, request["environment"])
+        elif request["words"] == WORKER_WORDS:
+            _work_for_pytest(request, files)
         else:
             _become_server(request, files)
         os._exit(0)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
+
+
+def _work_for_pytest(request: dict[str, Any], files: list[int]) -> NoReturn:
+    """Run the tests that the process at the other end of the standard streams sends."""
+    channel, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    warm_pid = os.fork()
+    if warm_pid == 0:
+        channel.close()
+        _take_streams([os.open(os.devnull, os.O_RDWR), files[2]])
+        for file in files[:2]:
+            os.close(file)
+        _make_children(its_end)
+        os._exit(0)
+    its_end.close()
+    os.chdir(request["folder"])
+    _take_environment(request["environment"])
+    _take_streams(files)
+    setproctitle("tests: worker")
+    handover.waiting = handover.WaitingProcess(channel, warm_pid)
+    # A package that brings a plugin, which pytest would rewrite and warns of when it is there before.
+    sys.modules["anyio"].__doc__ = "PYTEST_DONT_REWRITE"
+    module = sys.modules["__main__"] = types.ModuleType("__main__")
+    _run_to_the_end(lambda: exec(request["words"][-1], vars(module)))
 
 
 def _become_server(request: dict[str, Any], files: list[int]) -> NoReturn:
@@ -122,14 +155,19 @@ def _become_server(request: dict[str, Any], files: list[int]) -> NoReturn:
 
 
 def _run_server(words: list[str], environment: dict[str, str]) -> NoReturn:
-    """Do as a new interpreter does with this command line, and as it does at its end."""
+    """Do as a new interpreter does with this command line."""
     os.environ.clear()
     os.environ.update(environment)
     setproctitle(" ".join(words))
     sys.argv = [words[0], *words[3:]]
+    _run_to_the_end(lambda: runpy.run_module(words[2], run_name="__main__", alter_sys=True))
+
+
+def _run_to_the_end(main: Callable[[], object]) -> NoReturn:
+    """Do this, then what an interpreter does at its end."""
     code: Any = 0
     try:
-        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+        main()
     except SystemExit as error:
         code = error.code
     except BaseException:
