@@ -16,6 +16,7 @@ from typing import Literal
 from pythonjsonlogger.json import JsonFormatter
 
 from hidream_grpc.log_streams import drain_streams, dropping_file_stream
+from hidream_grpc.traces import add_trace_ids
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ FACTS = (
     "caller",
     "call_seconds",
     "total_seconds",
+    "trace_id",
+    "span_id",
 )
 
 
@@ -110,6 +113,7 @@ def configure_logging(config: LogConfig, may_start_threads: bool = False) -> Non
         handlers.append(_file_handler(config.file, may_start_threads))
     for handler in handlers:
         handler.setFormatter(formatter)
+        handler.addFilter(add_trace_ids)
     if config.level != "DEBUG":
         handlers[0].addFilter(lambda record: not getattr(record, _NOT_ON_TERMINAL, False))
     logging.basicConfig(level=config.level, handlers=handlers, force=True)

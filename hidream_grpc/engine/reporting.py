@@ -61,10 +61,10 @@ def report_prompts(
     running: Mapping[str, RunningRequest], plan: StepPlan, answers: Sequence[PlanDone]
 ) -> PromptReport:
     """Report to the requests that have started that their prompts are encoded."""
-    encode_seconds = max(answer.encode_seconds for answer in answers)
+    rank_seconds = tuple(answer.encode_seconds for answer in answers)
     for admission in plan.admissions:
         if request := running.get(admission.claim_id):
-            request.publish(PromptsEncoded(encode_seconds))
+            request.publish(PromptsEncoded(max(rank_seconds), rank_seconds))
     # Every rank counts the same prompts.
     return PromptReport(answers[0].num_prompt_cache_hits, answers[0].num_prompt_cache_misses)
 
@@ -81,13 +81,14 @@ def report_step(
     Returns:
         The step of all of them; None where all have left.
     """
-    step_seconds = max(answer.step_seconds for answer in answers)
+    rank_seconds = tuple(answer.step_seconds for answer in answers)
+    step_seconds = max(rank_seconds)
     previews = {preview.claim_id: preview.data for answer in answers for preview in answer.previews}
     note_forward(running, stepped, step_seconds)
     snapshot_budget.earn(step_seconds)
     requests = [running[claim_id] for claim_id in stepped]
     for request in requests:
-        request.publish(StepFinished(request.step, step_seconds))
+        request.publish(StepFinished(request.step, step_seconds, rank_seconds))
         if request.request.claim_id in previews:
             request.publish(PreviewMade(request.step, previews[request.request.claim_id]))
     if not requests:
@@ -119,10 +120,10 @@ def _report_snapshots(
 
 def report_images(running: dict[str, RunningRequest], answers: Sequence[PlanDone]) -> None:
     """Report images that are finished, and then the end of requests that have all of theirs."""
-    for image in (image for answer in answers for image in answer.images):
+    for rank, image in ((rank, image) for rank, answer in enumerate(answers) for image in answer.images):
         if request := running.get(image.claim_id):
             request.finish_image(image.image_index)
-            request.publish(ImageFinished(image.image_index, image.data, image.decode_seconds))
+            request.publish(ImageFinished(image.image_index, image.data, image.decode_seconds, rank))
             if request.is_finished:
                 del running[image.claim_id]
                 request.publish(RequestFinished())

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from hidream_grpc.errors import JobError
 from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.traces import TraceContext
 
 
 class EngineState(StrEnum):
@@ -33,9 +34,14 @@ class RequestStarted:
 
 @dataclass(frozen=True, slots=True)
 class PromptsEncoded:
-    """The text encoders have read the request's prompts; the time is the slowest rank's."""
+    """The text encoders have read the request's prompts; the time is the slowest rank's.
+
+    Attributes:
+        rank_encode_seconds: the time of each rank.
+    """
 
     encode_seconds: float
+    rank_encode_seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +51,12 @@ class StepFinished:
     Attributes:
         step: steps taken, from 1.
         step_seconds: duration of this step on the slowest rank.
+        rank_step_seconds: its duration on each rank.
     """
 
     step: int
     step_seconds: float
+    rank_step_seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +77,12 @@ class SnapshotTaken:
 
 @dataclass(frozen=True, slots=True)
 class ImageFinished:
-    """One image of the request, as the bytes of a file."""
+    """One image of the request, as the bytes of a file that a rank has decoded and encoded."""
 
     image_index: int
     data: bytes
     decode_seconds: float
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +165,7 @@ class EngineRequest:
         on_event: called in the event loop with each event, in order; must not block or raise.
         snapshot: the state from which the request goes on (`SnapshotTaken.data`); None for its seed.
         finished_images: those that need not be decoded any more.
+        trace: the span of its job, for the logs; None where it is not traced.
     """
 
     claim_id: str
@@ -165,6 +175,7 @@ class EngineRequest:
     on_event: Callable[[EngineEvent], None]
     snapshot: bytes | None = None
     finished_images: frozenset[int] = frozenset()
+    trace: TraceContext | None = None
 
 
 class Backlog(Protocol):

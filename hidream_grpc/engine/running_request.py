@@ -84,7 +84,9 @@ class RunningRequest:
     @property
     def log_fields(self) -> dict[str, str]:
         """What a log line about it carries."""
-        return {"job_id": self.request.job_id, "request_id": self.request.request_id}
+        trace = self.request.trace
+        ids = {"job_id": self.request.job_id, "request_id": self.request.request_id}
+        return ids if trace is None else ids | trace.log_fields
 
     @property
     def resume_step(self) -> int:
@@ -115,8 +117,7 @@ class RunningRequest:
         """The message that has a rank start it."""
         return Admission(
             claim_id=self.request.claim_id,
-            job_id=self.request.job_id,
-            request_id=self.request.request_id,
+            log_fields=self.log_fields,
             parameters=self.request.parameters,
             snapshot=self.snapshot.data if self.snapshot else b"",
         )

@@ -20,6 +20,7 @@ from hidream_grpc.jobs.job import Job, Submission
 from hidream_grpc.jobs.limits import RequestLimits
 from hidream_grpc.jobs.store.records import AttachedCall, QueueLimits
 from hidream_grpc.jobs.store.store import SqlJobStore
+from hidream_grpc.traces import current_trace
 
 WINDOW_SECONDS = 60.0
 """The time in which the work of each caller is limited."""
@@ -98,7 +99,9 @@ def _being_cancelled(given: Sequence[Job], accepted: Sequence[Job]) -> list[Job]
 def _new_job(submission: Submission, owner: str, now: float) -> Job:
     has_deadline = submission.deadline_seconds is not None and not submission.is_detached
     deadline_time = now + (submission.deadline_seconds or 0.0) if has_deadline else None
-    return Job(uuid.uuid4().hex, submission, now, owner=owner, deadline_time=deadline_time)
+    call = current_trace()
+    trace = None if call is None else call.child()
+    return Job(uuid.uuid4().hex, submission, now, owner=owner, deadline_time=deadline_time, trace=trace)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,6 +10,7 @@ import msgspec
 
 from hidream_grpc.errors import DeadlineExceededError, HiDreamError, JobCancelledError
 from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.traces import TraceContext
 
 CLAIM_SEQUENCE_BITS = 32
 
@@ -209,6 +210,7 @@ class Job:
         cancel_reason: who or what stopped the job, or asks for it while the job still runs.
         snapshot: the newest snapshot that counts; None without one.
         is_unreadable: whether its row cannot be read: then it is FAILED, and its submission is a stand-in.
+        trace: the job's own span, from its creation to its end; None where it is not traced.
     """
 
     job_id: str
@@ -231,6 +233,7 @@ class Job:
     cancel_reason: CancelReason | None = None
     snapshot: StoredSnapshot | None = None
     is_unreadable: bool = False
+    trace: TraceContext | None = None
 
     @property
     def model_fingerprint(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from hidream_grpc.engine.step_limit import StepLimit
 from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
 from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity
+from hidream_grpc.jobs.execution.job_spans import JobSpans
 from hidream_grpc.jobs.execution.job_tools import JobTools
 from hidream_grpc.jobs.job import Execution, ModelIdentity
 from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
@@ -59,6 +61,7 @@ from hidream_grpc.server.reflection import enable_reflection
 from hidream_grpc.server.signals import Signals, StoppedAtStartError
 from hidream_grpc.server.tls import ServerTls, tls_files
 from hidream_grpc.server.tokens import TokensFile
+from hidream_grpc.server.tracing import Tracing, tracing_of
 from hidream_grpc.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -78,6 +81,7 @@ class Service:
         listen: HOST:PORT to serve gRPC on.
         tls: encrypts what callers and the server say; None for plaintext.
         metrics_port: where Prometheus reads, on the same host; None for no metrics.
+        tracing: exports spans; None for no traces.
         log_device_choice: says what `--device-type auto` chose, once it is known that the server starts.
     """
 
@@ -96,6 +100,7 @@ class Service:
     listen: str
     tls: ServerTls | None
     metrics_port: int | None
+    tracing: Tracing | None
     drain_times: DrainTimes
     log_device_choice: Callable[[], None]
 
@@ -145,7 +150,10 @@ def build(settings: Settings) -> Service:
     locations = store_locations(settings)
     artifacts = ArtifactStore(locations.artifacts)
     metrics = Metrics()
-    store = SqlJobStore(locations.jobs, observe_end=metrics.observe_end)
+    tracing = tracing_of(os.environ)
+    record_span = None if tracing is None else tracing.record
+    job_spans = JobSpans(record_span)
+    store = SqlJobStore(locations.jobs, end_observers=(metrics.observe_end, job_spans.observe_end))
     health = HealthServicer()
     estimator = JobEstimator(partial(_capacity, limits, group, step_limit))
     controller = Controller(
@@ -163,6 +171,7 @@ def build(settings: Settings) -> Service:
         chunk_bytes=limits.chunk_bytes,
         publish_to_replicas=ReplicaPublisher(store).publish,
         checkpoint_fingerprint=checkpoint.fingerprint,
+        record_span=record_span,
     )
     jobs = JobService(
         tools=tools,
@@ -181,7 +190,7 @@ def build(settings: Settings) -> Service:
         limits=limits,
         describe_server=ServerDescription(checkpoint, limits, defaults, group, jobs),
     )
-    server = grpc_server(limits, CallInterceptor(metrics, callers))
+    server = grpc_server(limits, CallInterceptor(metrics, callers, tracing))
     image_gen_pb2_grpc.add_ImageGenServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     enable_reflection(server, (IMAGE_GEN, HEALTH))
@@ -201,6 +210,7 @@ def build(settings: Settings) -> Service:
         listen=settings.listen,
         tls=tls,
         metrics_port=settings.metrics_port,
+        tracing=tracing,
         drain_times=DrainTimes(settings.drain_delay_seconds, settings.grace_seconds),
         log_device_choice=partial(log_device_choice, settings, group),
     )
@@ -217,6 +227,8 @@ async def run(service: Service, signals: Signals) -> None:
     signals.on_hangup(partial(take_all_devices, service.group, service.step_limit))
     async with contextlib.AsyncExitStack() as ending:
         # Each of these happens even if one of them fails, the last one first.
+        if service.tracing is not None:
+            ending.push_async_callback(service.tracing.close)
         with naming_flag(service.store_flag):
             await signals.unless_ended(service.store.open())
             ending.push_async_callback(service.store.close)

@@ -27,6 +27,8 @@ from hidream_grpc.server.call import Call, begin_call, current_call
 from hidream_grpc.server.callers import CallerIdentification
 from hidream_grpc.server.metrics import Metrics
 from hidream_grpc.server.status import TABLE, to_status
+from hidream_grpc.server.tracing import CallSpan, Tracing
+from hidream_grpc.traces import enter_trace
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("hidream_grpc.access")
@@ -43,9 +45,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     It is one interceptor for all links: each one more costs every streamed message a generator.
     """
 
-    def __init__(self, metrics: Metrics, callers: CallerIdentification) -> None:
+    def __init__(
+        self, metrics: Metrics, callers: CallerIdentification, tracing: Tracing | None = None
+    ) -> None:
         self._metrics = metrics
         self._callers = callers
+        self._tracing = tracing
 
     async def intercept_service(
         self,
@@ -79,24 +84,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def _around(self, method: str, context: Context) -> AsyncIterator[None]:
-        with observed(self._metrics, method, context):
+        with observed(self._metrics, self._tracing, method, context):
             async with translated_errors(context):
                 metadata = context.invocation_metadata() or ()
                 self._callers.identify(current_call(), metadata, context.auth_context)
                 yield
 
 
-# --- observe: one log line and two measurements for every call ------------------------------------
+# --- observe: one log line, two measurements and a span for every call -----------------------------
 
 
 @contextmanager
-def observed(metrics: Metrics, method: str, context: Context) -> Iterator[None]:
+def observed(metrics: Metrics, tracing: Tracing | None, method: str, context: Context) -> Iterator[None]:
     """Make this the current call, and report how it ends."""
     start = time.monotonic()
     remaining_seconds = context.time_remaining()
     deadline = None if remaining_seconds is None else start + remaining_seconds
     call = Call(method, context.peer(), deadline)
     begin_call(call)
+    span = None
+    if tracing is not None:
+        span = tracing.begin_call(method, call.peer, context.invocation_metadata() or ())
+        enter_trace(span.context)
     code = grpc.StatusCode.UNKNOWN
     try:
         yield
@@ -109,10 +118,12 @@ def observed(metrics: Metrics, method: str, context: Context) -> Iterator[None]:
         code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
         raise
     finally:
-        _report(metrics, call, code, time.monotonic() - start)
+        _report(metrics, call, span, code, time.monotonic() - start)
 
 
-def _report(metrics: Metrics, call: Call, code: grpc.StatusCode, call_seconds: float) -> None:
+def _report(
+    metrics: Metrics, call: Call, span: CallSpan | None, code: grpc.StatusCode, call_seconds: float
+) -> None:
     method = call.method.removeprefix(OUR_METHODS)
     metrics.observe_call(method, code.name, call_seconds)
     access_logger.info(
@@ -129,6 +140,8 @@ def _report(metrics: Metrics, call: Call, code: grpc.StatusCode, call_seconds: f
             "call_seconds": round(call_seconds, 3),
         },
     )
+    if span is not None:
+        span.end(call, code)
 
 
 def _as_enum(code: object) -> grpc.StatusCode:

@@ -23,6 +23,7 @@ from tests.support.job_stores import (
 
 FORMER_REVISION = "0002"
 FORMER_NAMES = {"acceptance_number": "number", "progress_document": "run"}
+NEW_NAMES = {"trace"}
 
 
 def migrate_to_former(connection: sa.Connection) -> None:
@@ -55,7 +56,8 @@ async def take_back_to_former_version(database: StoreDatabase) -> None:
     async with connected(database) as connection:
         rows = await connection.run_sync(rows_of_all_tables)
     rows["jobs"] = [
-        {FORMER_NAMES.get(name, name): value for name, value in row.items()} for row in rows["jobs"]
+        {FORMER_NAMES.get(name, name): value for name, value in row.items() if name not in NEW_NAMES}
+        for row in rows["jobs"]
     ]
     async with connected(database) as connection:
         for name in ("alembic_version", *reversed(rows)):

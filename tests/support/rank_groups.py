@@ -55,12 +55,8 @@ def picture(**changes: object) -> GenerationParameters:
 
 
 def admission(claim_id: str, parameters: GenerationParameters) -> Admission:
-    return Admission(
-        claim_id=claim_id,
-        job_id=f"job of {claim_id}",
-        request_id=f"request of {claim_id}",
-        parameters=parameters,
-    )
+    log_fields = {"job_id": f"job of {claim_id}", "request_id": f"request of {claim_id}"}
+    return Admission(claim_id=claim_id, log_fields=log_fields, parameters=parameters)
 
 
 def plan(**content: object) -> StepPlan:

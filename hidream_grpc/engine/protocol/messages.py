@@ -18,7 +18,7 @@ from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -135,12 +135,11 @@ class JoinGroup(_Message, frozen=True):
 class Admission(_Message, frozen=True):
     """Start a request: encode its prompts, and generate its first latents or take them from a snapshot.
 
-    `job_id` and `request_id` are for the log lines of the rank; `snapshot` is empty at a start from the seed.
+    `log_fields` are what log lines of the rank about it carry; `snapshot` is empty at a start from the seed.
     """
 
     claim_id: str
-    job_id: str
-    request_id: str
+    log_fields: dict[str, str]
     parameters: GenerationParameters
     snapshot: bytes = b""
 

@@ -130,7 +130,7 @@ class Runner:
             return self._model.pack_snapshot(snapshot, request.admission.parameters) if snapshot else b""
         except Exception:
             # The device may have failed with the plan; another rank, or an older snapshot, takes its place.
-            logger.exception("cannot give a snapshot", extra={"job_id": request.admission.job_id})
+            logger.exception("cannot give a snapshot", extra=request.admission.log_fields)
             return b""
 
     def _release(self, claim_ids: Sequence[str]) -> None:
@@ -147,7 +147,7 @@ class Runner:
         started = time.monotonic()
         encoded = self._model.encode([prompt for a in admissions for prompt in a.parameters.prompts])
         for admission in admissions:
-            logger.debug("starting", extra={"job_id": admission.job_id, "request_id": admission.request_id})
+            logger.debug("starting", extra=admission.log_fields)
             with self._own_work_of(admission, faults):
                 # A failure on another rank is reported by that rank.
                 if encoded.has_all_of(admission.parameters.prompts):
@@ -257,14 +257,7 @@ class Runner:
         except Exception as error:
             error_id = JobInternalError.new().error_id
             is_out_of_memory = self._device.is_out_of_memory(error)
-            logger.exception(
-                "job failed",
-                extra={
-                    "job_id": admission.job_id,
-                    "request_id": admission.request_id,
-                    "error_id": error_id,
-                },
-            )
+            logger.exception("job failed", extra=admission.log_fields | {"error_id": error_id})
             kind = OutOfDeviceMemoryError if is_out_of_memory else JobInternalError
             faults.append(JobFault(claim_id=admission.claim_id, kind=kind.__name__, error_id=error_id))
 

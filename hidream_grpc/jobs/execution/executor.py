@@ -19,6 +19,7 @@ from hidream_grpc.jobs.job import CancelReason, Job
 from hidream_grpc.jobs.retrying import TRANSIENT_ERRORS, wait_at_most
 from hidream_grpc.jobs.store.records import HeldClaim
 from hidream_grpc.jobs.watching.feeds import JobFeeds
+from hidream_grpc.traces import enter_trace
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +199,7 @@ class JobExecutor:
 
     async def _see_to_its_end(self, running: RunningJob, resources: ExitStack) -> None:
         job_id = running.job.job_id
+        enter_trace(running.job.trace)
         with resources:
             try:
                 if request := await running.engine_request():

@@ -10,6 +10,7 @@ from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.job import Execution
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.jobs.watching.events import JobEvent
+from hidream_grpc.traces import RecordSpan
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class JobTools:
         chunk_bytes: size of the parts in which images are published.
         publish_to_replicas: called with the events that stand in no row, for readers at other replicas.
         checkpoint_fingerprint: a snapshot of another checkpoint is refused.
+        record_span: exports a span; None where nothing is traced.
     """
 
     store: SqlJobStore
@@ -29,3 +31,4 @@ class JobTools:
     chunk_bytes: int
     publish_to_replicas: Callable[[str, JobEvent], None]
     checkpoint_fingerprint: str
+    record_span: RecordSpan | None = None

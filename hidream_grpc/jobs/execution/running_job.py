@@ -26,6 +26,7 @@ from hidream_grpc.engine.requests import (
 from hidream_grpc.errors import ClaimLostError, JobInternalError
 from hidream_grpc.jobs.execution.claim_state import ClaimState, StopReason
 from hidream_grpc.jobs.execution.claim_writer import ClaimWriter, StopChangedError
+from hidream_grpc.jobs.execution.job_spans import StageSpans
 from hidream_grpc.jobs.execution.job_tools import JobTools
 from hidream_grpc.jobs.execution.snapshot_keeper import SnapshotKeeper
 from hidream_grpc.jobs.job import CancelReason, Execution, Job, JobState, Progress
@@ -58,6 +59,7 @@ class RunningJob:
         self._snapshots = SnapshotKeeper(
             job.job_id, job.claim_number, tools.artifacts, self._claim.name_snapshot
         )
+        self._spans = StageSpans(job, tools.record_span)
         self._failure: JobInternalError | None = None
         self._first_attempt = 0 if job.execution is None else job.execution.attempt
         self._denoise_start: float | None = None
@@ -119,6 +121,7 @@ class RunningJob:
             on_event=self.receive,
             snapshot=snapshot,
             finished_images=finished_images,
+            trace=job.trace,
         )
 
     async def run(self) -> None:
@@ -136,6 +139,7 @@ class RunningJob:
             # Without `change`: no write waits for it any more.
             self._claim.state = self._state.ended()
             snapshots.cancel()
+            self._spans.close()
         if self.job.state.has_ended:
             await self._claim.remove_snapshots()
 
@@ -157,6 +161,7 @@ class RunningJob:
                 happened = await self._happened.get()
                 if happened.event is not None and self._state.is_running:
                     await self._apply(happened.event, happened.time)
+                    self._observe(happened.event, happened.time)
         except StopChangedError:
             pass
         except ClaimLostError:
@@ -212,9 +217,17 @@ class RunningJob:
             await self._go_on(execution)
             return
         sequence = self._feed.reserve_sequence()
-        start_time = self._tools.store.clock.now() - (time.monotonic() - when)
-        started = self.job.started(execution, start_time)
+        started = self.job.started(execution, self._clock_time(when))
         await self._claim.save(replace(started, started_sequence=sequence, last_sequence=sequence))
+
+    def _observe(self, event: EngineEvent, when: float) -> None:
+        if self._spans.is_traced:
+            now = self._tools.store.clock.now()
+            self._spans.observe(event, self.job, self._clock_time(when), stored_time=now)
+
+    def _clock_time(self, when: float) -> float:
+        """A moment on the clock of time.monotonic, in seconds since the epoch by the store's clock."""
+        return self._tools.store.clock.now() - (time.monotonic() - when)
 
     async def _go_on(self, execution: Execution) -> None:
         """Restart a job whose replica is gone, from its snapshot where there is one."""

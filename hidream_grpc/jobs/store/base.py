@@ -73,11 +73,11 @@ class StoreBase:
             with.
     """
 
-    def __init__(self, database: Database, observe_end: Callable[[Job], None]) -> None:
+    def __init__(self, database: Database, end_observers: Sequence[Callable[[Job], None]]) -> None:
         self._database = database
         self._hub = ChangeHub()
         self._calls = RunningCalls()
-        self._observe_end = observe_end
+        self._end_observers = end_observers
         self._num_ended: Counter[JobState] = Counter()
         self.clock = StoreClock()
         self.observe_call: Callable[[str, StoreUnavailableError | StoreFullError | None], None] = (
@@ -109,4 +109,5 @@ class StoreBase:
         """Count a job that this process has ended; nothing happens when it has not ended."""
         if job.state.has_ended:
             self._num_ended[job.state] += 1
-            self._observe_end(job)
+            for observe in self._end_observers:
+                observe(job)

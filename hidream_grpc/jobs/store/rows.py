@@ -29,6 +29,7 @@ from hidream_grpc.jobs.job import (
     claim_sequence,
 )
 from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.traces import TraceContext
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class _ProgressDocument:
 
 _progress_decoder = msgspec.json.Decoder(_ProgressDocument)
 _submission_decoder = msgspec.json.Decoder(Submission)
+_trace_decoder = msgspec.json.Decoder(TraceContext)
 
 
 def new_row(job: Job) -> dict[str, Any]:
@@ -93,6 +95,7 @@ def new_row(job: Job) -> dict[str, Any]:
         "submission": _json(submission),
         "claim_number": job.claim_number,
         "model_fingerprint": job.model_fingerprint,
+        "trace": None if job.trace is None else _json(job.trace),
         **changed_columns(job),
     }
 
@@ -172,6 +175,7 @@ def _unreadable(row: Row[Any], reason: Exception) -> Job:
         claim_number=row.claim_number,
         last_sequence=claim_sequence(row.claim_number + (row.end_time is None), 1),
         is_unreadable=True,
+        trace=_trace_of(row),
     )
 
 
@@ -215,7 +219,16 @@ def _read(row: Row[Any]) -> Job:
         deadline_time=row.deadline_time,
         cancel_reason=None if row.cancel_reason is None else CancelReason(row.cancel_reason),
         snapshot=document.snapshot,
+        trace=_trace_of(row),
     )
+
+
+def _trace_of(row: Row[Any]) -> TraceContext | None:
+    """The span of a job; None where its row has none, or one that cannot be read: no job fails by that."""
+    try:
+        return None if row.trace is None else _trace_decoder.decode(row.trace)
+    except msgspec.MsgspecError:
+        return None
 
 
 def label_digest(key: str, value: str) -> str:

@@ -45,6 +45,8 @@ jobs = sa.Table(
     sa.Column("progress_document", sa.Text, nullable=False),
     # Empty in rows that are older than the column: any server may run those.
     sa.Column("model_fingerprint", sa.Text, nullable=False, server_default=""),
+    # NULL in rows that are older than the column, and where nothing is traced.
+    sa.Column("trace", sa.Text),
     sa.UniqueConstraint("job_id"),
     sa.Index(
         "ix_jobs_request_id",

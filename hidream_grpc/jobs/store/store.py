@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -35,17 +35,17 @@ class SqlJobStore(JobAcceptance, JobReading, JobCancellation, JobClaims, Replica
     is cancelled goes on to its end: the caller does not know what became of it.
     """
 
-    def __init__(self, location: Path | str, observe_end: Callable[[Job], None] = lambda job: None) -> None:
+    def __init__(self, location: Path | str, end_observers: Sequence[Callable[[Job], None]] = ()) -> None:
         """Take the location of a store, without connecting to it.
 
         Args:
             location: the file of a SQLite database, or a URL as `--store` has it, see `parse_store_url`.
-            observe_end: called with each job that this process has ended.
+            end_observers: called with each job that this process has ended.
 
         Raises:
             ConfigurationError: what is wrong with the URL.
         """
-        super().__init__(Database(location), observe_end)
+        super().__init__(Database(location), end_observers)
         is_sqlite = self._database.is_sqlite
         self._listener = None if is_sqlite else PostgresListener(self._database, self._hub)
 

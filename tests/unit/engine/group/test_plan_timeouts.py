@@ -35,7 +35,7 @@ def admit(claim_id: str, side: int = 64) -> Admission:
     parameters = GenerationParameters(
         prompt="a boat", width=side, height=side, num_inference_steps=9, guidance_scale=1.0, seed=1
     )
-    return Admission(claim_id=claim_id, job_id=claim_id, request_id=claim_id, parameters=parameters)
+    return Admission(claim_id=claim_id, log_fields={}, parameters=parameters)
 
 
 def run(limits: PlanTimeouts, to_run: StepPlan, seconds: float, **answer: object) -> float:

@@ -93,8 +93,7 @@ def plans(draw: st.DrawFn) -> StepPlan:
     admissions = st.builds(
         Admission,
         claim_id=claim_ids,
-        job_id=claim_ids,
-        request_id=st.text(max_size=40),
+        log_fields=st.dictionaries(st.text(max_size=10), st.text(max_size=40), max_size=4),
         parameters=parameters,
     )
     decodes = st.builds(Decode, claim_id=claim_ids, image_index=st.integers(0, 9), rank=st.integers(0, 7))

@@ -53,7 +53,7 @@ def slices(vae: AutoencoderKL) -> OneSecondSlices:
 
 
 def running(slices: OneSecondSlices) -> RunningDecode:
-    admission = Admission(claim_id="job/1", job_id="job", request_id="request", parameters=parameters())
+    admission = Admission(claim_id="job/1", log_fields={}, parameters=parameters())
     return RunningDecode(admission, 3, slices, open_device("cpu", 0), ImageMetadata(), slices.clock)
 
 
