@@ -68,8 +68,10 @@ export function follow(path, { onOpen = () => {}, onLost = () => {}, onEnd = () 
         const headers = { Accept: "text/event-stream", ...(lastId && { "Last-Event-ID": lastId }) };
         const { body } = await request(path, { headers, signal: closing.signal });
         await onOpen();
+        // There is nothing after the last event.
+        if (!body) return;
         for await (const { id, event, data } of messages(body.getReader())) {
-          if (event === "error") throw new Problem(data.status, data);
+          if (event === "problem") throw new Problem(data.status, data);
           lastId = id || lastId;
           tries = 0;
           if (onEvent(data)) return;

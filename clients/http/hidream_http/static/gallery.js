@@ -18,6 +18,7 @@ export class Gallery {
   constructor(reactions, onChange) {
     Object.assign(this, { reactions, onChange, cards: new Map(), followed: new Map(), nextPage: null });
     this.atEnd = new IntersectionObserver(([entry]) => entry.isIntersecting && this.loadMore(), { rootMargin: "50%" });
+    this.refresh().catch(() => show("reconnecting"));
     follow(`v1/jobs:watch?${QUEUED}&states=JOB_STATE_RUNNING`, {
       onOpen: () => this.refresh(),
       onLost: () => show("reconnecting"),

@@ -1,0 +1,78 @@
+"""Somebody who looks at the page: a context of the browser, and what it complains about."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page
+
+# What the browser says of every answer that is an error, and of a server that is away.
+_REFUSED = re.compile(r"^Failed to load resource")
+
+
+@dataclass
+class Visitor:
+    """One tab, in which nothing may go wrong.
+
+    Attributes:
+        page: the tab.
+        complaints: what stood in its console; calls that were refused do not count.
+    """
+
+    page: Page
+    complaints: list[str] = field(default_factory=list)
+
+    def describe(self, prompt: str, **settings: object) -> None:
+        """Fill in the form: `settings` are its fields by name."""
+        self.page.locator("[name=prompt]").fill(prompt)
+        for name, value in settings.items():
+            self.page.locator(f"[name={name}]").fill(str(value))
+
+    def draw(self, prompt: str, **settings: object) -> Locator:
+        """Ask for images; the card of the job."""
+        self.describe(prompt, **settings)
+        self.page.locator("#draw").click()
+        return self.card(prompt)
+
+    def card(self, prompt: str) -> Locator:
+        """The newest job with this prompt."""
+        return self.page.locator("#gallery > li", has_text=prompt).first
+
+    def button(self, card: Locator, name: str) -> Locator:
+        """A button of a card, by what it says."""
+        return card.get_by_role("button", name=name, exact=True)
+
+
+@contextmanager
+def visiting(browser: Browser, url: str, token: str | None = None, **options: Any) -> Iterator[Visitor]:
+    """A visitor who has opened the page, and at whose end nothing was wrong.
+
+    Args:
+        browser: in which.
+        url: of the bridge.
+        token: was given before in this tab.
+        options: of the context, such as the language.
+    """
+    options.setdefault("locale", "en-GB")
+    context = browser.new_context(**options)
+    try:
+        visitor = Visitor(context.new_page())
+
+        def note(message: ConsoleMessage) -> None:
+            if message.type in ("error", "warning") and not _REFUSED.match(message.text):
+                visitor.complaints.append(message.text)
+
+        visitor.page.on("console", note)
+        visitor.page.on("pageerror", lambda error: visitor.complaints.append(str(error)))
+        visitor.page.goto(url)
+        if token is not None:
+            visitor.page.locator("#token input").fill(token)
+            visitor.page.locator("#token button").click()
+        yield visitor
+        assert visitor.complaints == []
+    finally:
+        context.close()
