@@ -5,7 +5,7 @@ from __future__ import annotations
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from hidream.v1 import image_pb2, job_pb2
-from hidream_grpc.jobs.job import Execution, Job, Progress, StoredImage, Timings
+from hidream_grpc.jobs.job import Execution, Job, JobState, Progress, StoredImage, Timings
 from hidream_grpc.jobs.watching import events
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.server.status import to_status
@@ -128,7 +128,18 @@ def job(value: Job, position: events.Queued | None = None) -> job_pb2.Job:
         message.queue_position = position.queue_position
         if position.estimated_wait_seconds is not None:
             message.estimated_wait.CopyFrom(duration(position.estimated_wait_seconds))
+    remaining_seconds = _remaining_seconds(value, position)
+    if remaining_seconds is not None:
+        message.estimated_remaining.CopyFrom(duration(remaining_seconds))
     return message
+
+
+def _remaining_seconds(value: Job, position: events.Queued | None) -> float | None:
+    if value.state is JobState.QUEUED:
+        return None if position is None else position.estimated_remaining_seconds
+    if value.state is JobState.RUNNING and value.progress is not None:
+        return value.progress.estimated_remaining_seconds
+    return None
 
 
 def job_event(event: events.JobEvent, image_data: bytes = b"") -> job_pb2.JobEvent:

@@ -115,6 +115,7 @@ def test_a_job_that_has_ended_says_how_and_when_it_was_drawn(stub: Stub, server:
     assert image.size_bytes > 0
     assert not job.HasField("error")
     assert not job.HasField("estimated_wait")
+    assert not job.HasField("estimated_remaining")
     assert job.queue_position == 0
 
 
@@ -125,6 +126,7 @@ def test_a_running_job_says_how_far_it_is_and_how_long_it_will_take(narrow: Stub
     assert job.progress.total_steps == LONG_STEPS
     assert seconds(job.progress.step_duration) > 0
     assert seconds(job.progress.estimated_remaining) > 0
+    assert job.estimated_remaining == job.progress.estimated_remaining
     assert job.execution.attempt == 1
     assert job.HasField("start_time")
     assert seconds(job.timings.queue) > 0
@@ -142,7 +144,7 @@ def test_jobs_that_wait_say_their_place_and_for_how_long(narrow: Stub) -> None:
     shown = [get(narrow, job.job_id) for job in (urgent, *jobs)]
     assert [job.queue_position for job in shown] == [1, 2, 3]
     for job in shown:
-        assert seconds(job.estimated_wait) > 0
+        assert 0 < seconds(job.estimated_wait) < seconds(job.estimated_remaining)
         assert (job.state, job.stage) == (job_pb2.JOB_STATE_QUEUED, job_pb2.JOB_STAGE_UNSPECIFIED)
         assert not job.HasField("execution")
         assert not job.HasField("start_time")

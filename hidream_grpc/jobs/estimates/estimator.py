@@ -107,7 +107,7 @@ class JobEstimator:
         return self._seconds_until(self._newest().starts.get(job_id))
 
     def remaining_seconds(self, job_id: str) -> float | None:
-        """Seconds until a running job ends; None where that is unknown."""
+        """Seconds until a job ends that runs or waits; None where that is unknown."""
         return self._seconds_until(self._newest().ends.get(job_id))
 
     def _known_waits(self) -> Iterator[float]:

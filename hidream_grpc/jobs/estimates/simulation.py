@@ -106,7 +106,7 @@ class Estimates:
 
     Attributes:
         starts: until each waiting job starts, in the order of the queue.
-        ends: until each running job ends.
+        ends: until each job ends, those that run first.
     """
 
     starts: Mapping[str, float]
@@ -132,13 +132,15 @@ def estimate_jobs(
     """
     if not durations.has_steps:
         return Estimates({}, {})
-    simulation = Simulation(durations, capacity, running, waiting[:MAX_SIMULATED_JOBS])
-    running_ids = [work.job_id for work in running]
-    while simulation.waiting or not simulation.ends.keys() >= set(running_ids):
+    simulated = waiting[:MAX_SIMULATED_JOBS]
+    simulation = Simulation(durations, capacity, running, simulated)
+    while not simulation.is_over:
         simulation.run_round()
-    starts = {work.job_id: simulation.starts[work.job_id] for work in waiting[:MAX_SIMULATED_JOBS]}
-    ends = {job_id: simulation.ends[job_id] for job_id in running_ids}
-    return Estimates(starts | _later_starts(durations, waiting, starts), ends)
+    starts = {work.job_id: simulation.starts[work.job_id] for work in simulated}
+    ends = {work.job_id: simulation.ends[work.job_id] for work in (*running, *simulated)}
+    later_starts = _later_starts(durations, waiting, starts)
+    later_ends = _later_ends(durations, waiting, starts, ends, later_starts)
+    return Estimates(starts | later_starts, ends | later_ends)
 
 
 class Simulation:
@@ -182,6 +184,11 @@ class Simulation:
         self._num_coarse_forwards = 0
         for work in running:
             self._start(work)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every job has ended."""
+        return not (self.waiting or self._running)
 
     def run_round(self) -> None:
         """Do what the controller does in its next round, or in several like it."""
@@ -341,3 +348,22 @@ def _later_starts(
     in_front = accumulate(amounts[MAX_SIMULATED_JOBS - 1 :])
     later = waiting[MAX_SIMULATED_JOBS:]
     return {work.job_id: last_start + pace * amount for work, amount in zip(later, in_front, strict=False)}
+
+
+def _later_ends(
+    durations: MeasuredDurations,
+    waiting: Sequence[JobWork],
+    known_starts: Mapping[str, float],
+    known_ends: Mapping[str, float],
+    later_starts: Mapping[str, float],
+) -> dict[str, float]:
+    """Estimate the ends of the same jobs, each of which takes as much longer than alone as those in front."""
+    if not later_starts:
+        return {}
+    in_front = waiting[MAX_SIMULATED_JOBS // 2 : MAX_SIMULATED_JOBS]
+    together = sum(known_ends[work.job_id] - known_starts[work.job_id] for work in in_front)
+    slowdown = together / sum(work.seconds_alone(durations) for work in in_front)
+    return {
+        work.job_id: later_starts[work.job_id] + slowdown * work.seconds_alone(durations)
+        for work in waiting[MAX_SIMULATED_JOBS:]
+    }

@@ -33,10 +33,11 @@ MIN_NEWS_SHARE = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The job waits: position 1 is next. The wait is None where it cannot be estimated."""
+    """The job waits: position 1 is next. Until it starts, or ends, is None where it cannot be estimated."""
 
     queue_position: int
     estimated_wait_seconds: float | None = None
+    estimated_remaining_seconds: float | None = None
 
     def is_news(self, published: Queued, elapsed_seconds: float) -> bool:
         """Whether this differs enough from what was published some time ago to be published, too."""

@@ -134,4 +134,8 @@ class QueuePositions:
 
     def _position(self, job_id: str) -> Queued | None:
         position = self._positions.get(job_id)
-        return None if position is None else Queued(position, self._estimator.wait_seconds(job_id))
+        if position is None:
+            return None
+        return Queued(
+            position, self._estimator.wait_seconds(job_id), self._estimator.remaining_seconds(job_id)
+        )

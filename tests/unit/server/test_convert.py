@@ -177,3 +177,13 @@ def test_a_waiting_job_tells_its_place_and_how_long_it_waits() -> None:
         assert message.queue_position == 3
         assert message.estimated_wait.ToMilliseconds() == 1500
     assert convert.job(JOB).queue_position == 0
+
+
+def test_a_job_tells_when_its_images_will_be_there_until_they_are() -> None:
+    queued = dataclasses.replace(JOB, state=JobState.QUEUED)
+    message = convert.job(queued, events.Queued(3, 1.5, 4.5))
+    assert message.estimated_remaining.ToMilliseconds() == 4500
+    running = dataclasses.replace(JOB, state=JobState.RUNNING, progress=PROGRESS)
+    assert convert.job(running).estimated_remaining == convert.progress(PROGRESS).estimated_remaining
+    ended = dataclasses.replace(running, state=JobState.SUCCEEDED)
+    assert not convert.job(ended).HasField("estimated_remaining")

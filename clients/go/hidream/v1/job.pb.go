@@ -303,9 +303,12 @@ type Job struct {
 	EstimatedWait *durationpb.Duration `protobuf:"bytes,17,opt,name=estimated_wait,json=estimatedWait,proto3" json:"estimated_wait,omitempty"`
 	// Name of the model that checked the request and that draws it, as `ServerInfo.model.name`; fixed when
 	// the job is accepted.
-	Model         string `protobuf:"bytes,18,opt,name=model,proto3" json:"model,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Model string `protobuf:"bytes,18,opt,name=model,proto3" json:"model,omitempty"`
+	// Time until a QUEUED or RUNNING job ends, and so until its images are there, from measured times: its wait,
+	// its steps and its images. Absent while the server cannot tell, and when the job has ended.
+	EstimatedRemaining *durationpb.Duration `protobuf:"bytes,19,opt,name=estimated_remaining,json=estimatedRemaining,proto3" json:"estimated_remaining,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *Job) Reset() {
@@ -462,6 +465,13 @@ func (x *Job) GetModel() string {
 		return x.Model
 	}
 	return ""
+}
+
+func (x *Job) GetEstimatedRemaining() *durationpb.Duration {
+	if x != nil {
+		return x.EstimatedRemaining
+	}
+	return nil
 }
 
 // How a job is drawn. With the same model, spec and layout the same image can be asked for again, as
@@ -1321,7 +1331,7 @@ var File_hidream_v1_job_proto protoreflect.FileDescriptor
 const file_hidream_v1_job_proto_rawDesc = "" +
 	"\n" +
 	"\x14hidream/v1/job.proto\x12\n" +
-	"hidream.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x16hidream/v1/image.proto\"\x83\a\n" +
+	"hidream.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x16hidream/v1/image.proto\"\xcf\a\n" +
 	"\x03Job\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x1d\n" +
 	"\n" +
@@ -1344,7 +1354,8 @@ const file_hidream_v1_job_proto_rawDesc = "" +
 	"start_time\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\x125\n" +
 	"\bend_time\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x12@\n" +
 	"\x0eestimated_wait\x18\x11 \x01(\v2\x19.google.protobuf.DurationR\restimatedWait\x12\x14\n" +
-	"\x05model\x18\x12 \x01(\tR\x05model\x1a9\n" +
+	"\x05model\x18\x12 \x01(\tR\x05model\x12J\n" +
+	"\x13estimated_remaining\x18\x13 \x01(\v2\x19.google.protobuf.DurationR\x12estimatedRemaining\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x87\x01\n" +
@@ -1480,35 +1491,36 @@ var file_hidream_v1_job_proto_depIdxs = []int32{
 	20, // 11: hidream.v1.Job.start_time:type_name -> google.protobuf.Timestamp
 	20, // 12: hidream.v1.Job.end_time:type_name -> google.protobuf.Timestamp
 	21, // 13: hidream.v1.Job.estimated_wait:type_name -> google.protobuf.Duration
-	21, // 14: hidream.v1.JobProgress.step_duration:type_name -> google.protobuf.Duration
-	21, // 15: hidream.v1.JobProgress.estimated_remaining:type_name -> google.protobuf.Duration
-	21, // 16: hidream.v1.JobTimings.queue:type_name -> google.protobuf.Duration
-	21, // 17: hidream.v1.JobTimings.encode:type_name -> google.protobuf.Duration
-	21, // 18: hidream.v1.JobTimings.denoise:type_name -> google.protobuf.Duration
-	21, // 19: hidream.v1.JobTimings.decode:type_name -> google.protobuf.Duration
-	21, // 20: hidream.v1.JobTimings.total:type_name -> google.protobuf.Duration
-	20, // 21: hidream.v1.JobEvent.time:type_name -> google.protobuf.Timestamp
-	9,  // 22: hidream.v1.JobEvent.queued:type_name -> hidream.v1.Queued
-	10, // 23: hidream.v1.JobEvent.started:type_name -> hidream.v1.Started
-	6,  // 24: hidream.v1.JobEvent.progress:type_name -> hidream.v1.JobProgress
-	11, // 25: hidream.v1.JobEvent.preview:type_name -> hidream.v1.Preview
-	12, // 26: hidream.v1.JobEvent.restarted:type_name -> hidream.v1.Restarted
-	22, // 27: hidream.v1.JobEvent.image_chunk:type_name -> hidream.v1.ImageChunk
-	13, // 28: hidream.v1.JobEvent.succeeded:type_name -> hidream.v1.Succeeded
-	14, // 29: hidream.v1.JobEvent.failed:type_name -> hidream.v1.Failed
-	15, // 30: hidream.v1.JobEvent.cancelled:type_name -> hidream.v1.Cancelled
-	21, // 31: hidream.v1.Queued.estimated_wait:type_name -> google.protobuf.Duration
-	17, // 32: hidream.v1.Started.spec:type_name -> hidream.v1.ImageSpec
-	5,  // 33: hidream.v1.Started.execution:type_name -> hidream.v1.Execution
-	21, // 34: hidream.v1.Started.queue_duration:type_name -> google.protobuf.Duration
-	4,  // 35: hidream.v1.Succeeded.job:type_name -> hidream.v1.Job
-	19, // 36: hidream.v1.Failed.status:type_name -> google.rpc.Status
-	3,  // 37: hidream.v1.Cancelled.reason:type_name -> hidream.v1.CancelReason
-	38, // [38:38] is the sub-list for method output_type
-	38, // [38:38] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	21, // 14: hidream.v1.Job.estimated_remaining:type_name -> google.protobuf.Duration
+	21, // 15: hidream.v1.JobProgress.step_duration:type_name -> google.protobuf.Duration
+	21, // 16: hidream.v1.JobProgress.estimated_remaining:type_name -> google.protobuf.Duration
+	21, // 17: hidream.v1.JobTimings.queue:type_name -> google.protobuf.Duration
+	21, // 18: hidream.v1.JobTimings.encode:type_name -> google.protobuf.Duration
+	21, // 19: hidream.v1.JobTimings.denoise:type_name -> google.protobuf.Duration
+	21, // 20: hidream.v1.JobTimings.decode:type_name -> google.protobuf.Duration
+	21, // 21: hidream.v1.JobTimings.total:type_name -> google.protobuf.Duration
+	20, // 22: hidream.v1.JobEvent.time:type_name -> google.protobuf.Timestamp
+	9,  // 23: hidream.v1.JobEvent.queued:type_name -> hidream.v1.Queued
+	10, // 24: hidream.v1.JobEvent.started:type_name -> hidream.v1.Started
+	6,  // 25: hidream.v1.JobEvent.progress:type_name -> hidream.v1.JobProgress
+	11, // 26: hidream.v1.JobEvent.preview:type_name -> hidream.v1.Preview
+	12, // 27: hidream.v1.JobEvent.restarted:type_name -> hidream.v1.Restarted
+	22, // 28: hidream.v1.JobEvent.image_chunk:type_name -> hidream.v1.ImageChunk
+	13, // 29: hidream.v1.JobEvent.succeeded:type_name -> hidream.v1.Succeeded
+	14, // 30: hidream.v1.JobEvent.failed:type_name -> hidream.v1.Failed
+	15, // 31: hidream.v1.JobEvent.cancelled:type_name -> hidream.v1.Cancelled
+	21, // 32: hidream.v1.Queued.estimated_wait:type_name -> google.protobuf.Duration
+	17, // 33: hidream.v1.Started.spec:type_name -> hidream.v1.ImageSpec
+	5,  // 34: hidream.v1.Started.execution:type_name -> hidream.v1.Execution
+	21, // 35: hidream.v1.Started.queue_duration:type_name -> google.protobuf.Duration
+	4,  // 36: hidream.v1.Succeeded.job:type_name -> hidream.v1.Job
+	19, // 37: hidream.v1.Failed.status:type_name -> google.rpc.Status
+	3,  // 38: hidream.v1.Cancelled.reason:type_name -> hidream.v1.CancelReason
+	39, // [39:39] is the sub-list for method output_type
+	39, // [39:39] is the sub-list for method input_type
+	39, // [39:39] is the sub-list for extension type_name
+	39, // [39:39] is the sub-list for extension extendee
+	0,  // [0:39] is the sub-list for field type_name
 }
 
 func init() { file_hidream_v1_job_proto_init() }

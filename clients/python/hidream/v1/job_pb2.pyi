@@ -189,6 +189,7 @@ class Job(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     ESTIMATED_WAIT_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    ESTIMATED_REMAINING_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """The server's name of the job."""
     request_id: _builtins.str
@@ -251,6 +252,12 @@ class Job(_message.Message):
         when the job does not wait.
         """
 
+    @_builtins.property
+    def estimated_remaining(self) -> _duration_pb2.Duration:
+        """Time until a QUEUED or RUNNING job ends, and so until its images are there, from measured times: its wait,
+        its steps and its images. Absent while the server cannot tell, and when the job has ended.
+        """
+
     def __init__(
         self,
         *,
@@ -272,10 +279,11 @@ class Job(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         estimated_wait: _duration_pb2.Duration | None = ...,
         model: _builtins.str = ...,
+        estimated_remaining: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "estimated_wait", b"estimated_wait", "execution", b"execution", "progress", b"progress", "spec", b"spec", "start_time", b"start_time", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "estimated_remaining", b"estimated_remaining", "estimated_wait", b"estimated_wait", "execution", b"execution", "progress", b"progress", "spec", b"spec", "start_time", b"start_time", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "estimated_wait", b"estimated_wait", "execution", b"execution", "images", b"images", "job_id", b"job_id", "labels", b"labels", "model", b"model", "priority", b"priority", "progress", b"progress", "queue_position", b"queue_position", "request_id", b"request_id", "spec", b"spec", "stage", b"stage", "start_time", b"start_time", "state", b"state", "timings", b"timings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "estimated_remaining", b"estimated_remaining", "estimated_wait", b"estimated_wait", "execution", b"execution", "images", b"images", "job_id", b"job_id", "labels", b"labels", "model", b"model", "priority", b"priority", "progress", b"progress", "queue_position", b"queue_position", "request_id", b"request_id", "spec", b"spec", "stage", b"stage", "start_time", b"start_time", "state", b"state", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

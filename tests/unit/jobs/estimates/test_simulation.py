@@ -110,7 +110,8 @@ def test_every_job_has_an_estimate_and_none_starts_before_those_in_front_of_it(
     starts, ends = estimates.starts, estimates.ends
     assert list(starts) == [w.job_id for w in waiting]
     assert list(starts.values()) == sorted(starts.values())
-    assert set(ends) == {w.job_id for w in running}
+    assert set(ends) == {w.job_id for w in work}
+    assert all(starts[w.job_id] < ends[w.job_id] for w in waiting)
     assert all(seconds >= 0 for seconds in (*starts.values(), *ends.values()))
 
 
@@ -167,8 +168,10 @@ def test_a_job_that_finds_room_waits_for_nothing() -> None:
 
 def test_those_far_behind_follow_at_the_pace_of_those_in_front() -> None:
     waiting = [work_of(n, steps=10) for n in range(4 * MAX_SIMULATED_JOBS)]
-    starts = estimate_jobs(measured(), EngineCapacity(1, SQUARE, 1), [], waiting).starts
-    assert starts[waiting[-1].job_id] == pytest.approx((len(waiting) - 1) * (10 * 1.0 + 0.5), rel=0.01)
+    estimates = estimate_jobs(measured(), EngineCapacity(1, SQUARE, 1), [], waiting)
+    last = waiting[-1].job_id
+    assert estimates.starts[last] == pytest.approx((len(waiting) - 1) * (10 * 1.0 + 0.5), rel=0.01)
+    assert estimates.ends[last] == pytest.approx(len(waiting) * (10 * 1.0 + 0.5), rel=0.01)
 
 
 @pytest.mark.parametrize("max_step_pixels", [SQUARE, 8 * SQUARE])
