@@ -20,9 +20,11 @@ from hidream.connection import Tls
 from hidream.errors import UnavailableError
 from hidream.health import HealthStatus
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc
+from hidream_http.settings import Settings
 from tests.clients.conftest import GoTools
 from tests.support.certificates import CertificateFiles, authority_file, certificate_files
 from tests.support.job_calls import not_found
+from tests.support.live_bridge import running_bridge
 from tests.support.live_server import START_TIMEOUT_SECONDS, LiveServer, running_server, wait_until
 from tests.support.streams import follow, request
 
@@ -187,3 +189,10 @@ def test_new_connections_see_a_new_certificate_and_open_streams_go_on(secured: S
         for watch in watches:
             assert any(response.job.job_id == job.job_id for response in watch)
             watch.cancel()
+
+
+def test_the_http_bridge_calls_over_mutual_tls(secured: SecuredServer) -> None:
+    for tls, status in ((secured.tls(secured.alice), 200), (Tls(secured.ca.read_bytes()), 503)):
+        with running_bridge(secured.address, Settings(server_tls=tls)) as bridge, bridge.client() as http:
+            assert http.get("/v1/jobs").status_code == status
+    secured.server.logged_lines("ListJobs OK", f"caller={ALICE}")

@@ -1,0 +1,158 @@
+"""The bridge over TLS: who may connect, and certificates that are replaced while streams are open."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import trustme
+
+from hidream_http.settings import SettingError, Settings, TlsFiles
+from hidream_http.tls import ListenerTls
+from tests.support.certificates import CertificateFiles, authority_file, certificate_files
+from tests.support.job_calls import Stub, submit
+from tests.support.live_bridge import LiveBridge, running_bridge
+from tests.support.live_server import LiveServer
+
+NUM_STREAMS = 50
+STREAM_TIMEOUT_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class SecuredBridge:
+    """A bridge that asks callers for a certificate, and the files of both."""
+
+    bridge: LiveBridge
+    authority: trustme.CA
+    files: CertificateFiles
+    ca: Path
+    alice: CertificateFiles
+
+    @property
+    def port(self) -> int:
+        return int(self.bridge.url.rpartition(":")[2])
+
+    def context(self, caller: CertificateFiles | None) -> ssl.SSLContext:
+        """What a caller connects with."""
+        context = ssl.create_default_context(cafile=str(self.ca))
+        if caller is not None:
+            context.load_cert_chain(caller.certificate, caller.key)
+        return context
+
+    def shown_certificate(self) -> bytes:
+        """What the bridge shows a new connection."""
+        with (
+            socket.create_connection(("127.0.0.1", self.port), 10) as plain,
+            self.context(self.alice).wrap_socket(plain, server_hostname="127.0.0.1") as encrypted,
+        ):
+            shown = encrypted.getpeercert(binary_form=True)
+            assert shown is not None
+            return shown
+
+
+def der(issued: trustme.LeafCert) -> bytes:
+    return ssl.PEM_cert_to_DER_cert(issued.cert_chain_pems[0].bytes().decode())
+
+
+@pytest.fixture(scope="module")
+def secured(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredBridge]:
+    folder = tmp_path_factory.mktemp("https")
+    authority = trustme.CA()
+    ca = authority_file(folder, authority)
+    files = certificate_files(folder, "bridge", authority.issue_cert("127.0.0.1"))
+    alice = certificate_files(folder, "alice", authority.issue_cert("alice@example.org"))
+    tls = TlsFiles(files.certificate, files.key, ca)
+    with running_bridge(server.address, Settings(tls=tls)) as bridge:
+        yield SecuredBridge(bridge, authority, files, ca, alice)
+
+
+def test_a_caller_with_a_certificate_is_answered_over_https(secured: SecuredBridge) -> None:
+    with secured.bridge.client(verify=secured.context(secured.alice)) as http:
+        assert http.get("/readyz").status_code == 200
+
+
+def test_a_caller_without_a_certificate_of_the_authority_is_not_connected(
+    secured: SecuredBridge, tmp_path: Path
+) -> None:
+    stranger = certificate_files(tmp_path, "stranger", trustme.CA().issue_cert("alice@example.org"))
+    for caller in (None, stranger):
+        with (
+            secured.bridge.client(verify=secured.context(caller)) as http,
+            pytest.raises(httpx.TransportError),
+        ):
+            http.get("/readyz")
+
+
+async def test_a_certificate_is_replaced_under_open_streams(
+    secured: SecuredBridge, stub: Stub, caplog: pytest.LogCaptureFixture
+) -> None:
+    new = secured.authority.issue_cert("127.0.0.1")
+    limits = httpx.Limits(max_connections=None)
+    async with (
+        AsyncExitStack() as streams,
+        secured.bridge.async_client(verify=secured.context(secured.alice), limits=limits) as http,
+        asyncio.timeout(STREAM_TIMEOUT_SECONDS),
+    ):
+        watch = ("GET", "/v1/jobs:watch?labels[test]=replaced")
+        opening = (streams.enter_async_context(http.stream(*watch)) for _ in range(NUM_STREAMS))
+        answers = await asyncio.gather(*opening)
+        secured.files.write(new)
+        assert await asyncio.to_thread(secured.shown_certificate) == der(new)
+        job_id = (await asyncio.to_thread(submit, stub, prompt="a fox", labels={"test": "replaced"})).job_id
+        for answer in answers:
+            assert job_id in await anext(answer.aiter_lines())
+
+        # Half a change and a broken one change nothing.
+        caplog.set_level(logging.ERROR, "hidream_http.tls")
+        secured.files.key.write_text("no key")
+        for _ in range(2):
+            assert await asyncio.to_thread(secured.shown_certificate) == der(new)
+        assert [record.name for record in caplog.records].count("hidream_http.tls") == 1
+        secured.files.write(new)
+
+
+def test_an_authority_that_is_replaced_lets_nobody_of_the_former_in(
+    secured: SecuredBridge, tmp_path: Path
+) -> None:
+    former, other = secured.ca.read_bytes(), trustme.CA()
+    bob = certificate_files(tmp_path, "bob", other.issue_cert("bob@example.org"))
+    with secured.bridge.client(verify=secured.context(secured.alice)) as http:
+        assert http.get("/readyz").status_code == 200
+        trusting, hers = secured.context(bob), secured.context(secured.alice)
+        secured.ca.write_bytes(other.cert_pem.bytes())
+        try:
+            # An open connection goes on.
+            assert http.get("/healthz").status_code == 200
+            with secured.bridge.client(verify=trusting) as his:
+                assert his.get("/healthz").status_code == 200
+            with secured.bridge.client(verify=hers) as late, pytest.raises(httpx.TransportError):
+                late.get("/healthz")
+        finally:
+            secured.ca.write_bytes(former)
+
+
+def test_wrong_certificates_are_named_by_their_flag(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    good = certificate_files(tmp_path, "good", authority.issue_cert("localhost"))
+    other = certificate_files(tmp_path, "other", authority.issue_cert("localhost"))
+    text = tmp_path / "text"
+    text.write_text("no certificate")
+    for files, line in (
+        (TlsFiles(tmp_path / "none", good.key), f"--tls-certificate: {tmp_path}/none: No such file"),
+        (TlsFiles(tmp_path, good.key), f"--tls-certificate: {tmp_path}: is no regular file"),
+        (TlsFiles(text, good.key), f"--tls-certificate: {text}: holds no certificate"),
+        (TlsFiles(good.certificate, other.key), f"--tls-key: {other.key}: is not the key of the first"),
+        (TlsFiles(good.certificate, text), f"--tls-key: {text}: holds no private key"),
+        (TlsFiles(good.certificate, good.key, text), f"--tls-client-ca: {text}: holds no certificate"),
+    ):
+        with pytest.raises(SettingError) as refused:
+            ListenerTls(files)
+        assert str(refused.value).startswith(line)
