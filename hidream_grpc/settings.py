@@ -31,6 +31,9 @@ VARIABLES_OF_CLIENTS = frozenset(
     f"HIDREAM_{name}" for name in ("ADDRESS", "CA_FILE", "CERT_FILE", "KEY_FILE", "TLS", "TOKEN")
 )
 
+BRIDGE_PREFIX = "HIDREAM_HTTP_"
+"""The beginning of the variables of the HTTP bridge, which may run in the same environment."""
+
 _TIMEOUTS = GroupTimeouts()
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -401,6 +404,7 @@ def describe_unknown_variables(names: Iterable[str]) -> str | None:
         for name in names
         if (upper := name.upper()).startswith(ENVIRONMENT_PREFIX)
         and upper not in known | VARIABLES_OF_CLIENTS
+        and not upper.startswith(BRIDGE_PREFIX)
     }
     if not unknown:
         return None

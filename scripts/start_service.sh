@@ -20,6 +20,8 @@ logs/hidream_YYYYMMDD_HHMMSS.log under the project path.
   -t, --device-type TYPE         auto, npu, cuda or cpu (default auto: the first that is present)
       --host HOST                address to listen on (default 0.0.0.0)
       --port PORT                TCP port to listen on (default 8088; 0 lets the system choose)
+      --http-port PORT           also start the HTTP bridge, hidream-http, on this port of the host; it ends
+                                 with the server (HIDREAM_HTTP_MAX_BODY_BYTES and the like are its settings)
       --log-level LEVEL          DEBUG, INFO, WARNING or ERROR (default INFO)
       --log-format FORMAT        text or json (default text)
       --dry-run                  check the flags, show the command, start nothing
@@ -64,8 +66,10 @@ devices=${HIDREAM_DEVICES:-}
 device_count=
 host=
 port=
+http_port=
 dry_run=false
 passed_on=()
+log_flags=()
 
 while (($#)); do
   flag=$1
@@ -76,7 +80,7 @@ while (($#)); do
       continue
       ;;
     -m | --model-path | -e | --extra-model-path | -p | --project-path | -d | --devices | -c | \
-      --device-count | -t | --device-type | --host | --port | --log-level | --log-format)
+      --device-count | -t | --device-type | --host | --port | --http-port | --log-level | --log-format)
       [[ -n ${1:-} && $1 != -* ]] || fail "$flag: needs a value"
       value=$1
       shift
@@ -92,7 +96,8 @@ while (($#)); do
     -t | --device-type) passed_on+=(--device-type "$value") ;;
     --host) host=$value ;;
     --port) port=$value ;;
-    --log-level | --log-format) passed_on+=("$flag" "$value") ;;
+    --http-port) http_port=$value ;;
+    --log-level | --log-format) log_flags+=("$flag" "$value") ;;
     --dry-run) dry_run=true ;;
     -h | --help)
       usage
@@ -128,15 +133,37 @@ else
   fi
 fi
 
+require_port() { # flag, port
+  if [[ ! $2 =~ ^[0-9]{1,5}$ ]] || ((10#$2 > 65535)); then
+    fail "$1: $2 is no port: 0 to 65535"
+  fi
+}
+
 listen=()
 if [[ -n $host$port || -z ${HIDREAM_LISTEN:-} ]]; then
   port=${port:-8088}
-  if [[ ! $port =~ ^[0-9]{1,5}$ ]] || ((10#$port > 65535)); then
-    fail "--port: $port is no port: 0 to 65535"
-  fi
+  require_port --port "$port"
   host=${host:-0.0.0.0}
   [[ $host != *:* || $host == \[*\] ]] || host="[$host]"
   listen=(--listen "$host:$port")
+fi
+
+bridge=()
+trusted=()
+if [[ -n $http_port ]]; then
+  require_port --http-port "$http_port"
+  address=${listen[1]:-$HIDREAM_LISTEN}
+  host=${address%:*}
+  [[ ${address##*:} != 0 ]] || fail "--http-port: needs a --port other than 0, to find the server"
+  bridge=(-m hidream_http --parent-pid $$ --listen "$host:$http_port" ${log_flags[@]+"${log_flags[@]}"})
+  if [[ $host == 0.0.0.0 || $host == "[::]" ]]; then
+    address=localhost:${address##*:}
+  fi
+  [[ -n ${HIDREAM_HTTP_SERVER:-} ]] || bridge+=(--server "$address")
+  # Otherwise all callers of the bridge would be one caller, with the share of one.
+  if [[ -z ${HIDREAM_TRUSTED_PROXIES:-} && " ${passed_on[*]-} " != *" --trusted-proxies"* ]]; then
+    trusted=(--trusted-proxies "127.0.0.1,::1")
+  fi
 fi
 
 cd "$project_path"
@@ -168,10 +195,16 @@ fi
 
 command=(
   "$python" -m hidream_grpc serve ${model[@]+"${model[@]}"} --devices "$devices" ${listen[@]+"${listen[@]}"}
-  --log-file "$project_path/logs/hidream_$(date +%Y%m%d_%H%M%S).log" ${passed_on[@]+"${passed_on[@]}"}
+  --log-file "$project_path/logs/hidream_$(date +%Y%m%d_%H%M%S).log" ${log_flags[@]+"${log_flags[@]}"}
+  ${trusted[@]+"${trusted[@]}"} ${passed_on[@]+"${passed_on[@]}"}
 )
 if $dry_run; then
-  printf 'cd %q\nexec' "$project_path"
+  printf 'cd %q\n' "$project_path"
+  if ((${#bridge[@]})); then
+    printf '%q ' "$python" "${bridge[@]}"
+    echo '&'
+  fi
+  printf exec
   printf ' %q' "${command[@]}"
   echo
   exit 0
@@ -180,4 +213,13 @@ mkdir -p logs 2>/dev/null || fail "--project-path: cannot create $project_path/l
 "$python" -c 'import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))' \
   hidream_grpc hidream grpc torch ||
   fail "hidream-grpc is not installed for $python, and there is no other .venv in $places: run $own_project/scripts/install.sh"
+if ((${#bridge[@]})); then
+  "$python" -c 'import hidream_http' 2>/dev/null ||
+    fail "hidream-http is not installed for $python: run $own_project/scripts/install.sh"
+  # It says on stdout where it listens, and why it cannot on stderr.
+  coproc bridge_process { exec "$python" "${bridge[@]}"; }
+  read -r http_url <&"${bridge_process[0]}" || exit 2
+  http_url=${http_url/0.0.0.0/localhost}
+  echo "start_service: open ${http_url/\[::\]/localhost}" >&2
+fi
 exec "${command[@]}"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.support.live_server import wait_until_serving
@@ -18,10 +20,18 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "scripts" / "start_service.sh"
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """The script, running the demo on one CPU rank from an empty folder."""
-    import_path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "clients" / "python")])
+    packages = (REPOSITORY, REPOSITORY / "clients" / "python", REPOSITORY / "clients" / "http")
+    import_path = os.pathsep.join(map(str, packages))
     search_path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     arguments: list[str | Path] = [
         "--demo",
@@ -34,6 +44,8 @@ def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         "--host",
         "127.0.0.1",
         "--port",
+        str(free_port()),
+        "--http-port",
         "0",
     ]
     process = subprocess.Popen(
@@ -56,26 +68,29 @@ def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def wait_for_address(process: subprocess.Popen[str]) -> str:
-    """Read the terminal until the server says where it listens."""
+def wait_for_addresses(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Read the terminal until the bridge and the server say where they listen."""
     assert process.stdout is not None
-    output = []
+    output = ""
     for line in process.stdout:
-        output.append(line)
-        match = re.search(r"listening on (127\.0\.0\.1:\d+)", line)
-        if match:
-            return match[1]
-    raise AssertionError(f"the server ended: {''.join(output)}")
+        output += line
+        bridge = re.search(r"start_service: open (http://127\.0\.0\.1:\d+)", output)
+        server = re.search(r"listening on (127\.0\.0\.1:\d+)", output)
+        if bridge and server:
+            return bridge[1], server[1]
+    raise AssertionError(f"the server ended: {output}")
 
 
-def test_the_script_becomes_a_server_that_logs_to_its_file_and_ends_well_on_sigterm(
+def test_the_script_becomes_a_server_with_a_bridge_that_logs_to_its_file_and_ends_well_on_sigterm(
     started: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    address = wait_for_address(started)
+    url, address = wait_for_addresses(started)
     wait_until_serving(address)
+    assert httpx.get(f"{url}/readyz", trust_env=False).status_code == 200
+    assert httpx.get(f"{url}/v1/server", trust_env=False).json()["model"]["name"]
     started.send_signal(signal.SIGTERM)
     assert started.stdout is not None
-    rest_of_terminal = started.stdout.read()  # to its end: no process holds the terminal any more
+    rest_of_terminal = started.stdout.read()  # to its end: the bridge is gone too
     assert started.wait() == 0
     # Where nobody says where, jobs are kept in the user's data folder.
     assert (tmp_path / "data" / "hidream-grpc" / "jobs.sqlite").is_file()

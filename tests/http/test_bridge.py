@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import signal
 import subprocess
@@ -55,13 +56,18 @@ def test_the_command_serves_and_ends_with_sigterm(server: LiveServer) -> None:
 
 def refused_line(*flags: str) -> str:
     """The one line of a bridge that cannot start."""
+    root, uvicorn = logging.getLogger(), logging.getLogger("uvicorn.error")
+    handlers, levels = list(root.handlers), (root.level, uvicorn.level)
+    root.handlers.clear()
     output, argv = io.StringIO(), sys.argv
     sys.argv = ["hidream-http", *flags]
     try:
         with redirect_stderr(output), pytest.raises(SystemExit) as ended:
             main()
     finally:
-        sys.argv = argv
+        root.handlers[:], sys.argv = handlers, argv
+        root.setLevel(levels[0])
+        uvicorn.setLevel(levels[1])
     assert ended.value.code == 2
     (line,) = output.getvalue().splitlines()
     return line

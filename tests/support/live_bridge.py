@@ -63,22 +63,23 @@ def running_bridge(server_address: str, settings: Settings | None = None) -> Ite
     """
     settings = replace(settings or Settings(), server=server_address, listen="127.0.0.1:0")
     listener = listening_socket(settings.listen)
-    port = listener.getsockname()[1]
     is_ready = threading.Event()
-    started: list[tuple[asyncio.AbstractEventLoop, Stop]] = []
+    started: list[tuple[str, asyncio.AbstractEventLoop, Stop]] = []
 
     async def serve() -> None:
         stop = Stop()
-        started.append((asyncio.get_running_loop(), stop))
-        is_ready.set()
-        await serve_until(stop, settings, listener)
+
+        def announce(url: str) -> None:
+            started.append((url, asyncio.get_running_loop(), stop))
+            is_ready.set()
+
+        await serve_until(stop, settings, listener, announce)
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
     assert is_ready.wait(END_TIMEOUT_SECONDS)
-    [(loop, stop)] = started
-    scheme = "https" if settings.tls else "http"
-    bridge = LiveBridge(f"{scheme}://127.0.0.1:{port}", loop, stop, thread)
+    [(url, loop, stop)] = started
+    bridge = LiveBridge(url, loop, stop, thread)
     try:
         yield bridge
     finally:

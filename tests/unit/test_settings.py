@@ -358,7 +358,7 @@ def test_variables_that_look_like_settings_are_told_with_the_one_that_may_be_mea
     assert describe_unknown_variables(names) == (
         "no settings, and ignored: HIDREAM_PORT, HIDREAM_STROE (did you mean HIDREAM_STORE?)"
     )
-    assert describe_unknown_variables(["HIDREAM_STORE", *VARIABLES_OF_CLIENTS]) is None
+    assert describe_unknown_variables(["HIDREAM_STORE", "HIDREAM_HTTP_LISTEN", *VARIABLES_OF_CLIENTS]) is None
 
 
 def test_the_variables_of_the_clients_are_known_to_the_server() -> None:

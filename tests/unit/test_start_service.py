@@ -201,6 +201,29 @@ def test_a_python_without_the_service_is_one_line_that_names_both_places(tmp_pat
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "bridge", "trusted"),
+    [
+        ((), {"--listen": "0.0.0.0:8080", "--server": "localhost:8088"}, "127.0.0.1,::1"),
+        (
+            ("--host", "::1", "--port", "9", "--", "--trusted-proxies", "10.0.0.1"),
+            {"--listen": "[::1]:8080", "--server": "[::1]:9"},
+            "10.0.0.1",
+        ),
+    ],
+)
+def test_a_port_of_http_adds_a_bridge_that_speaks_for_its_callers(
+    flags: tuple[str, ...], bridge: dict[str, str], trusted: str
+) -> None:
+    shown = start_service("--demo", "--http-port", "8080", "--dry-run", *flags).stdout
+    _, beside, server = map(shlex.split, shown.splitlines())
+    options = dict(zip(beside[3:-1:2], beside[4:-1:2], strict=True))
+    del options["--parent-pid"]
+    assert (beside[1:3], beside[-1], options) == (["-m", "hidream_http"], "&", bridge)
+    assert server[server.index("--trusted-proxies") + 1] == trusted
+    assert server.count("--trusted-proxies") == 1
+
+
 def test_a_dry_run_leaves_nothing_behind(tmp_path: Path) -> None:
     server_command("--demo", "-p", tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -211,7 +234,7 @@ def test_help_shows_every_flag_with_its_default() -> None:
     assert result.returncode == 0
     flags = {"-m", "-e", "-p", "-d", "-c", "-t", "-h", "--model-path", "--extra-model-path", "--project-path"}
     flags |= {"--devices", "--device-count", "--device-type", "--port", "--host", "--demo", "--log-level"}
-    flags |= {"--log-format", "--dry-run", "--help"}
+    flags |= {"--log-format", "--http-port", "--dry-run", "--help"}
     assert flags <= set(re.findall(r"--?[a-z][a-z-]*", result.stdout))
     for default in ("/data/HiDream-I1-Full", "/data/Llama-3.1-8B-Instruct", "8088", "0.0.0.0"):
         assert default in result.stdout
@@ -221,6 +244,14 @@ def test_help_shows_every_flag_with_its_default() -> None:
     ("arguments", "line"),
     [
         pytest.param(["--demo", "--model"], "--model: unknown flag (--help shows all)", id="unknown flag"),
+        pytest.param(
+            ["--demo", "--http-port", "http"], "--http-port: http is no port: 0 to 65535", id="port of HTTP"
+        ),
+        pytest.param(
+            ["--demo", "--http-port", "8080", "--port", "0"],
+            "--http-port: needs a --port other than 0, to find the server",
+            id="a port of the server that the bridge cannot know",
+        ),
         pytest.param(["--demo", "-x"], "-x: unknown flag (--help shows all)", id="unknown short flag"),
         pytest.param(["demo"], "demo: unknown flag (--help shows all)", id="stray word"),
         pytest.param(["-m"], "-m: needs a value", id="nothing after the flag"),

@@ -14,6 +14,7 @@ import typer
 from hidream.connection import DEFAULT_ADDRESS, Tls
 from hidream_http import __version__
 from hidream_http.logs import configure_logging, one_line
+from hidream_http.parent import PARENT_FLAG, end_with_parent
 from hidream_http.serving import serve
 from hidream_http.settings import DEFAULT_LISTEN, SettingError, Settings
 from hidream_http.tls import tls_files
@@ -107,6 +108,9 @@ def _serve(
     drain_seconds: Annotated[
         float, _flag("--drain-seconds", "Time after SIGTERM in which running requests may end.", min=0)
     ] = _DEFAULTS.drain_seconds,
+    parent_pid: Annotated[
+        int | None, typer.Option(PARENT_FLAG, help="Drain and end when this process, which started it, ends.")
+    ] = None,
     log_level: Annotated[LogLevel, _flag("--log-level", "What to log.")] = LogLevel.INFO,
     log_format: Annotated[LogFormat, _flag("--log-format", "How to log.")] = LogFormat.TEXT,
     version: Annotated[
@@ -114,7 +118,7 @@ def _serve(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """Serve a hidream-grpc server over HTTP until SIGTERM.
+    """Serve a hidream-grpc server over HTTP until SIGTERM; its address is the one line on stdout.
 
     Each flag is a variable too: --max-body-bytes is HIDREAM_HTTP_MAX_BODY_BYTES. A flag goes before it.
     """
@@ -128,8 +132,10 @@ def _serve(
         timeout_seconds=timeout_seconds,
         drain_seconds=drain_seconds,
     )
+    if parent_pid is not None:
+        end_with_parent(parent_pid)
     configure_logging(log_level.value, as_json=log_format is LogFormat.JSON)
-    asyncio.run(serve(settings))
+    asyncio.run(serve(settings, typer.echo))
 
 
 def _server_tls(ca: Path | None, certificate: Path | None, key: Path | None) -> Tls | None:

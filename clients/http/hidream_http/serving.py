@@ -8,7 +8,7 @@ import errno
 import logging
 import signal
 import socket
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 import uvicorn
@@ -51,8 +51,12 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; belongs to the main thread.
+
+    Args:
+        settings: of the bridge.
+        announce: is told where the bridge listens.
 
     Raises:
         SettingError: in one line, what is wrong with the settings.
@@ -62,11 +66,19 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     with listening_socket(settings.listen) as listener:
-        await serve_until(stop, settings, listener)
+        await serve_until(stop, settings, listener, announce)
 
 
-async def serve_until(stop: Stop, settings: Settings, listener: socket.socket) -> None:
+async def serve_until(
+    stop: Stop, settings: Settings, listener: socket.socket, announce: Callable[[str], None]
+) -> None:
     """Serve on a socket until the bridge is told to end.
+
+    Args:
+        stop: tells it.
+        settings: of the bridge.
+        listener: connections wait there already.
+        announce: is told where the bridge listens, when nothing is wrong with its settings.
 
     Raises:
         SettingError: in one line, what is wrong with the settings.
@@ -87,7 +99,9 @@ async def serve_until(stop: Stop, settings: Settings, listener: socket.socket) -
     )
     server = _Server(config)
     serving = asyncio.create_task(server.serve([listener]))
-    logger.info("listening on %s; calls go to %s", _url(listener, settings), settings.server)
+    url = _url(listener, settings)
+    announce(url)
+    logger.info("listening on %s; calls go to %s", url, settings.server)
     ending = asyncio.create_task(_drain(drain, stop, settings.drain_seconds))
     await asyncio.wait((serving, ending), return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
