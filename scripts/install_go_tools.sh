@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds into .cache/go/bin what generates the Go stubs and what tests call the service with:
+# Builds into .cache/go/bin what generates the Go stubs and the OpenAPI document, and what tests call the service with:
 # grpcurl, ghz, grpc-health-probe, and the examples of clients/go; with --deploy also what checks deploy/: promtool
 # and kustomize. Quick when they stand. Without Go: one line and exit 0, or exit 1 where CI is set.
 set -euo pipefail
@@ -16,6 +16,7 @@ scripts/go.sh version >/dev/null || give_up "there is no Go"
 tools=(
   google.golang.org/protobuf/cmd/protoc-gen-go@v1.36.11
   google.golang.org/grpc/cmd/protoc-gen-go-grpc@v1.6.0
+  github.com/google/gnostic/cmd/protoc-gen-openapi@v0.7.1
   github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.4
   github.com/grpc-ecosystem/grpc-health-probe@v0.4.61
   github.com/bojand/ghz/cmd/ghz@v0.121.0

@@ -27,6 +27,7 @@ from hidream_http.settings import Settings
 FACES = (
     "hidream_http.openai_images",
     "hidream_http.transcoding.routes",
+    "hidream_http.documentation.routes",
     "hidream_http.page",
     "hidream_http.replaced_server",
 )
