@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from google.protobuf.descriptor import FieldDescriptor
 
 import hidream_http
 from hidream_http.problems import MEDIA_TYPE as PROBLEM_TYPE
+from hidream_http.transcoding.documents import is_map
 from hidream_http.transcoding.methods import HttpMethod, http_methods
 from hidream_http.transcoding.requests import LAST_EVENT_ID
 from hidream_http.transcoding.routes import SERVICE
@@ -122,15 +124,32 @@ def _add_what_the_bridge_does(operation: dict[str, Any], method: HttpMethod) -> 
         file = {"schema": {"type": "string", "format": "binary"}}
         success["content"] = dict.fromkeys(IMAGE_TYPES, file)
         operation["responses"]["206"] = {**success, "description": "The part that was asked for."}
+        operation["responses"]["304"] = {
+            "description": "The `ETag` in `If-None-Match` is still that of the image."
+        }
     elif method.is_stream:
         (content,) = success["content"].values()
         success["description"] = "One message a line, or one an event where `Accept` asks for events."
         success["content"] = dict.fromkeys(("application/x-ndjson", "text/event-stream"), content)
         if method.resume_field is not None:
             parameters.append(_LAST_EVENT)
+            operation["responses"]["204"] = {"description": "As events: none comes after that one."}
+    if not method.has_body:
+        parameters += [_map(field) for field in method.request.fields if is_map(field)]
     parameters.append(_TIMEOUT)
     problem = {"schema": {"$ref": "#/components/schemas/Problem"}}
     operation["responses"]["default"] = {"description": "A problem.", "content": {PROBLEM_TYPE: problem}}
+
+
+def _map(field: FieldDescriptor) -> dict[str, Any]:
+    """The parameter `NAME[KEY]=VALUE`, which the plugin leaves out."""
+    return {
+        "name": field.json_name,
+        "in": "query",
+        "description": f"`{field.json_name}[KEY]=VALUE`, any number of times.",
+        "style": "deepObject",
+        "schema": {"type": "object", "additionalProperties": _TEXT},
+    }
 
 
 def _fit_bodies(described: dict[str, Any]) -> None:
