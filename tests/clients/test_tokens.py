@@ -15,6 +15,7 @@ from hidream.client import Client
 from hidream.errors import UnauthenticatedError
 from hidream.health import HealthStatus
 from tests.clients.conftest import GoTools
+from tests.support.live_bridge import running_bridge
 from tests.support.live_server import LiveServer, running_server
 
 # The first run builds the Go programs.
@@ -98,3 +99,14 @@ def test_the_go_program_takes_the_token_from_its_variable(
     drawn = run(*command, token=TOKEN)
     assert drawn.returncode == 0, drawn.stderr
     assert out.exists()
+
+
+def test_the_http_bridge_passes_the_token_of_each_caller_on(guarded_server: LiveServer) -> None:
+    with running_bridge(guarded_server.address) as bridge, bridge.client() as http:
+        known = http.get("/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})
+        assert known.status_code == 200
+        for headers in ({}, {"Authorization": "Bearer another-token-0123456789"}):
+            refused = http.get("/v1/jobs", headers=headers)
+            assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+            assert refused.json()["code"] == "UNAUTHENTICATED"
+        assert http.get("/readyz").status_code == 200

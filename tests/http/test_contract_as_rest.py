@@ -176,3 +176,11 @@ def test_a_call_may_have_a_deadline(http: httpx.Client) -> None:
     for wrong in ("soon", "0", "-1", "nan", "inf"):
         refused = http.get("/v1/server", headers={"Request-Timeout": wrong})
         assert violations(refused).keys() == {"Request-Timeout"}
+
+
+def test_the_server_is_told_for_whom_the_bridge_calls(http: httpx.Client, server: LiveServer) -> None:
+    num_lines = len(server.log_lines)
+    http.get("/v1/jobs/of-another-host", headers={"X-Forwarded-For": "203.0.113.9"})
+    server.logged_lines("GetJob NOT_FOUND", "caller=ipv4:203.0.113.9", after=num_lines)
+    bad = violations(http.get("/v1/jobs", headers={b"Authorization": b"Bearer \xfc"}))
+    assert bad.keys() == {"authorization"}

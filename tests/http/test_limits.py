@@ -27,6 +27,14 @@ def narrow(server: LiveServer) -> Iterator[LiveBridge]:
         yield bridge
 
 
+def collected(events: Iterator[dict[str, str]]) -> list[dict[str, str]]:
+    """What comes before the connection is broken off."""
+    received: list[dict[str, str]] = []
+    with pytest.raises(httpx.RemoteProtocolError):
+        received.extend(events)
+    return received
+
+
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(narrow: LiveBridge) -> None:
     def endless() -> Iterator[bytes]:
         while True:
@@ -69,6 +77,10 @@ def test_a_server_that_is_not_there_is_a_problem_to_try_again() -> None:
     with running_bridge("127.0.0.1:1") as bridge, bridge.client() as http:
         for answer in (http.get("/v1/server"), http.post("/v1/generate", json={"spec": SPEC})):
             assert (answer.status_code, answer.json()["code"]) == (503, "UNAVAILABLE")
+            assert (answer.headers["retry-after"], answer.json()["detail"]) == (
+                "1",
+                "the server does not answer",
+            )
             assert answer.headers["content-type"] == "application/problem+json"
 
 
@@ -103,6 +115,18 @@ def test_the_bridge_lets_running_requests_end(server: LiveServer, stub: Stub) ->
             last = [json.loads(event["data"]) for event in watched][-1]
         bridge.wait_until_ended()
     assert "cancelled" in last["event"]
+
+
+def test_a_watch_without_end_does_not_hold_the_bridge_up(server: LiveServer) -> None:
+    with (
+        running_bridge(server.address, Settings(drain_seconds=600)) as bridge,
+        bridge.client() as http,
+        http.stream("GET", "/v1/jobs:watch?labels[test]=nobody", headers=EVENT_STREAM) as answer,
+    ):
+        bridge.stop()
+        [last] = collected(sent_events(answer.iter_lines()))
+        bridge.wait_until_ended()
+    assert (last["event"], json.loads(last["data"])["status"], last["retry"]) == ("problem", 503, "1000")
 
 
 def test_streams_that_outlast_the_drain_are_told(server: LiveServer, stub: Stub) -> None:

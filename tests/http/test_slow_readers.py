@@ -13,7 +13,6 @@ import psutil
 import pytest
 from starlette.types import Message
 
-from hidream_http.draining import Drain
 from hidream_http.parts import PartsResponse
 from tests.support.job_calls import Stub, submit
 from tests.support.live_server import LiveServer
@@ -43,7 +42,7 @@ async def test_a_reader_that_does_not_read_is_no_reason_to_ask_for_more() -> Non
         return await asyncio.get_running_loop().create_future()
 
     sending = asyncio.create_task(
-        PartsResponse(Drain(), parts(), {})({"type": "http"}, receive, send)  # type: ignore[arg-type]
+        PartsResponse(asyncio.Event(), parts(), {})({"type": "http"}, receive, send)  # type: ignore[arg-type]
     )
     await is_full.wait()
     for _ in range(100):

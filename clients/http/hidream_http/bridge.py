@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf import duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 from starlette.requests import HTTPConnection
 
 from hidream.addresses import endpoint
 from hidream.connection import AsyncConnection
-from hidream.errors import AddressError, error_from_call
+from hidream.errors import AddressError, ServerError, error_from_call, error_from_status
 from hidream_http.draining import Drain
 from hidream_http.problems import Violation, invalid
 from hidream_http.settings import SettingError, Settings
@@ -22,11 +25,14 @@ if TYPE_CHECKING:
     # Only the types tell the awaited stub from the other one.
     from hidream.v1.image_gen_pb2_grpc import ImageGenAsyncStub
 
+logger = logging.getLogger(__name__)
+
 KEEPALIVE_SECONDS = 5.0
 """A server that is silent for twice as long is lost; it allows no more frequent pings."""
 
 REQUEST_TIMEOUT = "Request-Timeout"
 MAX_TIMEOUT_SECONDS = 30 * 24 * 3600
+_RETRY_DELAY = duration_pb2.Duration(seconds=1)
 _FORWARDED = ("authorization", "traceparent", "tracestate")
 _FORWARDED_FOR = "x-forwarded-for"
 
@@ -99,7 +105,7 @@ class Caller:
         try:
             return await method(message, timeout=timeout_seconds, metadata=self.metadata)
         except grpc.RpcError as error:
-            raise error_from_call(error, self.bridge.connection.proxy) from error
+            raise _server_error(error) from error
 
     async def stream(
         self, method: grpc.aio.UnaryStreamMultiCallable[_RequestT, _ResponseT], message: _RequestT
@@ -113,9 +119,20 @@ class Caller:
             async for response in call:
                 yield response
         except grpc.RpcError as error:
-            raise error_from_call(error, self.bridge.connection.proxy) from error
+            raise _server_error(error) from error
         finally:
             call.cancel()
+
+
+def _server_error(call: grpc.RpcError) -> ServerError:
+    """The error of a call, without the address of a server that does not answer: that is for our log."""
+    error = error_from_call(call)
+    if error.code is not grpc.StatusCode.UNAVAILABLE or error.details.details:
+        return error
+    logger.warning("the server does not answer: %s", error.message)
+    status = status_pb2.Status(code=code_pb2.UNAVAILABLE, message="the server does not answer")
+    status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=_RETRY_DELAY))
+    return error_from_status(status)
 
 
 def _metadata(request: HTTPConnection) -> tuple[tuple[str, str], ...]:

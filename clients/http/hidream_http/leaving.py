@@ -19,9 +19,9 @@ _T = TypeVar("_T")
 class Presence:
     """Whether the caller of a request is still there, and the bridge goes on."""
 
-    def __init__(self, receive: Receive, drain: Drain) -> None:
+    def __init__(self, receive: Receive, ending: asyncio.Event) -> None:
         self._leaving = asyncio.create_task(_has_left(receive))
-        self._ending = asyncio.create_task(drain.is_over.wait())
+        self._ending = asyncio.create_task(ending.wait())
 
     async def wait_for(self, work: asyncio.Future[Any], timeout_seconds: float | None = None) -> bool:
         """Wait for work, which goes on when the time is over; whether it is done.
@@ -48,9 +48,14 @@ class Presence:
 
 
 @asynccontextmanager
-async def presence(receive: Receive, drain: Drain) -> AsyncIterator[Presence]:
-    """Look at the connection while the block lasts; the body of the request must have been read."""
-    watched = Presence(receive, drain)
+async def presence(receive: Receive, ending: asyncio.Event) -> AsyncIterator[Presence]:
+    """Look at the connection while the block lasts; the body of the request must have been read.
+
+    Args:
+        receive: of the request.
+        ending: is set when the request must end, because the bridge does.
+    """
+    watched = Presence(receive, ending)
     try:
         yield watched
     finally:
@@ -65,7 +70,7 @@ async def unless_left(request: Request, drain: Drain, work: Coroutine[Any, Any, 
     """
     working = asyncio.create_task(work)
     try:
-        async with presence(request.receive, drain) as watched:
+        async with presence(request.receive, drain.is_over) as watched:
             await watched.wait_for(working)
             return working.result()
     finally:

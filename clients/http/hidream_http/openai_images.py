@@ -73,7 +73,7 @@ class _ImagesApi:
         # An error before the first event is a status.
         first = await unless_left(request, drain, _first_of(events))
         return PartsResponse(
-            drain,
+            drain.is_over,
             _sent_events(body, first, events),
             _STREAM_HEADERS,
             problem_part=_sent_problem,

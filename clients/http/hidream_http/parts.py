@@ -9,7 +9,6 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from hidream.errors import ServerError
-from hidream_http.draining import Drain
 from hidream_http.leaving import ended, presence
 from hidream_http.problems import CLIENT_CLOSED_REQUEST, Problem, ProblemError, problem_of
 
@@ -29,7 +28,7 @@ class PartsResponse(Response):
 
     def __init__(
         self,
-        drain: Drain,
+        ending: asyncio.Event,
         parts: AsyncGenerator[bytes],
         headers: Mapping[str, str],
         *,
@@ -41,7 +40,7 @@ class PartsResponse(Response):
         """Send nothing yet.
 
         Args:
-            drain: when it is over, so are the parts.
+            ending: is set when the parts must end, because the bridge does.
             parts: is closed when nobody reads any more, which cancels what it waits for.
             headers: with the media type.
             status_code: of HTTP.
@@ -52,7 +51,7 @@ class PartsResponse(Response):
         self.status_code = status_code
         self.background = None
         self.init_headers(headers)
-        self._drain = drain
+        self._ending = ending
         self._parts = parts
         self._next = first
         self._problem_part = problem_part
@@ -77,7 +76,7 @@ class PartsResponse(Response):
     async def _send_parts(self, receive: Receive, send: Send) -> Problem | None:
         """Send all parts; what has ended them before their end, if anything has."""
         try:
-            async with presence(receive, self._drain) as present:
+            async with presence(receive, self._ending) as present:
                 await _send_part(send, self._sign_of_life)
                 while True:
                     self._next = self._next or asyncio.create_task(anext(self._parts, None))

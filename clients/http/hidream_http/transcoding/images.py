@@ -68,9 +68,9 @@ async def image_response(
         await chunks.aclose()
         message.offset = asked.start
         return PartsResponse(
-            drain, _bytes(None, _chunks(download(message)), asked), headers, status_code=status
+            drain.is_over, _bytes(None, _chunks(download(message)), asked), headers, status_code=status
         )
-    return PartsResponse(drain, _bytes(first, chunks, asked), headers, status_code=status)
+    return PartsResponse(drain.is_over, _bytes(first, chunks, asked), headers, status_code=status)
 
 
 async def _chunks(

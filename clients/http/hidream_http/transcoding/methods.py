@@ -59,6 +59,11 @@ class HttpMethod:
         return _AFTER_SEQUENCE if _AFTER_SEQUENCE in self.request.fields_by_name else None
 
     @property
+    def is_endless(self) -> bool:
+        """Whether its messages go on until the caller leaves: no event of them can be the last."""
+        return self.is_stream and not self.is_image and self.event_field is None
+
+    @property
     def is_image(self) -> bool:
         """Whether the responses are the pieces of one file."""
         return self.is_stream and [

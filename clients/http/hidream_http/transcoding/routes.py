@@ -47,6 +47,8 @@ def _endpoint(bridge: Bridge, method: HttpMethod) -> Callable[[Request], Awaitab
                 request, bridge.drain, lambda asked: caller.stream(call, asked), message
             )
         framing = Framing.asked_for(request.headers.get("accept", ""), method)
-        return await stream_response(request, bridge.drain, caller.stream(call, message), framing)
+        # What never ends by itself would take all the time that others have to end.
+        ending = bridge.drain.has_begun if method.is_endless else bridge.drain.is_over
+        return await stream_response(request, ending, caller.stream(call, message), framing)
 
     return answer

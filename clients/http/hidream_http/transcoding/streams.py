@@ -10,7 +10,6 @@ from google.protobuf.message import Message
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hidream_http.draining import Drain
 from hidream_http.leaving import ended, presence
 from hidream_http.parts import PartsResponse
 from hidream_http.transcoding.framing import Framing
@@ -20,7 +19,7 @@ BEGIN_SECONDS = 1.0
 
 
 async def stream_response(
-    request: Request, drain: Drain, messages: AsyncGenerator[Message], framing: Framing
+    request: Request, ending: asyncio.Event, messages: AsyncGenerator[Message], framing: Framing
 ) -> Response:
     """Begin a stream: an error before the first message is an answer of its own.
 
@@ -31,7 +30,7 @@ async def stream_response(
     parts = _framed(messages, framing)
     first = asyncio.create_task(anext(parts, None))
     try:
-        async with presence(request.receive, drain) as present:
+        async with presence(request.receive, ending) as present:
             is_there = await present.wait_for(first, BEGIN_SECONDS)
         is_empty = is_there and first.result() is None
     except BaseException:
@@ -48,7 +47,7 @@ async def stream_response(
         "X-Accel-Buffering": "no",
     }
     return PartsResponse(
-        drain,
+        ending,
         parts,
         headers,
         first=first,
