@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.support.live_bridge import LiveBridge, running_bridge
 from tests.support.live_server import running_server
 
 CIRCLE = "a red circle on a blue background"
+STAR = "a yellow star on a black background"
 # Each test is a caller of its own, so that its gallery is empty at first.
 CALLERS = (
     "draws",
@@ -33,6 +35,7 @@ CALLERS = (
 )
 LONG_STEPS = 150
 PAGE_SIZE = 24
+SMALL = {"width": 64, "height": 64, "numInferenceSteps": LONG_STEPS}
 
 expect.set_options(timeout=120_000)
 
@@ -83,16 +86,16 @@ def call(bridge: LiveBridge, caller: str, method: str, path: str, **options: Any
 def test_a_person_sees_each_preview_and_then_the_image(open_page: Open) -> None:
     with open_page("draws") as visitor:
         expect(visitor.page.locator("#state")).to_have_text("Ready")
-        card = visitor.draw(CIRCLE, numInferenceSteps=12, seed=7, numImages=2)
+        card = visitor.draw(CIRCLE, numInferenceSteps=8, seed=7, numImages=2)
         preview = card.get_by_alt_text(f"Preview of: {CIRCLE}")
         expect(preview).to_be_visible()
         first = preview.get_attribute("src")
         assert first is not None
         expect(preview).not_to_have_attribute("src", first)
-        expect(card.locator(".status")).to_contain_text("of 12")
+        expect(card.locator(".status")).to_contain_text("of 8")
         expect(card.locator(".status")).to_have_text("Done")
         expect(card.get_by_alt_text(f"Image 2 of: {CIRCLE}")).to_have_js_property("naturalWidth", 256)
-        expect(card.locator(".facts")).to_contain_text("Seed 7 · 256 × 256 · 12 steps")
+        expect(card.locator(".facts")).to_contain_text("Seed 7 · 256 × 256 · 8 steps")
         expect(visitor.page.locator("#facts")).to_contain_text("tp=1")
 
         with visitor.page.expect_download() as download:
@@ -115,24 +118,12 @@ def test_cancelling_stops_the_job(open_page: Open, guarded_bridge: LiveBridge) -
 
 def test_a_job_goes_on_while_the_page_is_loaded_again(open_page: Open) -> None:
     with open_page("reloads") as visitor:
-        card = visitor.draw(CIRCLE, numInferenceSteps=24)
+        card = visitor.draw(CIRCLE, numInferenceSteps=16)
         expect(card.locator(".status")).to_contain_text("Step")
         visitor.page.reload()
         expect(card.get_by_alt_text(f"Preview of: {CIRCLE}")).to_be_visible()
         expect(card.locator(".status")).to_have_text("Done")
         expect(visitor.page.locator("#gallery > li")).to_have_count(1)
-
-
-def test_a_job_is_deleted_after_a_second_click(open_page: Open, guarded_bridge: LiveBridge) -> None:
-    with open_page("deletes") as visitor:
-        card = visitor.draw(CIRCLE, numInferenceSteps=1)
-        expect(card.locator(".status")).to_have_text("Done")
-        visitor.button(card, "Delete").click()
-        visitor.button(card, "Delete for good?").click()
-        expect(card).to_have_count(0)
-        expect(visitor.page.locator("#empty")).to_be_visible()
-        expect(visitor.page.locator("[name=prompt]")).to_be_focused()
-    assert not call(guarded_bridge, "deletes", "GET", "/v1/jobs").json().get("jobs")
 
 
 def test_the_keyboard_is_enough(open_page: Open) -> None:
@@ -159,20 +150,29 @@ def test_the_keyboard_is_enough(open_page: Open) -> None:
         expect(visitor.page.get_by_role("status").filter(has_text=f"Cancelled: {CIRCLE}")).to_have_count(1)
 
 
-def test_a_job_is_drawn_with_another_seed_and_taken_into_the_form(open_page: Open) -> None:
+def test_a_job_is_varied_taken_into_the_form_and_deleted(open_page: Open, guarded_bridge: LiveBridge) -> None:
     with open_page("varies") as visitor:
-        card = visitor.draw(CIRCLE, numInferenceSteps=2, seed=7)
-        expect(card.locator(".status")).to_have_text("Done")
-        visitor.button(card, "Vary the seed").click()
-        expect(visitor.page.locator("#gallery > li")).to_have_count(2)
-        newest = visitor.card(CIRCLE).locator(".facts")
-        expect(newest).to_contain_text("2 steps")
-        expect(newest).not_to_contain_text("Seed 7 ")
+        cards = visitor.page.locator("#gallery > li")
+        first = visitor.draw(CIRCLE, numInferenceSteps=1, seed=7)
+        expect(first.locator(".status")).to_have_text("Done")
+        visitor.button(first, "Vary the seed").click()
+        expect(cards).to_have_count(2)
+        expect(cards.first.locator(".facts")).to_contain_text("1 steps")
+        expect(cards.first.locator(".facts")).not_to_contain_text("Seed 7 ")
+        expect(cards.first.locator(".status")).to_have_text("Done")
+
         visitor.describe("something else", numInferenceSteps=9, seed=1)
-        visitor.button(visitor.page.locator("#gallery > li").last, "Again").click()
-        expect(visitor.page.locator("[name=prompt]")).to_have_value(CIRCLE)
-        expect(visitor.page.locator("[name=seed]")).to_have_value("7")
-        expect(visitor.page.locator("[name=numInferenceSteps]")).to_have_value("2")
+        visitor.button(cards.last, "Again").click()
+        for name, value in (("prompt", CIRCLE), ("seed", "7"), ("numInferenceSteps", "1")):
+            expect(visitor.page.locator(f"[name={name}]")).to_have_value(value)
+
+        for count in (1, 0):
+            visitor.button(cards.first, "Delete").click()
+            visitor.button(cards.first, "Delete for good?").click()
+            expect(cards).to_have_count(count)
+        expect(visitor.page.locator("#empty")).to_be_visible()
+        expect(visitor.page.locator("[name=prompt]")).to_be_focused()
+    assert not call(guarded_bridge, "varies", "GET", "/v1/jobs").json().get("jobs")
 
 
 def test_the_form_shows_the_limits_and_which_field_is_wrong(
@@ -195,31 +195,25 @@ def test_the_form_shows_the_limits_and_which_field_is_wrong(
         expect(steps).to_be_focused()
 
 
-def test_a_narrow_screen_needs_no_scrolling_to_the_side(open_page: Open) -> None:
-    with open_page("narrow", viewport={"width": 360, "height": 640}, color_scheme="dark") as visitor:
-        visitor.page.locator("summary").click()
-        card = visitor.draw(f"{CIRCLE} {'very' * 20}", numInferenceSteps=1)
-        expect(card.locator(".status")).to_have_text("Done")
-        assert visitor.page.evaluate("document.documentElement.scrollWidth") == 360
-
-
-def test_chinese_readers_find_chinese_words(open_page: Open) -> None:
-    prompt = "红色圆形在蓝色背景上"
-    with open_page("chinese", locale="zh-CN") as visitor:
+def test_chinese_readers_find_chinese_words_that_fit_a_narrow_screen(open_page: Open) -> None:
+    prompt = "红色圆形在蓝色背景上" * 3
+    phone = {"viewport": {"width": 360, "height": 640}, "color_scheme": "dark", "locale": "zh-CN"}
+    with open_page("chinese", **phone) as visitor:
+        expect(visitor.page.get_by_role("button", name="生成")).to_be_enabled()
+        visitor.page.get_by_text("设置").click()
         visitor.page.get_by_label("提示词", exact=True).fill(prompt)
-        visitor.page.locator("[name=numInferenceSteps]").fill("2")
+        visitor.page.get_by_label("步数").fill("1")
         visitor.page.get_by_role("button", name="生成").click()
         card = visitor.card(prompt)
         expect(card.locator(".status")).to_have_text("已完成")
         expect(card.locator(".facts")).to_contain_text("种子")
         assert visitor.page.evaluate("document.documentElement.lang") == "zh-Hans"
+        assert visitor.page.evaluate("document.documentElement.scrollWidth") == 360
 
 
 def test_scrolling_brings_older_jobs(open_page: Open, guarded_bridge: LiveBridge) -> None:
     count = PAGE_SIZE + 6
-    requests = [
-        {"spec": {"prompt": f"{CIRCLE} {index:02d}", "numInferenceSteps": 150}} for index in range(count)
-    ]
+    requests = [{"spec": {**SMALL, "prompt": f"{CIRCLE} {index:02d}"}} for index in range(count)]
     jobs = call(guarded_bridge, "many", "POST", "/v1/jobs:batch", json={"requests": requests}).json()["jobs"]
     for job in jobs:
         call(guarded_bridge, "many", "POST", f"/v1/jobs/{job['jobId']}:cancel", json={})
@@ -247,3 +241,30 @@ def test_a_token_is_asked_for_and_kept_for_the_tab_alone(
         expect(other_tab.get_by_role("dialog")).to_be_visible()
         visitor.page.get_by_role("button", name="Forget token").click()
         expect(dialog).to_be_visible()
+
+
+def test_a_killed_server_goes_on_with_the_job_before_the_persons_eyes(
+    browser: Browser, tmp_path: Path
+) -> None:
+    folder = ("--data-dir", str(tmp_path))
+    with (
+        running_server(*folder) as first,
+        running_bridge(first.address) as bridge,
+        visiting(browser, bridge.url) as visitor,
+    ):
+        card = visitor.draw(CIRCLE, numInferenceSteps=30)
+        expect(card.locator(".status")).to_contain_text(re.compile(r"Step [12]\d of 30"))
+        first.process.kill()
+        first.process.wait()
+        expect(visitor.page.locator("#state")).to_have_text("Reconnecting…")
+        # It is sent until the server answers, and drawn once.
+        visitor.describe(STAR, numInferenceSteps=1)
+        visitor.page.locator("#draw").click()
+        expect(visitor.page.get_by_role("alert")).to_contain_text("Trying again")
+        with running_server(*folder, "--listen", first.address):
+            expect(visitor.card(STAR).locator(".status")).to_have_text("Done")
+            expect(visitor.page.locator("#state")).to_have_text("Ready")
+            expect(card.locator(".status")).to_have_text("Done")
+            picture = card.get_by_alt_text(f"Image 1 of: {CIRCLE}")
+            expect(picture).to_have_js_property("naturalWidth", 256)
+            expect(visitor.page.locator("#gallery > li")).to_have_count(2)

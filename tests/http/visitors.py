@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
 
 # What the browser says of every answer that is an error, and of a server that is away.
 _REFUSED = re.compile(r"^Failed to load resource")
@@ -27,7 +27,8 @@ class Visitor:
     complaints: list[str] = field(default_factory=list)
 
     def describe(self, prompt: str, **settings: object) -> None:
-        """Fill in the form: `settings` are its fields by name."""
+        """Fill in the form, once it has its defaults: `settings` are its fields by name."""
+        expect(self.page.locator("#draw")).to_be_enabled()
         self.page.locator("[name=prompt]").fill(prompt)
         for name, value in settings.items():
             self.page.locator(f"[name={name}]").fill(str(value))
@@ -57,7 +58,7 @@ def visiting(browser: Browser, url: str, token: str | None = None, **options: An
         token: was given before in this tab.
         options: of the context, such as the language.
     """
-    options.setdefault("locale", "en-GB")
+    options = {"locale": "en-GB", "reduced_motion": "reduce", **options}
     context = browser.new_context(**options)
     try:
         visitor = Visitor(context.new_page())

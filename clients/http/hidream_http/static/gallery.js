@@ -7,7 +7,7 @@ import { noteStepTime, show } from "./strip.js";
 const PAGE_SIZE = 24;
 // A browser opens six connections to a host; images and calls want some of them.
 const MAX_FOLLOWED = 3;
-const QUEUED = "states=JOB_STATE_QUEUED";
+const UNFINISHED = "states=JOB_STATE_QUEUED&states=JOB_STATE_RUNNING";
 const list = document.getElementById("gallery");
 const end = document.getElementById("more");
 
@@ -19,7 +19,7 @@ export class Gallery {
     Object.assign(this, { reactions, onChange, cards: new Map(), followed: new Map(), nextPage: null });
     this.atEnd = new IntersectionObserver(([entry]) => entry.isIntersecting && this.loadMore(), { rootMargin: "50%" });
     this.refresh().catch(() => show("reconnecting"));
-    follow(`v1/jobs:watch?${QUEUED}&states=JOB_STATE_RUNNING`, {
+    follow(`v1/jobs:watch?${UNFINISHED}`, {
       onOpen: () => this.refresh(),
       onLost: () => show("reconnecting"),
       onEvent: ({ job }) => this.put(job),
@@ -101,11 +101,11 @@ export class Gallery {
     this.atEnd.observe(end);
   }
 
-  // The places in the queue of jobs whose events are not read.
-  async refreshQueue() {
-    const isUnread = (card) => card.state === "QUEUED" && !this.followed.has(card.job.jobId);
+  // How far those jobs are whose events are not read.
+  async refreshOthers() {
+    const isUnread = (card) => !card.hasEnded && !this.followed.has(card.job.jobId);
     if (![...this.cards.values()].some(isUnread)) return;
-    const { jobs = [] } = await call("GET", `v1/jobs?${QUEUED}`);
+    const { jobs = [] } = await call("GET", `v1/jobs?${UNFINISHED}`);
     for (const job of jobs) this.put(job);
   }
 

@@ -49,7 +49,7 @@ askForTokenWith(askForToken);
 const gallery = new Gallery({ actions, open, tell }, () => askServer());
 const askServer = watchServer((info) => {
   allow(info);
-  return gallery.refreshQueue();
+  return gallery.refreshOthers();
 });
 onDraw((job) => gallery.put(job));
 

@@ -89,17 +89,17 @@ export function examples(model) {
 
 // Fills in the words of a part of the page.
 export function translate(root) {
-  for (const element of root.querySelectorAll("[data-word]")) element.textContent = say(element.dataset.word);
-  for (const element of root.querySelectorAll("[data-title]")) element.title = say(element.dataset.title);
-  for (const element of root.querySelectorAll("[data-label]")) element.ariaLabel = say(element.dataset.label);
-  for (const element of root.querySelectorAll("[data-placeholder]")) element.placeholder = say(element.dataset.placeholder);
+  const places = { word: "textContent", title: "title", label: "ariaLabel", placeholder: "placeholder" };
+  for (const [kind, property] of Object.entries(places)) {
+    for (const element of root.querySelectorAll(`[data-${kind}]`)) element[property] = say(element.dataset[kind]);
+  }
 }
 
 // A duration of proto3 JSON, such as "1.250s", for people.
 export function duration(text) {
   const seconds = parseFloat(text);
   const unit = (value, name, digits) => new Intl.NumberFormat(locale, {
-    style: "unit", unit: name, unitDisplay: "short", maximumFractionDigits: digits,
+    style: "unit", unit: name, unitDisplay: "narrow", maximumFractionDigits: digits,
   }).format(value);
   if (seconds < 0.995) return unit(Math.round(seconds * 1000), "millisecond", 0);
   if (seconds < 90) return unit(seconds, "second", seconds < 9.95 ? 1 : 0);
