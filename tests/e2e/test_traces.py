@@ -18,6 +18,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from hidream.v1 import image_gen_pb2
 from tests.support.job_calls import cancel, drawn, events, running, submission
+from tests.support.live_bridge import LiveBridge, running_bridge
 from tests.support.live_server import STOP_TIMEOUT_SECONDS, LiveServer, running_server
 from tests.support.streams import follow, request
 from tests.support.trace_receiver import ReceivedSpan, TraceReceiver, trace_receiver, traceparent
@@ -165,6 +166,47 @@ def test_calls_without_a_trace_or_with_a_broken_one_begin_their_own(
 
 
 @pytest.fixture
+def traced_bridge(
+    traced: LiveServer, receiver: TraceReceiver, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[LiveBridge]:
+    """A bridge that exports its traces to the same receiver."""
+    for name, value in receiver.environment().items():
+        monkeypatch.setenv(name, value)
+    with running_bridge(traced.address) as bridge:
+        yield bridge
+
+
+def test_one_trace_leads_from_a_request_of_http_to_the_end_of_its_job(
+    traced_bridge: LiveBridge, receiver: TraceReceiver, trace_id: str
+) -> None:
+    caller_span_id = secrets.token_hex(8)
+    headers = dict(traceparent(trace_id, caller_span_id)) | {"tracestate": "vendor=1"}
+    spec = {"prompt": "a red circle", "width": 64, "height": 64, "numInferenceSteps": 2}
+    with traced_bridge.client() as http:
+        answer = http.post("/v1/jobs", json={"spec": spec}, headers=headers)
+    assert answer.status_code == 200, answer.text
+    receiver.wait_for(trace_id, "POST /v1/jobs", "hidream.v1.ImageGen/SubmitJob", "job", *STAGES)
+    request = one(receiver, trace_id, "POST /v1/jobs")
+    call = one(receiver, trace_id, "hidream.v1.ImageGen/SubmitJob")
+    assert request.parent_id == caller_span_id
+    assert request.kind == Span.SPAN_KIND_SERVER
+    assert request.attributes["http.response.status_code"] == 200
+    assert request.resource["service.name"] == "hidream-http"
+    assert call.parent_id == request.span_id
+    assert one(receiver, trace_id, "job").parent_id == call.span_id
+
+
+def test_a_bridge_that_is_not_traced_passes_the_trace_of_its_caller_on(
+    traced: LiveServer, receiver: TraceReceiver, trace_id: str
+) -> None:
+    caller_span_id = secrets.token_hex(8)
+    with running_bridge(traced.address) as bridge, bridge.client() as http:
+        http.get("/v1/server", headers=dict(traceparent(trace_id, caller_span_id)))
+    receiver.wait_for(trace_id, "hidream.v1.ImageGen/GetServerInfo")
+    assert one(receiver, trace_id, "hidream.v1.ImageGen/GetServerInfo").parent_id == caller_span_id
+
+
+@pytest.fixture
 def silent_endpoint() -> Iterator[str]:
     """A port that takes connections and never says a word."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -191,7 +233,7 @@ def test_a_receiver_that_does_not_answer_costs_one_line_and_neither_calls_nor_th
         server.process.terminate()
         server.process.wait(STOP_TIMEOUT_SECONDS)
     # The log is read to its end by now.
-    lines = [line for line in server.log_lines if "open_telemetry" in line or "opentelemetry" in line]
+    lines = [line for line in server.log_lines if "hidream.otlp" in line or "opentelemetry" in line]
     assert len(lines) == 2, lines
     assert "cannot export traces" in lines[0]
     assert "the last spans were not exported within 1 s" in lines[1]

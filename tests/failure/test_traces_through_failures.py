@@ -4,35 +4,53 @@ from __future__ import annotations
 
 import secrets
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.job_calls import events, submission, watch
+from tests.support.job_calls import events, watch
+from tests.support.live_bridge import running_bridge
 from tests.support.live_server import LiveServer, running_server
 from tests.support.postgres import PostgresServer
 from tests.support.trace_receiver import TraceReceiver, trace_receiver, traceparent
 
 STEPS = 60
+REQUEST = "POST /v1/jobs"
 CALL = "hidream.v1.ImageGen/SubmitJob"
+CALLER_SPAN_ID = "00f067aa0ba902b7"
+
+
+@pytest.fixture
+def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[TraceReceiver]:
+    """What receives the spans of all servers and bridges of a test."""
+    with trace_receiver() as receiver:
+        for name, value in receiver.environment().items():
+            monkeypatch.setenv(name, value)
+        yield receiver
 
 
 def begun(server: LiveServer, receiver: TraceReceiver, trace_id: str) -> str:
-    """Submit a traced job, and wait until steps of it and the spans before them would survive the server."""
+    """Submit a job over HTTP, and wait until it has taken steps, and the spans before them are exported."""
+    spec = {"prompt": "a red circle", "width": 128, "height": 128, "numInferenceSteps": STEPS}
+    with running_bridge(server.address) as bridge, bridge.client() as http:
+        headers = dict(traceparent(trace_id, CALLER_SPAN_ID))
+        job_id = (
+            http.post("/v1/jobs", json={"spec": spec}, headers=headers).raise_for_status().json()["jobId"]
+        )
     with server.stub() as stub:
-        metadata = traceparent(trace_id, "00f067aa0ba902b7")
-        job = submission(num_inference_steps=STEPS, width=128, height=128)
-        job_id = stub.SubmitJob(job, metadata=metadata).job_id
         for response in watch(stub, job_id):
             if response.event.progress.step >= 3:
                 break
-    receiver.wait_for(trace_id, CALL, "queue", "encode")
+    receiver.wait_for(trace_id, REQUEST, CALL, "queue", "encode")
     return job_id
 
 
 def is_one_trace_of_two_servers(receiver: TraceReceiver, trace_id: str) -> None:
     receiver.wait_for(trace_id, "job", "denoise", "decode", "store")
-    (call,), (job,) = receiver.of(trace_id, CALL), receiver.of(trace_id, "job")
+    (request,), (call,), (job,) = (receiver.of(trace_id, name) for name in (REQUEST, CALL, "job"))
+    assert request.parent_id == CALLER_SPAN_ID
+    assert call.parent_id == request.span_id
     assert job.parent_id == call.span_id
     assert job.start >= call.start
     first, second = receiver.of(trace_id, "encode")
@@ -45,31 +63,30 @@ def is_one_trace_of_two_servers(receiver: TraceReceiver, trace_id: str) -> None:
     assert [span.name for span in stages].count("queue") == 1
 
 
-def test_a_server_that_is_killed_in_mid_picture_and_started_again_leaves_one_trace(tmp_path: Path) -> None:
+def test_a_server_that_is_killed_in_mid_picture_and_started_again_leaves_one_trace(
+    receiver: TraceReceiver, tmp_path: Path
+) -> None:
     trace_id = secrets.token_hex(16)
-    with trace_receiver() as receiver:
-        flags = ("--data-dir", str(tmp_path))
-        with running_server(*flags, environment=receiver.environment()) as server:
-            job_id = begun(server, receiver, trace_id)
-            server.process.send_signal(signal.SIGKILL)
-            server.process.wait()
-        with running_server(*flags, environment=receiver.environment()) as server:
-            with server.stub() as stub:
-                events(stub, job_id)
-            is_one_trace_of_two_servers(receiver, trace_id)
+    flags = ("--data-dir", str(tmp_path))
+    with running_server(*flags) as server:
+        job_id = begun(server, receiver, trace_id)
+        server.process.send_signal(signal.SIGKILL)
+        server.process.wait()
+    with running_server(*flags) as server, server.stub() as stub:
+        events(stub, job_id)
+        is_one_trace_of_two_servers(receiver, trace_id)
 
 
 @pytest.mark.long
 def test_a_job_whose_server_is_killed_keeps_its_trace_at_another_replica(
-    postgres: PostgresServer, tmp_path: Path
+    receiver: TraceReceiver, postgres: PostgresServer, tmp_path: Path
 ) -> None:
     trace_id = secrets.token_hex(16)
-    with trace_receiver() as receiver, postgres.database() as url:
+    with postgres.database() as url:
         flags = ("--store", url, "--artifacts", f"file://{tmp_path}", "--lease-seconds", "1")
-        with running_server(*flags, environment=receiver.environment()) as first:
+        with running_server(*flags) as first:
             job_id = begun(first, receiver, trace_id)
-            with running_server(*flags, environment=receiver.environment()) as second:
+            with running_server(*flags) as second, second.stub() as stub:
                 first.process.send_signal(signal.SIGKILL)
-                with second.stub() as stub:
-                    events(stub, job_id)
+                events(stub, job_id)
                 is_one_trace_of_two_servers(receiver, trace_id)

@@ -22,6 +22,7 @@ from hidream_http.metrics import Metrics
 from hidream_http.observing import Observed
 from hidream_http.problems import ProblemError, answer_with_problem
 from hidream_http.settings import Settings
+from hidream_http.tracing import Tracing
 
 # Each has `routes(bridge) -> list[BaseRoute]`; the first route that matches answers.
 FACES = (
@@ -53,6 +54,7 @@ def build(settings: Settings, drain: Drain) -> Starlette:
         SettingError: the address of the server is none.
     """
     bridge = Bridge.of(settings, drain)
+    tracing = Tracing.of_environment()
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -60,6 +62,7 @@ def build(settings: Settings, drain: Drain) -> Starlette:
             yield
         finally:
             await bridge.connection.close()
+            await tracing.close()
 
     observed = Metrics()
     return Starlette(
@@ -72,7 +75,7 @@ def build(settings: Settings, drain: Drain) -> Starlette:
         },
         lifespan=lifespan,
         middleware=[
-            Middleware(Observed, observed),
+            Middleware(Observed, observed, tracing),
             *_cors(settings.cors_origins),
             Middleware(RefusedWhileDraining, drain),
             Middleware(BodyLimit, settings.max_body_bytes),

@@ -20,6 +20,7 @@ from hidream.errors import AddressError, ServerError, error_from_call, error_fro
 from hidream_http.draining import Drain
 from hidream_http.problems import Violation, invalid
 from hidream_http.settings import SettingError, Settings
+from hidream_http.tracing import TRACE_HEADERS, trace_headers
 
 if TYPE_CHECKING:
     # Only the types tell the awaited stub from the other one.
@@ -33,7 +34,7 @@ KEEPALIVE_SECONDS = 5.0
 REQUEST_TIMEOUT = "Request-Timeout"
 MAX_TIMEOUT_SECONDS = 30 * 24 * 3600
 _RETRY_DELAY = duration_pb2.Duration(seconds=1)
-_FORWARDED = ("authorization", "traceparent", "tracestate")
+_AUTHORIZATION = "authorization"
 _FORWARDED_FOR = "x-forwarded-for"
 
 _RequestT = TypeVar("_RequestT")
@@ -136,7 +137,10 @@ def _server_error(call: grpc.RpcError) -> ServerError:
 
 
 def _metadata(request: HTTPConnection) -> tuple[tuple[str, str], ...]:
-    pairs = [(name, value) for name in _FORWARDED for value in request.headers.getlist(name)]
+    own_headers = trace_headers(request.scope)
+    forwarded = (_AUTHORIZATION,) if own_headers is not None else (_AUTHORIZATION, *TRACE_HEADERS)
+    pairs = [(name, value) for name in forwarded for value in request.headers.getlist(name)]
+    pairs += (own_headers or {}).items()
     hosts = request.headers.getlist(_FORWARDED_FOR)
     if request.client is not None:
         hosts.append(request.client.host)

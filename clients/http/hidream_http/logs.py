@@ -9,7 +9,7 @@ from datetime import datetime
 from pythonjsonlogger.json import JsonFormatter
 
 # What a text line shows besides its message, in this order; a JSON line has all that a record carries.
-FACTS = ("job_id", "peer", "sent_bytes", "call_seconds")
+FACTS = ("job_id", "peer", "sent_bytes", "call_seconds", "trace_id", "span_id")
 
 _SPELT_OUT = {number: repr(chr(number))[1:-1] for number in (*range(0x20), *range(0x7F, 0xA0))}
 

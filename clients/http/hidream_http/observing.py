@@ -1,4 +1,4 @@
-"""One log line and the measurements of every request."""
+"""One log line, the measurements and the span of every request."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hidream_http.metrics import Metrics
 from hidream_http.problems import CLIENT_CLOSED_REQUEST
+from hidream_http.tracing import RequestSpan, Tracing
 
 access_logger = logging.getLogger("hidream_http.access")
 
@@ -19,24 +20,25 @@ UNOBSERVED = ("/healthz", "/readyz", "/metrics")
 class Observed:
     """Reports how each request ends."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http" or scope["path"] in UNOBSERVED:
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send)
+        answer, span = _Answer(send), self._tracing.begin(scope)
         start = time.monotonic()
         try:
             with self._metrics.running.track_inprogress():
                 await self._app(scope, receive, answer.send)
         finally:
-            self._report(scope, answer, time.monotonic() - start)
+            self._report(scope, answer, span, time.monotonic() - start)
 
-    def _report(self, scope: Scope, answer: _Answer, seconds: float) -> None:
+    def _report(self, scope: Scope, answer: _Answer, span: RequestSpan | None, seconds: float) -> None:
         method, route = scope["method"], getattr(scope.get("route"), "path", "")
         self._metrics.observe_request(method, route, answer.status, seconds, answer.sent_bytes)
         peer = scope.get("client")
@@ -54,8 +56,11 @@ class Observed:
                 "job_id": scope.get("path_params", {}).get("job_id", ""),
                 "sent_bytes": answer.sent_bytes,
                 "call_seconds": round(seconds, 3),
+                **({} if span is None else span.log_fields),
             },
         )
+        if span is not None:
+            span.end(method, route, answer.status)
 
 
 class _Answer:

@@ -1,0 +1,80 @@
+"""Spans of the requests of HTTP, and the headers by which the calls of the bridge are part of them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from starlette.types import Scope
+
+from hidream.tracing import span_export
+from hidream_http import __version__
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+    from hidream.otlp import SpanExport
+
+SERVICE_NAME = "hidream-http"
+TRACE_HEADERS = ("traceparent", "tracestate")
+_IN_SCOPE = "hidream_http.trace_headers"
+_SERVER_ERROR = 500
+
+
+class Tracing:
+    """Makes a span of each request, where OpenTelemetry's variables ask for it."""
+
+    def __init__(self, export: SpanExport | None) -> None:
+        self._export = export
+
+    @classmethod
+    def of_environment(cls) -> Tracing:
+        """What the variables of this process ask for."""
+        return cls(span_export(os.environ, SERVICE_NAME, __version__))
+
+    def begin(self, scope: Scope) -> RequestSpan | None:
+        """Begin the span of a request, below that of its caller; None where nothing is traced."""
+        if self._export is None:
+            return None
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        attributes = {
+            "http.request.method": scope["method"],
+            "url.path": scope["path"],
+            "url.scheme": scope["scheme"],
+        }
+        if scope.get("client"):
+            attributes["client.address"] = scope["client"][0]
+        span = self._export.begin_server_span(scope["method"], headers, attributes)
+        scope[_IN_SCOPE] = self._export.headers_of(span)
+        return RequestSpan(self._export, span)
+
+    async def close(self) -> None:
+        """Export what is left, for a moment at most."""
+        if self._export is not None:
+            await self._export.close()
+
+
+class RequestSpan:
+    """The span of a request that is being served."""
+
+    def __init__(self, export: SpanExport, span: Span) -> None:
+        self._export = export
+        self._span = span
+        context = span.get_span_context()
+        self.log_fields = {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"}
+
+    def end(self, method: str, route: str, status: int) -> None:
+        """Export the span, with what became of the request."""
+        self._span.set_attribute("http.response.status_code", status)
+        if route:
+            self._span.set_attribute("http.route", route)
+            self._span.update_name(f"{method} {route}")
+        if status >= _SERVER_ERROR:
+            self._export.mark_failed(self._span, str(status))
+        self._span.end()
+
+
+def trace_headers(scope: Scope) -> dict[str, str] | None:
+    """The headers of calls that are made for a request; None where it has no span: then those that it has."""
+    headers: dict[str, str] | None = scope.get(_IN_SCOPE)
+    return headers
