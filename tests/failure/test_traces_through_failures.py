@@ -84,9 +84,20 @@ def test_a_job_whose_server_is_killed_keeps_its_trace_at_another_replica(
     trace_id = secrets.token_hex(16)
     with postgres.database() as url:
         flags = ("--store", url, "--artifacts", f"file://{tmp_path}", "--lease-seconds", "1")
-        with running_server(*flags) as first:
+        with (
+            running_server(*flags, environment=named("first")) as first,
+            running_server(*flags, environment=named("second")) as second,
+        ):
             job_id = begun(first, receiver, trace_id)
-            with running_server(*flags) as second, second.stub() as stub:
-                first.process.send_signal(signal.SIGKILL)
+            # Either may have claimed it.
+            (encode,) = receiver.of(trace_id, "encode")
+            is_first = encode.resource["service.instance.id"] == "first"
+            drawing, other = (first, second) if is_first else (second, first)
+            drawing.process.send_signal(signal.SIGKILL)
+            with other.stub() as stub:
                 events(stub, job_id)
                 is_one_trace_of_two_servers(receiver, trace_id)
+
+
+def named(instance: str) -> dict[str, str]:
+    return {"OTEL_RESOURCE_ATTRIBUTES": f"service.instance.id={instance}"}
