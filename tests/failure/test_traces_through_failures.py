@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
 from collections.abc import Iterator
@@ -75,6 +76,26 @@ def test_a_server_that_is_killed_in_mid_picture_and_started_again_leaves_one_tra
     with running_server(*flags) as server, server.stub() as stub:
         events(stub, job_id)
         is_one_trace_of_two_servers(receiver, trace_id)
+
+
+@pytest.mark.long
+def test_a_rank_that_is_killed_in_mid_picture_is_the_error_of_the_steps_before_it(
+    receiver: TraceReceiver,
+) -> None:
+    trace_id = secrets.token_hex(16)
+    with running_server("--devices", "0,1") as server:
+        job_id = begun(server, receiver, trace_id)
+        os.kill(server.rank_pids()[1], signal.SIGKILL)
+        with server.stub() as stub:
+            events(stub, job_id)
+        receiver.wait_for(trace_id, "job", "store")
+    lost, continued = receiver.of(trace_id, "denoise")
+    assert lost.is_error
+    assert "rank 1" in lost.status_message
+    assert not continued.is_error
+    assert continued.attributes["hidream.attempt"] == 2
+    assert continued.attributes["hidream.resumed_from_step"] == lost.events[-1][2]["hidream.step"]
+    assert {span.attributes["hidream.rank"] for span in receiver.of(trace_id, "denoise on rank")} == {0, 1}
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hidream_grpc.logs import FACTS, LogConfig, configure_logging
+from hidream_grpc.traces import TraceContext, enter_trace
 
 
 @contextmanager
@@ -39,6 +41,27 @@ def test_a_text_line_has_time_level_logger_message_and_facts(capsys: pytest.Capt
     assert len(date.split("-")) == 3
     assert len(time.split(":")) == 3
     assert rest == "WARNING hidream_grpc.piece: a rank is slow rank=0 job_id=j1\n"
+
+
+async def test_lines_of_a_task_that_is_traced_have_the_ids_of_its_span(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    of_call, of_job = TraceContext("c" * 32, "a" * 16), TraceContext("c" * 32, "b" * 16)
+
+    async def work() -> None:
+        enter_trace(of_call)
+        logger.info("served")
+        logger.info("drawn", extra=of_job.log_fields)
+
+    with configured(LogConfig()):
+        await asyncio.create_task(work())
+        logger.info("beside it")
+    endings = [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert endings == [
+        f"served trace_id={'c' * 32} span_id={'a' * 16}",
+        f"drawn trace_id={'c' * 32} span_id={'b' * 16}",
+        "beside it",
+    ]
 
 
 def test_a_message_or_a_fact_with_control_characters_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

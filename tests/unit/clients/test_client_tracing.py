@@ -48,7 +48,7 @@ def test_without_an_endpoint_or_against_it_there_are_no_traces_and_no_word(
     ],
 )
 def test_variables_that_cannot_be_used_are_one_warning_that_says_which(
-    variables: Mapping[str, str],
+    variables: dict[str, str],
     reason: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
