@@ -57,6 +57,17 @@ def test_a_wrong_api_key_is_an_authentication_error(narrow_bridge: LiveBridge) -
     assert refused.value.code == "invalid_api_key"
 
 
+def test_without_a_server_callers_are_told_to_try_again_elsewhere() -> None:
+    with running_bridge("127.0.0.1:1") as bridge:
+        ai = openai.OpenAI(base_url=f"{bridge.url}/v1", api_key=TOKEN, max_retries=0)
+        with ai, pytest.raises(openai.InternalServerError) as refused:
+            ai.images.generate(prompt=PROMPT, size=SIZE)
+        assert (refused.value.status_code, refused.value.type) == (503, "server_error")
+        with bridge.client() as http:
+            for answer in (http.post("/submit", json={"prompt": PROMPT}), http.get("/health")):
+                assert (answer.status_code, list(answer.json())) == (503, ["detail"])
+
+
 def test_the_token_of_the_caller_is_the_bearer_token(narrow_bridge: LiveBridge) -> None:
     with narrow_bridge.client() as http:
         for path in ("/health", "/v1/models"):

@@ -90,6 +90,18 @@ def test_a_stream_brings_partial_images_and_then_the_image(ai: openai.OpenAI, cl
     assert data_of(completed.b64_json) == same.data
 
 
+def test_a_stream_whose_job_is_cancelled_ends_with_the_error(ai: openai.OpenAI, client: Client) -> None:
+    sample = {"num_inference_steps": LONG_STEPS, "user": "is cancelled"}
+    with ai.images.generate(
+        prompt=PROMPT, size=SIZE, stream=True, partial_images=3, extra_body=sample
+    ) as stream:
+        assert next(stream).type == "image_generation.partial_image"
+        (job,) = client.list_jobs(labels={"user": "is cancelled"})
+        client.cancel(job)
+        with pytest.raises(openai.APIError, match="cancelled"):
+            list(stream)
+
+
 async def test_the_asynchronous_client_streams_without_partial_images(bridge: LiveBridge) -> None:
     async with openai.AsyncOpenAI(base_url=f"{bridge.url}/v1", api_key="x", max_retries=0) as ai:
         stream = await ai.images.generate(prompt=PROMPT, n=2, size=SIZE, stream=True, extra_body=SAMPLE)

@@ -205,13 +205,12 @@ def test_an_unknown_field_or_value_is_422_with_its_name(
     assert [error["loc"] for error in batch.json()["detail"]] == [["body", "requests", 1, *place[1:]]]
 
 
-def test_what_is_no_json_is_422(http: httpx.Client) -> None:
+def test_what_is_no_json_is_refused(http: httpx.Client) -> None:
     json_type = {"Content-Type": "application/json"}
-    for content, headers, part in (
-        (b"{", json_type, "body"),
-        (b"\xff", json_type, "body"),
-        (b"[]", json_type, "body"),
-        (b'{"prompt": "a"}', {"Content-Type": "text/plain"}, "header"),
-    ):
-        refused = http.post("/submit", content=content, headers=headers)
-        assert (refused.status_code, refused.json()["detail"][0]["loc"][0]) == (422, part)
+    for content in (b"{", b"\xff", b"[]"):
+        refused = http.post("/submit", content=content, headers=json_type)
+        assert (refused.status_code, refused.json()["detail"][0]["loc"][0]) == (422, "body")
+    refused = http.post("/submit?seed=1", json={"prompt": "a"})
+    assert (refused.status_code, refused.json()["detail"][0]["loc"]) == (422, ["query", "seed"])
+    refused = http.post("/submit", content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"})
+    assert (refused.status_code, list(refused.json())) == (415, ["detail"])

@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from hidream.requests import generate_request
 from hidream.v1 import image_gen_pb2
+from hidream_http.json_bodies import require_json
 from hidream_http.openai_errors import InvalidParameterError
 
 MAX_PARTIAL_IMAGES = 3
@@ -113,10 +114,13 @@ async def read_generation(request: Request) -> GenerationBody:
 
     Raises:
         InvalidParameterError: it is no JSON, or has parameters or values that it must not have.
+        ProblemError: it is said to be something else than JSON, or is too large.
     """
-    # The page of another site can send a form without asking, but no JSON.
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise InvalidParameterError(None, "the body must have the Content-Type application/json", None)
+    require_json(request)
+    for name in request.query_params:
+        raise InvalidParameterError(
+            name, f"{name}: stands in the body, not in the query", "unknown_parameter"
+        )
     try:
         return GenerationBody.model_validate_json(await request.body())
     except ValidationError as error:

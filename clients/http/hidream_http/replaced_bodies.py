@@ -15,6 +15,7 @@ from starlette.requests import Request
 from hidream.errors import FieldViolation, InvalidArgumentError
 from hidream.requests import submit_request, with_request_id
 from hidream.v1 import image_gen_pb2, job_pb2
+from hidream_http.json_bodies import require_json
 
 _BodyT = TypeVar("_BodyT", bound=BaseModel)
 
@@ -106,6 +107,10 @@ class BatchBody(_Body):
         return message
 
 
+class _NoQuery(_Body):
+    """Nothing: all fields stand in the body."""
+
+
 class DownloadQuery(_Body):
     """Which image of a task."""
 
@@ -117,11 +122,10 @@ async def read_body(request: Request, kind: type[_BodyT]) -> _BodyT:
 
     Raises:
         InvalidBodyError: it is no JSON, or has fields or values that it must not have.
+        ProblemError: it is said to be something else than JSON, or is too large.
     """
-    # The page of another site can send a form without asking, but no JSON.
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        text = "the body must have the Content-Type application/json"
-        raise InvalidBodyError([{"loc": ["header", "content-type"], "msg": text, "type": "value_error"}])
+    require_json(request)
+    read_query(request, _NoQuery)
     body = await request.body()
     try:
         return kind.model_validate_json(body)

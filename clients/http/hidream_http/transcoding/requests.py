@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from http import HTTPStatus
 from typing import Any
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from starlette.requests import Request
 
-from hidream_http.problems import Problem, ProblemError, Violation, invalid
+from hidream_http.json_bodies import require_json
+from hidream_http.problems import Violation, invalid
 from hidream_http.transcoding.documents import field_named, fields_of, is_map, message_of, parsed, unknown
 from hidream_http.transcoding.methods import HttpMethod
 
 LAST_EVENT_ID = "Last-Event-ID"
 _IN_PATH = "stands in the path, and must not be given again"
 _MAP_KEY = re.compile(r"(.+)\[(.*)\]")
-_JSON = re.compile(r"application/(?:[\w.-]+\+)?json\s*(?:;.*)?", re.IGNORECASE)
 
 
 async def message_in(request: Request, method: HttpMethod) -> Message:
@@ -30,10 +29,8 @@ async def message_in(request: Request, method: HttpMethod) -> Message:
     body = await request.body()
     if body and not method.has_body:
         raise invalid(Violation("", f"{method.verb} {method.path} takes no body"))
-    if body and not _JSON.fullmatch(request.headers.get("content-type", "")):
-        # A page of another site can send any other type without being asked.
-        detail = "Content-Type: application/json is required"
-        raise ProblemError(Problem(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, detail))
+    if body:
+        require_json(request)
     document = parsed(body) if body else {}
     given = {field and field.name for field in (field_named(method.request, name) for name in document)}
     violations = [Violation(name, _IN_PATH) for name in method.path_fields if name in given]
