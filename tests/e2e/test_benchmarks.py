@@ -33,6 +33,12 @@ TIMEOUT_SECONDS = 240
             "first_progress",
             marks=pytest.mark.long,
         ),
+        pytest.param(
+            "bridge",
+            ("--rounds", "1", "--requests", "80", "--readers", "5"),
+            "bridge_cost",
+            marks=pytest.mark.long,
+        ),
         pytest.param("recovery", ("--side", "64", "--rounds", "1"), "recovery", marks=pytest.mark.long),
     ],
 )

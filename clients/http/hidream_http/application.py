@@ -4,33 +4,32 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import import_module
-from importlib.util import find_spec
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import BaseRoute
 
 from hidream.errors import ServerError
-from hidream_http import health, metrics
+from hidream_http import health, metrics, openai_images, page, replaced_server
 from hidream_http.body_limit import BodyLimit
 from hidream_http.bridge import Bridge
+from hidream_http.documentation import routes as documentation
 from hidream_http.draining import Drain, RefusedWhileDraining
 from hidream_http.metrics import Metrics
 from hidream_http.observing import Observed
 from hidream_http.problems import ProblemError, answer_with_problem
 from hidream_http.settings import Settings
 from hidream_http.tracing import Tracing
+from hidream_http.transcoding import routes as transcoding
 
-# Each has `routes(bridge) -> list[BaseRoute]`; the first route that matches answers.
+# The first route that matches answers: a browser gets the page at /, a program what the replaced server said.
 FACES = (
-    "hidream_http.openai_images",
-    "hidream_http.transcoding.routes",
-    "hidream_http.documentation.routes",
-    "hidream_http.page",
-    "hidream_http.replaced_server",
+    openai_images.routes,
+    transcoding.routes,
+    documentation.routes,
+    page.routes,
+    replaced_server.routes,
 )
 
 # What a page of another origin may send and read, beside what every page may.
@@ -65,8 +64,9 @@ def build(settings: Settings, drain: Drain) -> Starlette:
             await tracing.close()
 
     observed = Metrics()
+    faces = [route for routes in FACES for route in routes(bridge)]
     return Starlette(
-        routes=[*health.routes(bridge), *metrics.routes(observed), *_routes_of_faces(bridge)],
+        routes=[*health.routes(bridge), *metrics.routes(observed), *faces],
         exception_handlers={
             ServerError: answer_with_problem,
             ProblemError: answer_with_problem,
@@ -96,8 +96,3 @@ def _cors(origins: tuple[str, ...]) -> list[Middleware]:
             expose_headers=_RESPONSE_HEADERS,
         )
     ]
-
-
-def _routes_of_faces(bridge: Bridge) -> list[BaseRoute]:
-    found = [import_module(name) for name in FACES if find_spec(name) is not None]
-    return [route for face in found for route in face.routes(bridge)]
