@@ -60,9 +60,10 @@ def test_the_log_of_the_client_says_nothing_until_a_program_asks_for_it() -> Non
     assert [type(handler) for handler in handlers] == [logging.NullHandler]
 
 
-def test_installing_the_client_installs_no_torch() -> None:
+@pytest.mark.parametrize("distribution", ["hidream-client", "hidream-http"])
+def test_installing_the_client_or_the_bridge_installs_no_torch(distribution: str) -> None:
     needed: set[str] = set()
-    waiting = ["hidream-client"]
+    waiting = [distribution]
     while waiting:
         name = waiting.pop()
         if name in needed:
