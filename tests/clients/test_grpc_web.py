@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,19 +14,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 
 from hidream.v1 import image_gen_pb2, job_pb2, server_info_pb2
-from tests.support.envoy import HEALTH_CHECK_SECONDS, running_envoy
+from tests.support.envoy import HEALTH_CHECK_SECONDS, LiveEnvoy, running_envoy
 from tests.support.grpc_web import WebCall, web_call
 from tests.support.job_calls import get
 from tests.support.live_server import LiveServer, running_server, wait_until
 from tests.support.streams import Stream, request
 
-CONFIGURATION = Path(__file__).parents[2] / "deploy" / "envoy-web.yaml"
+PROJECT = Path(__file__).parents[2]
+CONFIGURATION = PROJECT / "deploy" / "envoy-web.yaml"
 ORIGIN = "https://app.example"
 TIMEOUT_SECONDS = 60.0
 NUM_CALLERS = 3
+
+# The first run installs the packages of Node.
+pytestmark = pytest.mark.timeout(900)
 
 
 class Web:
@@ -62,9 +68,14 @@ class Web:
 
 
 @pytest.fixture(scope="module")
-def web(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
+def envoy(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveEnvoy]:
     with running_envoy(CONFIGURATION, [server.address], tmp_path_factory.mktemp("envoy")) as live:
-        yield Web(live.port)
+        yield live
+
+
+@pytest.fixture
+def web(envoy: LiveEnvoy) -> Web:
+    return Web(envoy.port)
 
 
 def test_a_browser_sees_previews_while_its_job_runs_and_leaving_cancels_it(
@@ -87,6 +98,20 @@ def test_an_image_arrives_whole_by_grpc_web(web: Web) -> None:
     assert {"progress", "preview", "succeeded"} <= {*stream.kinds}
     (image,) = stream.images
     assert hashlib.sha256(image).digest() == stream.job.images[0].sha256
+
+
+def test_the_program_of_the_page_draws_by_a_library_of_others(
+    envoy: LiveEnvoy, node_example: Path, tmp_path: Path
+) -> None:
+    program = node_example.with_name("generate_web.mjs")
+    page = (PROJECT / "docs" / "clients.md").read_text(encoding="utf-8")
+    assert f"```javascript\n{program.read_text(encoding='utf-8')}```" in page
+    command: list[str | Path] = ["node", program, f"http://127.0.0.1:{envoy.port}", envoy.contract]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "step 24 of 24"
+    with PIL.Image.open(tmp_path / "circle.png") as image:
+        image.load()
 
 
 def test_an_error_reaches_a_browser_with_its_details(web: Web) -> None:

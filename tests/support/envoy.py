@@ -23,10 +23,16 @@ HEALTH_CHECK_SECONDS = 0.5
 
 
 class LiveEnvoy:
-    """A running Envoy: what it listens on, and what it finds of the servers behind it."""
+    """A running Envoy: what it listens on, and what it finds of the servers behind it.
 
-    def __init__(self, admin_port: int) -> None:
+    Attributes:
+        port: where callers reach it.
+        contract: the file with the contract that it was given.
+    """
+
+    def __init__(self, admin_port: int, contract: Path) -> None:
         self._admin_port = admin_port
+        self.contract = contract
         (listener,) = self._ask("listeners")["listener_statuses"]
         self.port: int = listener["local_address"]["socket_address"]["port_value"]
 
@@ -56,7 +62,8 @@ def running_envoy(configuration: Path, server_addresses: Sequence[str], folder: 
         for each in listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"]
         if each["name"] == "envoy.filters.http.grpc_json_transcoder"
     )
-    transcoder["proto_descriptor"] = str(_descriptors(folder))
+    contract = _contract(folder)
+    transcoder["proto_descriptor"] = str(contract)
     cluster["type"] = "STATIC"
     cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = [
         {"endpoint": {"address": {"socket_address": {"address": host, "port_value": int(port)}}}}
@@ -78,7 +85,7 @@ def running_envoy(configuration: Path, server_addresses: Sequence[str], folder: 
                 "Envoy has started",
             )
             assert process.poll() is None, log.read_text()
-            live = LiveEnvoy(int(admin.read_text().rpartition(":")[2]))
+            live = LiveEnvoy(int(admin.read_text().rpartition(":")[2]), contract)
             everyone = {int(address.rpartition(":")[2]) for address in server_addresses}
             wait_until(lambda: live.healthy_ports() == everyone, START_TIMEOUT_SECONDS, "all are healthy")
             yield live
@@ -86,7 +93,7 @@ def running_envoy(configuration: Path, server_addresses: Sequence[str], folder: 
             process.kill()
 
 
-def _descriptors(folder: Path) -> Path:
+def _contract(folder: Path) -> Path:
     """The contract, made as deploy/envoy-web.yaml says."""
     file = folder / "hidream.pb"
     protos = sorted(path.relative_to(PROJECT) for path in (PROJECT / "protos/hidream/v1").glob("*.proto"))
