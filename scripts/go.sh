@@ -8,6 +8,7 @@ if ! command -v go >/dev/null; then
   echo "go.sh: there is no Go on PATH or in .venv" >&2
   exit 127
 fi
+# -trimpath: what one checkout has built stands for all.
 export GOBIN="$project/.cache/go/bin" GOPATH="$project/.cache/go/path" GOCACHE="$project/.cache/go/build"
-export GOFLAGS="${GOFLAGS:-} -modcacherw" CGO_ENABLED=0
+export GOFLAGS="${GOFLAGS:-} -modcacherw -trimpath" CGO_ENABLED=0
 exec go "$@"

@@ -41,5 +41,5 @@ for tool in "${tools[@]}"; do
   fi
 done
 for command in generate jobs; do
-  scripts/go.sh -C clients/go build -trimpath -o "$binaries/hidream-$command" "./cmd/$command" || give_up "cannot build clients/go"
+  scripts/go.sh -C clients/go build -o "$binaries/hidream-$command" "./cmd/$command" || give_up "cannot build clients/go"
 done

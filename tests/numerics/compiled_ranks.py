@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config as compiler_config
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
@@ -120,6 +121,8 @@ def main(checkpoint: Path, layout: Layout, folder: Path, backend: str) -> None:
         backend: of torch's compiler, instead of the one that the service uses.
     """
     torch.compile = partial(torch.compile, backend=backend)  # type: ignore[assignment]
+    # Not to spend six seconds on trying instructions that the processor has.
+    compiler_config.cpp.vec_isa_ok = True
     context = multiprocessing.get_context("fork")
     ranks = []
     for rank in range(layout.world_size):

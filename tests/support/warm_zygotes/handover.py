@@ -18,6 +18,8 @@ ZYGOTE_MODULE = "hidream_grpc.engine.zygote.zygote"
 WORKER_WORDS = [sys.executable, "-u", "-c", "import sys;exec(eval(sys.stdin.readline()))"]
 """Command line of a worker of pytest-xdist, by execnet 2."""
 
+MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
+"""A variable that glibc reads at the start of a process."""
 MESSAGE_BYTES = 128 * 1024
 
 _START = "_fork_exec"  # of CPython's subprocess, since 3.11

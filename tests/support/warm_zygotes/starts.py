@@ -1,4 +1,4 @@
-"""Servers and rank groups of tests, and the workers that run tests, are forks of a warm process.
+"""What tests start, and the workers that run them, are forks of a warm process.
 
 To import torch, the libraries of the model and those of the server takes seconds of a core, at every start.
 What is left out here is that import alone: servers, zygotes and ranks do all that they do, and a zygote that
@@ -32,11 +32,13 @@ COLD = {"START": "cold"}
 """Variables of a server that is to start as ever, seconds before its ranks are there."""
 
 _SERVE = [sys.executable, "-m", "hidream_grpc", "serve"]
+_PROGRAMS = ("pytest", "scripts.bench.", "tests.numerics.", "tests.support.busy_rank_group")
+"""Modules that tests run with `python -m`, and whose imports are no part of what is tested."""
 # What may differ from the environment of the warm process: its forks take it over, and no library has read it
 # when it was imported. (torch sets the folder of its compiler, also in the process of the tests.)
 _MAY_DIFFER = {
     *("PYTEST_CURRENT_TEST", "PYTHONPATH", "BROKEN_DEVICES", "STEPPED_CLOCK", "XDG_DATA_HOME"),
-    "TORCHINDUCTOR_CACHE_DIR",
+    *("TORCHINDUCTOR_CACHE_DIR", "OMP_NUM_THREADS", handover.MMAP_THRESHOLD),
 }
 
 
@@ -50,8 +52,7 @@ class _WarmProcess:
 
     def make(self, start: Start) -> int | None:
         """A child of this process, or None where it must be started as ever."""
-        is_zygote = ZYGOTE_MODULE in start.words
-        if not is_zygote and start.words[:4] != _SERVE and start.words != WORKER_WORDS:
+        if not _can_be_forked(start.words):
             return None
         environment = dict(os.environ) if start.environment is None else start.environment
         if not self._is_like_this(environment):
@@ -92,6 +93,12 @@ class _WarmProcess:
         # It is waited for by its id, as one that was forked.
         process.returncode = 0
         return WaitingProcess(channel, process.pid)
+
+
+def _can_be_forked(words: list[str]) -> bool:
+    if words == WORKER_WORDS or ZYGOTE_MODULE in words or words[:4] == _SERVE:
+        return True
+    return words[:2] == _SERVE[:2] and words[2].startswith(_PROGRAMS)
 
 
 def start_warm() -> Callable[[], None]:

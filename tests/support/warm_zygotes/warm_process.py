@@ -35,6 +35,7 @@ from tests.support.warm_zygotes.handover import WORKER_WORDS, ZYGOTE_MODULE, rec
 
 _SYS_CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE_PARENT = 0x8000  # linux/sched.h
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def is_possible() -> bool:
@@ -58,6 +59,8 @@ def main() -> None:
     # A table of a thousand regular expressions, which a rank makes for its first text encoder.
     get_checkpoint_conversion_mapping("t5")
     importlib.import_module("hidream_grpc.cli")
+    # A package that brings a plugin, which pytest would rewrite and warns of when it is there before.
+    sys.modules["anyio"].__doc__ = "PYTEST_DONT_REWRITE"
     # What is here already is no garbage of a server or a rank.
     gc.freeze()
     if num_threads() != 1:
@@ -105,7 +108,7 @@ def _become(channel: socket.socket, request: dict[str, Any], files: list[int]) -
         elif request["words"] == WORKER_WORDS:
             _work_for_pytest(request, files)
         else:
-            _become_server(request, files)
+            _become_program(request, files)
         os._exit(0)
     except BaseException:
         traceback.print_exc()
@@ -129,13 +132,11 @@ def _work_for_pytest(request: dict[str, Any], files: list[int]) -> NoReturn:
     _take_streams(files)
     setproctitle("tests: worker")
     handover.waiting = handover.WaitingProcess(channel, warm_pid)
-    # A package that brings a plugin, which pytest would rewrite and warns of when it is there before.
-    sys.modules["anyio"].__doc__ = "PYTEST_DONT_REWRITE"
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     _run_to_the_end(lambda: exec(request["words"][-1], vars(module)))
 
 
-def _become_server(request: dict[str, Any], files: list[int]) -> NoReturn:
+def _become_program(request: dict[str, Any], files: list[int]) -> NoReturn:
     server_end, zygote_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment: dict[str, str] = request["environment"]
     waiting_pid = os.fork()
@@ -150,11 +151,11 @@ def _become_server(request: dict[str, Any], files: list[int]) -> NoReturn:
     # A fault is in the modules that an interpreter finds at its start.
     if environment.get("PYTHONPATH") == os.environ.get("PYTHONPATH"):
         handover.hand_over_zygote(server_end, waiting_pid)
-        _run_server(request["words"], environment)
-    _execute_server(request["words"], environment, server_end, waiting_pid)
+        _run_program(request["words"], environment)
+    _execute_program(request["words"], environment, server_end, waiting_pid)
 
 
-def _run_server(words: list[str], environment: dict[str, str]) -> NoReturn:
+def _run_program(words: list[str], environment: dict[str, str]) -> NoReturn:
     """Do as a new interpreter does with this command line."""
     os.environ.clear()
     os.environ.update(environment)
@@ -180,7 +181,7 @@ def _run_to_the_end(main: Callable[[], object]) -> NoReturn:
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 
-def _execute_server(
+def _execute_program(
     words: list[str], environment: dict[str, str], channel: socket.socket, zygote_pid: int
 ) -> NoReturn:
     channel.set_inheritable(True)
@@ -226,6 +227,8 @@ def _take_environment(environment: dict[str, str]) -> None:
     """Have these variables, and the module of faults that a new interpreter would find with them."""
     os.environ.clear()
     os.environ.update(environment)
+    if handover.MMAP_THRESHOLD in environment:
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, int(environment[handover.MMAP_THRESHOLD]))
     new_folders = [f for f in environment.get("PYTHONPATH", "").split(os.pathsep) if f and f not in sys.path]
     sys.path[:0] = new_folders
     if new_folders and find_spec("sitecustomize") is not None:
