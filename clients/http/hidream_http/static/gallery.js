@@ -4,7 +4,7 @@ import { call, follow } from "./api.js";
 import { Card } from "./card.js";
 import { noteStepTime, show } from "./strip.js";
 
-const PAGE_SIZE = 24;
+const PAGE_SIZE = 12;
 // A browser opens six connections to a host; images and calls want some of them.
 const MAX_FOLLOWED = 3;
 const UNFINISHED = "states=JOB_STATE_QUEUED&states=JOB_STATE_RUNNING";
