@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import socket
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ import pytest
 
 from hidream.client import Client
 from hidream.requests import JobStateName
-from tests.support.live_bridge import LiveBridge
+from tests.failure.tcp_proxy import running_proxy
+from tests.support.live_bridge import LiveBridge, running_bridge
 from tests.support.live_server import LiveServer, wait_until
 
 SIZE = "128x128"
@@ -100,6 +102,26 @@ def test_a_stream_whose_job_is_cancelled_ends_with_the_error(ai: openai.OpenAI, 
         client.cancel(job)
         with pytest.raises(openai.APIError, match="cancelled"):
             list(stream)
+
+
+def test_a_stream_goes_on_when_the_bridge_loses_its_server(server: LiveServer, client: Client) -> None:
+    host, _, port = server.address.partition(":")
+    sample = {"num_inference_steps": 20, "seed": 7, "user": "is cut"}
+    with (
+        running_proxy((host, int(port))) as proxy,
+        running_bridge(f"127.0.0.1:{proxy.port}") as bridge,
+        openai.OpenAI(base_url=f"{bridge.url}/v1", api_key="x", max_retries=0) as ai,
+        ai.images.generate(
+            prompt=PROMPT, size="256x256", stream=True, partial_images=3, extra_body=sample
+        ) as stream,
+    ):
+        assert next(stream).type == "image_generation.partial_image"
+        proxy.cut()
+        proxy.heal()
+        *_, completed = stream
+    assert completed.type == "image_generation.completed"
+    (job,) = client.list_jobs(labels={"user": "is cut"})
+    assert hashlib.sha256(data_of(completed.b64_json)).digest() == job.images[0].sha256
 
 
 async def test_the_asynchronous_client_streams_without_partial_images(bridge: LiveBridge) -> None:

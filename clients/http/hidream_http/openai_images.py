@@ -18,11 +18,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from hidream.errors import HiDreamError
-from hidream.events import Event, EventReader, ImageFinished, Preview, Started, Succeeded
+from hidream.events import Event, ImageFinished, Preview, Started, Succeeded
 from hidream.images import Image
-from hidream.requests import with_request_id
 from hidream.v1 import image_gen_pb2, image_pb2, server_info_pb2
-from hidream_http.bridge import Bridge, Caller
+from hidream_http.bridge import Bridge
+from hidream_http.generation import generation_events
 from hidream_http.image_files import image_url
 from hidream_http.leaving import unless_left
 from hidream_http.openai_bodies import GenerationBody, parameter_of, read_generation
@@ -65,7 +65,7 @@ class _ImagesApi:
     async def generate(self, request: Request) -> Response:
         """Generate images; the job is cancelled when the caller goes away."""
         body = await read_generation(request)
-        events = _events(self._bridge.caller(request), body)
+        events = generation_events(self._bridge.caller(request), body.message())
         drain = self._bridge.drain
         if not body.stream:
             async with aclosing(events):
@@ -115,18 +115,6 @@ def _answering(handler: _Handler) -> _Handler:
 def _model(info: server_info_pb2.ServerInfo, name: str) -> dict[str, Any]:
     # When it was made nobody knows; since then it can be asked for.
     return {"id": name, "object": "model", "created": info.start_time.ToSeconds(), "owned_by": OWNER}
-
-
-async def _events(caller: Caller, body: GenerationBody) -> AsyncGenerator[Event]:
-    """What happens to the job of a request; leaving the generator stops the job."""
-    reader = EventReader()
-    message = with_request_id(body.message())
-    async with aclosing(caller.stream(caller.bridge.stub.Generate, message)) as responses:
-        async for response in responses:
-            event = reader.read(response.job_id, response.event)
-            if event is not None:
-                yield event
-    reader.finish()
 
 
 async def _first_of(events: AsyncGenerator[Event]) -> Event:
