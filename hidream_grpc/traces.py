@@ -10,6 +10,12 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Annotated
+
+import msgspec
+
+_TraceId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+_SpanId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
 
 AttributeValue = str | bool | int | float | Sequence[int] | Sequence[float]
 Attributes = Mapping[str, AttributeValue]
@@ -21,14 +27,14 @@ class TraceContext:
 
     Attributes:
         is_sampled: whether spans of this trace are exported.
-        parent_span_id: span that this one is a child of; empty for the root of the trace.
+        parent_span_id: span that this one is a child of; None for a root, and where it is not known.
         trace_state: what vendors keep beside the ids, as their header has it.
     """
 
-    trace_id: str
-    span_id: str
+    trace_id: _TraceId
+    span_id: _SpanId
     is_sampled: bool = True
-    parent_span_id: str = ""
+    parent_span_id: _SpanId | None = None
     trace_state: str = ""
 
     def child(self) -> TraceContext:

@@ -50,12 +50,13 @@ class OpenTelemetry:
 
     def record(self, span: FinishedSpan) -> None:
         """Export a span that has ended, under the ids that it has."""
-        if not span.context.is_sampled:
+        if not span.context.is_sampled or span.context.parent_span_id is None:
             return
+        parent = _context_below(span.context, span.context.parent_span_id)
         self._export.ids.next_span_id = int(span.context.span_id, 16)
         recorded = self._export.tracer.start_span(
             span.name,
-            _parent_of(span.context),
+            parent,
             attributes=span.attributes,
             start_time=_nanoseconds(span.start_time),
         )
@@ -92,10 +93,10 @@ class ServerSpan:
         self._span.end()
 
 
-def _parent_of(context: TraceContext) -> Context:
+def _context_below(context: TraceContext, parent_span_id: str) -> Context:
     parent = SpanContext(
         int(context.trace_id, 16),
-        int(context.parent_span_id, 16),
+        int(parent_span_id, 16),
         is_remote=True,
         trace_flags=TraceFlags(TraceFlags.SAMPLED),
         trace_state=TraceState.from_header([context.trace_state]),

@@ -37,7 +37,7 @@ def receiver() -> Iterator[TraceReceiver]:
 def traced(receiver: TraceReceiver) -> Iterator[LiveServer]:
     """A server that exports its traces, and logs in JSON."""
     environment = receiver.environment() | {"OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=test"}
-    flags = ("--devices", "0,1", "--log-format", "json", "--max-running-jobs", "1")
+    flags = ("--devices", "0,1", "--log-format", "json", "--log-level", "DEBUG", "--max-running-jobs", "1")
     with running_server(*flags, environment=environment) as server:
         yield server
 
@@ -108,6 +108,8 @@ def test_log_lines_of_a_call_and_of_its_job_have_the_ids_of_their_spans(
         line = json_line(traced, f'"{text}"', job_id)
         span = one(receiver, trace_id, name)
         assert (line["trace_id"], line["span_id"]) == (span.trace_id, span.span_id)
+    of_ranks = [json.loads(line) for line in traced.logged_lines('"starting"', job_id)]
+    assert {line["span_id"] for line in of_ranks} == {one(receiver, trace_id, "job").span_id}
 
 
 def test_a_job_that_never_starts_has_a_span_of_its_wait(
