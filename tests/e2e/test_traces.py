@@ -215,6 +215,7 @@ def silent_endpoint() -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
+@pytest.mark.long
 def test_a_receiver_that_does_not_answer_costs_one_line_and_neither_calls_nor_the_end_wait(
     silent_endpoint: str,
 ) -> None:

@@ -95,11 +95,12 @@ class TraceReceiver(trace_service_pb2_grpc.TraceServiceServicer):
 
 
 @contextmanager
-def trace_receiver() -> Iterator[TraceReceiver]:
+def trace_receiver(port: int = 0) -> Iterator[TraceReceiver]:
+    """A receiver on this port of 127.0.0.1, or on a free one."""
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=2))
     receiver = TraceReceiver()
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receiver, server)
-    receiver.endpoint = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    receiver.endpoint = f"http://127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
     server.start()
     try:
         yield receiver

@@ -36,9 +36,9 @@ class SpanExport:
     """
 
     def __init__(self, service_name: str, service_version: str) -> None:
-        outages = _OutageLog()
         # First, since a failure must leave no thread.
-        self._exporter = _Exporter(OTLPSpanExporter(), outages)
+        self._exporter = _Exporter(OTLPSpanExporter())
+        _outages.begin()
         self._processor = BatchSpanProcessor(self._exporter)
         self._propagator = TraceContextTextMapPropagator()
         self.ids = SpanIds()
@@ -92,6 +92,10 @@ class _OutageLog(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self._has_begun = False
+
+    def begin(self) -> None:
+        """Take what OpenTelemetry logs in this process, from now on."""
+        self._has_begun = False
         sdk_logger = logging.getLogger("opentelemetry")
         sdk_logger.propagate = False
         sdk_logger.addHandler(self)
@@ -107,17 +111,19 @@ class _OutageLog(logging.Handler):
             logger.info("can export traces again")
 
 
+_outages = _OutageLog()
+
+
 class _Exporter(SpanExporter):
     """An exporter that says when it works."""
 
-    def __init__(self, exporter: SpanExporter, outages: _OutageLog) -> None:
+    def __init__(self, exporter: SpanExporter) -> None:
         self._exporter = exporter
-        self._outages = outages
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         result = self._exporter.export(spans)
         if result is SpanExportResult.SUCCESS:
-            self._outages.note_success()
+            _outages.note_success()
         return result
 
     def shutdown(self) -> None:
