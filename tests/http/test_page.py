@@ -61,7 +61,8 @@ def guarded_bridge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveBri
     """A bridge to a server that asks for tokens."""
     path = tmp_path_factory.mktemp("secret") / "tokens"
     path.write_text("".join(f"{caller} {token_of(caller)}\n" for caller in CALLERS), encoding="utf-8")
-    with running_server("--tokens-file", str(path)) as server, running_bridge(server.address) as bridge:
+    flags = ("--tokens-file", str(path), "--max-running-jobs-per-caller", "1")
+    with running_server(*flags) as server, running_bridge(server.address) as bridge:
         yield bridge
 
 
@@ -105,15 +106,20 @@ def test_a_person_sees_each_preview_and_then_the_image(open_page: Open) -> None:
         assert Path(download.value.path()).read_bytes().startswith(b"\x89PNG")
 
 
-def test_cancelling_stops_the_job(open_page: Open, guarded_bridge: LiveBridge) -> None:
+def test_a_waiting_job_shows_its_place_and_both_can_be_cancelled(
+    open_page: Open, guarded_bridge: LiveBridge
+) -> None:
     with open_page("cancels") as visitor:
-        card = visitor.draw(CIRCLE, numInferenceSteps=LONG_STEPS)
-        expect(card.locator(".status")).to_contain_text("Step")
-        visitor.button(card, "Cancel").click()
-        expect(card.locator(".status")).to_have_text("Cancelled")
-        expect(visitor.button(card, "Cancel")).to_be_hidden()
-    (job,) = call(guarded_bridge, "cancels", "GET", "/v1/jobs").json()["jobs"]
-    assert job["state"] == "JOB_STATE_CANCELLED"
+        running = visitor.draw(CIRCLE, numInferenceSteps=LONG_STEPS)
+        expect(running.locator(".status")).to_contain_text(re.compile(r"Step \d+ of 150 · \d+.* left"))
+        waiting = visitor.draw(STAR)
+        expect(waiting.locator(".status")).to_contain_text(re.compile(r"Place 1 in the queue · starts in \d"))
+        for card in (waiting, running):
+            visitor.button(card, "Cancel").click()
+            expect(card.locator(".status")).to_have_text("Cancelled")
+            expect(visitor.button(card, "Cancel")).to_be_hidden()
+    jobs = call(guarded_bridge, "cancels", "GET", "/v1/jobs").json()["jobs"]
+    assert [job["state"] for job in jobs] == ["JOB_STATE_CANCELLED"] * 2
 
 
 def test_a_job_goes_on_while_the_page_is_loaded_again(open_page: Open) -> None:
@@ -132,7 +138,7 @@ def test_the_keyboard_is_enough(open_page: Open) -> None:
         expect(visitor.page.locator("#draw")).to_be_enabled()
         visitor.page.locator("[name=prompt]").focus()
         keyboard.type(CIRCLE)
-        for _ in ("settings", "size", "steps"):
+        for _ in ("generate", "settings", "size", "steps"):
             keyboard.press("Tab")
         expect(visitor.page.locator("[name=numInferenceSteps]")).to_be_focused()
         keyboard.type(str(LONG_STEPS))

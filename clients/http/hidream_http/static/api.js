@@ -59,7 +59,7 @@ export async function patientCall(method, path, body, onWait) {
 }
 
 // Follows a stream of server-sent events for as long as it is wanted: after a loss, from the last event on.
-export function follow(path, { onOpen = () => {}, onLost = () => {}, onEnd = () => {}, onEvent }) {
+export function follow(path, { onOpen, onLost, onRefused, onEvent }) {
   const closing = new AbortController();
   const run = async () => {
     let lastId = "";
@@ -67,7 +67,7 @@ export function follow(path, { onOpen = () => {}, onLost = () => {}, onEnd = () 
       try {
         const headers = { Accept: "text/event-stream", ...(lastId && { "Last-Event-ID": lastId }) };
         const { body } = await request(path, { headers, signal: closing.signal });
-        await onOpen();
+        await onOpen?.();
         // There is nothing after the last event.
         if (!body) return;
         for await (const { id, event, data } of messages(body.getReader())) {
@@ -78,9 +78,9 @@ export function follow(path, { onOpen = () => {}, onLost = () => {}, onEnd = () 
         }
       } catch (problem) {
         if (closing.signal.aborted) return;
-        if (problem instanceof Problem && !problem.passes) return void onEnd(problem);
+        if (problem instanceof Problem && !problem.passes) return void onRefused(problem);
       }
-      onLost();
+      onLost?.();
       await pause(tries);
     }
   };

@@ -10,9 +10,13 @@ const draw = document.getElementById("draw");
 const note = document.getElementById("note");
 const problemLine = document.getElementById("problem");
 let poorGuidance;
+let known;
 
-// Takes the limits and defaults of the server; what the person has set stays.
+// Takes the limits and defaults of the server when they change; what the person has set stays.
 export function allow({ model, limits, defaults, recommendedSizes = [], supportedSizes = [] }) {
+  const said = JSON.stringify([model, limits, defaults, recommendedSizes, supportedSizes]);
+  if (said === known) return;
+  known = said;
   bound("numInferenceSteps", 1, limits.maxNumInferenceSteps, defaults.numInferenceSteps);
   bound("guidanceScale", 0, limits.maxGuidanceScale, defaults.guidanceScale);
   bound("numImages", 1, limits.maxNumImages, defaults.numImages);
@@ -25,7 +29,7 @@ export function allow({ model, limits, defaults, recommendedSizes = [], supporte
   choose(chosen);
   poorGuidance = model.maxPoorGuidanceScale;
   react();
-  if (draw.disabled) showExamples(model.name);
+  showExamples(model.name);
   draw.disabled = false;
 }
 
@@ -103,7 +107,7 @@ export async function submit(spec) {
 // Says what went wrong, and with which field.
 export function explain(problem) {
   if (!(problem instanceof Problem)) throw problem;
-  complain(problem.message);
+  complain(problem.status ? problem.message : say("reconnecting"));
   const camelCase = (field) => field.replace(/^.*\./, "").replace(/_(\w)/g, (_, letter) => letter.toUpperCase());
   const names = problem.violations.map(({ field }) => camelCase(field).replace(/^(width|height)$/, "size"));
   const wrong = names.map((name) => form.elements[name]).filter(Boolean);

@@ -2,11 +2,12 @@
 
 import { call, follow } from "./api.js";
 import { Card } from "./card.js";
+import { explain } from "./form.js";
 import { noteStepTime, show } from "./strip.js";
 
 const PAGE_SIZE = 12;
-// A browser opens six connections to a host; images and calls want some of them.
-const MAX_FOLLOWED = 3;
+// A browser opens six connections to a host, for all of its tabs; images and calls want some of them.
+const MAX_FOLLOWED = 2;
 const UNFINISHED = "states=JOB_STATE_QUEUED&states=JOB_STATE_RUNNING";
 const list = document.getElementById("gallery");
 const end = document.getElementById("more");
@@ -18,12 +19,23 @@ export class Gallery {
   constructor(reactions, onChange) {
     Object.assign(this, { reactions, onChange, cards: new Map(), followed: new Map(), nextPage: null });
     this.atEnd = new IntersectionObserver(([entry]) => entry.isIntersecting && this.loadMore(), { rootMargin: "50%" });
+    document.addEventListener("visibilitychange", () => this.watch());
+    this.watch();
     this.refresh().catch(() => show("reconnecting"));
-    follow(`v1/jobs:watch?${UNFINISHED}`, {
-      onOpen: () => this.refresh(),
-      onLost: () => show("reconnecting"),
-      onEvent: ({ job }) => this.put(job),
-    });
+  }
+
+  // Reads no stream while nobody looks.
+  watch() {
+    if (document.hidden) this.stop = this.stop?.();
+    else {
+      this.stop ??= follow(`v1/jobs:watch?${UNFINISHED}`, {
+        onOpen: () => this.refresh(),
+        onLost: () => show("reconnecting"),
+        onRefused: explain,
+        onEvent: ({ job }) => this.put(job),
+      });
+    }
+    this.followSome();
   }
 
   // Shows a job as it is now.
@@ -46,7 +58,7 @@ export class Gallery {
 
   // Reads the events of the jobs that will end first.
   followSome() {
-    const unfinished = [...this.cards.values()].filter((card) => !card.hasEnded);
+    const unfinished = [...this.cards.values()].filter((card) => this.stop && !card.hasEnded);
     unfinished.sort((one, other) => (other.state === "RUNNING") - (one.state === "RUNNING")
       || one.element.dataset.created - other.element.dataset.created);
     const wanted = unfinished.slice(0, MAX_FOLLOWED).map((card) => card.job.jobId);
@@ -62,7 +74,7 @@ export class Gallery {
         if (isLast || event.started) this.followSome();
         return isLast;
       },
-      onEnd: (problem) => problem.status === 404 && this.drop(jobId),
+      onRefused: (problem) => (problem.status === 404 ? this.drop(jobId) : explain(problem)),
     });
   }
 

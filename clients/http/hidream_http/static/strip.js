@@ -26,6 +26,7 @@ export function watchServer(onInfo) {
     }
   };
   document.addEventListener("visibilitychange", ask);
+  show("connecting");
   ask();
   return ask;
 }
