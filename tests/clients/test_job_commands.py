@@ -285,20 +285,20 @@ def test_a_watch_and_a_generation_survive_a_kill_of_the_server_and_go_on_behind_
     with ExitStack() as ended:
         with running_server(*flags) as server:
             address = server.address
-            job_id = submitted(server, "--size", "64x64", "--steps", "120", "--images", "2")
+            job_id = submitted(server, "--size", "64x64", "--steps", "60", "--images", "2")
             for_people = ended.enter_context(begun(address, "watch", job_id, "--out", "a.png", folder=out))
             for_programs = ended.enter_context(begun(address, "watch", job_id, "--json", folder=out))
             generating = ended.enter_context(
                 begun(
                     address,
-                    *("generate", PROMPT, "--size", "64x64", "--steps", "120", "--out", "b.png", "--json"),
+                    *("generate", PROMPT, "--size", "64x64", "--steps", "60", "--out", "b.png", "--json"),
                     folder=out,
                 )
             )
             ended.callback(for_people.kill)
             ended.callback(generating.kill)
             ended.callback(for_programs.kill)
-            text_until(for_people.stderr, r"step \d+ of 120")
+            text_until(for_people.stderr, r"step \d+ of 60")
             told_before = text_until(for_programs.stdout, r'"step": \d+.*\n')
             generated_before = text_until(generating.stdout, r'"step": \d+.*\n')
             server.process.kill()
@@ -331,7 +331,7 @@ def test_a_watch_and_a_generation_survive_a_kill_of_the_server_and_go_on_behind_
     assert (restarted["attempt"], restarted["reason"]) == (2, "the server that ran it ended")
     steps = [event["step"] for event in events[kinds.index("restarted") :] if event["event"] == "progress"]
     assert steps[0] > restarted["resumed_from_step"]
-    assert steps[-1] == 120
+    assert steps[-1] == 60
     for event in events[-3:-1]:
         data = (out / f"a_{event['image']['index']}.png").read_bytes()
         assert hashlib.sha256(data).hexdigest() == event["image"]["sha256"]

@@ -13,6 +13,7 @@ from tests.support.live_server import running_server, wait_until
 from tests.support.streams import follow, request
 
 
+@pytest.mark.long
 def test_every_rank_compiles_for_the_named_steps_when_it_has_loaded_also_one_that_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -173,6 +173,7 @@ class TwoRequests:
             self.large_has_ended.set()
 
 
+@pytest.mark.long
 async def test_the_controller_keeps_a_request_stepping_while_another_ones_large_image_is_decoded() -> None:
     requests = TwoRequests()
     controller = Controller(

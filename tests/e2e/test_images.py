@@ -13,10 +13,10 @@ from scripts.demo_model.judge import judge
 from tests.support.streams import follow, request
 
 PROMPTS = {
-    "a red circle on a blue background": simple_scene("red", "circle", "blue"),
     "红色圆形在蓝色背景上": simple_scene("red", "circle", "blue"),
 }
 OTHER_PROMPTS = {
+    "a red circle on a blue background": simple_scene("red", "circle", "blue"),
     "a green square on a white background": simple_scene("green", "square", "white"),
     "a yellow star on a black background": simple_scene("yellow", "star", "black"),
     "a white circle on a green background": simple_scene("white", "circle", "green"),

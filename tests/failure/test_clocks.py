@@ -125,7 +125,7 @@ def seconds_of(timings: job_pb2.JobTimings) -> list[float]:
 
 def test_a_running_job_in_a_file_does_not_notice_that_the_clock_is_set(tmp_path: Path) -> None:
     with server_on_sqlite(tmp_path) as server, server.live.stub() as stub, readers() as streams:
-        stream = streams.generate(stub, width=128, height=128, num_inference_steps=150)
+        stream = streams.generate(stub, width=64, height=64, num_inference_steps=60)
         stream.wait_for("progress")
         for seconds in (30.0, -30.0):
             server.clock.step_to(seconds)

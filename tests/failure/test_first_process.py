@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.support.live_server import running_server, wait_until
+from tests.support.live_server import STOP_TIMEOUT_SECONDS, running_server, wait_until
 
 # What the first process of a container is to orphans; an exec keeps it, and children do not inherit it.
 ADOPT_ORPHANS = """
@@ -28,6 +28,8 @@ def test_the_children_of_a_killed_zygote_leave_no_zombies_and_the_ranks_come_bac
         os.kill(zygote.pid, signal.SIGKILL)
         wait_until(lambda: not any(process.is_running() for process in first), 60, "no zombie is left")
         wait_until(lambda: "the rank group is back" in server.log, 120, "the ranks are back")
+        server.process.terminate()
+        server.process.wait(STOP_TIMEOUT_SECONDS)
     assert server.process.returncode == 0
     # Its exit status went to what waits for it.
     assert "their zygote was lost: killed by SIGKILL" in server.log

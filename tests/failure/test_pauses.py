@@ -18,7 +18,7 @@ from tests.failure.faulty_servers import (
     servers_on_postgres,
 )
 from tests.failure.readers import readers, wait_for_news
-from tests.support.job_calls import LONG_STEPS, Stub, get, submission, submit, wait_for_state
+from tests.support.job_calls import Stub, get, submission, submit, wait_for_state
 from tests.support.live_server import wait_until
 from tests.support.postgres import PostgresServer
 from tests.support.streams import request
@@ -37,7 +37,7 @@ def test_streams_at_a_server_that_slept_through_its_lease_go_on_or_end_soon_afte
         second.live.stub() as other,
         readers() as streams,
     ):
-        spec = {"width": 128, "height": 128, "num_inference_steps": LONG_STEPS}
+        spec = {"width": 64, "height": 64, "num_inference_steps": 100}
         with second.paused():
             # So the first one has both jobs.
             job_id = submit(one, **spec).job_id
@@ -164,6 +164,7 @@ def freeze_in_transaction(server: FaultyServer, postgres: PostgresServer, url: s
     raise AssertionError("the replica was never met within a transaction")
 
 
+@pytest.mark.long
 def test_a_replica_that_freezes_within_a_transaction_stops_no_other_for_long(
     postgres: PostgresServer, tmp_path: Path
 ) -> None:

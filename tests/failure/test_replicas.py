@@ -118,7 +118,7 @@ def test_a_caller_that_tries_again_at_the_other_replica_keeps_its_job(
     pair: tuple[LiveServer, LiveServer],
 ) -> None:
     first, second = pair
-    message = request(num_inference_steps=LONG_STEPS, width=128, height=128, request_id="tried-again")
+    message = request(num_inference_steps=40, width=64, height=64, request_id="tried-again")
     with first.stub() as one, second.stub() as other:
         lost, again = one.Generate(message), other.Generate(message)
         assert read_until(lost, is_progress)[-1].job_id == read_until(again, is_progress)[-1].job_id

@@ -44,8 +44,10 @@ def cut_for_a_moment(server: FaultyServer) -> Iterator[None]:
     "way",
     [
         "CancelJob",
-        "its deadline passes",
-        *(pytest.param(way, marks=pytest.mark.long) for way in ("CancelJob twice", "its caller leaves")),
+        *(
+            pytest.param(way, marks=pytest.mark.long)
+            for way in ("its deadline passes", "CancelJob twice", "its caller leaves")
+        ),
     ],
 )
 def test_a_job_that_is_stopped_while_the_database_fails_is_cancelled(

@@ -115,6 +115,7 @@ def test_a_server_whose_stderr_nobody_reads_draws_ends_and_tells_what_it_dropped
     assert abs(len(came) + int(match[1]) - in_file.index(told)) < 10
 
 
+@pytest.mark.long
 def test_a_server_without_a_stderr_answers_and_ends_in_order(tmp_path: Path) -> None:
     with server_with_stderr(None, tmp_path) as (process, address):
         call_often(address)

@@ -236,9 +236,9 @@ async def test_a_retry_of_a_job_that_was_not_drawn_is_a_new_job(bench: Bench) ->
 async def test_a_retry_with_more_time_gives_its_job_more_time(
     bench: Bench, later_seconds: float | None
 ) -> None:
-    retried = await bench.submit(submission("retried", deadline_seconds=0.5))
+    retried = await bench.submit(submission("retried", deadline_seconds=2.0))
     await bench.submit(submission("retried", deadline_seconds=later_seconds))
-    other = await bench.submit(submission("other", deadline_seconds=0.6))
+    other = await bench.submit(submission("other", deadline_seconds=2.2))
     assert isinstance(await bench.end(other.job_id), Cancelled)
     assert await bench.run() == retried.job_id
 
