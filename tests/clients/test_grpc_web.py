@@ -18,7 +18,7 @@ import PIL.Image
 import pytest
 
 from hidream.v1 import image_gen_pb2, job_pb2, server_info_pb2
-from tests.support.envoy import HEALTH_CHECK_SECONDS, LiveEnvoy, running_envoy
+from tests.support.envoy import HEALTH_CHECK_SECONDS, LiveEnvoy, contract_file, running_envoy
 from tests.support.grpc_web import WebCall, web_call
 from tests.support.job_calls import get
 from tests.support.live_server import LiveServer, running_server, wait_until
@@ -26,6 +26,7 @@ from tests.support.streams import Stream, request
 
 PROJECT = Path(__file__).parents[2]
 CONFIGURATION = PROJECT / "deploy" / "envoy-web.yaml"
+CONTRACT = "/etc/envoy/hidream.pb"
 ORIGIN = "https://app.example"
 TIMEOUT_SECONDS = 60.0
 NUM_CALLERS = 3
@@ -68,14 +69,23 @@ class Web:
 
 
 @pytest.fixture(scope="module")
-def envoy(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveEnvoy]:
-    with running_envoy(CONFIGURATION, [server.address], tmp_path_factory.mktemp("envoy")) as live:
+def contract(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file with the contract that Envoy is given."""
+    return contract_file(tmp_path_factory.mktemp("contract"))
+
+
+@pytest.fixture(scope="module")
+def envoy(
+    server: LiveServer, contract: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LiveEnvoy]:
+    files = {CONTRACT: contract}
+    with running_envoy(CONFIGURATION, [server.address], tmp_path_factory.mktemp("envoy"), files) as live:
         yield live
 
 
 @pytest.fixture
 def web(envoy: LiveEnvoy) -> Web:
-    return Web(envoy.port)
+    return Web(envoy.ports["web"])
 
 
 def test_a_browser_sees_previews_while_its_job_runs_and_leaving_cancels_it(
@@ -101,12 +111,12 @@ def test_an_image_arrives_whole_by_grpc_web(web: Web) -> None:
 
 
 def test_the_program_of_the_page_draws_by_a_library_of_others(
-    envoy: LiveEnvoy, node_example: Path, tmp_path: Path
+    envoy: LiveEnvoy, contract: Path, node_example: Path, tmp_path: Path
 ) -> None:
     program = node_example.with_name("generate_web.mjs")
     page = (PROJECT / "docs" / "clients.md").read_text(encoding="utf-8")
     assert f"```javascript\n{program.read_text(encoding='utf-8')}```" in page
-    command: list[str | Path] = ["node", program, f"http://127.0.0.1:{envoy.port}", envoy.contract]
+    command: list[str | Path] = ["node", program, f"http://127.0.0.1:{envoy.ports['web']}", contract]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "step 24 of 24"
@@ -143,16 +153,20 @@ def test_the_contract_is_json_by_the_annotations_of_the_protos(web: Web) -> None
     assert unknown.status == 400
 
 
-def test_one_of_two_servers_drains_under_load_and_no_call_fails(server: LiveServer, tmp_path: Path) -> None:
+def test_one_of_two_servers_drains_under_load_and_no_call_fails(
+    server: LiveServer, contract: Path, tmp_path: Path
+) -> None:
     # Longer than it takes for two health checks to fail.
-    drain = ("--drain-delay-seconds", str(6 * HEALTH_CHECK_SECONDS))
+    drain = ("--drain-delay-seconds", str(10 * HEALTH_CHECK_SECONDS))
     ends = threading.Event()
     with (
         running_server(*drain) as second,
-        running_envoy(CONFIGURATION, [server.address, second.address], tmp_path) as live,
+        running_envoy(
+            CONFIGURATION, [server.address, second.address], tmp_path, {CONTRACT: contract}
+        ) as live,
         ThreadPoolExecutor(NUM_CALLERS) as threads,
     ):
-        web = Web(live.port)
+        web = Web(live.ports["web"])
 
         def call_until_the_end(caller: int) -> list[str]:
             statuses = []

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 
 from hidream.v1 import image_pb2
-from hidream_grpc.model.parameters import OutputFormat
 from tests.support.live_server import LiveServer, running_server
 from tests.support.signing_certificates import SigningAuthority
 from tests.support.streams import follow, request
@@ -23,14 +22,11 @@ def signing_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveSer
         yield live
 
 
-@pytest.mark.parametrize("output_format", OutputFormat)
-def test_an_image_arrives_with_a_manifest_that_its_authority_vouches_for(
-    signing_server: LiveServer, output_format: OutputFormat
-) -> None:
+def test_an_image_arrives_with_a_manifest_that_its_authority_vouches_for(signing_server: LiveServer) -> None:
     asked = request("a red circle", num_inference_steps=1, num_images=2)
-    asked.spec.output_format = image_pb2.OutputFormat.Value(f"OUTPUT_FORMAT_{output_format.name}")
+    asked.spec.output_format = image_pb2.OUTPUT_FORMAT_WEBP
     with signing_server.stub() as stub:
         images = follow(stub.Generate(asked)).images
     assert len(images) == 2
     for image in images:
-        assert AUTHORITY.verify(image, output_format.mime_type)["validation_state"] == "Trusted"
+        assert AUTHORITY.verify(image, "image/webp")["validation_state"] == "Trusted"

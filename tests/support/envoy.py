@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,15 @@ class LiveEnvoy:
     """A running Envoy: what it listens on, and what it finds of the servers behind it.
 
     Attributes:
-        port: where callers reach it.
-        contract: the file with the contract that it was given.
+        ports: where callers reach it, by the name of the listener.
     """
 
-    def __init__(self, admin_port: int, contract: Path) -> None:
+    def __init__(self, admin_port: int) -> None:
         self._admin_port = admin_port
-        self.contract = contract
-        (listener,) = self._ask("listeners")["listener_statuses"]
-        self.port: int = listener["local_address"]["socket_address"]["port_value"]
+        self.ports: dict[str, int] = {
+            listener["name"]: listener["local_address"]["socket_address"]["port_value"]
+            for listener in self._ask("listeners")["listener_statuses"]
+        }
 
     def healthy_ports(self) -> set[int]:
         """The ports of the servers that it sends calls to."""
@@ -52,18 +52,25 @@ class LiveEnvoy:
 
 
 @contextmanager
-def running_envoy(configuration: Path, server_addresses: Sequence[str], folder: Path) -> Iterator[LiveEnvoy]:
-    """Envoy with a file of deploy/, changed only in where things are and how soon it sees health."""
-    settings = yaml.safe_load(configuration.read_text(encoding="utf-8"))
-    (listener,), (cluster,) = (settings["static_resources"][name] for name in ("listeners", "clusters"))
-    listener["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": 0}
-    (transcoder,) = (
-        each["typed_config"]
-        for each in listener["filter_chains"][0]["filters"][0]["typed_config"]["http_filters"]
-        if each["name"] == "envoy.filters.http.grpc_json_transcoder"
-    )
-    contract = _contract(folder)
-    transcoder["proto_descriptor"] = str(contract)
+def running_envoy(
+    configuration: Path, server_addresses: Sequence[str], folder: Path, files: Mapping[str, Path]
+) -> Iterator[LiveEnvoy]:
+    """Envoy with a file of deploy/, changed only in where things are and how soon it sees health.
+
+    Args:
+        configuration: the file.
+        server_addresses: what is behind it; it has found all of them healthy when the block begins.
+        folder: for what it writes.
+        files: where the files are that the configuration names.
+    """
+    text = configuration.read_text(encoding="utf-8")
+    for name, path in files.items():
+        assert name in text
+        text = text.replace(name, str(path))
+    settings = yaml.safe_load(text)
+    listeners, (cluster,) = (settings["static_resources"][name] for name in ("listeners", "clusters"))
+    for listener in listeners:
+        listener["address"]["socket_address"] = {"address": "127.0.0.1", "port_value": 0}
     cluster["type"] = "STATIC"
     cluster["load_assignment"]["endpoints"][0]["lb_endpoints"] = [
         {"endpoint": {"address": {"socket_address": {"address": host, "port_value": int(port)}}}}
@@ -71,6 +78,8 @@ def running_envoy(configuration: Path, server_addresses: Sequence[str], folder: 
     ]
     for check in cluster["health_checks"]:
         check["interval"] = check["no_traffic_interval"] = f"{HEALTH_CHECK_SECONDS}s"
+        # On busy cores a server may be slow to answer, and is no less healthy.
+        check["timeout"] = "10s"
     settings["admin"] = {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 0}}}
     file, admin = folder / "envoy.yaml", folder / "admin"
     file.write_text(yaml.safe_dump(settings), encoding="utf-8")
@@ -85,7 +94,7 @@ def running_envoy(configuration: Path, server_addresses: Sequence[str], folder: 
                 "Envoy has started",
             )
             assert process.poll() is None, log.read_text()
-            live = LiveEnvoy(int(admin.read_text().rpartition(":")[2]), contract)
+            live = LiveEnvoy(int(admin.read_text().rpartition(":")[2]))
             everyone = {int(address.rpartition(":")[2]) for address in server_addresses}
             wait_until(lambda: live.healthy_ports() == everyone, START_TIMEOUT_SECONDS, "all are healthy")
             yield live
@@ -93,7 +102,7 @@ def running_envoy(configuration: Path, server_addresses: Sequence[str], folder: 
             process.kill()
 
 
-def _contract(folder: Path) -> Path:
+def contract_file(folder: Path) -> Path:
     """The contract, made as deploy/envoy-web.yaml says."""
     file = folder / "hidream.pb"
     protos = sorted(path.relative_to(PROJECT) for path in (PROJECT / "protos/hidream/v1").glob("*.proto"))
