@@ -1,6 +1,7 @@
 // Calls the bridge: requests, streams of events, files; with the token of this tab where there is one.
 
-const TOKEN = "hidream-token";
+import { askForToken, token } from "./token.js";
+
 const RETRY_MS = [300, 1000, 2000, 4000];
 // Longer than the bridge is ever silent on a stream.
 const SILENT_MS = 60_000;
@@ -14,20 +15,9 @@ export class Problem extends Error {
   }
 }
 
-export const token = {
-  get: () => sessionStorage.getItem(TOKEN),
-  set: (value) => sessionStorage.setItem(TOKEN, value),
-  forget: () => sessionStorage.removeItem(TOKEN),
-};
-
-// Asks the person for a token: given by the page, called with whether a token was refused.
-let ask = null;
-let asked = null;
-export function askForTokenWith(dialog) { ask = dialog; }
-
 async function request(path, options = {}) {
   for (;;) {
-    const used = token.get();
+    const used = token();
     const headers = used ? { ...options.headers, Authorization: `Bearer ${used}` } : options.headers;
     const response = await fetch(path, { ...options, headers }).catch((error) => {
       throw error.name === "AbortError" ? error : new Problem(0);
@@ -35,23 +25,19 @@ async function request(path, options = {}) {
     if (response.ok) return response;
     const problem = new Problem(response.status, await response.json().catch(() => ({})));
     if (response.status !== 401) throw problem;
-    // All requests that were refused wait for one answer; one with an old token needs none.
-    if (token.get() === used) await (asked ??= ask(used !== null).finally(() => { asked = null; }));
+    await askForToken(used);
   }
 }
 
-export async function call(method, path, body) {
+// Makes a call; with `onWait` again and again until the server is there.
+export async function call(method, path, body, onWait) {
   const headers = { Accept: "application/json", "Content-Type": "application/json" };
-  const response = await request(path, { method, headers, body: body && JSON.stringify(body) });
-  return response.json().catch(() => ({}));
-}
-
-export async function patientCall(method, path, body, onWait) {
   for (let tries = 0; ; tries += 1) {
     try {
-      return await call(method, path, body);
+      const response = await request(path, { method, headers, body: body && JSON.stringify(body) });
+      return await response.json();
     } catch (problem) {
-      if (problem.status !== 0 && problem.status !== 503) throw problem;
+      if (!onWait || ![0, 503].includes(problem.status)) throw problem;
       onWait();
       await pause(tries);
     }
@@ -117,7 +103,7 @@ const imagePath = (job, image) => `v1/jobs/${encodeURIComponent(job.jobId)}/imag
 const copies = new Map();
 export async function imageAddress(job, image) {
   const path = imagePath(job, image);
-  if (!token.get()) return path;
+  if (!token()) return path;
   if (!copies.has(path)) {
     copies.set(path, request(path).then((response) => response.blob()).then((blob) => URL.createObjectURL(blob)));
     copies.get(path).catch(() => copies.delete(path));

@@ -1,6 +1,6 @@
 // The form: what to draw, within what the server allows.
 
-import { Problem, patientCall } from "./api.js";
+import { Problem, call } from "./api.js";
 import { examples, say } from "./words.js";
 
 const INTEGERS = ["numInferenceSteps", "numImages", "quality"];
@@ -58,9 +58,7 @@ function showExamples(model) {
       prompt.value = textContent;
       prompt.focus();
     });
-    const item = document.createElement("li");
-    item.append(button);
-    return item;
+    return button;
   }));
 }
 
@@ -101,7 +99,7 @@ export async function submit(spec) {
   clear();
   const requestId = Array.from(crypto.getRandomValues(new Uint32Array(4)), (part) => part.toString(36)).join("-");
   const wait = () => complain(say("waiting"));
-  return patientCall("POST", "v1/jobs", { spec, requestId, preview: true }, wait).finally(clear);
+  return call("POST", "v1/jobs", { spec, requestId, preview: true }, wait).finally(clear);
 }
 
 // Says what went wrong, and with which field.

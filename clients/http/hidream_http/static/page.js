@@ -1,6 +1,6 @@
 // The page: puts the form, the gallery and the strip together.
 
-import { askForTokenWith, call, imageAddress, token } from "./api.js";
+import { call, imageAddress } from "./api.js";
 import { allow, explain, onDraw, submit, use } from "./form.js";
 import { Gallery, jobPath } from "./gallery.js";
 import { watchServer } from "./strip.js";
@@ -8,7 +8,6 @@ import { say, translate } from "./words.js";
 
 const news = document.getElementById("news");
 const viewer = document.getElementById("viewer");
-const forget = document.getElementById("forget");
 const tell = (text) => { news.textContent = text; };
 
 const actions = {
@@ -34,18 +33,12 @@ const actions = {
 
 translate(document);
 document.getElementById("settings").open = matchMedia("(min-width: 60rem)").matches;
-forget.hidden = !token.get();
-forget.addEventListener("click", () => {
-  token.forget();
-  location.reload();
-});
 viewer.addEventListener("click", (event) => event.target === viewer && viewer.close());
 // Whatever was asked for, and failed, is said in one place.
 addEventListener("unhandledrejection", (event) => {
   event.preventDefault();
   explain(event.reason);
 });
-askForTokenWith(askForToken);
 const gallery = new Gallery({ actions, open, tell }, () => askServer());
 const askServer = watchServer((info) => {
   allow(info);
@@ -73,25 +66,4 @@ async function open(job, image) {
   picture.alt = viewer.querySelector("#viewer-prompt").textContent = job.spec.prompt;
   viewer.querySelector(".facts").textContent = `${say("seed")} ${image.seed ?? 0} · ${image.width} × ${image.height}`;
   viewer.showModal();
-}
-
-// Resolves when the person has given a token; the request that needed it is then made again.
-function askForToken(wasRefused) {
-  const dialog = document.getElementById("token");
-  const input = dialog.querySelector("input");
-  document.getElementById("token-note").textContent = say(wasRefused ? "tokenRefused" : "tokenKept");
-  input.ariaInvalid = wasRefused;
-  input.value = "";
-  dialog.oncancel = (event) => event.preventDefault();
-  dialog.showModal();
-  return new Promise((given) => {
-    dialog.onclose = () => {
-      token.set(input.value.trim());
-      forget.hidden = false;
-      // Chromium gives the focus back to a field without its caret.
-      document.activeElement.blur();
-      document.querySelector("[name=prompt]").focus();
-      given();
-    };
-  });
 }
