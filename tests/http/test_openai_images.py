@@ -143,7 +143,7 @@ def test_the_models_are_those_that_live(ai: openai.OpenAI) -> None:
 
 
 REFUSED = [
-    ({"size": "1001x1024"}, "size"),
+    ({"size": "1001x1001"}, "size"),
     ({"size": "large"}, "size"),
     ({"n": 0}, "n"),
     ({"n": 2**40}, "n"),
@@ -172,7 +172,7 @@ def test_what_cannot_be_done_is_refused_by_name(
         ai.images.generate(prompt=PROMPT, extra_body=parameters)
     assert refused.value.param == name
     assert refused.value.type == "invalid_request_error"
-    assert f"{name}: " in refused.value.message
+    assert refused.value.message.count(f"{name}: ") == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])

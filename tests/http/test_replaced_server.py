@@ -181,7 +181,7 @@ REFUSED: list[tuple[dict[str, Any], list[Any]]] = [
     ({}, ["body", "prompt"]),
     ({"prompt": "a", "sed": 1}, ["body", "sed"]),
     ({"prompt": "a", "resolution": "1024"}, ["body", "resolution"]),
-    ({"prompt": "a", "resolution": "1001x1024"}, ["body", "resolution"]),
+    ({"prompt": "a", "resolution": "1001x1001"}, ["body", "resolution"]),
     ({"prompt": "a", "num_inference_steps": 0}, ["body", "num_inference_steps"]),
     ({"prompt": "a", "num_inference_steps": "many"}, ["body", "num_inference_steps"]),
     ({"prompt": "a", "num_images_per_prompt": 10_000}, ["body", "num_images_per_prompt"]),

@@ -84,7 +84,9 @@ def _body(error: Exception, problem: Problem, parameter_of: Callable[[str], str]
             parameter, code = error.parameter, error.code
         case InvalidArgumentError() if error.violations:
             parameter, code = parameter_of(error.violations[0].field), "invalid_value"
-            message = "; ".join(f"{parameter_of(one.field)}: {one.description}" for one in error.violations)
+            # Width and height are one parameter, and may both be wrong in the same way.
+            texts = [f"{parameter_of(one.field)}: {one.description}" for one in error.violations]
+            message = "; ".join(dict.fromkeys(texts))
         case UnknownModelError() | FailedPreconditionError():
             parameter, code = "model", "model_not_found"
     return {"error": {"message": message, "type": _type_of(problem.status), "param": parameter, "code": code}}

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from hidream.errors import FieldViolation, InvalidArgumentError, ServerError
+from hidream.errors import InvalidArgumentError, ServerError
 from hidream.requests import with_request_id
 from hidream.v1 import image_gen_pb2, job_pb2, server_info_pb2
 from hidream_http import __version__
@@ -138,7 +138,7 @@ def _answering(handler: _Handler) -> _Handler:
         except InvalidBodyError as error:
             return JSONResponse({"detail": error.errors}, 422)
         except InvalidArgumentError as error:
-            return JSONResponse({"detail": [_error_of(violation) for violation in error.violations]}, 422)
+            return JSONResponse({"detail": _errors_of(error)}, 422)
         except (ServerError, ProblemError, HTTPException) as error:
             problem = problem_of(error)
             return JSONResponse({"detail": problem.detail}, problem.status, problem.response_headers())
@@ -146,5 +146,8 @@ def _answering(handler: _Handler) -> _Handler:
     return answer
 
 
-def _error_of(violation: FieldViolation) -> dict[str, Any]:
-    return {"loc": place_of(violation.field), "msg": violation.description, "type": "value_error"}
+def _errors_of(error: InvalidArgumentError) -> list[dict[str, Any]]:
+    # Width and height are one field here, and may both be wrong in the same way.
+    places_and_texts = [(place_of(one.field), one.description) for one in error.violations]
+    unique = [one for index, one in enumerate(places_and_texts) if one not in places_and_texts[:index]]
+    return [{"loc": place, "msg": text, "type": "value_error"} for place, text in unique]
