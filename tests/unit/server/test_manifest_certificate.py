@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import c2pa
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -147,6 +148,15 @@ def test_a_certificate_that_may_not_sign_manifests_is_refused_with_the_reason(tm
     files = AUTHORITY.issue(tmp_path, rsa.generate_private_key(65537, 1024))
     with pytest.raises(ConfigurationError, match="is neither Ed25519, nor RSA of 2048 bits or more"):
         signer_of(files)
+
+
+def test_no_image_is_signed_with_a_certificate_that_has_ended_meanwhile(tmp_path: Path) -> None:
+    files = AUTHORITY.issue(tmp_path, last_day=-1)
+    signer = ManifestSigner(
+        certificates=files.certificate.read_bytes(), key=files.key.read_bytes(), algorithm="es256"
+    )
+    with pytest.raises(c2pa.C2paError, match="was not valid at time of signing"):
+        signer.sign(image(OutputFormat.PNG), OutputFormat.PNG.mime_type)
 
 
 def test_a_certificate_that_ends_soon_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
