@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Iterator
 
 import httpx
@@ -53,6 +54,16 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(narrow: LiveBridg
         assert refused == 413
         # What is not too large is read.
         assert http.post("/v1/jobs", content=b" " * 1000, headers=headers).status_code == 400
+
+
+def test_a_head_without_end_is_not_kept(narrow: LiveBridge) -> None:
+    address = ("127.0.0.1", int(narrow.url.rpartition(":")[2]))
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\nX-Endless: ")
+        with pytest.raises(ConnectionError):
+            # Far more than the buffers of both ends hold.
+            for _ in range(1000):
+                connection.sendall(b"a" * 65_536)
 
 
 def test_pages_of_other_origins_may_call_where_the_operator_says_so(

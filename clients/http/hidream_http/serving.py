@@ -22,6 +22,7 @@ from hidream_http.tls import ListenerTls
 logger = logging.getLogger(__name__)
 
 MAX_PORT = 65_535
+MAX_HEAD_BYTES = 65_536
 END_SECONDS = 1
 
 
@@ -86,7 +87,9 @@ async def serve_until(
     drain, tls = Drain(), ListenerTls(settings.tls) if settings.tls else None
     config = uvicorn.Config(
         build(settings, drain),
-        http="httptools",
+        # httptools is quicker, and takes a head of any size into memory.
+        http="h11",
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         loop="none",
         ws="none",
         lifespan="on",
