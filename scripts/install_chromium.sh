@@ -18,12 +18,15 @@ echo "fetching Chromium"
 rm -rf "$target"
 mkdir -p "$target"
 cd "$target"
-apt-cache show chromium >/dev/null 2>&1 || apt-get update -qq >/dev/null 2>&1 || give_up "cannot read the list of packages"
 # Beside it every library that this system lacks: those that an installation would add.
-packages=$(apt-get install --simulate --reinstall --no-install-recommends chromium 2>/dev/null |
-  awk '$1 == "Inst" { print $2 }' | sort -u) || give_up "cannot find out which packages it needs"
-# shellcheck disable=SC2086
-apt-get download $packages >/dev/null 2>&1 || give_up "cannot download it"
+fetch() {
+  local packages
+  packages=$(apt-get install --simulate --reinstall --no-install-recommends chromium | awk '$1 == "Inst" { print $2 }')
+  # shellcheck disable=SC2086
+  [[ -n $packages ]] && apt-get download $packages
+}
+# A list of packages that is missing or old is fetched first.
+fetch >/dev/null 2>&1 || { apt-get update -qq && fetch; } >/dev/null 2>&1 || give_up "cannot download it"
 for package in ./*.deb; do
   dpkg-deb --extract "$package" .
 done

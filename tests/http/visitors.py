@@ -6,12 +6,23 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
 
 # What the browser says of every answer that is an error, and of a server that is away.
 _REFUSED = re.compile(r"^Failed to load resource")
+# Notes what a person sees only for a moment, each once.
+_WITNESS = """
+window.seen = { status: [], preview: [] };
+new MutationObserver(() => {
+  const texts = [...document.querySelectorAll(".status")].map((line) => ["status", line.textContent]);
+  const images = [...document.querySelectorAll("img.preview")].map((image) => ["preview", image.src]);
+  for (const [kind, value] of [...texts, ...images]) {
+    if (!window.seen[kind].includes(value)) window.seen[kind].push(value);
+  }
+}).observe(document, { subtree: true, childList: true, attributes: true });
+"""
 
 
 @dataclass
@@ -38,6 +49,10 @@ class Visitor:
         self.describe(prompt, **settings)
         self.page.locator("#draw").click()
         return self.card(prompt)
+
+    def seen(self, kind: Literal["status", "preview"]) -> list[str]:
+        """The lines that said how jobs are, or the addresses of previews, since the page was loaded."""
+        return list(self.page.evaluate("kind => window.seen[kind]", kind))
 
     def card(self, prompt: str) -> Locator:
         """The newest job with this prompt."""
@@ -69,6 +84,7 @@ def visiting(browser: Browser, url: str, token: str | None = None, **options: An
 
         visitor.page.on("console", note)
         visitor.page.on("pageerror", lambda error: visitor.complaints.append(str(error)))
+        visitor.page.add_init_script(_WITNESS)
         visitor.page.goto(url)
         if token is not None:
             visitor.page.locator("#token input").fill(token)
