@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from alembic.script import ScriptDirectory
 
 from hidream_grpc.jobs.store import migrate
 from hidream_grpc.settings import VARIABLES_OF_CLIENTS, Settings
+from hidream_http.command import app as bridge_command
+from hidream_http.settings import Settings as BridgeSettings
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 GRACE_SECONDS = Settings.model_fields["grace_seconds"].default
@@ -33,6 +36,7 @@ def server_pod() -> Any:
 
 def test_every_variable_of_the_deployment_files_is_a_setting() -> None:
     settings = {f"HIDREAM_{name.upper()}" for name in Settings.model_fields} | VARIABLES_OF_CLIENTS
+    settings |= {str(flag.envvar) for flag in typer.main.get_command(bridge_command).params}
     named = {
         (path.relative_to(DEPLOY), name)
         for path in DEPLOY.rglob("*")
@@ -66,6 +70,12 @@ def test_whoever_stops_the_server_gives_it_the_time_that_draining_takes(path: st
     stop_seconds = [int(seconds) for seconds in re.findall(pattern, text, re.MULTILINE)]
     assert stop_seconds
     assert min(stop_seconds) > GRACE_SECONDS + END_SECONDS
+
+
+def test_systemd_gives_the_bridge_the_time_that_draining_takes() -> None:
+    unit = (DEPLOY / "systemd" / "hidream-http.service").read_text(encoding="utf-8")
+    (stop_seconds,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
+    assert int(stop_seconds) > BridgeSettings().drain_seconds + END_SECONDS
 
 
 def test_a_pod_runs_without_rights_that_it_does_not_need() -> None:
