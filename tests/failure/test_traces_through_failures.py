@@ -16,7 +16,7 @@ from tests.support.live_server import LiveServer, running_server
 from tests.support.postgres import PostgresServer
 from tests.support.trace_receiver import TraceReceiver, trace_receiver, traceparent
 
-STEPS = 60
+STEPS = 40
 REQUEST = "POST /v1/jobs"
 CALL = "hidream.v1.ImageGen/SubmitJob"
 CALLER_SPAN_ID = "00f067aa0ba902b7"
