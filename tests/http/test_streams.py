@@ -12,6 +12,8 @@ import pytest
 
 from hidream.v1 import job_pb2
 from tests.support.job_calls import Stub, cancel, drawn, events, get, running, submit, wait_for_state
+from tests.support.live_bridge import running_bridge
+from tests.support.live_server import running_server
 
 EVENT_STREAM = {"Accept": "text/event-stream"}
 SPEC = {"prompt": "a red circle", "width": 64, "height": 64, "numInferenceSteps": 2}
@@ -129,3 +131,20 @@ def test_a_stream_that_breaks_off_says_why_and_does_not_end_as_if_whole(
         assert "event: problem\n" in received
         problem = json.loads(last.removeprefix("data: "))
     assert (problem["status"], problem["code"]) == (504, "DEADLINE_EXCEEDED")
+
+
+@pytest.mark.long
+def test_the_streams_of_a_server_that_is_killed_break_off_with_a_problem() -> None:
+    with running_server() as server, running_bridge(server.address) as bridge, bridge.client() as http:
+        job_id = http.post("/v1/jobs", json={"spec": {**SPEC, "numInferenceSteps": 100}}).json()["jobId"]
+        received: list[dict[str, str]] = []
+        breaks_off = pytest.raises(httpx.RemoteProtocolError)
+        with event_source(http, f"/v1/jobs/{job_id}/events") as watched, breaks_off:
+            for event in watched:
+                if not received:
+                    server.process.kill()
+                received.append(event)
+        assert (received[-1]["event"], received[-1]["retry"]) == ("problem", "1000")
+        assert json.loads(received[-1]["data"])["code"] == "UNAVAILABLE"
+        gone = http.get(f"/v1/jobs/{job_id}")
+        assert (gone.status_code, gone.headers["retry-after"]) == (503, "1")
