@@ -10,6 +10,7 @@ from hypothesis import settings
 
 from hidream.v1 import image_gen_pb2_grpc
 from tests.support.live_server import LiveServer, running_server
+from tests.support.postgres import PostgresServer, running_postgres
 from tests.support.warm_zygotes.starts import start_warm
 
 UNIT_TESTS = Path(__file__).parent / "unit"
@@ -62,6 +63,13 @@ def server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
     flags = ("--max-streams-per-caller", "1000", "--grace-seconds", "5", "--trusted-proxies", "127.0.0.1")
     with running_server("--devices", devices, "--metrics-port", "0", *flags) as live:
         yield live
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """One PostgreSQL for all tests that leave it running; each takes a database of its own."""
+    with running_postgres() as database_server:
+        yield database_server
 
 
 @pytest.fixture

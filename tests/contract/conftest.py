@@ -9,14 +9,8 @@ import pytest_asyncio
 
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.support.job_stores import StoreDatabase
-from tests.support.postgres import PostgresServer, running_postgres
+from tests.support.postgres import PostgresServer
 from tests.support.s3_server import BUCKET, S3Server, running_s3_server
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[PostgresServer]:
-    with running_postgres() as server:
-        yield server
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from hidream_grpc.settings import Settings
 from tests.support.live_server import LiveServer, wait_until
 from tests.support.streams import follow, request
 
-NUM_EXAMPLES = 400
+NUM_EXAMPLES = 200
 MANY_EXAMPLES = 1500
 GENERATE = "/hidream.v1.ImageGen/Generate"
 

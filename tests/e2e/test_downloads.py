@@ -115,7 +115,6 @@ def test_an_image_that_is_not_finished_is_to_be_watched(narrow: Stub) -> None:
     not_found(lambda: download(narrow, runs))
 
 
-@pytest.mark.long
 def test_a_plain_stub_receives_an_image_of_1024_by_1024(
     stub: Stub, server: LiveServer, large_job: job_pb2.Job
 ) -> None:

@@ -183,6 +183,7 @@ def test_previews_come_on_demand_after_steps_and_look_like_the_image(
     assert not follow(stub.Generate(request(num_inference_steps=2))).of_kind("preview")
 
 
+@pytest.mark.long
 def test_a_plain_stub_receives_two_images_of_1024_by_1024_in_chunks(
     stub: image_gen_pb2_grpc.ImageGenStub,
 ) -> None:

@@ -16,7 +16,7 @@ from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from tests.support.checkpoints import write_variant
 from tests.support.job_calls import Stub, cancel, drawn, events, get, refusal, running, submission
 from tests.support.live_server import LiveServer, running_server
-from tests.support.postgres import running_postgres
+from tests.support.postgres import PostgresServer
 from tests.support.streams import follow, request
 
 FLAGS = (
@@ -43,11 +43,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="module")
 def servers(
-    models: Models, tmp_path_factory: pytest.TempPathFactory
+    models: Models, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[LiveServer, LiveServer]]:
     """One that draws with Full and one that draws with Dev, on one store."""
     artifacts = tmp_path_factory.mktemp("artifacts")
-    with running_postgres() as postgres, postgres.database() as url:
+    with postgres.database() as url:
         flags = ("--store", url, "--artifacts", f"file://{artifacts}", *FLAGS)
         with (
             running_server("--model-path", str(models.full), *flags) as full,

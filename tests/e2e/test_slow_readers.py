@@ -94,7 +94,8 @@ def detached_job(request_id: str, *, num_images: int, steps: int, side: int) -> 
     )
 
 
-@pytest.mark.parametrize("num_rounds", [2, pytest.param(5, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("num_rounds", [2, 5])
 def test_two_hundred_stalled_readers_cost_at_most_a_megabyte_each_and_give_it_back(
     num_rounds: int, server: LiveServer, stub: image_gen_pb2_grpc.ImageGenStub
 ) -> None:

@@ -13,7 +13,9 @@ from tests.support.live_server import LiveServer, running_server
 from tests.support.streams import follow, request
 
 
-@pytest.mark.parametrize(("variant", "steps", "shift"), [("dev", 28, 6.0), ("fast", 16, 3.0)])
+@pytest.mark.parametrize(
+    ("variant", "steps", "shift"), [pytest.param("dev", 28, 6.0, marks=pytest.mark.long), ("fast", 16, 3.0)]
+)
 def test_the_variant_is_read_from_the_checkpoint_and_its_images_repeat_by_seed(
     tmp_path: Path, variant: str, steps: int, shift: float
 ) -> None:

@@ -7,13 +7,6 @@ import pytest
 from tests.support.postgres import PostgresServer, running_postgres
 
 
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[PostgresServer]:
-    """One PostgreSQL for all tests that leave it running; each takes a database of its own."""
-    with running_postgres() as server:
-        yield server
-
-
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[PostgresServer]:
     """A PostgreSQL that asks for passwords, but the superuser's."""

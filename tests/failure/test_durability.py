@@ -35,6 +35,7 @@ def test_no_acknowledged_job_is_lost_or_drawn_twice_when_everything_is_killed(
     assert len(watcher.image()) == watcher.events[-1].succeeded.job.images[0].size_bytes
 
 
+@pytest.mark.long
 def test_a_job_alone_goes_on_from_its_snapshot_and_gives_the_same_image(tmp_path: Path) -> None:
     flags = ("--data-dir", str(tmp_path), "--devices", "1", "--threads-per-rank", "1")
     request = job_request("alone", 3, LONG_STEPS, side=128)

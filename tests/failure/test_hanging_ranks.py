@@ -81,7 +81,7 @@ async def group(shared_group: RankGroup, undisturbed: bytes) -> RankGroup:
     ("victims", "fault"),
     [
         pytest.param((0,), LOOP, id="rank 0 loops"),
-        pytest.param((2,), WAIT_FOR_EVER, id="the last rank waits"),
+        pytest.param((2,), WAIT_FOR_EVER, id="the last rank waits", marks=pytest.mark.long),
         pytest.param((0, 1), LOOP, id="two loop", marks=pytest.mark.long),
     ],
 )
@@ -95,7 +95,10 @@ async def test_a_rank_that_hangs_in_a_step_is_replaced_and_those_that_wait_for_i
     await comes_back(group, undisturbed, victims)
 
 
-@pytest.mark.parametrize("fault", [LOOP, WAIT_FOR_EVER], ids=["a loop", "a wait"])
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(LOOP, id="a loop", marks=pytest.mark.long), pytest.param(WAIT_FOR_EVER, id="a wait")],
+)
 async def test_a_rank_that_hangs_while_idle_is_noticed_by_the_next_plan(
     group: RankGroup, undisturbed: bytes, fault: signal.Signals
 ) -> None:

@@ -60,6 +60,7 @@ def used(group: RankGroup) -> tuple[int, ...]:
     return group.placement.devices.devices
 
 
+@pytest.mark.long
 async def test_a_device_that_does_not_come_back_is_replaced_by_a_spare_one_and_then_done_without(
     group: RankGroup, devices: Devices
 ) -> None:

@@ -172,6 +172,7 @@ async def test_all_start_again_when_their_zygote_dies(group: RankGroup, undistur
     assert await draw(group, picture()) == undisturbed
 
 
+@pytest.mark.long
 async def test_new_generations_cost_no_file_descriptors(group: RankGroup, undisturbed: bytes) -> None:
     """Neither the server nor a survivor keeps anything of the groups before."""
     num_open: list[tuple[int, int]] = []

@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2
 
 from hidream.v1 import job_pb2
 from tests.failure.faulty_servers import ONE_THREAD, FaultyServer, server_on_postgres
-from tests.support.job_calls import LONG_STEPS, downloaded, get, is_accepted, submit, wait_for_state
+from tests.support.job_calls import downloaded, get, is_accepted, submit, wait_for_state
 from tests.support.live_server import LiveServer, check_health, running_server, watched_health
 from tests.support.postgres import PostgresServer
 
@@ -141,7 +141,7 @@ def test_while_the_file_of_the_jobs_is_taken_away_nothing_is_accepted_that_would
     with server.stub() as stub, watched_health(server) as next_status:
         assert next_status() == Status.SERVING
         # Until it has ended there is something to write into the folder.
-        num_steps = LONG_STEPS if take_away is moved and not name else 1
+        num_steps = 60 if take_away is moved and not name else 1
         runs = submit(stub, num_inference_steps=num_steps).job_id
         with take_away(folder / name if name else folder):
             assert not is_accepted(stub)

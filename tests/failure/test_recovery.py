@@ -31,7 +31,9 @@ def rank_process(server: LiveServer, rank: int) -> psutil.Process:
     raise AssertionError(f"no process is rank {rank}")
 
 
-@pytest.mark.parametrize("rank", [0, 1], ids=["rank-0", "rank-1"])
+@pytest.mark.parametrize(
+    "rank", [pytest.param(0, id="rank-0", marks=pytest.mark.long), pytest.param(1, id="rank-1")]
+)
 def test_a_rank_killed_in_mid_picture_is_replaced_and_the_image_is_the_same(
     mortal_server: LiveServer, rank: int
 ) -> None:

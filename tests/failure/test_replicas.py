@@ -143,7 +143,7 @@ def test_a_caller_that_tries_again_at_the_other_replica_keeps_its_job(
 def test_what_a_replica_leaves_is_finished_by_the_other(
     death: signal.Signals, postgres: PostgresServer, tmp_path: Path
 ) -> None:
-    requests = [job_request(f"r{number}", number, 60, side=128) for number in range(3)]
+    requests = [job_request(f"r{number}", number, 40) for number in range(3)]
     with replicas(postgres, tmp_path) as (first, second), second.stub() as stub, first.stub() as dying:
         jobs = dying.BatchSubmitJobs(image_gen_pb2.BatchSubmitJobsRequest(requests=requests)).jobs
         snapshots = tmp_path / "artifacts" / "snapshots"

@@ -72,7 +72,7 @@ def kill_everything(group: RankGroup) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 async def test_a_killed_rank_costs_no_step_that_was_done(
     engine: RankEngine, group: RankGroup, undisturbed: list[bytes], victim: int
 ) -> None:
@@ -113,6 +113,7 @@ async def test_a_request_that_is_being_decoded_is_not_denoised_again(
     assert engine.images(job_id) == undisturbed
 
 
+@pytest.mark.long
 async def test_kills_from_outside_never_fail_a_request_however_many(
     engine: RankEngine, group: RankGroup, undisturbed: list[bytes]
 ) -> None:
@@ -182,10 +183,10 @@ def of_another_checkpoint(snapshot: bytes, identity: SnapshotIdentity) -> bytes:
 @pytest.mark.parametrize(
     ("altered", "reason"),
     [
-        (of_another_version, "not a snapshot of version 2"),
         (with_a_flipped_bit, "altered or cut"),
-        (of_another_seed, "of another request"),
-        (of_another_checkpoint, "of another checkpoint"),
+        pytest.param(of_another_version, "not a snapshot of version 2", marks=pytest.mark.long),
+        pytest.param(of_another_seed, "of another request", marks=pytest.mark.long),
+        pytest.param(of_another_checkpoint, "of another checkpoint", marks=pytest.mark.long),
     ],
 )
 async def test_a_snapshot_that_is_not_the_requests_own_costs_the_steps_and_not_the_request(

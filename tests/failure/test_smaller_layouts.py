@@ -34,6 +34,7 @@ def num_layout_devices(server: LiveServer) -> float:
     raise AssertionError("no such metric")
 
 
+@pytest.mark.long
 def test_a_lost_device_costs_a_restart_and_its_return_another_one(tmp_path: Path) -> None:
     generate = request(num_inference_steps=40, seed=3)
     with faults(tmp_path) as devices, running_server("--devices", "0,1", "--metrics-port", "0") as server:

@@ -99,7 +99,7 @@ def has_cancelled(stub: Stub, job_id: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("work", ["idle", "at work"])
+@pytest.mark.parametrize("work", [pytest.param("idle", marks=pytest.mark.long), "at work"])
 def test_a_server_whose_database_says_nothing_ends_within_its_grace_and_a_few_seconds(
     work: str, postgres: PostgresServer, tmp_path: Path
 ) -> None:

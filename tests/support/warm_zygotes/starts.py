@@ -38,7 +38,7 @@ _PROGRAMS = ("pytest", "scripts.bench.", "tests.numerics.", "tests.support.busy_
 # when it was imported. (torch sets the folder of its compiler, also in the process of the tests.)
 _MAY_DIFFER = {
     *("PYTEST_CURRENT_TEST", "PYTHONPATH", "BROKEN_DEVICES", "STEPPED_CLOCK", "XDG_DATA_HOME"),
-    *("TORCHINDUCTOR_CACHE_DIR", "OMP_NUM_THREADS", handover.MMAP_THRESHOLD),
+    *("TORCHINDUCTOR_CACHE_DIR", "OMP_NUM_THREADS", "TMPDIR", handover.MMAP_THRESHOLD),
 }
 
 
@@ -78,7 +78,7 @@ class _WarmProcess:
 
     def _is_like_this(self, environment: dict[str, str]) -> bool:
         names = {name for name, _value in self._environment.items() ^ environment.items()}
-        return all(name in _MAY_DIFFER or name.startswith(("AWS_", "HIDREAM_")) for name in names)
+        return all(name in _MAY_DIFFER or name.startswith(("AWS_", "HIDREAM_", "OTEL_")) for name in names)
 
     def _start(self) -> WaitingProcess:
         channel, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -18,6 +18,7 @@ import runpy
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import traceback
 import types
@@ -157,8 +158,7 @@ def _become_program(request: dict[str, Any], files: list[int]) -> NoReturn:
 
 def _run_program(words: list[str], environment: dict[str, str]) -> NoReturn:
     """Do as a new interpreter does with this command line."""
-    os.environ.clear()
-    os.environ.update(environment)
+    _replace_environment(environment)
     setproctitle(" ".join(words))
     sys.argv = [words[0], *words[3:]]
     _run_to_the_end(lambda: runpy.run_module(words[2], run_name="__main__", alter_sys=True))
@@ -225,14 +225,20 @@ def _work_as_zygote(words: list[str], files: list[int], environment: dict[str, s
 
 def _take_environment(environment: dict[str, str]) -> None:
     """Have these variables, and the module of faults that a new interpreter would find with them."""
-    os.environ.clear()
-    os.environ.update(environment)
+    _replace_environment(environment)
     if handover.MMAP_THRESHOLD in environment:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, int(environment[handover.MMAP_THRESHOLD]))
     new_folders = [f for f in environment.get("PYTHONPATH", "").split(os.pathsep) if f and f not in sys.path]
     sys.path[:0] = new_folders
     if new_folders and find_spec("sitecustomize") is not None:
         importlib.import_module("sitecustomize")
+
+
+def _replace_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    # Found in the variables at its first use.
+    tempfile.tempdir = None
 
 
 def _take_streams(files: list[int]) -> None:
