@@ -291,6 +291,15 @@ class Settings(BaseSettings):
             "every peer is a caller",
         ),
     ] = None
+    trusted_bridges: Annotated[
+        str | None,
+        Help(
+            Group.CALLERS,
+            "HTTP bridges that are believed whose certificate they saw, where no token names the caller: "
+            "127.0.0.1,::1; unix is any Unix socket",
+            "no bridge names a caller",
+        ),
+    ] = None
     max_queued_jobs_per_caller: Annotated[
         int | None,
         Help(Group.CALLERS, "jobs of one caller that may wait", "as --max-queued-jobs"),

@@ -164,6 +164,10 @@ if [[ -n $http_port ]]; then
   if [[ -z ${HIDREAM_TRUSTED_PROXIES:-} && " ${passed_on[*]-} " != *" --trusted-proxies"* ]]; then
     trusted=(--trusted-proxies "127.0.0.1,::1")
   fi
+  if [[ -n ${HIDREAM_HTTP_TLS_CLIENT_CA:-} && -z ${HIDREAM_TRUSTED_BRIDGES:-} &&
+    " ${passed_on[*]-} " != *" --trusted-bridges"* ]]; then
+    trusted+=(--trusted-bridges "127.0.0.1,::1")
+  fi
 fi
 
 cd "$project_path"

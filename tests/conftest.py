@@ -60,8 +60,9 @@ def server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
     """
     devices = "0,1" if request.config.getoption("--long") else "0"
     # All readers of a test come from one host, and are one caller.
-    flags = ("--max-streams-per-caller", "1000", "--grace-seconds", "5", "--trusted-proxies", "127.0.0.1")
-    with running_server("--devices", devices, "--metrics-port", "0", *flags) as live:
+    flags = ("--max-streams-per-caller", "1000", "--grace-seconds", "5")
+    trusted = ("--trusted-proxies", "127.0.0.1", "--trusted-bridges", "127.0.0.1")
+    with running_server("--devices", devices, "--metrics-port", "0", *flags, *trusted) as live:
         yield live
 
 

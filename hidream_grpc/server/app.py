@@ -55,7 +55,7 @@ from hidream_grpc.server.listening import bind, grpc_server
 from hidream_grpc.server.memory import return_freed_buffers
 from hidream_grpc.server.metrics import Metrics
 from hidream_grpc.server.model_folders import ModelFolders, model_folders
-from hidream_grpc.server.proxies import TrustedProxies
+from hidream_grpc.server.proxies import TRUSTED_BRIDGES_FLAG, TrustedProxies
 from hidream_grpc.server.readings import Readings
 from hidream_grpc.server.reflection import enable_reflection
 from hidream_grpc.server.signals import Signals, StoppedAtStartError
@@ -142,9 +142,11 @@ def build(settings: Settings) -> Service:
     token_counter = PromptTokenCounter.from_checkpoint(folders.model, folders.extra_model)
     files = tls_files(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
     tls = None if files is None else ServerTls(files)
+    bridges = settings.trusted_bridges
     callers = CallerIdentification(
         None if settings.tokens_file is None else TokensFile(settings.tokens_file),
         None if settings.trusted_proxies is None else TrustedProxies(settings.trusted_proxies),
+        bridges=None if bridges is None else TrustedProxies(bridges, TRUSTED_BRIDGES_FLAG),
         have_certificates=settings.tls_client_ca is not None,
     )
     locations = store_locations(settings)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from hidream import certificate_names
+from hidream.certificate_names import FORWARDED_NAME
 from hidream_grpc.errors import UnauthenticatedError
 from hidream_grpc.server.call import Call
 from hidream_grpc.server.proxies import FORWARDED_FOR, TrustedProxies, host_of
@@ -14,9 +16,6 @@ COMMON_OWNER = ""
 
 _AUTHORIZATION = "authorization"
 _SCHEME = "bearer"
-
-_NAMES_IN_CERTIFICATE = ("peer_uri", "peer_email", "peer_dns", "x509_common_name")
-"""Where grpc says what a certificate names: the kinds of subject alternative names, then the common name."""
 
 MAX_NAME_CHARACTERS = 256
 
@@ -32,7 +31,8 @@ class CallerIdentification:
 
     Args:
         tokens: the callers that the operator names; None where no token is needed.
-        proxies: peers that say for whom they call; None where no peer is believed.
+        proxies: peers that say for which host they call; None where no peer is believed.
+        bridges: peers that say whose certificate they saw; None where no peer is believed.
         have_certificates: whether every connection is one of a caller with a certificate.
     """
 
@@ -41,10 +41,12 @@ class CallerIdentification:
         tokens: TokensFile | None = None,
         proxies: TrustedProxies | None = None,
         *,
+        bridges: TrustedProxies | None = None,
         have_certificates: bool = False,
     ) -> None:
         self._tokens = tokens
         self._proxies = proxies
+        self._bridges = bridges
         self._have_certificates = have_certificates
 
     def identify(self, call: Call, metadata: Metadata, peer_facts: Callable[[], PeerFacts] = dict) -> None:
@@ -63,6 +65,12 @@ class CallerIdentification:
         if self._tokens is not None:
             call.caller = call.owner = _owner_of_token(self._tokens, _values(metadata, _AUTHORIZATION))
             return
+        if self._bridges is not None and self._bridges.trusts(call.peer):
+            names = [value for key, value in metadata if key == FORWARDED_NAME and isinstance(value, bytes)]
+            if names:
+                # Of several names none is the right one.
+                call.caller = call.owner = _usable_name(names[0] if len(names) == 1 else b"")
+                return
         if self._have_certificates:
             call.caller = call.owner = name_in_certificate(peer_facts())
             return
@@ -79,8 +87,11 @@ def name_in_certificate(facts: PeerFacts) -> str:
     Raises:
         UnauthenticatedError: it has none, or one that is no name for a log.
     """
-    names = (value for kind in _NAMES_IN_CERTIFICATE for value in facts.get(kind, ()) if value)
-    if (encoded := next(names, None)) is None:
+    return _usable_name(certificate_names.name_in_certificate(facts))
+
+
+def _usable_name(encoded: bytes) -> str:
+    if not encoded:
         description = "the certificate has no URI, email address, DNS name or common name"
         raise UnauthenticatedError("CERTIFICATE_WITHOUT_NAME", description)
     name = encoded.decode("utf-8", "replace")

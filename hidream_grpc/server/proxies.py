@@ -10,6 +10,7 @@ from urllib.parse import unquote
 from hidream_grpc.errors import ConfigurationError
 
 TRUSTED_PROXIES_FLAG = "--trusted-proxies"
+TRUSTED_BRIDGES_FLAG = "--trusted-bridges"
 FORWARDED_FOR = "x-forwarded-for"
 
 _SOCKETS = "unix"
@@ -21,15 +22,15 @@ _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 class TrustedProxies:
     """The peers that are believed when they say for whom they call."""
 
-    def __init__(self, text: str) -> None:
-        """Read a list such as `10.0.0.0/8,::1`; `unix` stands for every Unix socket.
+    def __init__(self, text: str, flag: str = TRUSTED_PROXIES_FLAG) -> None:
+        """Read a list such as `10.0.0.0/8,::1`, the value of a flag; `unix` stands for every Unix socket.
 
         Raises:
             ConfigurationError: names the entry that is neither an address nor a network.
         """
         words = [word.strip() for word in text.split(",")]
         self._trusts_sockets = _SOCKETS in words
-        self._networks = tuple(_network(word) for word in words if word != _SOCKETS)
+        self._networks = tuple(_network(word, flag) for word in words if word != _SOCKETS)
 
     def caller_of(self, peer: str, forwarded: Sequence[str]) -> str:
         """The nearest host of a call that is no trusted proxy.
@@ -39,7 +40,7 @@ class TrustedProxies:
             forwarded: the values of `x-forwarded-for`; each proxy has added its own peer at the end.
         """
         caller = host_of(peer)
-        is_trusted = self._trusts_sockets if peer.startswith("unix:") else self._trusts(_peer_address(peer))
+        is_trusted = self.trusts(peer)
         for entry in reversed(",".join(forwarded).split(",")):
             address = _address(entry.strip())
             if not is_trusted or address is None:
@@ -47,6 +48,10 @@ class TrustedProxies:
             caller = f"ipv4:{address}" if address.version == 4 else f"ipv6:[{address}]"
             is_trusted = self._trusts(address)
         return caller
+
+    def trusts(self, peer: str) -> bool:
+        """Whether a peer, as grpc names it, is one of them."""
+        return self._trusts_sockets if peer.startswith("unix:") else self._trusts(_peer_address(peer))
 
     def _trusts(self, address: _Address | None) -> bool:
         return address is not None and any(address in network for network in self._networks)
@@ -73,8 +78,8 @@ def _address(text: str) -> _Address | None:
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def _network(word: str) -> _Network:
+def _network(word: str, flag: str) -> _Network:
     try:
         return ipaddress.ip_network(word)
     except ValueError as error:
-        raise ConfigurationError(TRUSTED_PROXIES_FLAG, f"{error}; such as 10.0.0.0/8,::1,unix") from None
+        raise ConfigurationError(flag, f"{error}; such as 10.0.0.0/8,::1,unix") from None

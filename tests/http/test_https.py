@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 import socket
 import ssl
@@ -15,15 +16,20 @@ import httpx
 import pytest
 import trustme
 
+from hidream.certificate_names import FORWARDED_NAME
+from hidream.v1 import image_gen_pb2
 from hidream_http.settings import SettingError, Settings, TlsFiles
-from hidream_http.tls import ListenerTls
+from hidream_http.tls import ListenerTls, name_of_caller
 from tests.support.certificates import CertificateFiles, authority_file, certificate_files
-from tests.support.job_calls import Stub, submit
+from tests.support.job_calls import Stub, not_found
 from tests.support.live_bridge import LiveBridge, running_bridge
 from tests.support.live_server import LiveServer
 
+ALICE = "alice@example.org"
+BOB = "bob.example.org"
 NUM_STREAMS = 50
 STREAM_TIMEOUT_SECONDS = 120
+JOB = {"spec": {"prompt": "a fox", "width": 64, "height": 64, "numInferenceSteps": 1}}
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class SecuredBridge:
     files: CertificateFiles
     ca: Path
     alice: CertificateFiles
+    bob: CertificateFiles
 
     @property
     def port(self) -> int:
@@ -68,10 +75,11 @@ def secured(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Ite
     authority = trustme.CA()
     ca = authority_file(folder, authority)
     files = certificate_files(folder, "bridge", authority.issue_cert("127.0.0.1"))
-    alice = certificate_files(folder, "alice", authority.issue_cert("alice@example.org"))
+    alice = certificate_files(folder, "alice", authority.issue_cert(ALICE, common_name="not-her"))
+    bob = certificate_files(folder, "bob", authority.issue_cert(BOB))
     tls = TlsFiles(files.certificate, files.key, ca)
     with running_bridge(server.address, Settings(tls=tls)) as bridge:
-        yield SecuredBridge(bridge, authority, files, ca, alice)
+        yield SecuredBridge(bridge, authority, files, ca, alice, bob)
 
 
 def test_a_caller_with_a_certificate_is_answered_over_https(secured: SecuredBridge) -> None:
@@ -91,8 +99,81 @@ def test_a_caller_without_a_certificate_of_the_authority_is_not_connected(
             http.get("/readyz")
 
 
+def submit(http: httpx.Client) -> str:
+    answer = http.post("/v1/jobs", json=JOB)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["jobId"])
+
+
+def listed(http: httpx.Client) -> set[str]:
+    return {job["jobId"] for job in http.get("/v1/jobs").json().get("jobs", ())}
+
+
+def forged(name: str) -> dict[str, str]:
+    """What gRPC would send for a name, as a header of HTTP."""
+    return {FORWARDED_NAME: base64.b64encode(name.encode()).decode()}
+
+
+def test_callers_are_named_by_their_certificates_and_each_sees_its_own_jobs(
+    secured: SecuredBridge, server: LiveServer, stub: Stub
+) -> None:
+    with (
+        secured.bridge.client(verify=secured.context(secured.alice)) as hers,
+        secured.bridge.client(verify=secured.context(secured.bob)) as his,
+    ):
+        her_job, his_job = submit(hers), submit(his)
+        assert (listed(hers) & {her_job, his_job}, listed(his)) == ({her_job}, {his_job})
+        for http, own, other in ((hers, her_job, his_job), (his, his_job, her_job)):
+            assert http.get(f"/v1/jobs/{own}").status_code == 200
+            assert http.get(f"/v1/jobs/{other}").status_code == 404
+            assert http.post(f"/v1/jobs/{other}:cancel", json={}).status_code == 404
+        server.logged_lines("SubmitJob OK", f"caller={ALICE}", f"job_id={her_job}")
+        server.logged_lines("SubmitJob OK", f"caller={BOB}", f"job_id={his_job}")
+    # Who calls without a certificate owns neither.
+    not_found(lambda: stub.GetJob(image_gen_pb2.GetJobRequest(job_id=her_job)))
+    # The name is the same one that the server itself would read.
+    named = ((FORWARDED_NAME, ALICE.encode()),)
+    assert stub.GetJob(image_gen_pb2.GetJobRequest(job_id=her_job), metadata=named).job_id == her_job
+
+
+def test_no_header_of_http_gives_a_caller_the_name_of_another_one(
+    secured: SecuredBridge, bridge: LiveBridge
+) -> None:
+    with secured.bridge.client(verify=secured.context(secured.alice)) as hers:
+        job_id = submit(hers)
+        assert hers.get(f"/v1/jobs/{job_id}", headers=forged(BOB)).status_code == 200
+    with secured.bridge.client(verify=secured.context(secured.bob)) as his, bridge.client() as unnamed:
+        for http in (his, unnamed):
+            answer = http.get(f"/v1/jobs/{job_id}", headers=forged(ALICE))
+            assert answer.status_code == 404
+
+
+def test_a_certificate_without_a_name_is_refused_as_the_server_refuses_it(secured: SecuredBridge) -> None:
+    # That of the bridge has an IP address alone.
+    with secured.bridge.client(verify=secured.context(secured.files)) as http:
+        answer = http.get("/v1/jobs")
+        assert (answer.status_code, answer.json()["code"]) == (401, "UNAUTHENTICATED")
+        assert answer.json()["details"][0]["reason"] == "CERTIFICATE_WITHOUT_NAME"
+        assert http.get("/healthz").status_code == 200
+
+
+def test_a_certificate_is_read_by_the_rule_of_the_server() -> None:
+    # As Python's ssl gives them.
+    subject = ((("organizationName", "Example"),), (("commonName", "Jürgen"),))
+    uri, email, dns = ("URI", "spiffe://example.org/a"), ("email", "a@example.org"), ("DNS", "a.test")
+    for alternatives, name in (
+        ((("IP Address", "10.0.0.1"), ("DNS", "b.test"), dns, email, uri), "spiffe://example.org/a"),
+        ((dns, email), "a@example.org"),
+        ((("DirName", subject), dns), "a.test"),
+        ((("IP Address", "10.0.0.1"),), "Jürgen"),
+    ):
+        read = name_of_caller({"subject": subject, "subjectAltName": alternatives})
+        assert read.decode() == name
+    assert name_of_caller({"subject": subject[:1]}) == b""
+
+
 async def test_a_certificate_is_replaced_under_open_streams(
-    secured: SecuredBridge, stub: Stub, caplog: pytest.LogCaptureFixture
+    secured: SecuredBridge, caplog: pytest.LogCaptureFixture
 ) -> None:
     new = secured.authority.issue_cert("127.0.0.1")
     limits = httpx.Limits(max_connections=None)
@@ -106,7 +187,8 @@ async def test_a_certificate_is_replaced_under_open_streams(
         answers = await asyncio.gather(*opening)
         secured.files.write(new)
         assert await asyncio.to_thread(secured.shown_certificate) == der(new)
-        job_id = (await asyncio.to_thread(submit, stub, prompt="a fox", labels={"test": "replaced"})).job_id
+        submitted = await http.post("/v1/jobs", json={**JOB, "labels": {"test": "replaced"}})
+        job_id = submitted.json()["jobId"]
         for answer in answers:
             assert job_id in await anext(answer.aiter_lines())
 

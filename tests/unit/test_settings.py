@@ -84,6 +84,7 @@ FLAGS = {
     "--tls-client-ca",
     "--tls-key",
     "--tokens-file",
+    "--trusted-bridges",
     "--trusted-proxies",
 }
 # They bound what the server does, not what a request may ask for.

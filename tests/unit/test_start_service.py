@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +19,13 @@ SCRIPT = REPOSITORY / "scripts" / "start_service.sh"
 
 
 def start_service(
-    *arguments: str | Path, cwd: Path = REPOSITORY, script: Path = SCRIPT
+    *arguments: str | Path, cwd: Path = REPOSITORY, script: Path = SCRIPT, variables: Mapping[str, str] = {}
 ) -> subprocess.CompletedProcess[str]:
     search_path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         [script, *arguments],
         cwd=cwd,
-        env={**os.environ, "PATH": search_path},
+        env={**os.environ, "PATH": search_path, **variables},
         capture_output=True,
         text=True,
         timeout=60,
@@ -222,6 +223,14 @@ def test_a_port_of_http_adds_a_bridge_that_speaks_for_its_callers(
     assert (beside[1:3], beside[-1], options) == (["-m", "hidream_http"], "&", bridge)
     assert server[server.index("--trusted-proxies") + 1] == trusted
     assert server.count("--trusted-proxies") == 1
+    assert "--trusted-bridges" not in server
+
+
+def test_a_bridge_that_asks_for_certificates_is_believed_whose_it_saw() -> None:
+    certificates = {"HIDREAM_HTTP_TLS_CLIENT_CA": "/etc/callers.pem"}
+    shown = start_service("--demo", "--http-port", "8080", "--dry-run", variables=certificates).stdout
+    server = shlex.split(shown.splitlines()[-1])
+    assert server[server.index("--trusted-bridges") + 1] == "127.0.0.1,::1"
 
 
 def test_a_dry_run_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from starlette.requests import HTTPConnection
 
 from hidream.addresses import endpoint
+from hidream.certificate_names import FORWARDED_NAME
 from hidream.connection import AsyncConnection
 from hidream.errors import AddressError, ServerError, error_from_call, error_from_status
 from hidream_http.draining import Drain
@@ -36,6 +37,10 @@ MAX_TIMEOUT_SECONDS = 30 * 24 * 3600
 _RETRY_DELAY = duration_pb2.Duration(seconds=1)
 _AUTHORIZATION = "authorization"
 _FORWARDED_FOR = "x-forwarded-for"
+NAME_OF_CALLER = "hidream_http.name_of_caller"
+"""The state of a connection, and so of its requests, that is the name in the certificate of the caller."""
+
+Metadata = tuple[tuple[str, str | bytes], ...]
 
 _RequestT = TypeVar("_RequestT")
 _ResponseT = TypeVar("_ResponseT")
@@ -95,7 +100,7 @@ class Caller:
     """
 
     bridge: Bridge
-    metadata: tuple[tuple[str, str], ...]
+    metadata: Metadata
     timeout_seconds: float | None
 
     async def answer(
@@ -136,7 +141,7 @@ def _server_error(call: grpc.RpcError) -> ServerError:
     return error_from_status(status)
 
 
-def _metadata(request: HTTPConnection) -> tuple[tuple[str, str], ...]:
+def _metadata(request: HTTPConnection) -> Metadata:
     own_headers = trace_headers(request.scope)
     forwarded = (_AUTHORIZATION,) if own_headers is not None else (_AUTHORIZATION, *TRACE_HEADERS)
     pairs = [(name, value) for name in forwarded for value in request.headers.getlist(name)]
@@ -153,7 +158,8 @@ def _metadata(request: HTTPConnection) -> tuple[tuple[str, str], ...]:
     ]
     if violations:
         raise invalid(*violations)
-    return tuple(pairs)
+    name = request.scope.get("state", {}).get(NAME_OF_CALLER)
+    return tuple(pairs) if name is None else (*pairs, (FORWARDED_NAME, name))
 
 
 def _timeout_seconds(request: HTTPConnection) -> float | None:

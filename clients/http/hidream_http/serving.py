@@ -12,12 +12,14 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hidream_http.application import build
+from hidream_http.bridge import NAME_OF_CALLER
 from hidream_http.draining import Drain
 from hidream_http.leaving import ended
 from hidream_http.settings import SettingError, Settings
-from hidream_http.tls import ListenerTls
+from hidream_http.tls import ListenerTls, name_of_caller
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,17 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None]:
         """Leave the signals alone."""
         yield
+
+
+class _Connection(H11Protocol):
+    """A connection of uvicorn; each of its requests knows the name in the certificate of its sender."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take the name, which no request can change."""
+        super().connection_made(transport)
+        # The handshake has checked it; there is none where callers need no certificate.
+        if certificate := transport.get_extra_info("peercert"):
+            self.app_state = {**self.app_state, NAME_OF_CALLER: name_of_caller(certificate)}
 
 
 async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
@@ -88,7 +101,7 @@ async def serve_until(
     config = uvicorn.Config(
         build(settings, drain),
         # httptools is quicker, and takes a head of any size into memory.
-        http="h11",
+        http=_Connection,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         loop="none",
         ws="none",

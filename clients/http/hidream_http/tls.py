@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import logging
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from hidream.certificate_names import name_in_certificate
 from hidream_http.settings import SettingError, TlsFiles
 
 logger = logging.getLogger(__name__)
@@ -16,6 +19,8 @@ logger = logging.getLogger(__name__)
 CERTIFICATE_FLAG = "--tls-certificate"
 KEY_FLAG = "--tls-key"
 CLIENT_CA_FLAG = "--tls-client-ca"
+
+_ALTERNATIVE_NAMES = {"URI": "peer_uri", "email": "peer_email", "DNS": "peer_dns"}
 
 Version = tuple[int, int, int]
 
@@ -102,6 +107,17 @@ class ListenerTls:
             context.options |= ssl.OP_NO_TICKET
             context.num_tickets = 0
         return context
+
+
+def name_of_caller(certificate: Mapping[str, Any]) -> bytes:
+    """The name in a certificate that `getpeercert` has read, in UTF-8; empty where it has none."""
+    alternatives, subject = certificate.get("subjectAltName", ()), certificate.get("subject", ())
+    facts = {
+        fact: [name.encode() for kind, name in alternatives if kind == wanted]
+        for wanted, fact in _ALTERNATIVE_NAMES.items()
+    }
+    common_names = [value.encode() for part in subject for key, value in part if key == "commonName"]
+    return name_in_certificate({**facts, "x509_common_name": common_names})
 
 
 def _version_of(path: Path) -> Version | None:

@@ -1,13 +1,17 @@
-"""Which host a call is counted for where callers have no tokens."""
+"""Which host or name of a certificate a call is counted for where callers have no tokens."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from hidream_grpc.errors import ConfigurationError
+from hidream.certificate_names import FORWARDED_NAME
+from hidream_grpc.errors import ConfigurationError, UnauthenticatedError
 from hidream_grpc.server.call import Call
 from hidream_grpc.server.callers import COMMON_OWNER, CallerIdentification
-from hidream_grpc.server.proxies import TrustedProxies, host_of
+from hidream_grpc.server.proxies import TRUSTED_BRIDGES_FLAG, TrustedProxies, host_of
+from hidream_grpc.server.tokens import TokensFile
 
 
 @pytest.mark.parametrize(
@@ -72,3 +76,80 @@ def test_without_tokens_the_nearest_host_that_is_no_trusted_proxy_is_the_caller_
 def test_what_is_no_network_is_one_line(text: str) -> None:
     with pytest.raises(ConfigurationError, match=r"^--trusted-proxies: .*; such as 10\.0\.0\.0/8,::1,unix$"):
         TrustedProxies(text)
+
+
+BRIDGE = "ipv4:10.0.0.7:5"
+
+
+def named(
+    *names: bytes, peer: str = BRIDGE, bridges: str | None = "10.0.0.7", have_certificates: bool = False
+) -> Call:
+    """A call of a peer that says these names; its own certificate, if it has one, is the bridge's."""
+    call = Call(method="/hidream.v1.ImageGen/Generate", peer=peer, deadline=None)
+    callers = CallerIdentification(
+        proxies=TrustedProxies("10.0.0.7"),
+        bridges=None if bridges is None else TrustedProxies(bridges, TRUSTED_BRIDGES_FLAG),
+        have_certificates=have_certificates,
+    )
+    metadata: list[tuple[str, str | bytes]] = [("x-forwarded-for", "203.0.113.9")]
+    metadata += [(FORWARDED_NAME, name) for name in names]
+    callers.identify(call, metadata, lambda: {"peer_dns": [b"bridge.test"]})
+    return call
+
+
+@pytest.mark.parametrize("have_certificates", [False, True])
+def test_a_trusted_bridge_names_its_caller_who_owns_the_jobs(have_certificates: bool) -> None:
+    call = named("Jürgen".encode(), have_certificates=have_certificates)
+    assert (call.caller, call.owner) == ("Jürgen", "Jürgen")
+
+
+def test_no_other_peer_names_a_caller() -> None:
+    # A trusted proxy may pass on what its callers write: it is no bridge.
+    for peer, bridges, host in (
+        (BRIDGE, None, "ipv4:203.0.113.9"),
+        (BRIDGE, "10.0.0.8", "ipv4:203.0.113.9"),
+        ("ipv4:11.0.0.7:5", "10.0.0.7", "ipv4:11.0.0.7"),
+        ("unix:", "10.0.0.7", "unix:"),
+    ):
+        call = named(b"alice", peer=peer, bridges=bridges)
+        assert (call.caller, call.owner) == (host, COMMON_OWNER)
+        call = named(b"alice", peer=peer, bridges=bridges, have_certificates=True)
+        assert (call.caller, call.owner) == ("bridge.test", "bridge.test")
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ((b"",), "CERTIFICATE_WITHOUT_NAME"),
+        ((b"alice", b"bob"), "CERTIFICATE_WITHOUT_NAME"),
+        ((b"a\nb",), "CERTIFICATE_NAME_UNUSABLE"),
+        ((b"\xff",), "CERTIFICATE_NAME_UNUSABLE"),
+        ((b"x" * 257,), "CERTIFICATE_NAME_UNUSABLE"),
+    ],
+)
+def test_a_bridge_whose_caller_has_no_usable_name_is_refused(names: tuple[bytes, ...], reason: str) -> None:
+    with pytest.raises(UnauthenticatedError) as refused:
+        named(*names)
+    assert refused.value.reason == reason
+
+
+def test_a_bridge_that_saw_no_certificate_names_nobody() -> None:
+    assert named().owner == COMMON_OWNER
+    assert named(have_certificates=True).owner == "bridge.test"
+
+
+def test_where_tokens_are_asked_for_no_bridge_names_a_caller(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text("alice 0123456789abcdef-of-alice\n")
+    callers = CallerIdentification(TokensFile(path), bridges=TrustedProxies("10.0.0.7"))
+    call = Call(method="/hidream.v1.ImageGen/Generate", peer=BRIDGE, deadline=None)
+    with pytest.raises(UnauthenticatedError):
+        callers.identify(call, [(FORWARDED_NAME, b"alice")])
+    token = ("authorization", "Bearer 0123456789abcdef-of-alice")
+    callers.identify(call, [(FORWARDED_NAME, b"bob"), token])
+    assert (call.caller, call.owner) == ("alice", "alice")
+
+
+def test_a_wrong_network_of_bridges_is_named_by_its_flag() -> None:
+    with pytest.raises(ConfigurationError, match=r"^--trusted-bridges: "):
+        TrustedProxies("bridge.example", TRUSTED_BRIDGES_FLAG)
