@@ -9,16 +9,20 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from hidream.v1 import job_pb2
+from hidream_http.application import build
+from hidream_http.draining import Drain
 from hidream_http.settings import Settings
-from tests.http.test_streams import EVENT_STREAM, SPEC, sent_events
+from tests.http.test_streams import ENDLESS_SPEC, EVENT_STREAM, SPEC, sent_events
 from tests.support.job_calls import Stub, cancel, running, wait_for_state
 from tests.support.live_bridge import LiveBridge, running_bridge
 from tests.support.live_server import LiveServer, wait_until
 
 ORIGIN = "https://pages.example"
-LONG_SPEC = {**SPEC, "numInferenceSteps": 100}
 
 
 @pytest.fixture(scope="module")
@@ -36,29 +40,31 @@ def collected(events: Iterator[dict[str, str]]) -> list[dict[str, str]]:
     return received
 
 
-def test_a_body_that_is_too_large_is_refused_before_it_is_read(narrow: LiveBridge) -> None:
-    def endless() -> Iterator[bytes]:
-        while True:
-            yield b" " * 1000
+def raw_connection(bridge: LiveBridge) -> socket.socket:
+    """A connection on which a test sends what no client would."""
+    return socket.create_connection(("127.0.0.1", int(bridge.url.rpartition(":")[2])), timeout=60)
 
+
+def test_a_body_that_is_too_large_is_refused_before_it_is_read(narrow: LiveBridge) -> None:
     with narrow.client() as http:
         headers = {"Content-Type": "application/json"}
         announced = http.post("/v1/jobs", content=b" " * 1001, headers=headers)
         assert announced.status_code == 413
         assert announced.json()["detail"] == "the body is larger than 1000 bytes"
-        try:
-            refused = http.post("/v1/jobs", content=endless(), headers=headers).status_code
-        except httpx.WriteError:
-            # The connection was closed while the body was being sent.
-            refused = 413
-        assert refused == 413
         # What is not too large is read.
         assert http.post("/v1/jobs", content=b" " * 1000, headers=headers).status_code == 400
+    with raw_connection(narrow) as connection:
+        connection.sendall(
+            b"POST /v1/jobs HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n"
+        )
+        # The body has no end yet, and is not waited for.
+        connection.sendall(b"3e9\r\n" + b" " * 1001 + b"\r\n")
+        assert connection.makefile("rb").readline().startswith(b"HTTP/1.1 413 ")
 
 
 def test_a_head_without_end_is_not_kept(narrow: LiveBridge) -> None:
-    address = ("127.0.0.1", int(narrow.url.rpartition(":")[2]))
-    with socket.create_connection(address, timeout=60) as connection:
+    with raw_connection(narrow) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\nX-Endless: ")
         with pytest.raises(ConnectionError):
             # Far more than the buffers of both ends hold.
@@ -100,16 +106,37 @@ def test_requests_are_counted_and_logged(server: LiveServer, caplog: pytest.LogC
     with running_bridge(server.address) as bridge, bridge.client() as http:
         http.get("/v1/jobs/some-job")
         http.get("/nowhere/at/all")
+        http.request("BREW" * 50, "/v1/server")
         text = http.get("/metrics").text
     assert 'hidream_http_requests_total{method="GET",route="/v1/jobs/{job_id}",status="404"} 1.0' in text
     assert 'hidream_http_requests_total{method="GET",route="",status="404"} 1.0' in text
+    assert 'hidream_http_requests_total{method="_OTHER",route="/v1/server",status="405"} 1.0' in text
+    assert "BREW" not in text
     assert "hidream_http_running_requests 0.0" in text
     records = [record for record in caplog.records if record.name == "hidream_http.access"]
     assert [record.getMessage() for record in records] == [
         "GET /v1/jobs/{job_id} 404",
         "GET (no route) 404",
+        "_OTHER /v1/server 405",
     ]
     assert getattr(records[0], "job_id") == "some-job"  # noqa: B009  (a fact of ours)
+
+
+async def test_a_failure_of_the_bridge_is_counted_and_logged_as_one(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(_: Request) -> Response:
+        raise RuntimeError("a fault of the bridge")
+
+    caplog.set_level(logging.INFO, "hidream_http.access")
+    application = build(Settings(), Drain())
+    application.router.routes.insert(0, Route("/failing", fail))
+    transport = httpx.ASGITransport(application, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://bridge") as http:
+        failed = await http.get("/failing")
+        text = (await http.get("/metrics")).text
+    assert (failed.status_code, failed.headers["content-type"]) == (500, "application/problem+json")
+    assert 'hidream_http_requests_total{method="GET",route="/failing",status="500"} 1.0' in text
+    [record] = [record for record in caplog.records if record.name == "hidream_http.access"]
+    assert record.getMessage() == "GET /failing 500"
 
 
 def test_the_bridge_lets_running_requests_end(server: LiveServer, stub: Stub) -> None:
@@ -145,7 +172,7 @@ def test_streams_that_outlast_the_drain_are_told(server: LiveServer, stub: Stub)
         running_bridge(server.address, Settings(drain_seconds=0.1)) as bridge,
         bridge.client() as http,
         pytest.raises(httpx.RemoteProtocolError),
-        http.stream("POST", "/v1/generate", json={"spec": LONG_SPEC}, headers=EVENT_STREAM) as answer,
+        http.stream("POST", "/v1/generate", json={"spec": ENDLESS_SPEC}, headers=EVENT_STREAM) as answer,
     ):
         received: list[dict[str, str]] = []
         for event in sent_events(answer.iter_lines()):

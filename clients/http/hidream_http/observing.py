@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from http import HTTPStatus
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hidream_http.metrics import Metrics
@@ -15,6 +17,10 @@ access_logger = logging.getLogger("hidream_http.access")
 
 # A probe every second says nothing.
 UNOBSERVED = ("/healthz", "/readyz", "/metrics")
+
+# Any other is a caller's own word: each would be a series of its own for good.
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+_OTHER_METHOD = "_OTHER"
 
 
 class Observed:
@@ -30,16 +36,24 @@ class Observed:
         if scope["type"] != "http" or scope["path"] in UNOBSERVED:
             await self._app(scope, receive, send)
             return
-        answer, span = _Answer(send), self._tracing.begin(scope)
+        method = scope["method"] if scope["method"] in _METHODS else _OTHER_METHOD
+        answer, span = _Answer(send), self._tracing.begin(scope, method)
         start = time.monotonic()
         try:
             with self._metrics.running.track_inprogress():
                 await self._app(scope, receive, answer.send)
+        except ClientDisconnect:
+            raise
+        except Exception:
+            answer.fail()
+            raise
         finally:
-            self._report(scope, answer, span, time.monotonic() - start)
+            self._report(scope, method, answer, span, time.monotonic() - start)
 
-    def _report(self, scope: Scope, answer: _Answer, span: RequestSpan | None, seconds: float) -> None:
-        method, route = scope["method"], getattr(scope.get("route"), "path", "")
+    def _report(
+        self, scope: Scope, method: str, answer: _Answer, span: RequestSpan | None, seconds: float
+    ) -> None:
+        route = getattr(scope.get("route"), "path", "")
         self._metrics.observe_request(method, route, answer.status, seconds, answer.sent_bytes)
         peer = scope.get("client")
         access_logger.info(
@@ -71,6 +85,11 @@ class _Answer:
         self.status = CLIENT_CLOSED_REQUEST
         self.sent_bytes = 0
         self.is_whole = False
+
+    def fail(self) -> None:
+        """Note a failure of the bridge: unless the answer has begun, what is around all faces answers it."""
+        if self.status == CLIENT_CLOSED_REQUEST:
+            self.status, self.is_whole = HTTPStatus.INTERNAL_SERVER_ERROR, True
 
     async def send(self, message: Message) -> None:
         """Pass a message of ASGI on."""

@@ -32,19 +32,24 @@ class Tracing:
         """What the variables of this process ask for."""
         return cls(span_export(os.environ, SERVICE_NAME, __version__))
 
-    def begin(self, scope: Scope) -> RequestSpan | None:
-        """Begin the span of a request, below that of its caller; None where nothing is traced."""
+    def begin(self, scope: Scope, method: str) -> RequestSpan | None:
+        """Begin the span of a request, below that of its caller; None where nothing is traced.
+
+        Args:
+            scope: of the request.
+            method: of HTTP, or a word for all that are none.
+        """
         if self._export is None:
             return None
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         attributes = {
-            "http.request.method": scope["method"],
+            "http.request.method": method,
             "url.path": scope["path"],
             "url.scheme": scope["scheme"],
         }
         if scope.get("client"):
             attributes["client.address"] = scope["client"][0]
-        span = self._export.begin_server_span(scope["method"], headers, attributes)
+        span = self._export.begin_server_span(method, headers, attributes)
         scope[_IN_SCOPE] = self._export.headers_of(span)
         return RequestSpan(self._export, span)
 
