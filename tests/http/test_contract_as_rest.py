@@ -143,13 +143,19 @@ def test_what_stands_in_the_path_or_the_body_is_not_given_again(http: httpx.Clie
         b"\xff",
         b'{"spec": NaN}',
         b'{"spec": {}, "spec": {}}',
-        b"[" * 100_000,
         b'{"preview": "\\ud800"}',
     ],
 )
 def test_a_body_that_is_no_json_object_is_refused(body: bytes, http: httpx.Client) -> None:
     refused = http.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"})
     assert violations(refused)
+
+
+@pytest.mark.parametrize("depth", [60, 900, 100_000])
+def test_a_body_that_is_nested_too_deep_is_refused_as_such(depth: int, http: httpx.Client) -> None:
+    body = b'{"spec": ' + b"[" * depth + b"]" * depth + b"}"
+    refused = http.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"})
+    assert violations(refused) == {"": "the body is nested deeper than 50 levels"}
 
 
 def test_a_form_of_another_site_cannot_submit_jobs(http: httpx.Client) -> None:

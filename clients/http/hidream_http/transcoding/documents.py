@@ -15,6 +15,9 @@ from google.protobuf.message_factory import GetMessageClass
 from hidream_http.problems import Violation, invalid
 
 _MAX_SHOWN_CHARACTERS = 80
+# Requests have five; Python runs out of stack at some hundreds.
+_MAX_DEPTH = 50
+_TOO_DEEP = Violation("", f"the body is nested deeper than {_MAX_DEPTH} levels")
 _WELL_KNOWN = "google.protobuf."
 _INTEGERS = {
     FieldDescriptor.CPPTYPE_INT32,
@@ -38,14 +41,18 @@ def parsed(body: bytes) -> dict[str, Any]:
     """The object that a body is.
 
     Raises:
-        ProblemError: it is none, or it has a name twice.
+        ProblemError: it is none, it has a name twice, or it is nested too deep.
     """
     try:
         document = json.loads(body, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise invalid(Violation("", f"the body is not JSON: {error}")) from None
+    except RecursionError:
+        raise invalid(_TOO_DEEP) from None
     if not isinstance(document, dict):
         raise invalid(Violation("", "the body is not a JSON object"))
+    if _is_deeper_than(_MAX_DEPTH, document):
+        raise invalid(_TOO_DEEP)
     return document
 
 
@@ -149,6 +156,18 @@ def _kind(field: FieldDescriptor) -> str:
 def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _MAX_SHOWN_CHARACTERS else text[:_MAX_SHOWN_CHARACTERS] + "…"
+
+
+def _is_deeper_than(depth: int, document: dict[str, Any]) -> bool:
+    level: list[Any] = [document]
+    for _ in range(depth):
+        level = [
+            value
+            for one in level
+            if isinstance(one, dict | list)
+            for value in (one.values() if isinstance(one, dict) else one)
+        ]
+    return any(isinstance(one, dict | list) for one in level)
 
 
 def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
