@@ -205,6 +205,21 @@ def test_an_unknown_field_or_value_is_422_with_its_name(
     assert [error["loc"] for error in batch.json()["detail"]] == [["body", "requests", 1, *place[1:]]]
 
 
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/health?x=1", "x"),
+        ("/status/nothing?x=1", "x"),
+        ("/images/nothing/0.png?x=1", "x"),
+        ("/download/nothing?image_index=0&image_index=1", "image_index"),
+    ],
+)
+def test_no_query_parameter_is_dropped(path: str, name: str, http: httpx.Client) -> None:
+    refused = http.get(path)
+    assert refused.status_code == 422
+    assert [error["loc"] for error in refused.json()["detail"]] == [["query", name]]
+
+
 def test_what_is_no_json_is_refused(http: httpx.Client) -> None:
     json_type = {"Content-Type": "application/json"}
     for content in (b"{", b"\xff", b"[]"):

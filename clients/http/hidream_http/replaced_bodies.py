@@ -107,7 +107,7 @@ class BatchBody(_Body):
         return message
 
 
-class _NoQuery(_Body):
+class NoQuery(_Body):
     """Nothing: all fields stand in the body."""
 
 
@@ -125,7 +125,7 @@ async def read_body(request: Request, kind: type[_BodyT]) -> _BodyT:
         ProblemError: it is said to be something else than JSON, or is too large.
     """
     require_json(request)
-    read_query(request, _NoQuery)
+    read_query(request, NoQuery)
     body = await request.body()
     try:
         return kind.model_validate_json(body)
@@ -135,8 +135,11 @@ async def read_body(request: Request, kind: type[_BodyT]) -> _BodyT:
 
 def read_query(request: Request, kind: type[_BodyT]) -> _BodyT:
     """The query of a request; raises InvalidBodyError as `read_body` does."""
+    given = request.query_params
+    # No parameter is a list: one that is given twice is refused by its name.
+    query = {name: values[0] if len(values := given.getlist(name)) == 1 else values for name in given}
     try:
-        return kind.model_validate(dict(request.query_params))
+        return kind.model_validate(query)
     except ValidationError as error:
         raise _invalid("query", error) from None
 

@@ -31,6 +31,7 @@ from hidream_http.replaced_bodies import (
     BatchBody,
     DownloadQuery,
     InvalidBodyError,
+    NoQuery,
     SubmitBody,
     place_of,
     read_body,
@@ -72,6 +73,7 @@ class _Tasks:
 
     async def health(self, request: Request) -> Response:
         """Say whether the server takes requests, and how many there are."""
+        read_query(request, NoQuery)
         caller = self._bridge.caller(request)
         message = image_gen_pb2.GetServerInfoRequest()
         info = await caller.answer(self._bridge.stub.GetServerInfo, message)
@@ -103,6 +105,7 @@ class _Tasks:
 
     async def status(self, request: Request) -> Response:
         """Describe a task as it is now."""
+        read_query(request, NoQuery)
         job = await job_of(self._bridge, request, request.path_params["task_id"])
         result_urls = [image_url(request, job.job_id, image) for image in job.images]
         return JSONResponse(task(job, result_urls))
@@ -122,6 +125,7 @@ class _Tasks:
 
     async def image_file(self, request: Request) -> Response:
         """Send an image under the address that its task tells."""
+        read_query(request, NoQuery)
         job = await job_of(self._bridge, request, request.path_params["job_id"])
         for image in job.images:
             if file_name_of(image) == request.path_params["file_name"]:
