@@ -18,6 +18,7 @@ from hidream.client import Client
 from hidream.downloads import part_path
 from tests.clients.test_hidream_command import HIDREAM, PROMPT, SMALL, hidream, text_until
 from tests.support.live_server import LiveServer, running_server, wait_until
+from tests.support.unused_ports import unused_port
 
 LONG = ("--size", "64x64", "--steps", "150", "--images", "4")
 
@@ -279,12 +280,12 @@ def begun(address: str, *arguments: str, folder: Path) -> subprocess.Popen[str]:
 def test_a_watch_and_a_generation_survive_a_kill_of_the_server_and_go_on_behind_the_last_event(
     tmp_path: Path,
 ) -> None:
-    flags = ("--data-dir", str(tmp_path / "data"), "--grace-seconds", "0")
+    address = f"127.0.0.1:{unused_port()}"
+    flags = ("--data-dir", str(tmp_path / "data"), "--grace-seconds", "0", "--listen", address)
     out = tmp_path / "out"
     out.mkdir()
     with ExitStack() as ended:
         with running_server(*flags) as server:
-            address = server.address
             job_id = submitted(server, "--size", "64x64", "--steps", "60", "--images", "2")
             for_people = ended.enter_context(begun(address, "watch", job_id, "--out", "a.png", folder=out))
             for_programs = ended.enter_context(begun(address, "watch", job_id, "--json", folder=out))
@@ -303,7 +304,7 @@ def test_a_watch_and_a_generation_survive_a_kill_of_the_server_and_go_on_behind_
             generated_before = text_until(generating.stdout, r'"step": \d+.*\n')
             server.process.kill()
             server.process.wait()
-        with running_server(*flags, "--listen", address):
+        with running_server(*flags):
             paths, shown = for_people.communicate(timeout=120)
             told_after, errors = for_programs.communicate(timeout=120)
             generated_after, generation_errors = generating.communicate(timeout=120)

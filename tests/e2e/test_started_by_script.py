@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,16 +14,10 @@ import httpx
 import pytest
 
 from tests.support.live_server import wait_until_serving
+from tests.support.unused_ports import unused_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "scripts" / "start_service.sh"
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
 
 
 @pytest.fixture
@@ -44,7 +37,7 @@ def started(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         "--host",
         "127.0.0.1",
         "--port",
-        str(free_port()),
+        str(unused_port()),
         "--http-port",
         "0",
     ]

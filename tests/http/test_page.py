@@ -16,6 +16,7 @@ from tests.http.visitors import Visitor, visiting
 from tests.support.chromium import running_chromium
 from tests.support.live_bridge import LiveBridge, running_bridge
 from tests.support.live_server import running_server
+from tests.support.unused_ports import unused_port
 
 CIRCLE = "a red circle on a blue background"
 STAR = "a yellow star on a black background"
@@ -122,7 +123,11 @@ def test_a_waiting_job_shows_its_place_and_both_can_be_cancelled(
 
 def test_a_job_goes_on_while_the_page_is_loaded_again(open_page: Open) -> None:
     with open_page("reloads") as visitor:
-        card = visitor.draw(CIRCLE, numInferenceSteps=LONG_STEPS)
+        visitor.describe(CIRCLE, numInferenceSteps=LONG_STEPS)
+        # Large enough that it does not end while the page is loaded.
+        visitor.page.locator("[name=size]").select_option("512x512")
+        visitor.page.locator("#draw").click()
+        card = visitor.card(CIRCLE)
         expect(card.locator(".status")).to_contain_text("Step")
         before = step_of(card)
         visitor.page.reload()
@@ -253,9 +258,9 @@ def test_a_token_is_asked_for_and_kept_for_the_tab_alone(
 def test_a_killed_server_goes_on_with_the_job_before_the_persons_eyes(
     browser: Browser, tmp_path: Path
 ) -> None:
-    folder = ("--data-dir", str(tmp_path))
+    flags = ("--data-dir", str(tmp_path), "--listen", f"127.0.0.1:{unused_port()}")
     with (
-        running_server(*folder) as first,
+        running_server(*flags) as first,
         running_bridge(first.address) as bridge,
         visiting(browser, bridge.url) as visitor,
     ):
@@ -268,7 +273,7 @@ def test_a_killed_server_goes_on_with_the_job_before_the_persons_eyes(
         visitor.describe(STAR, numInferenceSteps=1)
         visitor.page.locator("#draw").click()
         expect(visitor.page.get_by_role("alert")).to_contain_text("Trying again")
-        with running_server(*folder, "--listen", first.address):
+        with running_server(*flags):
             expect(visitor.card(STAR).locator(".status")).to_have_text("Done")
             expect(visitor.page.locator("#state")).to_have_text("Ready")
             expect(card.locator(".status")).to_have_text("Done")

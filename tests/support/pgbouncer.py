@@ -16,6 +16,7 @@ import trustme
 
 from tests.support.live_server import wait_until
 from tests.support.postgres import PostgresServer
+from tests.support.unused_ports import unused_port
 
 FOLDER = Path(__file__).parents[2] / ".cache" / "pgbouncer"
 START_SECONDS = 20.0
@@ -66,7 +67,7 @@ def running_pooler(
         authority.cert_pem.write_to_path(folder / "authority.pem")
         users = "".join(f'"{user}" "{password}"\n' for user, password in passwords.items())
         (folder / "users").write_text(users, encoding="utf-8")
-        port = _free_port()
+        port = unused_port()
         settings = SETTINGS.format(
             host=postgres.socket_path.parent,
             port=port,
@@ -95,12 +96,6 @@ def running_pooler(
             process.wait(START_SECONDS)
     finally:
         shutil.rmtree(folder)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def _listens(port: int) -> bool:

@@ -14,6 +14,7 @@ from hidream.otlp import SpanExport
 from hidream.tracing import span_export
 from tests.support.live_server import wait_until
 from tests.support.trace_receiver import trace_receiver
+from tests.support.unused_ports import unused_port
 
 ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
 
@@ -115,8 +116,7 @@ async def test_a_receiver_that_does_not_answer_costs_one_line_and_nothing_waits_
 async def test_a_receiver_that_comes_back_gets_spans_again_and_the_log_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as reserved:
-        port = reserved.getsockname()[1]
+    port = unused_port()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
     caplog.set_level(logging.INFO)
