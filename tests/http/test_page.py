@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Locator, expect
 from tests.http.visitors import Visitor, visiting
 from tests.support.chromium import running_chromium
 from tests.support.live_bridge import LiveBridge, running_bridge
-from tests.support.live_server import running_server
+from tests.support.live_server import running_server, wait_until
 from tests.support.unused_ports import unused_port
 
 CIRCLE = "a red circle on a blue background"
@@ -132,7 +132,7 @@ def test_a_job_goes_on_while_the_page_is_loaded_again(open_page: Open) -> None:
         before = step_of(card)
         visitor.page.reload()
         expect(card.get_by_alt_text(f"Preview of: {CIRCLE}")).to_be_visible()
-        assert step_of(card) > before
+        wait_until(lambda: step_of(card) > before, 60, "the job has gone on")
         expect(visitor.page.locator("#gallery > li")).to_have_count(1)
         visitor.button(card, "Cancel").click()
         expect(card.locator(".status")).to_have_text("Cancelled")
