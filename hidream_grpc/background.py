@@ -83,6 +83,8 @@ async def keep_doing(
             await action()
             outage.note_success()
             await pause()
+            # A pause that is over at once must not keep the event loop from everything else.
+            await asyncio.sleep(0)
         except Exception as error:
             outage.note_failure(error)
             await asyncio.sleep(retry_seconds)

@@ -184,3 +184,12 @@ def test_when_it_works_again_the_log_says_so_and_the_next_outage_is_news(
 def test_what_never_failed_is_not_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     Outage(logger, "read the queue").note_success()
     assert caplog.messages == []
+
+
+async def test_a_loop_whose_pause_is_over_at_once_leaves_others_their_turn() -> None:
+    loop = asyncio.create_task(keep_doing("count jobs", succeed, succeed))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    loop.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await loop

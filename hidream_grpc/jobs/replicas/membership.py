@@ -148,6 +148,7 @@ class Membership:
         async with self._joining:
             if not self._has_left:
                 await self._beat()
+        self._next_beat_time = boot_seconds() + self._beat_seconds
 
     async def _beat(self) -> None:
         if not self._has_joined:
@@ -163,7 +164,6 @@ class Membership:
         for dead in self._observer.dead(others, boot_seconds()):
             if await self._store.remove_replica(dead.replica_id, dead.heartbeat):
                 logger.warning("replica %s was silent for a lease: its jobs go on elsewhere", dead.replica_id)
-        self._next_beat_time = boot_seconds() + self._beat_seconds
 
     async def pause(self) -> None:
         """Wait until the next heartbeat is due, also over a sleep of the machine."""

@@ -159,7 +159,8 @@ def _become_program(request: dict[str, Any], files: list[int]) -> NoReturn:
 def _run_program(words: list[str], environment: dict[str, str]) -> NoReturn:
     """Do as a new interpreter does with this command line."""
     _replace_environment(environment)
-    setproctitle(" ".join(words))
+    # A name of a file may be no text.
+    setproctitle(" ".join(words).encode(errors="replace").decode())
     sys.argv = [words[0], *words[3:]]
     _run_to_the_end(lambda: runpy.run_module(words[2], run_name="__main__", alter_sys=True))
 
