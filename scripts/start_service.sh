@@ -152,6 +152,13 @@ bridge=()
 trusted=()
 if [[ -n $http_port ]]; then
   require_port --http-port "$http_port"
+  flags=" ${passed_on[*]-} "
+  if [[ -z ${HIDREAM_HTTP_SERVER:-} && $flags =~ \ --listen[\ =] ]]; then
+    fail "--listen: give --host and --port instead, or set HIDREAM_HTTP_SERVER to where the bridge finds the server"
+  fi
+  if [[ -z ${HIDREAM_HTTP_SERVER_CA:-} && ( -n ${HIDREAM_TLS_CERTIFICATE:-} || $flags =~ \ --tls-certificate[\ =] ) ]]; then
+    fail "--http-port: set HIDREAM_HTTP_SERVER_CA to the authority of --tls-certificate, for the bridge's calls"
+  fi
   address=${listen[1]:-$HIDREAM_LISTEN}
   host=${address%:*}
   [[ ${address##*:} != 0 ]] || fail "--http-port: needs a --port other than 0, to find the server"
@@ -161,8 +168,14 @@ if [[ -n $http_port ]]; then
   fi
   [[ -n ${HIDREAM_HTTP_SERVER:-} ]] || bridge+=(--server "$address")
   # Otherwise all callers of the bridge would be one caller, with the share of one.
-  if [[ -z ${HIDREAM_TRUSTED_PROXIES:-} && " ${passed_on[*]-} " != *" --trusted-proxies"* ]]; then
-    trusted=(--trusted-proxies "127.0.0.1,::1")
+  if [[ -z ${HIDREAM_TRUSTED_PROXIES:-} && $flags != *" --trusted-proxies"* ]]; then
+    proxies=127.0.0.1,::1
+    bare_host=${host//[][]/}
+    # Calls to an address of this machine come from the same address.
+    if [[ $bare_host =~ ^[0-9.]+$|: && ! $bare_host =~ ^(0\.0\.0\.0|127\.0\.0\.1|::|::1)$ ]]; then
+      proxies+=,$bare_host
+    fi
+    trusted=(--trusted-proxies "$proxies")
   fi
   if [[ -n ${HIDREAM_HTTP_TLS_CLIENT_CA:-} && -z ${HIDREAM_TRUSTED_BRIDGES:-} &&
     " ${passed_on[*]-} " != *" --trusted-bridges"* ]]; then
@@ -221,8 +234,9 @@ if ((${#bridge[@]})); then
   "$python" -c 'import hidream_http' 2>/dev/null ||
     fail "hidream-http is not installed for $python: run $own_project/scripts/install.sh"
   # It says on stdout where it listens, and why it cannot on stderr.
-  coproc bridge_process { exec "$python" "${bridge[@]}"; }
-  read -r http_url <&"${bridge_process[0]}" || exit 2
+  exec {bridge_output}< <(exec "$python" "${bridge[@]}" </dev/null)
+  read -r http_url <&"$bridge_output" || exit 2
+  exec {bridge_output}<&-
   http_url=${http_url/0.0.0.0/localhost}
   echo "start_service: open ${http_url/\[::\]/localhost}" >&2
 fi

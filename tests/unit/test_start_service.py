@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -211,6 +212,21 @@ def test_a_python_without_the_service_is_one_line_that_names_both_places(tmp_pat
             {"--listen": "[::1]:8080", "--server": "[::1]:9"},
             "10.0.0.1",
         ),
+        (
+            ("--host", "10.0.0.5"),
+            {"--listen": "10.0.0.5:8080", "--server": "10.0.0.5:8088"},
+            "127.0.0.1,::1,10.0.0.5",
+        ),
+        (
+            ("--host", "2001:db8::5"),
+            {"--listen": "[2001:db8::5]:8080", "--server": "[2001:db8::5]:8088"},
+            "127.0.0.1,::1,2001:db8::5",
+        ),
+        (
+            ("--host", "localhost"),
+            {"--listen": "localhost:8080", "--server": "localhost:8088"},
+            "127.0.0.1,::1",
+        ),
     ],
 )
 def test_a_port_of_http_adds_a_bridge_that_speaks_for_its_callers(
@@ -231,6 +247,36 @@ def test_a_bridge_that_asks_for_certificates_is_believed_whose_it_saw() -> None:
     shown = start_service("--demo", "--http-port", "8080", "--dry-run", variables=certificates).stdout
     server = shlex.split(shown.splitlines()[-1])
     assert server[server.index("--trusted-bridges") + 1] == "127.0.0.1,::1"
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags", "line"),
+    [
+        ({}, ("--listen", "0.0.0.0:9000"), "--listen: give --host and --port"),
+        ({}, ("--listen=0.0.0.0:9000",), "--listen: give --host and --port"),
+        ({}, ("--tls-certificate", "a"), "HIDREAM_HTTP_SERVER_CA"),
+        ({"HIDREAM_TLS_CERTIFICATE": "a"}, (), "HIDREAM_HTTP_SERVER_CA"),
+    ],
+)
+def test_a_server_that_the_bridge_could_not_call_is_refused(
+    variables: dict[str, str], flags: tuple[str, ...], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    arguments = ("--demo", "--http-port", "8080", "--dry-run", "--", *flags)
+    assert line in refusal(*arguments)
+    # Whoever says where and how to call knows it.
+    monkeypatch.setenv("HIDREAM_HTTP_SERVER", "localhost:9000")
+    monkeypatch.setenv("HIDREAM_HTTP_SERVER_CA", "authority.pem")
+    assert start_service(*arguments).returncode == 0
+
+
+def test_a_bridge_that_ends_at_once_ends_the_start_with_its_own_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = start_service("--demo", "--host", "127.0.0.1", "--port", "1", "--http-port", str(port))
+    assert result.returncode == 2
+    assert result.stderr == f"hidream-http: --listen: 127.0.0.1:{port} is in use\n"
 
 
 def test_a_dry_run_leaves_nothing_behind(tmp_path: Path) -> None:
