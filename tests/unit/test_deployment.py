@@ -78,6 +78,19 @@ def test_systemd_gives_the_bridge_the_time_that_draining_takes() -> None:
     assert int(stop_seconds) > BridgeSettings().drain_seconds + END_SECONDS
 
 
+def test_systemd_does_not_show_the_bridge_the_secrets_of_the_server() -> None:
+    of_server, of_bridge = (
+        re.findall(
+            r"^EnvironmentFile=-?(\S+)$",
+            (DEPLOY / "systemd" / unit).read_text(encoding="utf-8"),
+            re.MULTILINE,
+        )
+        for unit in ("hidream-grpc.service", "hidream-http.service")
+    )
+    assert of_bridge
+    assert not set(of_bridge) & set(of_server)
+
+
 def test_a_pod_runs_without_rights_that_it_does_not_need() -> None:
     pod = server_pod()
     assert pod["automountServiceAccountToken"] is False
