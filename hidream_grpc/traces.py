@@ -8,11 +8,14 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ContextDecorator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import msgspec
+
+logger = logging.getLogger(__name__)
 
 _TraceId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
 _SpanId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
@@ -78,7 +81,23 @@ class FinishedSpan:
 RecordSpan = Callable[[FinishedSpan], None]
 """Exports a span; never blocks and never raises."""
 
+_failures_logged: set[type[Exception]] = set()
 _current: ContextVar[TraceContext | None] = ContextVar("current_trace", default=None)
+
+
+class FailingAlone(ContextDecorator):
+    """Keeps a failure in making spans from the work that they are about; the log has each kind of it once."""
+
+    def __enter__(self) -> None:
+        """Begin to keep failures."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, frames: object) -> bool:
+        """Log a failure that is new."""
+        if isinstance(error, Exception) and type(error) not in _failures_logged:
+            _failures_logged.add(type(error))
+            logger.warning("a span is lost: %s: %s (not logged again)", type(error).__name__, error)
+            logger.debug("where the span was lost", exc_info=error)
+        return isinstance(error, Exception)
 
 
 def current_trace() -> TraceContext | None:

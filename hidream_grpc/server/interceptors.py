@@ -105,6 +105,7 @@ def observed(metrics: Metrics, tracing: Tracing | None, method: str, context: Co
     span = None
     if tracing is not None:
         span = tracing.begin_call(method, call.peer, context.invocation_metadata() or ())
+    if span is not None:
         enter_trace(span.context)
     code = grpc.StatusCode.UNKNOWN
     try:

@@ -20,7 +20,7 @@ from opentelemetry.trace import (
 from hidream.otlp import SpanExport
 from hidream_grpc.server.call import Call
 from hidream_grpc.server.tracing import Metadata
-from hidream_grpc.traces import FinishedSpan, TraceContext
+from hidream_grpc.traces import FailingAlone, FinishedSpan, TraceContext
 
 # By the conventions for gRPC servers: other codes are the caller's.
 _ERRORS_OF_SERVER = frozenset(
@@ -36,30 +36,34 @@ _ERRORS_OF_SERVER = frozenset(
 
 
 class OpenTelemetry:
-    """The `Tracing` of `server/tracing.py`; it belongs to the event loop's thread."""
+    """The `Tracing` of `server/tracing.py`; it belongs to the event loop's thread.
+
+    Whatever the SDK raises ends here: what the spans are about goes on.
+    """
 
     def __init__(self, export: SpanExport) -> None:
         self._export = export
 
-    def begin_call(self, method: str, peer: str, metadata: Metadata) -> ServerSpan:
-        """Begin the span of a call, below that of its caller where the metadata names one."""
+    def begin_call(self, method: str, peer: str, metadata: Metadata) -> ServerSpan | None:
+        """Begin the span of a call, below that of its caller if the metadata names one; None if it fails."""
         headers = {key: value for key, value in metadata if isinstance(value, str)}
         name = method.removeprefix("/")
         attributes = {"rpc.system.name": "grpc", "rpc.method": name, "client.address": peer}
-        return ServerSpan(self._export, self._export.begin_server_span(name, headers, attributes))
+        with FailingAlone():
+            return ServerSpan(self._export, self._export.begin_server_span(name, headers, attributes))
+        return None
 
+    @FailingAlone()
     def record(self, span: FinishedSpan) -> None:
         """Export a span that has ended, under the ids that it has."""
         if not span.context.is_sampled or span.context.parent_span_id is None:
             return
         parent = _context_below(span.context, span.context.parent_span_id)
-        self._export.ids.next_span_id = int(span.context.span_id, 16)
-        recorded = self._export.tracer.start_span(
-            span.name,
-            parent,
-            attributes=span.attributes,
-            start_time=_nanoseconds(span.start_time),
-        )
+        start_time = _nanoseconds(span.start_time)
+        with self._export.ids.chosen(int(span.context.span_id, 16)):
+            recorded = self._export.tracer.start_span(
+                span.name, parent, attributes=span.attributes, start_time=start_time
+            )
         for event in span.events:
             recorded.add_event(event.name, event.attributes, _nanoseconds(event.time))
         if span.error is not None:
@@ -68,7 +72,8 @@ class OpenTelemetry:
 
     async def close(self) -> None:
         """Export what is left, for a moment at most."""
-        await self._export.close()
+        with FailingAlone():
+            await self._export.close()
 
 
 class ServerSpan:
@@ -79,6 +84,7 @@ class ServerSpan:
         self._span = span
         self.context = _context_of(span.get_span_context())
 
+    @FailingAlone()
     def end(self, call: Call, code: grpc.StatusCode) -> None:
         """Export the span, with what became of the call."""
         attributes = {

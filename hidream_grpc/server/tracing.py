@@ -29,10 +29,14 @@ class CallSpan(Protocol):
 
 
 class Tracing(Protocol):
-    """Makes and exports spans; nothing of it waits for who receives them."""
+    """Makes and exports spans; nothing of it raises, or waits for who receives them."""
 
-    def begin_call(self, method: str, peer: str, metadata: Metadata) -> CallSpan:
-        """Begin the span of a call; its parent is in the metadata as W3C's Trace Context has it."""
+    def begin_call(self, method: str, peer: str, metadata: Metadata) -> CallSpan | None:
+        """Begin the span of a call; its parent is in the metadata as W3C's Trace Context has it.
+
+        Returns:
+            None where it could not be made.
+        """
 
     def record(self, span: FinishedSpan) -> None:
         """Export a span that has ended."""

@@ -12,33 +12,17 @@ import pytest
 from hidream_grpc.engine.requests import RequestStarted, SnapshotTaken, StepFinished
 from hidream_grpc.errors import StoreUnavailableError
 from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
-from hidream_grpc.jobs.estimates.estimator import JobEstimator
-from hidream_grpc.jobs.estimates.simulation import EngineCapacity
-from hidream_grpc.jobs.execution.job_tools import JobTools
 from hidream_grpc.jobs.execution.running_job import RunningJob
-from hidream_grpc.jobs.job import CancelReason, Execution, Job, StoredSnapshot
-from hidream_grpc.jobs.store.store import SqlJobStore
+from hidream_grpc.jobs.job import CancelReason, Job, StoredSnapshot
 from hidream_grpc.jobs.watching.events import Body, Cancelled, JobFeed, Progressed, Queued, Restarted, Started
 from tests.support.job_stores import StoreDatabase, added, claimed, eventually, new_job, started
-from tests.support.snapshots import CHECKPOINT_FINGERPRINT, packed_snapshot
+from tests.support.job_tools import tools_of
+from tests.support.snapshots import packed_snapshot
 
 PARAMETERS = new_job().submission.parameters
 SNAPSHOT = packed_snapshot(2, PARAMETERS)
 
 TIMEOUT_SECONDS = 10.0
-
-
-def tools_of(store: SqlJobStore, artifacts: ArtifactStore) -> JobTools:
-    capacity = EngineCapacity(max_running_jobs=1, max_step_pixels=1 << 20, num_ranks=1)
-    return JobTools(
-        store=store,
-        artifacts=artifacts,
-        estimator=JobEstimator(lambda: capacity),
-        describe_execution=lambda: Execution("demo", "FlowMatchLCMScheduler", 3.0, "tp=1"),
-        chunk_bytes=1024,
-        publish_to_replicas=lambda job_id, event: None,
-        checkpoint_fingerprint=CHECKPOINT_FINGERPRINT,
-    )
 
 
 @pytest.mark.parametrize("starts", [True, False], ids=["starts", "is cancelled before it starts"])

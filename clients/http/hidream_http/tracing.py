@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from contextlib import ContextDecorator
 from typing import TYPE_CHECKING
 
 from starlette.types import Scope
@@ -15,14 +17,35 @@ if TYPE_CHECKING:
 
     from hidream.otlp import SpanExport
 
+logger = logging.getLogger(__name__)
+
 SERVICE_NAME = "hidream-http"
 TRACE_HEADERS = ("traceparent", "tracestate")
 _IN_SCOPE = "hidream_http.trace_headers"
 _SERVER_ERROR = 500
+_failures_logged: set[type[Exception]] = set()
+
+
+class FailingAlone(ContextDecorator):
+    """Keeps a failure in making spans from the requests; the log has each kind of it once."""
+
+    def __enter__(self) -> None:
+        """Begin to keep failures."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, frames: object) -> bool:
+        """Log a failure that is new."""
+        if isinstance(error, Exception) and type(error) not in _failures_logged:
+            _failures_logged.add(type(error))
+            logger.warning("a span is lost: %s: %s (not logged again)", type(error).__name__, error)
+            logger.debug("where the span was lost", exc_info=error)
+        return isinstance(error, Exception)
 
 
 class Tracing:
-    """Makes a span of each request, where OpenTelemetry's variables ask for it."""
+    """Makes a span of each request, where OpenTelemetry's variables ask for it.
+
+    Whatever the SDK raises ends here: requests go on.
+    """
 
     def __init__(self, export: SpanExport | None) -> None:
         self._export = export
@@ -33,7 +56,7 @@ class Tracing:
         return cls(span_export(os.environ, SERVICE_NAME, __version__))
 
     def begin(self, scope: Scope, method: str) -> RequestSpan | None:
-        """Begin the span of a request, below that of its caller; None where nothing is traced.
+        """Begin the span of a request, below that of its caller; None where it has none.
 
         Args:
             scope: of the request.
@@ -49,14 +72,17 @@ class Tracing:
         }
         if scope.get("client"):
             attributes["client.address"] = scope["client"][0]
-        span = self._export.begin_server_span(method, headers, attributes)
-        scope[_IN_SCOPE] = self._export.headers_of(span)
-        return RequestSpan(self._export, span)
+        with FailingAlone():
+            span = self._export.begin_server_span(method, headers, attributes)
+            scope[_IN_SCOPE] = self._export.headers_of(span)
+            return RequestSpan(self._export, span)
+        return None
 
     async def close(self) -> None:
         """Export what is left, for a moment at most."""
         if self._export is not None:
-            await self._export.close()
+            with FailingAlone():
+                await self._export.close()
 
 
 class RequestSpan:
@@ -68,6 +94,7 @@ class RequestSpan:
         context = span.get_span_context()
         self.log_fields = {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"}
 
+    @FailingAlone()
     def end(self, method: str, route: str, status: int) -> None:
         """Export the span, with what became of the request."""
         self._span.set_attribute("http.response.status_code", status)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.environment_variables import OTEL_SPAN_EVENT_COUNT_LIMIT
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
@@ -43,7 +46,10 @@ class SpanExport:
         self._propagator = TraceContextTextMapPropagator()
         self.ids = SpanIds()
         provider = TracerProvider(
-            resource=_resource(service_name, service_version), id_generator=self.ids, shutdown_on_exit=False
+            resource=_resource(service_name, service_version),
+            id_generator=self.ids,
+            span_limits=_span_limits(),
+            shutdown_on_exit=False,
         )
         provider.add_span_processor(self._processor)
         self.tracer = provider.get_tracer(service_name, service_version)
@@ -76,14 +82,22 @@ class SpanExport:
 
 
 class SpanIds(RandomIdGenerator):
-    """Gives random ids, unless the next one was chosen: a span that others are children of keeps its own."""
+    """Gives random ids, unless one was chosen: a span that others are children of keeps its own."""
 
-    next_span_id: int | None = None
+    _chosen: int | None = None
+
+    @contextmanager
+    def chosen(self, span_id: int) -> Iterator[None]:
+        """Give this id to the span that begins in the block."""
+        self._chosen = span_id
+        try:
+            yield
+        finally:
+            self._chosen = None
 
     def generate_span_id(self) -> int:
         """The id of a span that begins."""
-        chosen, self.next_span_id = self.next_span_id, None
-        return super().generate_span_id() if chosen is None else chosen
+        return super().generate_span_id() if self._chosen is None else self._chosen
 
 
 class _OutageLog(logging.Handler):
@@ -128,6 +142,12 @@ class _Exporter(SpanExporter):
 
     def shutdown(self) -> None:
         self._exporter.shutdown()
+
+
+def _span_limits() -> SpanLimits:
+    """All events of a span, unless the operator limits them: who makes them has limits of its own."""
+    is_limited = OTEL_SPAN_EVENT_COUNT_LIMIT in os.environ
+    return SpanLimits(max_events=None if is_limited else SpanLimits.UNSET)
 
 
 def _resource(service_name: str, service_version: str) -> Resource:

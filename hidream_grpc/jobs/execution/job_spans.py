@@ -18,7 +18,15 @@ from hidream_grpc.engine.requests import (
     StepFinished,
 )
 from hidream_grpc.jobs.job import Job, JobState
-from hidream_grpc.traces import Attributes, AttributeValue, FinishedSpan, RecordSpan, SpanEvent, TraceContext
+from hidream_grpc.traces import (
+    Attributes,
+    AttributeValue,
+    FailingAlone,
+    FinishedSpan,
+    RecordSpan,
+    SpanEvent,
+    TraceContext,
+)
 
 
 @dataclass(slots=True)
@@ -69,6 +77,7 @@ class StageSpans:
         self._resumed_from_step = 0
         self._denoising: _Denoising | None = None
 
+    @FailingAlone()
     def observe(self, event: EngineEvent, job: Job, time: float, stored_time: float) -> None:
         """Record what an event of the engine tells; only where the job is traced.
 
@@ -92,11 +101,17 @@ class StageSpans:
             case ImageFinished():
                 self._add_image(event, job, time, stored_time)
             case RequestRestarted(reason=reason, resumed_from_step=step):
-                self.close(reason)
+                self.close(error=reason)
                 self._begin_attempt(job, step, time)
 
-    def close(self, error: str | None = None) -> None:
-        """End what is under way, as far as it came: the claim has ended, or the ranks were lost."""
+    @FailingAlone()
+    def close(self, state: str = "", error: str | None = None) -> None:
+        """End what is under way, as far as it came: the claim has ended, or the ranks were lost.
+
+        Args:
+            state: what became of the job, where that ended its steps before the last one.
+            error: why, where that is a failure.
+        """
         denoising, self._denoising = self._denoising, None
         if denoising is None:
             return
@@ -108,7 +123,7 @@ class StageSpans:
             "denoise",
             denoising.start_time,
             denoising.end_time,
-            {"hidream.num_steps": len(denoising.steps)},
+            {"hidream.num_steps": len(denoising.steps)} | ({"hidream.state": state} if state else {}),
             context=denoising.context,
             events=denoising.steps,
             error=error,
@@ -171,6 +186,7 @@ class JobSpans:
     def __init__(self, record: RecordSpan | None) -> None:
         self._record = record
 
+    @FailingAlone()
     def observe_end(self, job: Job) -> None:
         """Export the span of a job that has ended, however many servers ran it."""
         if self._record is None or job.trace is None or not job.trace.is_sampled:

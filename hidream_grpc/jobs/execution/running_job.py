@@ -35,6 +35,7 @@ from hidream_grpc.jobs.watching.events import JobFeed, Previewed, Progressed, Re
 logger = logging.getLogger(__name__)
 
 LOST_SERVER = "the server that ran it ended"
+LOST_CLAIM = "another server has the job, or it was removed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ class RunningJob:
             # Without `change`: no write waits for it any more.
             self._claim.state = self._state.ended()
             snapshots.cancel()
-            self._spans.close()
+            self._close_spans()
         if self.job.state.has_ended:
             await self._claim.remove_snapshots()
 
@@ -224,6 +225,17 @@ class RunningJob:
         if self._spans.is_traced:
             now = self._tools.store.clock.now()
             self._spans.observe(event, self.job, self._clock_time(when), stored_time=now)
+
+    def _close_spans(self) -> None:
+        job = self.job
+        if job.state is JobState.FAILED:
+            self._spans.close(job.state.value, str(job.error))
+        elif not job.state.has_ended and self._state.stop_reason is StopReason.LOST:
+            self._spans.close("LOST", LOST_CLAIM)
+        elif not job.state.has_ended and self._state.stop_reason is StopReason.GIVE_BACK:
+            self._spans.close(JobState.QUEUED.value)
+        else:
+            self._spans.close(job.state.value)
 
     def _clock_time(self, when: float) -> float:
         """A moment on the clock of time.monotonic, in seconds since the epoch by the store's clock."""
