@@ -38,6 +38,12 @@ LONG_STEPS = 150
 PAGE_SIZE = 12
 SMALL = {"width": 64, "height": 64, "numInferenceSteps": LONG_STEPS}
 
+# What a browser does to a page when its tab is left, or looked at again.
+HIDE = """isHidden => {
+    Object.defineProperty(document, "hidden", { value: isHidden, configurable: true });
+    document.dispatchEvent(new Event("visibilitychange"));
+}"""
+
 expect.set_options(timeout=120_000)
 
 
@@ -95,7 +101,7 @@ def test_a_person_sees_each_preview_and_then_the_image(open_page: Open) -> None:
         assert len(visitor.seen("preview")) > 1
         assert any(re.fullmatch(r"Step \d of 8 · .* left", line) for line in visitor.seen("status"))
         expect(card.get_by_alt_text(f"Image 2 of: {CIRCLE}")).to_have_js_property("naturalWidth", 256)
-        expect(card.locator(".facts")).to_contain_text("Seed 7 · 256 × 256 · 8 steps")
+        expect(card.locator(".facts")).to_contain_text("Seed 7 · 256 × 256 · Steps: 8")
         expect(visitor.page.locator("#facts")).to_contain_text("tp=1")
 
         with visitor.page.expect_download() as download:
@@ -105,14 +111,16 @@ def test_a_person_sees_each_preview_and_then_the_image(open_page: Open) -> None:
         assert Path(download.value.path()).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_waiting_job_shows_its_place_and_both_can_be_cancelled(
+def test_a_waiting_job_shows_its_position_and_both_can_be_cancelled(
     open_page: Open, guarded_bridge: LiveBridge
 ) -> None:
     with open_page("cancels") as visitor:
         running = visitor.draw(CIRCLE, numInferenceSteps=LONG_STEPS)
         expect(running.locator(".status")).to_contain_text(re.compile(r"Step \d+ of 150 · \d+.* left"))
         waiting = visitor.draw(STAR)
-        expect(waiting.locator(".status")).to_contain_text(re.compile(r"Place 1 in the queue · starts in \d"))
+        expect(waiting.locator(".status")).to_contain_text(
+            re.compile(r"Position 1 in the queue · starts in \d")
+        )
         for card in (waiting, running):
             visitor.button(card, "Cancel").click()
             expect(card.locator(".status")).to_have_text("Cancelled")
@@ -169,7 +177,7 @@ def test_a_job_is_varied_taken_into_the_form_and_deleted(open_page: Open, guarde
         expect(first.locator(".status")).to_have_text("Done")
         visitor.button(first, "Vary the seed").click()
         expect(cards).to_have_count(2)
-        expect(cards.first.locator(".facts")).to_contain_text("1 steps")
+        expect(cards.first.locator(".facts")).to_contain_text("Steps: 1 ")
         expect(cards.first.locator(".facts")).not_to_contain_text("Seed 7 ")
         expect(cards.first.locator(".status")).to_have_text("Done")
 
@@ -179,8 +187,8 @@ def test_a_job_is_varied_taken_into_the_form_and_deleted(open_page: Open, guarde
             expect(visitor.page.locator(f"[name={name}]")).to_have_value(value)
 
         for count in (1, 0):
+            visitor.page.once("dialog", lambda dialog: dialog.accept())
             visitor.button(cards.first, "Delete").click()
-            visitor.button(cards.first, "Delete for good?").click()
             expect(cards).to_have_count(count)
         expect(visitor.page.locator("#empty")).to_be_visible()
         expect(visitor.page.locator("[name=prompt]")).to_be_focused()
@@ -225,15 +233,26 @@ def test_chinese_readers_find_chinese_words_that_fit_a_narrow_screen(open_page: 
 
 def test_scrolling_brings_older_jobs(open_page: Open, guarded_bridge: LiveBridge) -> None:
     count = PAGE_SIZE + 3
-    requests = [{"spec": {**SMALL, "prompt": f"{CIRCLE} {index:02d}"}} for index in range(count)]
-    with guarded_bridge.client(headers={"Authorization": f"Bearer {token_of('many')}"}) as http:
-        for job in http.post("/v1/jobs:batch", json={"requests": requests}).json()["jobs"]:
-            http.post(f"/v1/jobs/{job['jobId']}:cancel", json={})
+
+    def add_jobs() -> None:
+        requests = [{"spec": {**SMALL, "prompt": f"{CIRCLE} {index:02d}"}} for index in range(count)]
+        with guarded_bridge.client(headers={"Authorization": f"Bearer {token_of('many')}"}) as http:
+            for job in http.post("/v1/jobs:batch", json={"requests": requests}).json()["jobs"]:
+                http.post(f"/v1/jobs/{job['jobId']}:cancel", json={})
+
+    add_jobs()
     with open_page("many") as visitor:
         cards = visitor.page.locator("#gallery > li")
         expect(cards).to_have_count(PAGE_SIZE)
         cards.last.scroll_into_view_if_needed()
         expect(cards).to_have_count(count)
+        # More than a page of them may come while nobody looks.
+        visitor.page.evaluate(HIDE, True)
+        add_jobs()
+        visitor.page.evaluate(HIDE, False)
+        expect(cards).to_have_count(count + PAGE_SIZE)
+        cards.last.scroll_into_view_if_needed()
+        expect(cards).to_have_count(2 * count)
 
 
 def test_a_token_is_asked_for_and_kept_for_the_tab_alone(

@@ -5,6 +5,7 @@ import { askForToken, token } from "./token.js";
 const RETRY_MS = [300, 1000, 2000, 4000];
 // Longer than the bridge is ever silent on a stream.
 const SILENT_MS = 60_000;
+const MAX_COPIES = 50;
 
 export class Problem extends Error {
   constructor(status, body = {}) {
@@ -105,6 +106,8 @@ export async function imageAddress(job, image) {
   const path = imagePath(job, image);
   if (!token()) return path;
   if (!copies.has(path)) {
+    // An image that is shown stays when its copy goes.
+    if (copies.size >= MAX_COPIES) forget(copies.keys().next().value);
     copies.set(path, request(path).then((response) => response.blob()).then((blob) => URL.createObjectURL(blob)));
     copies.get(path).catch(() => copies.delete(path));
   }
@@ -112,7 +115,10 @@ export async function imageAddress(job, image) {
 }
 
 export function forgetImage(job, image) {
-  const path = imagePath(job, image);
+  forget(imagePath(job, image));
+}
+
+function forget(path) {
   copies.get(path)?.then(URL.revokeObjectURL, () => {});
   copies.delete(path);
 }

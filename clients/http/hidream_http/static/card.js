@@ -50,11 +50,8 @@ export class Card {
       this.show();
     }
     if (progress) {
-      const quarter = (one) => Math.floor((4 * one.step) / one.totalSteps);
-      const isNews = this.job.progress && quarter(this.job.progress) !== quarter(progress);
       this.interruption = "";
       become("RUNNING", { progress });
-      if (isNews) this.tell(this.statusText());
     }
     if (preview) this.sharpen(preview);
     if (succeeded) this.update(succeeded.job);
@@ -107,10 +104,10 @@ export class Card {
     this.part(".images").replaceChildren(...this.images.map((image) => {
       const button = Object.assign(document.createElement("button"), { type: "button" });
       const alt = say("imageAlt", { number: (image.index ?? 0) + 1, prompt: this.job.spec.prompt });
-      const picture = button.appendChild(Object.assign(new Image(), { alt }));
+      const element = button.appendChild(Object.assign(new Image(), { alt }));
       button.addEventListener("click", () => this.open(this.job, image));
-      const load = async () => { picture.src = await imageAddress(this.job, image); };
-      button.addEventListener("seen", () => picture.naturalWidth || load());
+      const load = async () => { element.src = await imageAddress(this.job, image); };
+      button.addEventListener("seen", () => element.naturalWidth || load());
       return button;
     }));
     this.look();

@@ -1,7 +1,7 @@
-// The form: what to draw, within what the server allows.
+// The form: what to generate, within what the server allows.
 
 import { Problem, call } from "./api.js";
-import { examples, say } from "./words.js";
+import { say } from "./words.js";
 
 const INTEGERS = ["numInferenceSteps", "numImages", "quality"];
 const form = document.getElementById("form");
@@ -29,7 +29,6 @@ export function allow({ model, limits, defaults, recommendedSizes = [], supporte
   choose(chosen);
   poorGuidance = model.maxPoorGuidanceScale;
   react();
-  showExamples(model.name);
   draw.disabled = false;
 }
 
@@ -51,22 +50,10 @@ function choose(value) {
   size.value = value;
 }
 
-function showExamples(model) {
-  document.getElementById("examples").replaceChildren(...examples(model).map((textContent) => {
-    const button = Object.assign(document.createElement("button"), { type: "button", className: "quiet", textContent });
-    button.addEventListener("click", () => {
-      prompt.value = textContent;
-      prompt.focus();
-    });
-    return button;
-  }));
-}
-
 // What one field means for others.
 function react() {
   quality.closest("label").hidden = outputFormat.value === "OUTPUT_FORMAT_PNG";
   negativePrompt.disabled = Number(guidanceScale.value) <= 1;
-  negativePrompt.placeholder = negativePrompt.disabled ? say("negativeOff") : "";
   note.hidden = !(Number(guidanceScale.value) <= poorGuidance);
   note.textContent = note.hidden ? "" : say("poorGuidance", { guidance: poorGuidance });
 }
@@ -94,7 +81,7 @@ export function use(spec) {
   prompt.focus();
 }
 
-// Queues a request. Its id lets it be sent until there is an answer, without being drawn twice.
+// Queues a request. Its id lets it be sent until there is an answer, without being generated twice.
 export async function submit(spec) {
   clear();
   const requestId = Array.from(crypto.getRandomValues(new Uint32Array(4)), (part) => part.toString(36)).join("-");

@@ -6,8 +6,8 @@ import { explain } from "./form.js";
 import { noteStepTime, show } from "./strip.js";
 
 const PAGE_SIZE = 12;
-// A browser opens six connections to a host, for all of its tabs; images and calls want some of them.
-const MAX_FOLLOWED = 2;
+// A browser opens six connections to a host, for all of its windows: two with one job each leave two for the rest.
+const MAX_FOLLOWED = 1;
 const UNFINISHED = "states=JOB_STATE_QUEUED&states=JOB_STATE_RUNNING";
 const list = document.getElementById("gallery");
 const end = document.getElementById("more");
@@ -85,9 +85,11 @@ export class Gallery {
 
   // At the start, and after a loss: what came, ended or went while nothing was heard.
   async refresh() {
+    const known = new Set(this.cards.keys());
     const unfinished = [...this.cards.values()].filter((card) => !card.hasEnded);
-    const next = await this.loadPage("");
-    this.nextPage ??= next;
+    const { jobs, next } = await this.loadPage("");
+    // Where none of them was known, there are more that are not between them and the older ones.
+    if (this.nextPage === null || !jobs.some((job) => known.has(job.jobId))) this.nextPage = next;
     this.atEnd.observe(end);
     await Promise.all(unfinished.map(({ job: { jobId } }) => call("GET", jobPath(jobId)).then(
       (job) => this.put(job),
@@ -99,18 +101,23 @@ export class Gallery {
 
   async loadPage(token) {
     const page = await call("GET", `v1/jobs?pageSize=${PAGE_SIZE}&pageToken=${encodeURIComponent(token)}`);
-    for (const job of page.jobs ?? []) this.put(job);
+    const { jobs = [], nextPageToken: next = "" } = page;
+    for (const job of jobs) this.put(job);
     this.showEmptiness();
-    return page.nextPageToken ?? "";
+    return { jobs, next };
   }
 
   async loadMore() {
     if (!this.nextPage || this.isLoading) return;
     this.isLoading = true;
-    this.nextPage = await this.loadPage(this.nextPage).finally(() => { this.isLoading = false; });
-    // Observed anew, it tells again when the end is still in sight.
-    this.atEnd.unobserve(end);
-    this.atEnd.observe(end);
+    try {
+      this.nextPage = (await this.loadPage(this.nextPage)).next;
+    } finally {
+      this.isLoading = false;
+      // Observed anew, it tells again when the end is still in sight.
+      this.atEnd.unobserve(end);
+      this.atEnd.observe(end);
+    }
   }
 
   // How far those jobs are whose events are not read.

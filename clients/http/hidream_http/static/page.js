@@ -16,12 +16,7 @@ const actions = {
   download: async ({ job, images }) => { for (const image of images) await save(job, image); },
   cancel: ({ job }) => call("POST", `${jobPath(job.jobId)}:cancel`, {}).then((now) => gallery.put(now)),
   remove: (card) => {
-    const button = card.button("remove");
-    if (button.textContent === say("remove")) {
-      button.textContent = say("reallyRemove");
-      button.addEventListener("blur", () => { button.textContent = say("remove"); }, { once: true });
-      return tell(say("reallyRemove"));
-    }
+    if (!confirm(say("reallyRemove"))) return undefined;
     const neighbour = card.element.nextElementSibling ?? card.element.previousElementSibling;
     return call("DELETE", jobPath(card.job.jobId)).then(() => {
       gallery.drop(card.job.jobId);
@@ -59,11 +54,11 @@ async function save(job, image) {
 }
 
 async function open(job, image) {
-  const picture = viewer.querySelector("img");
+  const element = viewer.querySelector("img");
   const link = viewer.querySelector("a");
   await aim(link, job, image);
-  picture.src = link.href;
-  picture.alt = viewer.querySelector("#viewer-prompt").textContent = job.spec.prompt;
+  element.src = link.href;
+  element.alt = viewer.querySelector("#viewer-prompt").textContent = job.spec.prompt;
   viewer.querySelector(".facts").textContent = `${say("seed")} ${image.seed ?? 0} · ${image.width} × ${image.height}`;
   viewer.showModal();
 }

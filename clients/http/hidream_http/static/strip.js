@@ -12,10 +12,11 @@ let stepDuration = null;
 // Asks for the server's state as long as somebody looks, and hands it on; returns what asks at once.
 export function watchServer(onInfo) {
   let timer;
+  let isAsking = false;
   const ask = async () => {
     clearTimeout(timer);
-    if (document.hidden) return;
-    timer = setTimeout(ask, ASK_MS);
+    if (document.hidden || isAsking) return;
+    isAsking = true;
     try {
       info = await call("GET", "v1/server");
       show(info.state.replace("SERVER_STATE_", ""));
@@ -23,6 +24,9 @@ export function watchServer(onInfo) {
     } catch (problem) {
       if (!(problem instanceof Problem)) throw problem;
       show("reconnecting");
+    } finally {
+      isAsking = false;
+      timer = setTimeout(ask, ASK_MS);
     }
   };
   document.addEventListener("visibilitychange", ask);

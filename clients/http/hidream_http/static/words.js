@@ -1,7 +1,7 @@
 // What the page says, in the first language of the browser that it has words for.
 
 const WORDS = {
-  again: ["Again", "再画"],
+  again: ["Again", "再次生成"],
   againTitle: ["Put these settings into the form", "将这些设置填入表单"],
   cancel: ["Cancel", "取消"],
   CANCELLED: ["Cancelled", "已取消"],
@@ -11,7 +11,7 @@ const WORDS = {
   download: ["Download", "下载"],
   DRAINING: ["Shutting down", "正在关闭"],
   draw: ["Generate", "生成"],
-  empty: ["Your images will appear here. Describe one, or try:", "图像将显示在这里。请描述一幅图像，或试试："],
+  empty: ["Your images will appear here.", "图像将显示在这里。"],
   encoding: ["Reading the prompt…", "正在读取提示词…"],
   FAILED: ["Failed", "失败"],
   forgetToken: ["Forget token", "清除令牌"],
@@ -23,12 +23,11 @@ const WORDS = {
   left: ["{time} left", "剩余 {time}"],
   model: ["Model", "模型"],
   negative: ["Negative prompt", "反向提示词"],
-  negativeOff: ["Works from a guidance above 1 on", "引导强度大于 1 时才有效"],
   number: ["Images", "数量"],
   otherSizes: ["Smaller, not trained for", "其他尺寸（未经训练）"],
   outOfOrder: ["Out of order", "故障"],
-  place: ["Place {queuePosition} in the queue", "排队第 {queuePosition} 位"],
-  poorGuidance: ["Up to a guidance of {guidance} this model draws poor images.",
+  place: ["Position {queuePosition} in the queue", "排队第 {queuePosition} 位"],
+  poorGuidance: ["Up to a guidance of {guidance} this model generates poor images.",
     "引导强度不超过 {guidance} 时，此模型的图像质量较差。"],
   previewAlt: ["Preview of: {prompt}", "预览：{prompt}"],
   prompt: ["Prompt", "提示词"],
@@ -56,7 +55,7 @@ const WORDS = {
   starts: ["starts in {time}", "{time}后开始"],
   step: ["Step {step} of {totalSteps}", "第 {step} 步，共 {totalSteps} 步"],
   steps: ["Steps", "步数"],
-  stepsTaken: ["{steps} steps", "{steps} 步"],
+  stepsTaken: ["Steps: {steps}", "{steps} 步"],
   stepTime: ["Step time", "每步用时"],
   SUCCEEDED: ["Done", "已完成"],
   token: ["Token", "令牌"],
@@ -67,13 +66,6 @@ const WORDS = {
   varyTitle: ["Generate with the same settings and another seed", "用相同设置和另一个种子生成"],
   waiting: ["The server does not answer. Trying again…", "服务器没有应答，正在重试…"],
 };
-const EXAMPLES = {
-  demo: [["a red circle on a blue background", "a yellow star on a black background", "a big orange ring"],
-    ["红色圆形在蓝色背景上", "黑色背景上的黄色五角星", "白色背景上的绿色正方形"]],
-  other: [["a red fox in fresh snow, morning light", "a street in the rain at night, neon, film photo",
-    "a teapot in the shape of a cat, watercolour"],
-  ["清晨阳光下雪地里的红狐", "雨夜的街道，霓虹灯，胶片摄影", "猫形茶壶，水彩画"]],
-};
 
 const locale = navigator.languages.find((one) => /^(en|zh)\b/i.test(one)) ?? "en";
 const column = /^zh/i.test(locale) ? 1 : 0;
@@ -81,10 +73,6 @@ document.documentElement.lang = column ? "zh-Hans" : "en";
 
 export function say(word, values = {}) {
   return WORDS[word][column].replace(/\{(\w+)\}/g, (_, name) => values[name]);
-}
-
-export function examples(model) {
-  return (model === "demo" ? EXAMPLES.demo : EXAMPLES.other)[column];
 }
 
 // Fills in the words of a part of the page.
