@@ -24,6 +24,9 @@ async function ask(wasRefused) {
   await new Promise((closed) => dialog.addEventListener("close", closed, { once: true }));
   sessionStorage.setItem(KEY, input.value.trim());
   forget.hidden = false;
+  // Chromium gives the focus back to a field without its caret.
+  document.activeElement.blur();
+  document.querySelector("[name=prompt]").focus();
 }
 
 dialog.addEventListener("cancel", (event) => event.preventDefault());
