@@ -12,8 +12,8 @@ from grpc_health.v1 import health_pb2
 
 from hidream.v1 import job_pb2
 from tests.failure.faulty_servers import ONE_THREAD, FaultyServer, server_on_postgres
-from tests.support.job_calls import downloaded, get, is_accepted, submit, wait_for_state
-from tests.support.live_server import LiveServer, check_health, running_server, watched_health
+from tests.support.job_calls import WAIT_SECONDS, downloaded, get, is_accepted, submit, wait_for_state
+from tests.support.live_server import LiveServer, check_health, running_server, wait_until, watched_health
 from tests.support.postgres import PostgresServer
 
 OUTAGE_SECONDS = 1.0
@@ -148,7 +148,9 @@ def test_while_the_file_of_the_jobs_is_taken_away_nothing_is_accepted_that_would
             assert next_status() == Status.NOT_SERVING
             assert len(server.logged_lines(reason, after=num_lines)) == 1
         assert next_status() == Status.SERVING
-        # Put back, it goes on as if nothing had happened.
+        # Put back, it goes on as if nothing had happened: at once, or after the next probe of the images.
+        if not name:
+            wait_until(lambda: is_accepted(stub), WAIT_SECONDS, "images can be stored again")
         for job_id in (runs, submit(stub, num_inference_steps=1).job_id):
             wait_for_state(stub, job_id, job_pb2.JOB_STATE_SUCCEEDED)
         assert get(stub, runs).execution.attempt == 1
