@@ -25,6 +25,7 @@ from hidream_grpc.engine.protocol.messages import Loaded, PlanDone, StepPlan
 from hidream_grpc.errors import (
     DeviceFailedError,
     InsufficientMemoryError,
+    LossCause,
     RankDiedError,
     RestartRequestedError,
     StartupError,
@@ -139,7 +140,8 @@ class RankGroup:
         """A snapshot of a request after a step, from the lowest rank that has it; None when none has.
 
         After `recover` and until the next plan, the ranks that kept their processes have the requests of the
-        lost plan, both as they were before it and after it.
+        lost plan, both as they were before it and after it. A rank that does not answer in time is killed, so
+        that the next call finds it dead: no rank is waited for twice.
 
         Raises:
             RankDiedError: a rank died; `recover` before the next plan.
@@ -150,7 +152,8 @@ class RankGroup:
                     if data := await rank.snapshot_of(claim_id, step):
                         return data
             except TimeoutError:
-                logger.warning("rank %d gives no snapshot within %g s", rank.rank, SNAPSHOT_SECONDS)
+                # It would also hold up the next request, and the first plan.
+                await rank.kill_hung(f"gives no snapshot within {SNAPSHOT_SECONDS:g} s", LossCause.OUTSIDE)
         return None
 
     async def wait_for_loss(self) -> RankDiedError:

@@ -209,9 +209,9 @@ class RankLink:
             cpu_seconds=process.cpu_seconds,
         )
 
-    async def kill_hung(self, reason: str) -> None:
-        """Kill the rank, which hangs in its work."""
-        await self._zygote.kill_hung(self.child, KillReason(reason, LossCause.FAULT))
+    async def kill_hung(self, reason: str, cause: LossCause = LossCause.FAULT) -> None:
+        """Kill the rank, which hangs; the default cause says that it hangs in its work."""
+        await self._zygote.kill_hung(self.child, KillReason(reason, cause))
 
     def watch(self, when_lost: Callable[[], None]) -> None:
         """Have `when_lost` called once the rank is lost: now, if it is already."""

@@ -1,4 +1,4 @@
-"""How often a group that cannot start is tried again, with stand-ins for its processes."""
+"""How often a group tries again, and how long it waits, with stand-ins for its processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from hidream_grpc.engine.group import rank_group
 from hidream_grpc.engine.group.rank_group import MAX_RECOVERY_TRIES, RankGroup
-from hidream_grpc.errors import InsufficientMemoryError
+from hidream_grpc.errors import InsufficientMemoryError, LossCause, RankDiedError
 from tests.support.rank_groups import group_config
 
 
@@ -60,3 +60,41 @@ async def test_the_first_start_ends_where_the_memory_does_not_come_or_would_neve
     with pytest.raises(InsufficientMemoryError, match="dp=2 needs too much"):
         await group_of(processes, monkeypatch).start()
     assert processes.num_starts == num_starts
+
+
+class StandInRank:
+    """A rank that gives snapshots, or none and no answer either."""
+
+    def __init__(self, rank: int, *, is_silent: bool) -> None:
+        self.rank = rank
+        self.num_asked = 0
+        self.kill_reasons: list[tuple[str, LossCause]] = []
+        self._is_silent = is_silent
+
+    async def snapshot_of(self, claim_id: str, _step: int) -> bytes:
+        if self.kill_reasons:
+            raise RankDiedError((self.rank,), *self.kill_reasons[0])
+        self.num_asked += 1
+        if self._is_silent:
+            await asyncio.Event().wait()
+        return claim_id.encode()
+
+    async def kill_hung(self, reason: str, cause: LossCause) -> None:
+        self.kill_reasons.append((reason, cause))
+
+
+async def test_a_rank_that_gives_no_snapshot_is_waited_for_once_and_then_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rank_group, "SNAPSHOT_SECONDS", 0.01)
+    silent, answering = ranks = StandInRank(0, is_silent=True), StandInRank(1, is_silent=False)
+    processes = StandInProcesses(0, fits_total=True)
+    processes.ranks = ranks  # type: ignore[assignment]
+    group = group_of(processes, monkeypatch)
+    assert await group.snapshot_of("a", 1) == b"a"
+    for claim_id in ("b", "c"):
+        with pytest.raises(RankDiedError, match="rank 0: gives no snapshot") as lost:
+            await group.snapshot_of(claim_id, 1)
+        # No job was at work: none is to blame.
+        assert lost.value.cause is LossCause.OUTSIDE
+    assert (silent.num_asked, len(silent.kill_reasons), answering.num_asked) == (1, 1, 1)
