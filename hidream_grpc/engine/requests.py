@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Protocol
 
 from hidream_grpc.errors import JobError
@@ -25,6 +25,14 @@ class EngineState(StrEnum):
     def takes_requests(self) -> bool:
         """Whether requests are taken: while ranks are replaced they are, and wait."""
         return self in (EngineState.SERVING, EngineState.RECOVERING)
+
+
+class Priority(IntEnum):
+    """Which requests go first; the larger one."""
+
+    LOW = 1
+    NORMAL = 2
+    HIGH = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +173,8 @@ class EngineRequest:
         on_event: called in the event loop with each event, in order; must not block or raise.
         snapshot: the state from which the request goes on (`SnapshotTaken.data`); None for its seed.
         finished_images: those that need not be decoded any more.
+        caller: who asked for it; callers take turns in steps.
+        priority: whose requests step first.
         trace: the span of its job, for the logs; None where it is not traced.
     """
 
@@ -175,6 +185,8 @@ class EngineRequest:
     on_event: Callable[[EngineEvent], None]
     snapshot: bytes | None = None
     finished_images: frozenset[int] = frozenset()
+    caller: str = ""
+    priority: Priority = Priority.NORMAL
     trace: TraceContext | None = None
 
 

@@ -26,7 +26,7 @@ class Snapshot:
 class RunningRequest:
     """A request, how far it has come, and what it would go on from.
 
-    A new one comes before those that have just taken a step, and behind those that wait.
+    A new one comes before those of its priority that have just taken a step, and behind those that wait.
 
     Attributes:
         request: what was asked for.

@@ -13,18 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import NamedTuple
 
 from hidream_grpc.engine.admissions import next_admissions, next_releases
 from hidream_grpc.engine.protocol.messages import Decode, StepPlan
 from hidream_grpc.engine.running_request import RunningRequest
 from hidream_grpc.engine.snapshot_schedule import SnapshotBudget, next_snapshot
+from hidream_grpc.engine.step_order import step_order
 from hidream_grpc.engine.suspects import find_suspect
 
 
 class Forward(NamedTuple):
-    """The requests of one forward of the transformer, longest waiting first.
+    """The requests of one forward of the transformer, in the order of `step_order`.
 
     Attributes:
         claim_ids: all of one size; empty when no step is due.
@@ -102,19 +102,16 @@ def schedule(
 def next_forward(requests: Mapping[str, RunningRequest], max_step_pixels: int) -> Forward:
     """Choose the requests of the next forward.
 
-    The request that has waited longest goes first and decides the size; all others of that size join it,
-    longest waiting first, while the step has room. So sizes take turns, and no request waits for another
-    to end.
+    The first one in `step_order` decides the size; all others of that size join it, in this order, while the
+    step has room. So sizes take turns as callers do.
 
     Args:
         requests: those that may take a step now, in the order of their start.
         max_step_pixels: width × height × samples of one forward; a single request may exceed it.
     """
-    waiting = [request for request in requests.values() if not request.is_denoised]
+    waiting = step_order(request for request in requests.values() if not request.is_denoised)
     if not waiting:
         return Forward((), is_full=False)
-    # Stable: of those that have waited equally long the oldest goes first.
-    waiting.sort(key=attrgetter("turns_waited"), reverse=True)
     size = waiting[0].size
     chosen: list[str] = []
     is_full = False

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum, IntEnum, StrEnum
+from enum import Enum, StrEnum
 
 import msgspec
 
+from hidream_grpc.engine.requests import Priority
 from hidream_grpc.errors import DeadlineExceededError, HiDreamError, JobCancelledError
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.traces import TraceContext
@@ -41,14 +42,6 @@ class JobStage(StrEnum):
     ENCODING = "ENCODING"
     DENOISING = "DENOISING"
     DECODING = "DECODING"
-
-
-class Priority(IntEnum):
-    """Which jobs go first; the larger one."""
-
-    LOW = 1
-    NORMAL = 2
-    HIGH = 3
 
 
 class CancelReason(Enum):

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from hidream_grpc.engine.requests import Priority
 from hidream_grpc.errors import (
     ClaimLostError,
 )
@@ -20,7 +21,6 @@ from hidream_grpc.jobs.job import (
     Job,
     JobState,
     ModelIdentity,
-    Priority,
     Progress,
     StoredSnapshot,
     claim_sequence,

@@ -12,8 +12,9 @@ from typing import TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
+from hidream_grpc.engine.requests import Priority
 from hidream_grpc.errors import HiDreamError
-from hidream_grpc.jobs.job import Execution, Job, JobState, Priority, StoredImage, Submission, claim_sequence
+from hidream_grpc.jobs.job import Execution, Job, JobState, StoredImage, Submission, claim_sequence
 from hidream_grpc.jobs.store.changes import Change, ChangeKind, Subscription
 from hidream_grpc.jobs.store.records import QueueLimits
 from hidream_grpc.jobs.store.store import SqlJobStore

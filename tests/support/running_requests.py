@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hidream_grpc.engine.requests import EngineRequest
+from hidream_grpc.engine.requests import EngineRequest, Priority
 from hidream_grpc.engine.running_request import RunningRequest
 from hidream_grpc.model.parameters import GenerationParameters
 
@@ -16,6 +16,8 @@ def running_request(
     parameters: GenerationParameters = PARAMETERS,
     step: int = 0,
     finished_images: frozenset[int] = frozenset(),
+    caller: str = "",
+    priority: Priority = Priority.NORMAL,
 ) -> RunningRequest:
     """A request that has taken some steps and decoded some images."""
     request = EngineRequest(
@@ -25,6 +27,8 @@ def running_request(
         parameters=parameters,
         on_event=lambda _event: None,
         finished_images=finished_images,
+        caller=caller,
+        priority=priority,
     )
     return RunningRequest(request, step=step)
 

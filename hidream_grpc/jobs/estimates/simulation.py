@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate, islice
 from typing import Self
 
-from hidream_grpc.engine.requests import EngineEvent, EngineRequest
+from hidream_grpc.engine.requests import EngineEvent, EngineRequest, Priority
 from hidream_grpc.engine.running_request import RunningRequest
 from hidream_grpc.engine.scheduler import (
     free_ranks,
@@ -67,6 +67,7 @@ class JobWork:
     parameters: GenerationParameters
     step: int = 0
     finished_images: frozenset[int] = frozenset()
+    priority: Priority = Priority.NORMAL
 
     @classmethod
     def of(cls, job: Job) -> Self:
@@ -77,6 +78,7 @@ class JobWork:
             parameters=job.submission.parameters,
             step=0 if job.snapshot is None else job.snapshot.step,
             finished_images=frozenset(image.index for image in job.images),
+            priority=job.submission.priority,
         )
 
     def running_request(self) -> RunningRequest:
@@ -88,6 +90,8 @@ class JobWork:
             parameters=self.parameters,
             on_event=_ignore,
             finished_images=self.finished_images,
+            caller=self.caller,
+            priority=self.priority,
         )
         return RunningRequest(request, step=self.step)
 

@@ -122,6 +122,8 @@ class RunningJob:
             on_event=self.receive,
             snapshot=snapshot,
             finished_images=finished_images,
+            caller=job.submission.caller,
+            priority=job.submission.priority,
             trace=job.trace,
         )
 

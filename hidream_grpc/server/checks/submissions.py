@@ -9,7 +9,8 @@ from typing import TypeAlias
 from google.protobuf.message import Message
 
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
-from hidream_grpc.jobs.job import ModelIdentity, Priority, Submission
+from hidream_grpc.engine.requests import Priority
+from hidream_grpc.jobs.job import ModelIdentity, Submission
 from hidream_grpc.jobs.limits import MAX_TORCH_SEED, RequestDefaults
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 

@@ -12,6 +12,7 @@ from hidream_grpc.engine.requests import (
     EngineRequest,
     EngineState,
     ImageFinished,
+    Priority,
     PromptsEncoded,
     RequestFinished,
     RequestStarted,
@@ -21,7 +22,7 @@ from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
 from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity
 from hidream_grpc.jobs.execution.job_tools import JobTools
-from hidream_grpc.jobs.job import Execution, Job, JobState, ModelIdentity, Priority, Submission
+from hidream_grpc.jobs.job import Execution, Job, JobState, ModelIdentity, Submission
 from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
 from hidream_grpc.jobs.replicas.membership import LiveModel
 from hidream_grpc.jobs.retention.retention import RetentionLimits

@@ -12,6 +12,7 @@ from hidream_grpc.engine.requests import (
     EngineRequest,
     EngineState,
     PreviewMade,
+    Priority,
     PromptsEncoded,
     RequestFailed,
     RequestRestarted,
@@ -28,7 +29,7 @@ from hidream_grpc.errors import (
     QueueFullError,
     RequestIdConflictError,
 )
-from hidream_grpc.jobs.job import CancelReason, JobState, Priority, Submission
+from hidream_grpc.jobs.job import CancelReason, JobState, Submission
 from hidream_grpc.jobs.service import MIN_RETRY_SECONDS
 from hidream_grpc.jobs.watching.events import (
     Cancelled,

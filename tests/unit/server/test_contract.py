@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from hidream.v1 import image_pb2, job_pb2, server_info_pb2
-from hidream_grpc.jobs.job import CancelReason, JobStage, JobState, Priority
+from hidream_grpc.engine.requests import Priority
+from hidream_grpc.jobs.job import CancelReason, JobStage, JobState
 from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 

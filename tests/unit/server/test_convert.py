@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
+from hidream_grpc.engine.requests import Priority
 from hidream_grpc.errors import DeadlineExceededError, OutOfDeviceMemoryError
 from hidream_grpc.jobs.job import (
     CancelReason,
@@ -15,7 +16,6 @@ from hidream_grpc.jobs.job import (
     Job,
     JobState,
     ModelIdentity,
-    Priority,
     Progress,
     StoredImage,
     Submission,

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from hidream_grpc.engine.requests import Priority
 from hidream_grpc.errors import StoreUnavailableError
 from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity
 from hidream_grpc.jobs.execution.executor import ClaimLimits
-from hidream_grpc.jobs.job import CancelReason, Job, Priority
+from hidream_grpc.jobs.job import CancelReason, Job
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.jobs.watching.events import JobEvent, Queued
 from hidream_grpc.jobs.watching.feeds import JobFeeds

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
+from hidream_grpc.engine.requests import Priority
 from hidream_grpc.errors import FieldViolation, InvalidRequestError
-from hidream_grpc.jobs.job import Priority, Submission
+from hidream_grpc.jobs.job import Submission
 from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
 from hidream_grpc.model.checkpoint.tokenizers.prompt_tokens import TokenCount
 from hidream_grpc.model.parameters import OutputFormat
