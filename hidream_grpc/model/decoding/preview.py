@@ -13,7 +13,7 @@ from hidream_grpc.errors import NonFiniteError
 from hidream_grpc.model.checkpoint.sizes import MAX_PREVIEW_SIDE_PIXELS, MIN_PREVIEW_SIDE_PIXELS
 
 _NUM_SAMPLE_IMAGES = 8
-_SAMPLE_SIDE_PIXELS = 64
+_SAMPLE_SIDE_PIXELS = 32
 
 
 class LatentPreview:
