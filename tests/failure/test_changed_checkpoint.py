@@ -68,7 +68,10 @@ async def group(checkpoint: Path) -> AsyncIterator[RankGroup]:
     [
         pytest.param(lambda folder: retrain(folder / WEIGHTS), "has changed", id="other weights"),
         pytest.param(
-            lambda folder: os.truncate(folder / WEIGHTS, 1_000_000), "has changed", id="half a weight file"
+            lambda folder: os.truncate(folder / WEIGHTS, 1_000_000),
+            "has changed",
+            id="half a weight file",
+            marks=pytest.mark.long,
         ),
         pytest.param(lambda folder: shutil.rmtree(folder), "no such file", id="no checkpoint"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import grpc
@@ -20,12 +19,24 @@ HOUR_SECONDS = 3600.0
 NUM_RETAINED_JOBS = 3
 
 
-@contextmanager
-def replica(postgres: PostgresServer, folder: Path, *flags: str) -> Iterator[tuple[FaultyServer, Stub]]:
-    """One replica of a database; all others have the clock that it has before it is set."""
-    with ExitStack() as stack:
-        (server,) = stack.enter_context(servers_on_postgres(postgres, folder, ("one",), *flags))
-        yield server, stack.enter_context(server.live.stub())
+@pytest.fixture(scope="module")
+def one_replica(
+    postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[FaultyServer, Stub]]:
+    """One replica of a database, which keeps few jobs that have ended."""
+    folder, flags = tmp_path_factory.mktemp("images"), ("--max-retained-jobs", str(NUM_RETAINED_JOBS))
+    with (
+        servers_on_postgres(postgres, folder, ("one",), *flags) as (server,),
+        server.live.stub() as stub,
+    ):
+        yield server, stub
+
+
+@pytest.fixture
+def replica(one_replica: tuple[FaultyServer, Stub]) -> Iterator[tuple[FaultyServer, Stub]]:
+    """A replica whose clock is right: the one that all others have before it is set."""
+    yield one_replica
+    one_replica[0].clock.step_to(0.0)
 
 
 def wait_until_swept(stub: Stub, *job_ids: str) -> None:
@@ -35,49 +46,55 @@ def wait_until_swept(stub: Stub, *job_ids: str) -> None:
         wait_until(lambda job_id=job_id: job_id not in listed(stub), 60, "the oldest job goes")  # type: ignore[misc]
 
 
-@contextmanager
-def server_on(
-    store: str, postgres: PostgresServer, folder: Path, *flags: str
-) -> Iterator[tuple[FaultyServer, Stub]]:
-    """One server with its jobs in a file or in a database."""
-    if store == "postgresql":
-        with replica(postgres, folder, *flags) as server_and_stub:
-            yield server_and_stub
-    else:
-        with server_on_sqlite(folder, *flags) as server, server.live.stub() as stub:
-            yield server, stub
-
-
-@pytest.mark.parametrize("store", [pytest.param("sqlite", marks=pytest.mark.long), "postgresql"])
-def test_a_clock_that_is_set_two_hours_ahead_removes_no_images(
-    store: str, postgres: PostgresServer, tmp_path: Path
-) -> None:
+@pytest.fixture
+def server_on_file(tmp_path: Path) -> Iterator[tuple[FaultyServer, Stub]]:
+    """One server with its jobs in a file."""
     flags = ("--max-retained-jobs", str(NUM_RETAINED_JOBS))
-    with server_on(store, postgres, tmp_path, *flags) as (server, stub):
-        oldest, older, kept = (drawn(stub, num_inference_steps=1, seed=seed) for seed in range(3))
-        image = downloaded(stub, kept.job_id)
-        server.clock.step_to(2 * HOUR_SECONDS)
-        wait_until_swept(stub, oldest.job_id, older.job_id)
-        assert get(stub, kept.job_id) == kept
-        assert downloaded(stub, kept.job_id) == image
+    with server_on_sqlite(tmp_path, *flags) as server, server.live.stub() as stub:
+        yield server, stub
+
+
+@pytest.fixture
+def server_and_stub(request: pytest.FixtureRequest) -> tuple[FaultyServer, Stub]:
+    chosen: tuple[FaultyServer, Stub] = request.getfixturevalue(request.param)
+    return chosen
+
+
+on_each_store = pytest.mark.parametrize(
+    "server_and_stub", [pytest.param("server_on_file", marks=pytest.mark.long), "replica"], indirect=True
+)
+
+
+@on_each_store
+def test_a_clock_that_is_set_two_hours_ahead_removes_no_images(
+    server_and_stub: tuple[FaultyServer, Stub],
+) -> None:
+    server, stub = server_and_stub
+    oldest, older, kept = (drawn(stub, num_inference_steps=1, seed=seed) for seed in range(3))
+    image = downloaded(stub, kept.job_id)
+    server.clock.step_to(2 * HOUR_SECONDS)
+    wait_until_swept(stub, oldest.job_id, older.job_id)
+    assert get(stub, kept.job_id) == kept
+    assert downloaded(stub, kept.job_id) == image
 
 
 def test_what_was_drawn_under_a_clock_two_hours_behind_stays_when_the_clock_is_right(
-    postgres: PostgresServer, tmp_path: Path
+    replica: tuple[FaultyServer, Stub],
 ) -> None:
-    with replica(postgres, tmp_path, "--max-retained-jobs", str(NUM_RETAINED_JOBS)) as (server, stub):
-        server.clock.step_to(-2 * HOUR_SECONDS)
-        oldest, older, kept = (drawn(stub, num_inference_steps=1, seed=seed) for seed in range(3))
-        server.clock.step_to(0.0)
-        wait_until_swept(stub, oldest.job_id, older.job_id)
-        assert get(stub, kept.job_id) == kept
-        assert downloaded(stub, kept.job_id)
+    server, stub = replica
+    server.clock.step_to(-2 * HOUR_SECONDS)
+    oldest, older, kept = (drawn(stub, num_inference_steps=1, seed=seed) for seed in range(3))
+    server.clock.step_to(0.0)
+    wait_until_swept(stub, oldest.job_id, older.job_id)
+    assert get(stub, kept.job_id) == kept
+    assert downloaded(stub, kept.job_id)
 
 
 def test_a_deadline_is_not_missed_because_the_servers_clock_is_an_hour_behind(
-    postgres: PostgresServer, tmp_path: Path
+    replica: tuple[FaultyServer, Stub],
 ) -> None:
-    with replica(postgres, tmp_path) as (server, stub), readers() as streams:
+    server, stub = replica
+    with readers() as streams:
         server.clock.step_to(-HOUR_SECONDS)
         stream = streams.generate(stub, timeout=60.0, num_inference_steps=2)
         assert stream.wait_for_end() == grpc.StatusCode.OK
@@ -85,9 +102,10 @@ def test_a_deadline_is_not_missed_because_the_servers_clock_is_an_hour_behind(
 
 
 def test_a_deadline_holds_though_the_servers_clock_is_an_hour_ahead(
-    postgres: PostgresServer, tmp_path: Path
+    replica: tuple[FaultyServer, Stub],
 ) -> None:
-    with replica(postgres, tmp_path) as (server, stub), readers() as streams:
+    server, stub = replica
+    with readers() as streams:
         server.clock.step_to(HOUR_SECONDS)
         stream = streams.generate(stub, timeout=3.0, width=256, height=256, num_inference_steps=150)
         stream.wait_for("progress")
@@ -97,11 +115,12 @@ def test_a_deadline_holds_though_the_servers_clock_is_an_hour_ahead(
         assert get(stub, job_id).state == job_pb2.JOB_STATE_CANCELLED
 
 
-@pytest.mark.parametrize("store", [pytest.param("sqlite", marks=pytest.mark.long), "postgresql"])
+@on_each_store
 def test_times_of_a_job_follow_one_another_when_the_clock_is_set_under_it(
-    store: str, postgres: PostgresServer, tmp_path: Path
+    server_and_stub: tuple[FaultyServer, Stub],
 ) -> None:
-    with server_on(store, postgres, tmp_path) as (server, stub), readers() as streams:
+    server, stub = server_and_stub
+    with readers() as streams:
         stream = streams.generate(stub, width=64, height=64, num_inference_steps=60)
         stream.wait_for("started")
         server.clock.step_to(-HOUR_SECONDS)

@@ -34,6 +34,8 @@ from tests.support.postgres import running_postgres
 from tests.support.streams import request
 
 NUM_CALLERS = 8
+NUM_CALLS = 60
+"""Of each caller."""
 SEED = 6
 ANSWERS = {
     grpc.StatusCode.OK,
@@ -125,8 +127,8 @@ class Caller:
         return self._random.choice(self._job_ids[-50:] or ["none yet"])
 
 
-@pytest.mark.parametrize("num_calls", [15, pytest.param(60, marks=pytest.mark.long)])
-def test_each_job_that_was_accepted_ends_once_whatever_its_callers_do(num_calls: int, tmp_path: Path) -> None:
+@pytest.mark.long
+def test_each_job_that_was_accepted_ends_once_whatever_its_callers_do(tmp_path: Path) -> None:
     with ExitStack() as stack:
         postgres = stack.enter_context(running_postgres())
         flags = {
@@ -141,7 +143,7 @@ def test_each_job_that_was_accepted_ends_once_whatever_its_callers_do(num_calls:
         words = [str(word) for flag in flags.items() for word in flag]
         servers = (stack.enter_context(running_server(*words)), stack.enter_context(running_server(*words)))
         job_ids: list[str] = []
-        callers = [Caller(SEED + number, num_calls, job_ids) for number in range(NUM_CALLERS)]
+        callers = [Caller(SEED + number, NUM_CALLS, job_ids) for number in range(NUM_CALLERS)]
         with ThreadPoolExecutor(NUM_CALLERS) as threads:
             list(threads.map(lambda caller: caller.run(servers), callers))
         codes = sum((caller.codes for caller in callers), Counter())

@@ -1,8 +1,7 @@
 """While everything fails, every promise is kept: three replicas on PostgreSQL, and one server on SQLite.
 
-A run lasts ten seconds, with `--long` a minute, or as many as `--promise-minutes` says. What fails,
-and what callers do, comes from `--promise-seed`; the failure says which, and the log has one line of counts
-for each run.
+A run lasts a minute, or as many as `--promise-minutes` says. What fails, and what callers do, comes from
+`--promise-seed`; the failure says which, and the log has one line of counts for each run.
 """
 
 from __future__ import annotations
@@ -30,16 +29,12 @@ RUNNING = (
     *("--orphan-sweep-seconds", "3"),
 )
 NAMES = ("first", "second", "third")
-SHORT_SECONDS = 10.0
-LONG_SECONDS = 60.0
 
 
 @pytest.fixture
 def seconds(request: pytest.FixtureRequest) -> float:
     minutes: float | None = request.config.getoption("--promise-minutes")
-    if minutes is not None:
-        return 60.0 * minutes
-    return LONG_SECONDS if request.config.getoption("--long") else SHORT_SECONDS
+    return 60.0 * (1.0 if minutes is None else minutes)
 
 
 @pytest.fixture
@@ -64,6 +59,7 @@ def keep_promises(run: PromiseRun, record: Any) -> None:
     assert counts.faults
 
 
+@pytest.mark.long
 @pytest.mark.timeout(0)
 def test_three_replicas_keep_every_promise_while_servers_store_clocks_and_images_fail(
     postgres: PostgresServer,

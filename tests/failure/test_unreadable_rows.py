@@ -21,7 +21,7 @@ CHANGES = {
     "a broken progress document": "progress_document = '{\"stage\": '",
     "a broken submission": "submission = '[]'",
 }
-OTHER_CHANGES = ("an unknown state", "a broken submission")
+BROKEN_DOCUMENTS = ("a broken progress document", "a broken submission")
 
 
 def error_id_of(stub: Stub, job_id: str) -> str:
@@ -48,7 +48,10 @@ def end_of(stream: StreamReader) -> str:
     return stream.code.name
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change",
+    ["an unknown state", *(pytest.param(change, marks=pytest.mark.long) for change in BROKEN_DOCUMENTS)],
+)
 def test_a_waiting_job_whose_row_cannot_be_read_fails_alone(
     change: str, postgres: PostgresServer, replicas: tuple[list[FaultyServer], list[Stub]]
 ) -> None:
@@ -74,7 +77,7 @@ def test_a_waiting_job_whose_row_cannot_be_read_fails_alone(
     "change",
     [
         "a broken progress document",
-        *(pytest.param(change, marks=pytest.mark.long) for change in OTHER_CHANGES),
+        *(pytest.param(c, marks=pytest.mark.long) for c in ("an unknown state", "a broken submission")),
     ],
 )
 def test_a_running_job_whose_row_cannot_be_read_ends_and_disturbs_no_other(

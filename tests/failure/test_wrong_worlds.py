@@ -119,7 +119,9 @@ UNWRITABLE: dict[str, tuple[str, int, str]] = {
 """What is another user's, its mode, and the reason."""
 
 
-@pytest.mark.parametrize("kind", UNWRITABLE)
+@pytest.mark.parametrize(
+    "kind", ["a file", *(pytest.param(k, marks=pytest.mark.long) for k in ("a folder", "a lock", "a log"))]
+)
 def test_what_is_another_users_is_one_line(kind: str, tmp_path: Path) -> None:
     name, mode, reason = UNWRITABLE[kind]
     for each in ("jobs.sqlite", name):

@@ -231,6 +231,7 @@ def test_chinese_readers_find_chinese_words_that_fit_a_narrow_screen(open_page: 
         assert visitor.page.evaluate("document.documentElement.scrollWidth") == 360
 
 
+@pytest.mark.long
 def test_scrolling_brings_older_jobs(open_page: Open, guarded_bridge: LiveBridge) -> None:
     count = PAGE_SIZE + 3
 

@@ -32,7 +32,10 @@ COLD = {"START": "cold"}
 """Variables of a server that is to start as ever, seconds before its ranks are there."""
 
 _SERVE = [sys.executable, "-m", "hidream_grpc", "serve"]
-_PROGRAMS = ("pytest", "scripts.bench.", "tests.numerics.", "tests.support.busy_rank_group")
+_PROGRAMS = (
+    *("pytest", "scripts.bench.", "tests.numerics.", "tests.support.busy_rank_group"),
+    "tests.contract.acknowledged_jobs",
+)
 """Modules that tests run with `python -m`, and whose imports are no part of what is tested."""
 # What may differ from the environment of the warm process: its forks take it over, and no library has read it
 # when it was imported. (torch sets the folder of its compiler, also in the process of the tests.)
