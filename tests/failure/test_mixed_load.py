@@ -35,7 +35,7 @@ from tests.support.streams import request
 
 NUM_CALLERS = 8
 NUM_CALLS = 60
-"""Of each caller."""
+"""Calls that each caller makes."""
 SEED = 6
 ANSWERS = {
     grpc.StatusCode.OK,
