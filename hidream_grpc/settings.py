@@ -253,7 +253,7 @@ class Settings(BaseSettings):
     ] = 16
     max_step_pixels: Annotated[
         int,
-        Help(Group.LIMITS, "width × height × samples of one forward of the transformer"),
+        Help(Group.LIMITS, "most width × height × samples of one forward; how much of it pays is learnt"),
         Field(ge=4096),
     ] = 8 * 1024 * 1024
     max_streams: Annotated[

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from hidream_grpc.background import BackgroundTasks
 from hidream_grpc.engine.admissions import held_after, note_admissions
 from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.protocol.messages import PlanDone
@@ -16,6 +17,7 @@ from hidream_grpc.engine.running_request import RunningRequest, Snapshot
 from hidream_grpc.engine.scheduler import Round, note_decodes, schedule, step_pixels
 from hidream_grpc.engine.snapshot_schedule import SnapshotBudget
 from hidream_grpc.engine.step_limit import StepLimit
+from hidream_grpc.engine.step_limit_file import StepLimitFile, StepLimitKey
 from hidream_grpc.engine.suspects import attribute, find_suspect
 from hidream_grpc.errors import JobInternalError, LossCause, OutOfDeviceMemoryError, RankDiedError
 
@@ -34,7 +36,8 @@ class Controller:
 
     Args:
         group: not started yet.
-        step_limit: lowered when a step does not fit the devices.
+        step_limit: lowered when a step does not fit the devices, or is longer than pays.
+        step_limit_file: keeps what was learnt of it.
         max_running_requests: requests that are denoised or decoded at the same time.
         step_observers: called after each denoising step.
         prompt_observers: called when the prompts of new requests are encoded.
@@ -47,6 +50,7 @@ class Controller:
         self,
         group: RankGroup,
         step_limit: StepLimit,
+        step_limit_file: StepLimitFile,
         max_running_requests: int,
         step_observers: Sequence[Callable[[StepReport], None]],
         prompt_observers: Sequence[Callable[[PromptReport], None]],
@@ -54,6 +58,7 @@ class Controller:
         self.num_lost_steps = 0
         self._group = group
         self._step_limit = step_limit
+        self._step_limit_file = step_limit_file
         self._max_running_requests = max_running_requests
         self._step_observers = step_observers
         self._prompt_observers = prompt_observers
@@ -63,6 +68,7 @@ class Controller:
         self._snapshot_budget = SnapshotBudget()
         self._latest_step_seconds: float | None = None
         self._num_plans = 0
+        self._tasks = BackgroundTasks()
         self._wake = asyncio.Event()
 
     def notify(self) -> None:
@@ -85,6 +91,7 @@ class Controller:
         try:
             _set_state(backlog, EngineState.STARTING)
             await self._group.start()
+            await self._recall_step_limit()
             _set_state(backlog, EngineState.SERVING)
             while True:
                 await self._round(backlog)
@@ -121,12 +128,14 @@ class Controller:
 
     def _schedule(self) -> Round | None:
         self._num_plans += 1
+        self._step_limit.know({request.size for request in self._running.values()})
         return schedule(
             self._running,
             self._held,
             plan_id=self._num_plans,
             world_size=self._group.world_size,
             max_step_pixels=self._step_limit.pixels,
+            step_pixels_by_size=self._step_limit.by_size,
             snapshot_budget=self._snapshot_budget,
             latest_step_seconds=self._latest_step_seconds,
         )
@@ -179,10 +188,28 @@ class Controller:
         self._latest_step_seconds = max(answer.step_seconds for answer in answers)
         report = report_step(self._running, stepped, answers, self._snapshot_budget, round_seconds)
         if report is not None:
-            if planned.is_full:
-                self._step_limit.note_full_step()
+            if len(stepped) == len(plan.step_claims):
+                self._learn(report, is_full=planned.is_full)
             for observe in self._step_observers:
                 observe(report)
+
+    def _learn(self, report: StepReport, *, is_full: bool) -> None:
+        """Learn from a step how many pixels are worth one; what is found is kept over a restart."""
+        size = report.width, report.height
+        pixels = report.width * report.height * report.num_samples
+        if self._step_limit.observe(size, pixels, report.round_seconds, is_full=is_full):
+            self._tasks.start(
+                self._step_limit_file.keep(self._step_limit), "keeping what was learnt of steps"
+            )
+
+    async def _recall_step_limit(self) -> None:
+        """Begin with what was learnt on these devices before, unless they are the same as until now."""
+        key = StepLimitKey(
+            devices=tuple(rank.device.name for rank in self._group.loaded),
+            checkpoint_fingerprint=self._group.checkpoint_fingerprint,
+            layout=str(self._group.placement.layout),
+        )
+        await self._step_limit_file.recall(key, self._step_limit)
 
     # --- when something went wrong ----------------------------------------------------------------
 
@@ -229,6 +256,7 @@ class Controller:
             else:
                 generation = self._group.generation
                 logger.info("the rank group is back: generation %d, replaced %s", generation, replaced)
+                await self._recall_step_limit()
                 return
             _set_state(backlog, EngineState.FAILED)
             pause_seconds = RECOVERY_PAUSE_SECONDS[min(num_failures, len(RECOVERY_PAUSE_SECONDS) - 1)]

@@ -1,7 +1,7 @@
 """Plans a round: which requests take a step, and what else the ranks do. Pure: no clock, no process.
 
     schedule(running, ...)                        -> all that the ranks do in a round
-    next_forward(requests, max_step_pixels)       -> the requests that take the next step
+    next_forward(requests, max_step_pixels, ...)  -> the requests that take the next step
     note_forward(running, claim_ids, seconds)        once they have taken it
     next_decodes(requests, free_ranks)            -> the images that free ranks begin
     note_decodes(running, decodes)                   once they have begun
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from hidream_grpc.engine.admissions import next_admissions, next_releases
 from hidream_grpc.engine.protocol.messages import Decode, StepPlan
 from hidream_grpc.engine.running_request import RunningRequest
 from hidream_grpc.engine.snapshot_schedule import SnapshotBudget, next_snapshot
+from hidream_grpc.engine.step_limit import Size
 from hidream_grpc.engine.step_order import step_order
 from hidream_grpc.engine.suspects import find_suspect
 
@@ -58,6 +60,7 @@ def schedule(
     plan_id: int,
     world_size: int,
     max_step_pixels: int,
+    step_pixels_by_size: Mapping[Size, int],
     snapshot_budget: SnapshotBudget,
     latest_step_seconds: float | None,
 ) -> Round | None:
@@ -69,6 +72,7 @@ def schedule(
         plan_id: number of the plan.
         world_size: ranks of the group.
         max_step_pixels: width × height × samples of one forward; a single request may exceed it.
+        step_pixels_by_size: the same for forwards of these sizes, where it is less.
         snapshot_budget: the time that may be spent on snapshots.
         latest_step_seconds: duration of the latest step of any request; None before.
     """
@@ -81,7 +85,7 @@ def schedule(
         for claim_id, request in running.items()
         if (request.is_admitted or claim_id in started) and suspect in (None, claim_id)
     }
-    forward = next_forward(ready, max_step_pixels)
+    forward = next_forward(ready, max_step_pixels, step_pixels_by_size)
     decodes = next_decodes(ready, free_ranks(running, world_size))
     decoding = [claim_id for claim_id, request in running.items() if request.decoding]
     if not (forward.claim_ids or decodes or releases or admissions or decoding):
@@ -99,7 +103,11 @@ def schedule(
     return Round(plan, forward.is_full, {claim_id: running[claim_id].progress for claim_id in at_work})
 
 
-def next_forward(requests: Mapping[str, RunningRequest], max_step_pixels: int) -> Forward:
+def next_forward(
+    requests: Mapping[str, RunningRequest],
+    max_step_pixels: int,
+    step_pixels_by_size: Mapping[Size, int] = MappingProxyType({}),
+) -> Forward:
     """Choose the requests of the next forward.
 
     The first one in `step_order` decides the size; all others of that size join it, in this order, while the
@@ -108,21 +116,23 @@ def next_forward(requests: Mapping[str, RunningRequest], max_step_pixels: int) -
     Args:
         requests: those that may take a step now, in the order of their start.
         max_step_pixels: width × height × samples of one forward; a single request may exceed it.
+        step_pixels_by_size: the same for forwards of these sizes, where it is less.
     """
     waiting = step_order(request for request in requests.values() if not request.is_denoised)
     if not waiting:
         return Forward((), is_full=False)
     size = waiting[0].size
+    room_pixels = min(max_step_pixels, step_pixels_by_size.get(size, max_step_pixels))
     chosen: list[str] = []
     is_full = False
     for request in waiting:
         if request.size != size:
             continue
-        if chosen and request.step_pixels > max_step_pixels:
+        if chosen and request.step_pixels > room_pixels:
             is_full = True
             continue
         chosen.append(request.request.claim_id)
-        max_step_pixels -= request.step_pixels
+        room_pixels -= request.step_pixels
     return Forward(tuple(chosen), is_full)
 
 

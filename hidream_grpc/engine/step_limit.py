@@ -1,22 +1,34 @@
-"""How many pixels one step may hold: less after a lack of memory, and more again later."""
+"""How many pixels one step may hold: what the devices have room for, and what of each size pays. Pure."""
 
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+
+from hidream_grpc.engine.step_budget import StepBudget
 
 logger = logging.getLogger(__name__)
 
 MIN_WAIT_STEPS = 100
 MAX_WAIT_STEPS = 6400
 """Steps that a lowered limit holds back before it rises, at first and at most."""
+RETRY_FACTOR = 64
+"""How many times as long it stays just below what did not fit, before that is tried again."""
+MAX_SIZES = 256
+"""Callers choose sizes: what was learnt of those that were seen longest ago is forgotten."""
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
 
 
 class StepLimit:
-    """The limit of one step, at most the configured one.
+    """The limit of one step, at most the configured one, and below it the budget of each size.
 
-    After a lack of memory it is half of what did not fit. It rises by a quarter after every `MIN_WAIT_STEPS`
-    steps that had to leave requests out for it and went well. A lack of memory that is not the first one
-    doubles that number, so that a limit which is right is tried ever more rarely.
+    After a lack of memory the limit is half of what did not fit. It rises by a quarter after every
+    `MIN_WAIT_STEPS` steps that had to leave requests out for it and went well, until it is just below what
+    did not fit. That itself is tried again after `RETRY_FACTOR` times as many. A lack of memory that is not
+    the first one doubles these numbers, so that a limit which is right is tried ever more rarely.
 
     Args:
         max_pixels: as configured.
@@ -27,12 +39,63 @@ class StepLimit:
         self._pixels = max_pixels
         self._wait_steps = MIN_WAIT_STEPS
         self._has_run_out = False
+        # The least that did not fit; None while nothing is known not to.
+        self._failed_pixels: int | None = None
         self._num_full_steps = 0
+        self._budgets: OrderedDict[Size, StepBudget] = OrderedDict()
 
     @property
     def pixels(self) -> int:
-        """What one step may hold now."""
+        """What one step of any size may hold now."""
         return self._pixels
+
+    @property
+    def by_size(self) -> Mapping[Size, int]:
+        """What a step of each known size may hold now; less than `pixels` where more does not pay."""
+        return {size: min(self._pixels, budget.pixels) for size, budget in self._budgets.items()}
+
+    @property
+    def learnt(self) -> Mapping[Size, int]:
+        """The budget in pixels of each known size that has proven the best, as `begin` takes it."""
+        return {size: budget.learnt_pixels for size, budget in self._budgets.items()}
+
+    def begin(self, learnt: Mapping[Size, int]) -> None:
+        """Begin with what was learnt on these devices before, and forget what was learnt on others."""
+        self._budgets.clear()
+        for size, pixels in learnt.items():
+            self._add(size, pixels)
+
+    def know(self, sizes: Iterable[Size]) -> None:
+        """Have a budget for each of these sizes; a new one begins with that of the size most like it."""
+        for size in sizes:
+            if size not in self._budgets:
+                self._add(size, self._budget_of_nearest(size))
+            self._budgets.move_to_end(size)
+        while len(self._budgets) > MAX_SIZES:
+            self._budgets.popitem(last=False)
+
+    def observe(self, size: Size, step_pixels: int, round_seconds: float | None, *, is_full: bool) -> bool:
+        """Learn from a step that went well.
+
+        Args:
+            size: of its images.
+            step_pixels: width × height × samples that it held.
+            round_seconds: duration of the round that held it; None where it held other work too.
+            is_full: whether it left out requests for want of room.
+
+        Returns:
+            Whether another budget has proven the best for the size.
+        """
+        self.know((size,))
+        budget = self._budgets[size]
+        if is_full and budget.pixels >= self._pixels:
+            self._note_full_step()
+        if round_seconds is None:
+            return False
+        has_changed = budget.observe(step_pixels, round_seconds, self._pixels, is_full=is_full)
+        if has_changed:
+            logger.info("a step of %dx%d may hold %d pixels", *size, min(self._pixels, budget.pixels))
+        return has_changed
 
     def run_out(self, step_pixels: int) -> None:
         """Record that a step of so many pixels did not fit the devices; 0 where that is not known."""
@@ -41,20 +104,14 @@ class StepLimit:
         if self._has_run_out:
             self._wait_steps = min(2 * self._wait_steps, MAX_WAIT_STEPS)
         self._has_run_out = True
+        self._failed_pixels = min(self._failed_pixels or step_pixels, step_pixels)
         self._num_full_steps = 0
         self._pixels = min(self._pixels, max(1, step_pixels // 2))
         logger.warning("a step may hold %d pixels from now on", self._pixels)
 
-    def note_full_step(self) -> None:
-        """Record that a step went well that would have held more without the limit."""
-        if self._pixels == self._max_pixels:
-            return
-        self._num_full_steps += 1
-        if self._num_full_steps == self._wait_steps:
-            self._raise_to(min(self._max_pixels, self._pixels + max(1, self._pixels // 4)))
-
     def lift(self) -> None:
         """Go back to the configured limit: the ranks are new, and what did not fit may fit now."""
+        self._failed_pixels = None
         self._raise_to(self._max_pixels)
 
     def forget(self) -> None:
@@ -63,6 +120,31 @@ class StepLimit:
         self._num_full_steps = 0
         self._wait_steps = MIN_WAIT_STEPS
         self._has_run_out = False
+        self._failed_pixels = None
+
+    def _add(self, size: Size, pixels: int) -> None:
+        width, height = size
+        self._budgets[size] = StepBudget(width * height, pixels)
+
+    def _budget_of_nearest(self, size: Size) -> int:
+        def unlikeness(known: Size) -> float:
+            pixels, known_pixels = size[0] * size[1], known[0] * known[1]
+            return max(pixels, known_pixels) / min(pixels, known_pixels)
+
+        nearest = min(self._budgets, key=unlikeness, default=None)
+        return 0 if nearest is None else self._budgets[nearest].learnt_pixels
+
+    def _note_full_step(self) -> None:
+        """Count a step that would have held more without the limit."""
+        if self._pixels == self._max_pixels:
+            return
+        self._num_full_steps += 1
+        if self._failed_pixels is not None and self._pixels >= self._failed_pixels - 1:
+            if self._num_full_steps >= RETRY_FACTOR * self._wait_steps:
+                self._failed_pixels = None
+        elif self._num_full_steps >= self._wait_steps:
+            most = self._max_pixels if self._failed_pixels is None else self._failed_pixels - 1
+            self._raise_to(min(self._max_pixels, most, self._pixels + max(1, self._pixels // 4)))
 
     def _raise_to(self, pixels: int) -> None:
         if pixels > self._pixels:

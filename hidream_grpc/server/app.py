@@ -19,6 +19,7 @@ from hidream_grpc.engine.controller import Controller
 from hidream_grpc.engine.group.listener import check_temporary_folder
 from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.step_limit import StepLimit
+from hidream_grpc.engine.step_limit_file import StepLimitFile
 from hidream_grpc.jobs.artifacts.artifacts import ArtifactStore
 from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity
@@ -161,6 +162,7 @@ def build(settings: Settings) -> Service:
     controller = Controller(
         group=group,
         step_limit=step_limit,
+        step_limit_file=StepLimitFile(locations.step_limit),
         max_running_requests=settings.max_running_jobs,
         step_observers=(metrics.observe_step, estimator.observe_step),
         prompt_observers=(metrics.observe_prompts,),
@@ -268,6 +270,7 @@ def _capacity(limits: RequestLimits, group: RankGroup, step_limit: StepLimit) ->
     return EngineCapacity(
         max_running_jobs=limits.max_running_jobs,
         max_step_pixels=step_limit.pixels,
+        step_pixels_by_size=step_limit.by_size,
         num_ranks=group.world_size,
         max_running_jobs_of_caller=limits.max_running_jobs_per_caller,
     )

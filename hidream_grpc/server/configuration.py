@@ -67,12 +67,14 @@ class StoreLocations:
         jobs_flag: the flag with which an operator chooses another one.
         artifacts: a folder or the URL of a bucket.
         artifacts_flag: the flag with which an operator chooses another one.
+        step_limit: the file in which the engine keeps what it learns of steps.
     """
 
     jobs: Path | str
     jobs_flag: str
     artifacts: Path | str
     artifacts_flag: str
+    step_limit: Path
 
 
 # --- engine ---------------------------------------------------------------------------------------
@@ -217,6 +219,7 @@ def store_locations(settings: Settings) -> StoreLocations:
         jobs_flag=DATA_DIR_FLAG if settings.store is None else STORE_FLAG,
         artifacts=settings.artifacts or directory / "artifacts",
         artifacts_flag=DATA_DIR_FLAG if settings.artifacts is None else ARTIFACTS_FLAG,
+        step_limit=directory / "step_limit.json",
     )
 
 

@@ -23,6 +23,7 @@ from hidream_grpc.engine.requests import (
     StepFinished,
 )
 from hidream_grpc.engine.step_limit import StepLimit
+from hidream_grpc.engine.step_limit_file import StepLimitFile
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.decoding.vae import ImageDecoding
 from hidream_grpc.model.parameters import GenerationParameters
@@ -179,6 +180,7 @@ async def test_the_controller_keeps_a_request_stepping_while_another_ones_large_
     controller = Controller(
         RankGroup(group_config(1)),
         StepLimit(2**40),
+        StepLimitFile(None),
         max_running_requests=2,
         step_observers=(),
         prompt_observers=(),

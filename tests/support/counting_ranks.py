@@ -7,14 +7,19 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
+from hidream_grpc.devices.detect import select_devices
+from hidream_grpc.devices.device_types import CPU
 from hidream_grpc.engine.controller import Controller
+from hidream_grpc.engine.group.placement import Placement
 from hidream_grpc.engine.group.rank_group import RankGroup
 from hidream_grpc.engine.protocol.messages import (
     Decode,
     DecodedImage,
     JobFault,
+    Loaded,
     PlanDone,
     StepPlan,
     StepSnapshot,
@@ -29,13 +34,16 @@ from hidream_grpc.engine.requests import (
     StepFinished,
 )
 from hidream_grpc.engine.step_limit import StepLimit
+from hidream_grpc.engine.step_limit_file import StepLimitFile
 from hidream_grpc.errors import (
     JobError,
     RankDiedError,
 )
+from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
 
 ROUNDS_PER_IMAGE = 5
+PLACEMENT = Placement.of(Layout(), select_devices(CPU, (0,)), (0,))
 STEP_SECONDS = {64: 0.5, 128: 4.0}
 
 
@@ -44,7 +52,7 @@ class CountingRanks:
     """Ranks that take `ROUNDS_PER_IMAGE` plans for an image; a step's time depends on the width alone.
 
     Attributes:
-        world_size, checkpoint_fingerprint: as of a `RankGroup`.
+        world_size, checkpoint_fingerprint, loaded, placement: as of a `RankGroup`.
         on_plan: called with each plan before it is done.
         faults_of: what fails in a plan.
         has_survivor: whether a rank still knows the states after a loss.
@@ -54,6 +62,8 @@ class CountingRanks:
 
     world_size: int = 1
     checkpoint_fingerprint: str = "86637e71f35d8ddd"
+    loaded: tuple[Loaded, ...] = ()
+    placement: Placement = PLACEMENT
     on_plan: Callable[[StepPlan], None] = lambda _plan: None
     faults_of: Callable[[StepPlan], tuple[JobFault, ...]] = lambda _plan: ()
     has_survivor: bool = True
@@ -133,15 +143,22 @@ class CountingRanks:
 class Service:
     """A controller with its backlog, and everything that it reports."""
 
-    def __init__(self, ranks: CountingRanks, max_running_requests: int = 10) -> None:
+    def __init__(
+        self,
+        ranks: CountingRanks,
+        max_running_requests: int = 10,
+        max_step_pixels: int = 2**40,
+        learnt_path: Path | None = None,
+    ) -> None:
         self.events: list[tuple[str, EngineEvent]] = []
         self.prompts: list[PromptReport] = []
         self._waiting: deque[EngineRequest] = deque()
         self._ended = asyncio.Event()
-        self.step_limit = StepLimit(2**40)
+        self.step_limit = StepLimit(max_step_pixels)
         self.controller = Controller(
             cast(RankGroup, ranks),
             self.step_limit,
+            StepLimitFile(learnt_path),
             max_running_requests,
             step_observers=(),
             prompt_observers=(self.prompts.append,),

@@ -21,6 +21,7 @@ from hidream_grpc.engine.requests import (
     StepReport,
 )
 from hidream_grpc.engine.step_limit import StepLimit
+from hidream_grpc.engine.step_limit_file import StepLimitFile
 from hidream_grpc.model.parameters import GenerationParameters
 
 END_SECONDS = 90.0
@@ -43,6 +44,7 @@ class RankEngine:
         self.controller = Controller(
             group,
             self.step_limit,
+            StepLimitFile(None),
             max_running_requests=8,
             step_observers=(self.reports.append,),
             prompt_observers=(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from typing import Self
 
@@ -23,6 +23,7 @@ from hidream_grpc.engine.scheduler import (
     note_decodes,
     note_forward,
 )
+from hidream_grpc.engine.step_limit import Size
 from hidream_grpc.jobs.estimates.durations import MeasuredDurations
 from hidream_grpc.jobs.job import Job
 from hidream_grpc.jobs.store.order import claimable
@@ -45,12 +46,14 @@ class EngineCapacity:
         max_running_jobs_of_caller: jobs of one caller among these; None for any number.
         max_step_pixels: width × height × samples of one forward; a single job may exceed it.
         num_ranks: ranks, each of which decodes one image at a time.
+        step_pixels_by_size: `max_step_pixels` of these sizes, where it is less.
     """
 
     max_running_jobs: int
     max_step_pixels: int
     num_ranks: int
     max_running_jobs_of_caller: int | None = None
+    step_pixels_by_size: Mapping[Size, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +201,9 @@ class Simulation:
         """Do what the controller does in its next round, or in several like it."""
         self._num_rounds += 1
         self._start_next()
-        forward = next_forward(self._stepping, self._capacity.max_step_pixels)
+        forward = next_forward(
+            self._stepping, self._capacity.max_step_pixels, self._capacity.step_pixels_by_size
+        )
         self._start_decodes()
         if forward.claim_ids:
             self._decode(self._take_steps(forward.claim_ids))

@@ -144,9 +144,9 @@ async def test_a_lowered_limit_rises_and_the_log_says_so_once_each_time(
     await service.run_until_ended("a", "b")
     rises = [message for message in caplog.messages if message.endswith("pixels again")]
     assert rises[:2] == [f"a step may hold {pixels} pixels again" for pixels in (5120, 6400)]
-    # The two fit again after the fourth rise.
+    # The fourth rise ends just below what did not fit.
     assert len(rises) == 4
-    assert service.step_limit.pixels == 10_000
+    assert service.step_limit.pixels == 2 * 64 * 64 - 1
 
 
 async def test_ranks_that_are_new_for_another_reason_may_hold_what_is_configured_again(

@@ -282,6 +282,7 @@ def plan_of(running: dict[str, RunningRequest]) -> StepPlan:
         plan_id=1,
         world_size=4,
         max_step_pixels=NO_LIMIT,
+        step_pixels_by_size={},
         snapshot_budget=SnapshotBudget(),
         latest_step_seconds=None,
     )

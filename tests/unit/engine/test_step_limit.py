@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from hidream_grpc.engine.running_request import RunningRequest
 from hidream_grpc.engine.scheduler import next_forward, note_forward, step_pixels
-from hidream_grpc.engine.step_limit import MAX_WAIT_STEPS, MIN_WAIT_STEPS, StepLimit
+from hidream_grpc.engine.step_limit import MAX_WAIT_STEPS, MIN_WAIT_STEPS, RETRY_FACTOR, StepLimit
 from hidream_grpc.model.parameters import GenerationParameters
 from tests.support.running_requests import running_request
 
@@ -33,8 +33,8 @@ class Rounds:
     def step(self) -> tuple[str, ...]:
         forward = next_forward(self.running, self.limit.pixels)
         note_forward(self.running, forward.claim_ids, step_seconds=1.0)
-        if forward.is_full:
-            self.limit.note_full_step()
+        pixels = step_pixels(self.running, forward.claim_ids)
+        self.limit.observe((64, 64), pixels, None, is_full=forward.is_full)
         return forward.claim_ids
 
     def run_out(self, *claim_ids: str) -> None:
@@ -74,16 +74,25 @@ def steps_until_it_rises(rounds: Rounds) -> int:
     raise AssertionError("the limit does not rise")
 
 
-def test_a_lowered_limit_rises_by_quarters_to_the_configured_one_while_it_holds_requests_back() -> None:
+def test_a_lowered_limit_rises_by_quarters_to_just_below_what_failed_while_it_holds_requests_back() -> None:
     rounds = with_four_requests()
     run_out_of_memory(rounds)
     limits = [rounds.limit.pixels]
     assert steps_until_it_rises(rounds) == MIN_WAIT_STEPS - 1
     limits.append(rounds.limit.pixels)
-    while rounds.limit.pixels < 4 * 64 * 64:
+    while rounds.limit.pixels < 4 * 64 * 64 - 1:
         assert steps_until_it_rises(rounds) == MIN_WAIT_STEPS
         limits.append(rounds.limit.pixels)
-    assert all(after == before * 5 // 4 for before, after in itertools.pairwise(limits))
+    assert all(after == before * 5 // 4 for before, after in itertools.pairwise(limits[:-1]))
+    assert len(rounds.step()) == 3
+
+
+def test_what_failed_is_tried_again_after_very_many_steps() -> None:
+    rounds = with_four_requests()
+    run_out_of_memory(rounds)
+    while rounds.limit.pixels < 4 * 64 * 64 - 1:
+        rounds.step()
+    assert steps_until_it_rises(rounds) == RETRY_FACTOR * MIN_WAIT_STEPS + 1
     assert len(rounds.step()) == 4
 
 
@@ -103,7 +112,7 @@ def test_a_limit_never_rises_above_the_configured_one() -> None:
     rounds.start("e")
     rounds.start("f")
     run_out_of_memory(rounds)
-    for _ in range(10 * MIN_WAIT_STEPS):
+    for _ in range((RETRY_FACTOR + 20) * MIN_WAIT_STEPS):
         rounds.step()
     assert rounds.limit.pixels == 5 * 64 * 64
 

@@ -1,0 +1,95 @@
+"""What was learnt of steps is there after a restart, for the same devices; no file is ever needed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hidream_grpc.engine.step_limit import StepLimit
+from hidream_grpc.engine.step_limit_file import StepLimitFile, StepLimitKey
+from tests.support.counting_ranks import CountingRanks, Service
+
+MAX_PIXELS = 8 * 1024 * 1024
+LEARNT = {(512, 512): 4 * 1024 * 1024, (1024, 768): 1024 * 1024}
+KEY = StepLimitKey(("NVIDIA H200", "NVIDIA H200"), "86637e71f35d8ddd", "tp=2")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "step_limit.json"
+
+
+async def keep(path: Path) -> None:
+    file, limit = StepLimitFile(path), StepLimit(MAX_PIXELS)
+    await file.recall(KEY, limit)
+    limit.begin(LEARNT)
+    await file.keep(limit)
+
+
+async def recalled(path: Path, key: StepLimitKey = KEY) -> object:
+    limit = StepLimit(MAX_PIXELS)
+    await StepLimitFile(path).recall(key, limit)
+    return limit.learnt
+
+
+async def test_what_was_learnt_is_there_after_a_restart(path: Path) -> None:
+    assert await recalled(path) == {}
+    await keep(path)
+    assert await recalled(path) == LEARNT
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        replace(KEY, devices=("Ascend910B", "Ascend910B")),
+        replace(KEY, checkpoint_fingerprint="0123456789abcdef"),
+        replace(KEY, layout="cfg=2"),
+    ],
+    ids=["device", "model", "layout"],
+)
+async def test_another_device_model_or_layout_starts_anew(path: Path, key: StepLimitKey) -> None:
+    await keep(path)
+    assert await recalled(path, key) == {}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b'{"version": 1}', b"\xff\xfe"],
+    ids=["empty", "cut off", "list", "no key", "no text"],
+)
+async def test_a_file_that_cannot_be_read_starts_anew_with_one_line(
+    path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    await asyncio.to_thread(path.write_bytes, content)
+    assert await recalled(path) == {}
+    assert [r.levelno for r in caplog.records if "what was learnt of steps is lost" in r.message] == [
+        logging.WARNING
+    ]
+    await keep(path)
+    assert await recalled(path) == LEARNT
+
+
+async def test_a_folder_that_cannot_be_written_costs_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await keep(tmp_path / "gone" / "step_limit.json")
+    assert sum("cannot be kept" in message for message in caplog.messages) == 1
+
+
+async def test_the_engine_begins_with_what_the_one_before_it_has_learnt(path: Path) -> None:
+    service = Service(CountingRanks(), learnt_path=path, max_step_pixels=MAX_PIXELS)
+    # More than fit the least budget, on ranks that take equally long for any number of them.
+    for number in range(6):
+        service.submit(str(number), num_inference_steps=60, num_images=128)
+    await service.run_until_ended("0", "1", "2", "3", "4", "5")
+    learnt = service.step_limit.learnt
+    assert learnt[64, 64] > 1024 * 1024
+    next_service = Service(CountingRanks(), learnt_path=path, max_step_pixels=MAX_PIXELS)
+    next_service.submit("next", num_inference_steps=1)
+    await next_service.run_until_ended("next")
+    assert next_service.step_limit.learnt == learnt
