@@ -9,6 +9,7 @@ from collections import Counter
 from hidream_grpc.background import keep_doing
 from hidream_grpc.errors import HiDreamError
 from hidream_grpc.jobs.job import JobState
+from hidream_grpc.jobs.store.changes import ROW_KINDS
 from hidream_grpc.jobs.store.store import SqlJobStore
 
 PAUSE_SECONDS = 0.5
@@ -33,14 +34,14 @@ class JobCounts:
 
     async def run(self) -> None:
         """Count whenever something has changed, until cancelled."""
-        with self._store.subscribe() as changes:
+        with self._store.subscribe(ROW_KINDS) as changes:
 
             async def count() -> None:
-                changes.skip()
+                changes.take_pending()
                 self._by_state = await self._store.counts()
 
             async def wait_for_changes() -> None:
                 await asyncio.sleep(PAUSE_SECONDS)
-                await anext(changes)
+                await changes.wait()
 
             await keep_doing("count jobs", count, wait_for_changes)

@@ -29,10 +29,11 @@ from hidream_grpc.jobs.retention.housekeeping import Housekeeping
 from hidream_grpc.jobs.retention.retention import Retention, RetentionLimits, RetentionReport, remove_job
 from hidream_grpc.jobs.store.records import AttachedCall, Page
 from hidream_grpc.jobs.uninterrupted import RunningCalls
+from hidream_grpc.jobs.watching.changed_jobs import ChangedJobs, JobChange
 from hidream_grpc.jobs.watching.events import JobEvent, Queued
 from hidream_grpc.jobs.watching.feeds import JobFeeds
 from hidream_grpc.jobs.watching.queue_positions import QueueDurations, QueuePositions
-from hidream_grpc.jobs.watching.state_changes import JobChange, StateChanges
+from hidream_grpc.jobs.watching.state_changes import StateChanges
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ class JobService:
         )
         self._housekeeping = Housekeeping(self._store, retention, self._orphans, policy.orphan_sweep_seconds)
         self._counts = JobCounts(self._store)
+        self._changed_jobs = ChangedJobs(self._store)
         self._intake = JobIntake(self._store, limits, self._wait_for_end)
         self._changed = asyncio.Event()
         self._calls = RunningCalls()
@@ -180,6 +182,7 @@ class JobService:
                 self._positions,
                 self._housekeeping,
                 self._counts,
+                self._changed_jobs,
                 self.readiness.store_probe,
                 self.readiness.artifact_probe,
             ):
@@ -359,19 +362,18 @@ class JobService:
             finally:
                 self._note_reader_left()
 
-    async def follow_all(
+    def follow_all(
         self, owner: str | None, states: Collection[JobState], labels: Mapping[str, str]
     ) -> AsyncGenerator[JobChange]:
         """The jobs that match, then every change of their states, until the generator is closed.
+
+        Readers of the same change get the same object.
 
         Raises:
             NotServingError: the service goes away.
             StoreUnavailableError: the store is lost.
         """
-        changes = StateChanges(self._store, owner, states, labels).follow(self._closed, shutting_down())
-        async with contextlib.aclosing(changes) as matching:
-            async for change in matching:
-                yield change
+        return StateChanges(self._store, self._changed_jobs, owner, states, labels).follow()
 
     async def cancel(self, owner: str | None, job_id: str, reason: CancelReason) -> Job:
         """Stop a job: a running one takes no further step. Nothing happens to one that has ended."""
@@ -455,3 +457,4 @@ class JobService:
     def _close(self) -> None:
         self._closed.set()
         self._feeds.close(shutting_down())
+        self._changed_jobs.close(shutting_down())

@@ -14,6 +14,7 @@ from hidream_grpc.jobs.artifacts.image_reader import ImageReader
 from hidream_grpc.jobs.job import CancelReason, Job
 from hidream_grpc.jobs.limits import RequestLimits
 from hidream_grpc.jobs.service import JobService
+from hidream_grpc.jobs.watching.changed_jobs import JobChange
 from hidream_grpc.jobs.watching.events import Cancelled, Failed, ImagePart, JobEvent
 from hidream_grpc.server import convert
 from hidream_grpc.server.call import current_call
@@ -27,7 +28,7 @@ from hidream_grpc.server.checks.jobs import (
 )
 from hidream_grpc.server.checks.requests import RequestChecks
 from hidream_grpc.server.checks.submissions import reconnect_window_seconds
-from hidream_grpc.server.streams import OpenStreams
+from hidream_grpc.server.streams import OpenStreams, SharedMessages
 
 # Text: only the stubs know the class as generic.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -48,6 +49,7 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         self._limits = limits
         self._streams = OpenStreams(limits.max_streams, limits.max_streams_per_caller)
         self._describe_server = describe_server
+        self._shared_messages = SharedMessages(self._change_message)
 
     async def Generate(  # noqa: N802
         self, request: image_gen_pb2.GenerateRequest, context: Context
@@ -163,9 +165,7 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
             changes = self._jobs.follow_all(self._owner(), query.states, query.labels)
             async with aclosing(changes) as matching:
                 async for change in matching:
-                    yield image_gen_pb2.WatchJobsResponse(
-                        job=await self._job(change.job), change_time=convert.timestamp(change.time)
-                    )
+                    yield await self._shared_messages.of(change)
 
     async def GetServerInfo(  # noqa: N802
         self, request: image_gen_pb2.GetServerInfoRequest, context: Context
@@ -173,6 +173,11 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         """Describe the server as it is now."""
         await self._jobs.refresh_counts()
         return self._describe_server()
+
+    async def _change_message(self, change: JobChange) -> image_gen_pb2.WatchJobsResponse:
+        return image_gen_pb2.WatchJobsResponse(
+            job=await self._job(change.job), change_time=convert.timestamp(change.time)
+        )
 
     def _owner(self) -> str:
         return current_call().owner

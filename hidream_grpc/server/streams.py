@@ -1,12 +1,18 @@
-"""Counts open streams, of all callers and of each."""
+"""Open streams: how many there are, of all callers and of each, and the messages that many of them send."""
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 from hidream_grpc.errors import CallerStreamLimitError, TooManyReadersError
+
+Content = TypeVar("Content")
+Message = TypeVar("Message")
 
 
 class OpenStreams:
@@ -47,3 +53,24 @@ class OpenStreams:
             self._num_streams[caller] -= 1
             if not self._num_streams[caller]:
                 del self._num_streams[caller]
+
+
+class SharedMessages(Generic[Content, Message]):
+    """Makes the message of each content once, for all streams that send it.
+
+    Args:
+        make: makes a message; of a content that several streams hold it is called once.
+    """
+
+    def __init__(self, make: Callable[[Content], Coroutine[Any, Any, Message]]) -> None:
+        self._make = make
+        # A message is forgotten with the last stream that is still to send it.
+        self._messages: WeakKeyDictionary[Content, asyncio.Task[Message]] = WeakKeyDictionary()
+
+    async def of(self, content: Content) -> Message:
+        """The message of a content, which is hashed by its identity."""
+        task = self._messages.get(content)
+        if task is None:
+            task = self._messages[content] = asyncio.create_task(self._make(content))
+        # The stream that asked first may end before the others.
+        return task.result() if task.done() else await asyncio.shield(task)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 
 from hidream_grpc.errors import (
     HiDreamError,
 )
-from hidream_grpc.jobs.job import CancelReason
+from hidream_grpc.jobs.job import CancelReason, StoredSnapshot
 from hidream_grpc.jobs.store import changes as store_changes
-from hidream_grpc.jobs.store.changes import MAX_PAYLOAD_BYTES, Change, ChangeKind
+from hidream_grpc.jobs.store.changes import MAX_PAYLOAD_BYTES, ROW_KINDS, Change, ChangeKind
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.support.job_stores import (
     OWNER,
     added,
     claimed,
     new_job,
+    started,
     until,
 )
 
@@ -79,3 +81,27 @@ async def test_a_reader_that_is_far_behind_is_told_to_read_everything_again(
             await until(quick, ChangeKind.PUBLISHED, str(index))
         assert await anext(slow) == Change(ChangeKind.ANYTHING)
         assert (await anext(slow)).job_id == "4"
+
+
+async def test_a_subscription_of_some_kinds_is_woken_by_no_other(store: SqlJobStore) -> None:
+    with store.subscribe(ROW_KINDS) as of_rows, store.subscribe() as of_all:
+        (job,) = await added(store, new_job())
+        (claim,) = await claimed(store)
+        begun = started(claim)
+        await store.save(begun)
+        for _ in range(10):
+            await store.publish(job.job_id, b"progress")
+        await store.request_cancel(OWNER, job.job_id, CancelReason.REQUESTED)
+        # What only the next claim reads is news to nobody.
+        await store.save(replace(begun, snapshot=StoredSnapshot(1, step=3)), is_news=False)
+        await store.publish("the end", b"")
+        await until(of_all, ChangeKind.PUBLISHED, "the end")
+        assert [change.kind for change in of_rows.take_pending()] == [
+            ChangeKind.ADDED,
+            ChangeKind.CHANGED,
+            ChangeKind.CHANGED,
+        ]
+        await store.remove_replica("replica-1")
+        await until(of_all, ChangeKind.ANYTHING)
+        assert of_rows.has_pending
+    assert (await store.get(OWNER, job.job_id)).snapshot == StoredSnapshot(1, step=3)

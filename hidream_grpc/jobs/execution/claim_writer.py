@@ -170,7 +170,7 @@ class ClaimWriter:
             if not self.state.is_running or self.job.state.has_ended:
                 return
             try:
-                await self._tools.store.save(self.job)
+                await self._tools.store.save(self.job, is_news=False)
             except ClaimLostError:
                 self.change(self.state.lost())
 

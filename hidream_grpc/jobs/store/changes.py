@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -67,10 +67,20 @@ def row_changed(job: Job) -> Change:
     return Change(ChangeKind.CHANGED, job.job_id, claim_number=job.claim_number)
 
 
-class Subscription(AsyncIterator[Change]):
-    """Changes from its creation on, in order, without end; one that is far behind gets ANYTHING instead."""
+ALL_KINDS = frozenset(ChangeKind)
+ROW_KINDS = frozenset((ChangeKind.ADDED, ChangeKind.CHANGED, ChangeKind.DELETED))
+"""The changes after which a job's row is another one."""
 
-    def __init__(self) -> None:
+
+class Subscription(AsyncIterator[Change]):
+    """Changes from its creation on, in order, without end; one that is far behind gets ANYTHING instead.
+
+    Attributes:
+        kinds: of the changes that it receives; ANYTHING is always among them.
+    """
+
+    def __init__(self, kinds: Collection[ChangeKind] = ALL_KINDS) -> None:
+        self.kinds = frozenset((*kinds, ChangeKind.ANYTHING))
         self._pending: deque[Change] = deque()
         self._has_pending = asyncio.Event()
 
@@ -82,14 +92,24 @@ class Subscription(AsyncIterator[Change]):
         self._pending.append(change)
         self._has_pending.set()
 
-    def skip(self) -> None:
-        """Forget the pending changes: the reader reads anew everything that they are about."""
-        self._pending.clear()
+    @property
+    def has_pending(self) -> bool:
+        """Whether changes have come that were not taken."""
+        return bool(self._pending)
 
-    async def __anext__(self) -> Change:
+    def take_pending(self, max_changes: int | None = None) -> tuple[Change, ...]:
+        """Remove and return the first changes that have come, or all of them."""
+        num_changes = len(self._pending) if max_changes is None else min(max_changes, len(self._pending))
+        return tuple(self._pending.popleft() for _ in range(num_changes))
+
+    async def wait(self) -> None:
+        """Return when a change has come that was not taken."""
         while not self._pending:
             self._has_pending.clear()
             await self._has_pending.wait()
+
+    async def __anext__(self) -> Change:
+        await self.wait()
         return self._pending.popleft()
 
 
@@ -97,22 +117,24 @@ class ChangeHub:
     """Hands changes to subscriptions. Belongs to the event loop's thread."""
 
     def __init__(self) -> None:
-        self._subscriptions: set[Subscription] = set()
+        self._subscriptions: dict[ChangeKind, set[Subscription]] = {kind: set() for kind in ChangeKind}
 
     @contextmanager
-    def subscribe(self) -> Iterator[Subscription]:
-        """All changes from now on until the block ends."""
-        subscription = Subscription()
-        self._subscriptions.add(subscription)
+    def subscribe(self, kinds: Collection[ChangeKind] = ALL_KINDS) -> Iterator[Subscription]:
+        """The changes of these kinds, and ANYTHING, from now on until the block ends."""
+        subscription = Subscription(kinds)
+        for kind in subscription.kinds:
+            self._subscriptions[kind].add(subscription)
         try:
             yield subscription
         finally:
-            self._subscriptions.discard(subscription)
+            for kind in subscription.kinds:
+                self._subscriptions[kind].discard(subscription)
 
     def publish(self, changes: Sequence[Change]) -> None:
-        """Hand changes to every subscription."""
-        for subscription in self._subscriptions:
-            for change in changes:
+        """Hand changes to the subscriptions of their kinds."""
+        for change in changes:
+            for subscription in self._subscriptions[change.kind]:
                 subscription.put(change)
 
 

@@ -79,7 +79,7 @@ class JobClaims(StoreBase):
         self._committed([change])
 
     @uninterrupted
-    async def save(self, job: Job) -> Saved:
+    async def save(self, job: Job, *, is_news: bool = True) -> Saved:
         """Write a job as the replica that has it knows it; where the job has ended, so does the claim.
 
         A job that is to be cancelled ends as CANCELLED alone: any other end is not written then.
@@ -87,16 +87,20 @@ class JobClaims(StoreBase):
         `cancel_reason` and `deadline_time` of a job that has not ended are not written: other calls do that.
         To write the same end again, after a StoreUnavailableError, is no error.
 
+        Args:
+            job: to write.
+            is_news: whether subscribers hear of it: none needs what only the next claim reads.
+
         Raises:
             ClaimLostError: another claim has the job, or it was given back, has ended or was deleted.
         """
-        change = row_changed(job)
+        changes = [row_changed(job)] if is_news else []
         async with self._database.write() as connection:
             saved = await _save(connection, job)
             if saved is Saved.WRITTEN:
-                await self._notify(connection, [change])
+                await self._notify(connection, changes)
         if saved is Saved.WRITTEN:
-            self._committed([change], job)
+            self._committed(changes, job)
         elif saved is Saved.WAS_WRITTEN:
             # By the call before, whose answer was lost.
             self._note_end(job)

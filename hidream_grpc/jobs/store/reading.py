@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from sqlalchemy import Row
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from hidream_grpc.errors import JobNotFoundError
+from hidream_grpc.errors import JobInternalError, JobNotFoundError
 from hidream_grpc.jobs.job import Job, JobState
 from hidream_grpc.jobs.store import queries
 from hidream_grpc.jobs.store.base import StoreBase, uninterrupted
@@ -42,6 +43,20 @@ class JobReading(StoreBase):
         async with self._database.read() as connection:
             for some in queries.batches(job_ids):
                 found.extend(map(job_of, await connection.execute(queries.by_job_ids(some))))
+        return tuple(found)
+
+    @uninterrupted
+    async def get_readable(self, job_ids: Collection[str]) -> tuple[Job, ...]:
+        """Read those of the jobs that exist, but for those whose row was just found unreadable, in any order.
+
+        Such a job is shown once it has ended.
+        """
+        found: list[Job] = []
+        async with self._database.read() as connection:
+            for some in queries.batches(job_ids):
+                for row in await connection.execute(queries.by_job_ids(some)):
+                    with contextlib.suppress(JobInternalError):
+                        found.append(readable(row))
         return tuple(found)
 
     @uninterrupted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from hidream_grpc.jobs.store.acceptance import JobAcceptance
 from hidream_grpc.jobs.store.base import uninterrupted
 from hidream_grpc.jobs.store.cancellation import JobCancellation
 from hidream_grpc.jobs.store.changes import (
+    ALL_KINDS,
     MAX_PAYLOAD_BYTES,
     Change,
     ChangeKind,
@@ -81,12 +82,15 @@ class SqlJobStore(JobAcceptance, JobReading, JobCancellation, JobClaims, Replica
             await self._listener.stop()
         await self._database.close()
 
-    def subscribe(self) -> AbstractContextManager[Subscription]:
+    def subscribe(self, kinds: Collection[ChangeKind] = ALL_KINDS) -> AbstractContextManager[Subscription]:
         """Receive all that commits from now on: `with store.subscribe() as changes`, then `async for`.
 
         Read what is there after subscribing, and nothing is missed.
+
+        Args:
+            kinds: of the changes that are received; ANYTHING is always among them.
         """
-        return self._hub.subscribe()
+        return self._hub.subscribe(kinds)
 
     @uninterrupted
     async def publish(self, job_id: str, payload: bytes) -> None:

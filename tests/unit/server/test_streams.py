@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 from contextlib import AbstractContextManager, ExitStack
 
 import pytest
 
 from hidream_grpc.errors import CallerStreamLimitError, TooManyReadersError
-from hidream_grpc.server.streams import OpenStreams
+from hidream_grpc.server.streams import OpenStreams, SharedMessages
 
 RETRY_AFTER_SECONDS = 1.5
 
@@ -63,3 +64,30 @@ def test_all_streams_count_where_the_limit_of_a_caller_is_larger_or_absent(
         with pytest.raises(TooManyReadersError) as refused:
             stack.enter_context(opened(streams, "alice"))
     assert (refused.value.max_streams, refused.value.retry_after_seconds) == (3, 1.5)
+
+
+class Content:
+    """Hashed by its identity, and forgotten when no stream holds it."""
+
+
+async def test_a_message_that_many_streams_send_is_made_once_also_when_the_first_of_them_ends() -> None:
+    made: list[int] = []
+    may_make = asyncio.Event()
+
+    async def make(content: Content) -> str:
+        made.append(id(content))
+        await may_make.wait()
+        return f"message {len(made)}"
+
+    messages: SharedMessages[Content, str] = SharedMessages(make)
+    content, other = Content(), Content()
+    first = asyncio.create_task(messages.of(content))
+    await asyncio.sleep(0)
+    sending = [asyncio.create_task(messages.of(content)) for _ in range(50)]
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    may_make.set()
+    assert set(await asyncio.gather(*sending)) == {"message 1"}
+    assert await messages.of(content) == "message 1"
+    assert await messages.of(other) == "message 2"
+    assert made == [id(content), id(other)]
