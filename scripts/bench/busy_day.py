@@ -280,9 +280,7 @@ def main(
         service.loop_figures()
         cores_at_rest = service.cores_at_rest(rest_seconds)
         rest = service.loop_figures()
-        say(
-            f"at rest: {cores_at_rest:.3f} of a core, {cores_with_empty_queue:.3f} with an empty queue; {rest}"
-        )
+        say(f"at rest: {cores_at_rest:.3f} of a core, empty {cores_with_empty_queue:.3f}; {rest}")
         caller.submit(1)
         readers = Watchers(service.address, watchers)
         service.loop_figures()

@@ -125,7 +125,7 @@ class StateChanges:
             del self._known_states[deleted]
 
     async def _newest(self, change: JobChange, read_start: float) -> JobChange | None:
-        """The change, of a job read again where this reader may have seen a newer one; None if it is no news."""
+        """The change, with the job read again where this reader may know a newer one; None if no news."""
         if read_start <= self._own_read_end:
             jobs = await self._store.get_readable([change.job.job_id])
             self._own_read_end = time.monotonic()
