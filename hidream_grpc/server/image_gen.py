@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, aclosing
 from typing import Any, TypeAlias
@@ -32,6 +33,9 @@ from hidream_grpc.server.streams import OpenStreams, SharedMessages
 
 # Text: only the stubs know the class as generic.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+JOBS_PER_TURN = 50
+"""Number of jobs of a page that become messages before other calls have their turn: 3 ms."""
 
 
 class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
@@ -186,7 +190,12 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         return self._streams.opened(current_call().caller, self._jobs.retry_after_seconds)
 
     async def _shown(self, jobs: Sequence[Job]) -> list[job_pb2.Job]:
-        return list(map(convert.job, jobs, await self._jobs.queue_positions(jobs)))
+        shown = []
+        for job, position in zip(jobs, await self._jobs.queue_positions(jobs), strict=True):
+            if shown and len(shown) % JOBS_PER_TURN == 0:
+                await asyncio.sleep(0)
+            shown.append(convert.job(job, position))
+        return shown
 
     async def _job(self, job: Job) -> job_pb2.Job:
         (shown,) = await self._shown([job])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from hidream.v1 import image_gen_pb2
@@ -55,13 +55,11 @@ class RequestChecks:
             InvalidRequestError, ModelNotServedError: it is refused, and no retry.
             StoreUnavailableError: it cannot be found out which models are served.
         """
-        return await self._checked(
-            [request],
-            caller,
-            deadline_seconds,
-            requested_model(request),
-            lambda validator: (validator.submission(request, caller, deadline_seconds),),
-        )
+
+        async def check(validator: RequestValidator) -> tuple[Submission, ...]:
+            return (await validator.one(request, caller, deadline_seconds),)
+
+        return await self._checked([request], caller, deadline_seconds, requested_model(request), check)
 
     async def batch(self, requests: Sequence[image_gen_pb2.SubmitJobRequest], caller: str) -> CheckedRequests:
         """Check many requests; raises what `one` raises."""
@@ -79,10 +77,10 @@ class RequestChecks:
         caller: str,
         deadline_seconds: float | None,
         model: str | None,
-        check: Callable[[RequestValidator], tuple[Submission, ...]],
+        check: Callable[[RequestValidator], Awaitable[tuple[Submission, ...]]],
     ) -> CheckedRequests:
         try:
-            return CheckedRequests(check(await self._models.validator(model)))
+            return CheckedRequests(await check(await self._models.validator(model)))
         except (InvalidRequestError, ModelNotServedError) as refusal:
             if not self._may_be_retries(requests):
                 raise

@@ -79,9 +79,10 @@ class PromptTokenCounter:
         return cls(dict(zip(names, zip(tokenizers, limits, strict=True), strict=True)))
 
     def count(self, prompt: str) -> tuple[TokenCount, ...]:
-        """Count a prompt's tokens for every text encoder, as the encoder would get them."""
+        """Count a prompt's tokens for every text encoder, as the encoder would get them; in any thread."""
         return tuple(
-            TokenCount(encoder, len(tokenizer.encode(prompt).ids), max_tokens)
+            # `encode` alone would keep the interpreter from all other threads.
+            TokenCount(encoder, len(tokenizer.encode_batch_fast([prompt])[0]), max_tokens)
             for encoder, (tokenizer, max_tokens) in self._tokenizers.items()
         )
 

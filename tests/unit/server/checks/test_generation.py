@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -480,3 +481,33 @@ def test_a_request_that_is_more_than_a_callers_minute_is_refused_with_the_limit(
         (violation,) = refused.value.violations
         assert violation.field == "spec"
         assert f"at most {limit} (max_pixel_steps_per_minute_per_caller)" in violation.description
+
+
+async def test_long_prompts_are_counted_once_each_beside_the_event_loop_and_short_ones_in_it() -> None:
+    counted: list[tuple[str, int]] = []
+
+    def count(prompt: str) -> tuple[TokenCount, ...]:
+        counted.append((prompt, threading.get_ident()))
+        return count_words(prompt)
+
+    def batch(*prompts: str) -> list[image_gen_pb2.SubmitJobRequest]:
+        return [
+            image_gen_pb2.SubmitJobRequest(spec=image_pb2.ImageSpec(prompt=prompt, guidance_scale=5))
+            for prompt in prompts
+        ]
+
+    def validator() -> RequestValidator:
+        return RequestValidator(dataclasses.replace(LIMITS, max_queued_jobs=10), DEFAULTS, count)
+
+    long_prompts = ["a" * 199 + str(number) for number in range(4)]
+    await validator().batch(batch(*long_prompts, long_prompts[0]), "me")
+    assert sorted(prompt for prompt, _ in counted if prompt) == long_prompts
+    assert {thread for prompt, thread in counted if prompt}.isdisjoint({threading.get_ident()})
+    counted.clear()
+    await validator().one(request("a red circle"), "me", None)
+    assert ("a red circle", threading.get_ident()) in counted
+    counted.clear()
+    # What is refused for its bytes is not counted at all.
+    with pytest.raises(InvalidRequestError):
+        await validator().batch(batch("b" * 5000, *long_prompts[:3]), "me")
+    assert "b" * 5000 not in {prompt for prompt, _ in counted}

@@ -22,7 +22,7 @@ class RefusingModels:
     async def validator(self, _name: str | None) -> RefusingModels:
         return self
 
-    def batch(self, _requests: object, _caller: str) -> object:
+    async def batch(self, _requests: object, _caller: str) -> object:
         raise InvalidRequestError((FieldViolation("requests[0].spec.width", "must be less"),))
 
 
