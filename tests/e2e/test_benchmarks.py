@@ -39,6 +39,18 @@ TIMEOUT_SECONDS = 240
             "bridge_cost",
             marks=pytest.mark.long,
         ),
+        pytest.param(
+            "busy_day",
+            (
+                *("--waiting", "40", "--watchers", "4", "--running", "2"),
+                "--submits",
+                "3",
+                "--rest-seconds",
+                "0.1",
+            ),
+            "busy_day",
+            marks=pytest.mark.long,
+        ),
         pytest.param("recovery", ("--side", "64", "--rounds", "1"), "recovery", marks=pytest.mark.long),
     ],
 )
