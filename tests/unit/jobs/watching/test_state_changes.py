@@ -167,7 +167,7 @@ async def test_a_change_is_read_once_however_many_follow_and_all_get_the_same(
     store: SqlJobStore, changed_jobs: ChangedJobs
 ) -> None:
     async def num_statements(num_readers: int) -> int:
-        """Of an acceptance, a cancellation and a deletion, all of which the readers are told."""
+        """Count those of an acceptance, a cancellation and a deletion, all of which the readers are told."""
         async with AsyncExitStack() as stack:
             readers = [
                 await stack.enter_async_context(Reader(store, changed_jobs, OWNER, batch=str(num_readers)))
