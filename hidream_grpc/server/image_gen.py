@@ -190,7 +190,7 @@ class ImageGenServicer(image_gen_pb2_grpc.ImageGenServicer):
         return self._streams.opened(current_call().caller, self._jobs.retry_after_seconds)
 
     async def _shown(self, jobs: Sequence[Job]) -> list[job_pb2.Job]:
-        shown = []
+        shown: list[job_pb2.Job] = []
         for job, position in zip(jobs, await self._jobs.queue_positions(jobs), strict=True):
             if shown and len(shown) % JOBS_PER_TURN == 0:
                 await asyncio.sleep(0)
