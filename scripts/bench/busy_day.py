@@ -245,7 +245,7 @@ async def _watch_until_told(address: str, num_readers: int, asked: Connection) -
         tasks = []
         for number in range(num_readers):
             # Bytes, not messages: what parsing takes is not to be taken from the server.
-            method = channels[number % NUM_CHANNELS].unary_stream("/hidream.v1.ImageGen/WatchJobs")
+            method: Any = channels[number % NUM_CHANNELS].unary_stream("/hidream.v1.ImageGen/WatchJobs")
             tasks.append(asyncio.create_task(read(method(request))))
         await until_heard(1)
         asked.send(None)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hidream_grpc import cli
+from hidream_grpc.server.app import serve
 from hidream_grpc.settings import Settings
 from scripts.bench.report import percentile
 
@@ -69,7 +70,6 @@ class LoopProbe:
 def main() -> None:
     """Run the command that follows the file."""
     path = Path(sys.argv.pop(1))
-    serve = cli.serve
 
     async def probed(settings: Settings) -> None:
         loop = asyncio.get_running_loop()
@@ -81,7 +81,7 @@ def main() -> None:
         finally:
             sampling.cancel()
 
-    cli.serve = probed
+    vars(cli)["serve"] = probed
     cli.run_command()
 
 
