@@ -98,7 +98,7 @@ class Settings(BaseSettings):
         str | None,
         Help(
             Group.DEVICES,
-            "how the ranks share the work: tp=4,ep=2",
+            "how the ranks share the work: tp=4,ep=2 or cfg=2,sp=4",
             "planned from --devices; without them cfg=2 on npu, tp=1 on cuda and cpu",
         ),
     ] = None

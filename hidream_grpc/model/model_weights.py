@@ -12,7 +12,8 @@ from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.prompts.assignment import assign_to_ranks
 
 # Parts of the names of the transformer's tensors; all others are on every rank.
-_DIVIDED_BY_MODEL = (".experts.", "caption_projection.", ".adaLN_modulation.")
+_DIVIDED_BY_MODEL = ("caption_projection.", ".adaLN_modulation.")
+_DIVIDED_BY_EXPERTS = (".experts.",)
 _DIVIDED_BY_TENSOR = (".attn1.", ".ff_t.", ".shared_experts.")
 
 
@@ -23,22 +24,25 @@ class ModelWeights:
     Attributes:
         on_every_rank: weights of the transformer's layers that no axis divides, and of the autoencoder.
         divided_by_tensor: weights of the layers that the ranks of tensor parallel divide.
-        divided_by_model: weights of the layers that the ranks of tensor and expert parallel together divide.
+        divided_by_experts: weights of the experts, which the ranks of tensor and expert parallel divide.
+        divided_by_model: weights of the layers that these and the ranks of sequence parallel together divide.
         text_encoders: weights of each text encoder, which is on one rank.
     """
 
     on_every_rank: int
     divided_by_tensor: int
+    divided_by_experts: int
     divided_by_model: int
     text_encoders: Mapping[TextEncoderName, int]
 
     def without_text_encoders(self, layout: Layout) -> int:
         """The most weights that a rank holds, text encoders apart; exact to two hundredths."""
-        tensor = layout.tensor_parallel
+        tensor, experts = layout.tensor_parallel, layout.tensor_parallel * layout.expert_parallel
         return (
             self.on_every_rank
             + -(-self.divided_by_tensor // tensor)
-            + -(-self.divided_by_model // (tensor * layout.expert_parallel))
+            + -(-self.divided_by_experts // experts)
+            + -(-self.divided_by_model // (experts * layout.sequence_parallel))
         )
 
     def text_encoders_of(self, layout: Layout) -> list[dict[TextEncoderName, int]]:
@@ -54,16 +58,19 @@ class ModelWeights:
 def read_model_weights(model_path: Path, extra_model_path: Path | None) -> ModelWeights:
     """Count the weights of a checkpoint that `describe_checkpoint` has accepted."""
     transformer = read_tensors(model_path / "transformer", Library.DIFFUSERS)
-    by_model, by_tensor = (
-        _num_weights(transformer, parts) for parts in (_DIVIDED_BY_MODEL, _DIVIDED_BY_TENSOR)
+    by_model, by_experts, by_tensor = (
+        _num_weights(transformer, parts)
+        for parts in (_DIVIDED_BY_MODEL, _DIVIDED_BY_EXPERTS, _DIVIDED_BY_TENSOR)
     )
     encoders = text_encoder_files(model_path, extra_model_path, num_llama_layers=1)
     return ModelWeights(
         on_every_rank=num_weights(transformer)
         - by_model
+        - by_experts
         - by_tensor
         + num_weights(read_tensors(model_path / "vae", Library.DIFFUSERS)),
         divided_by_tensor=by_tensor,
+        divided_by_experts=by_experts,
         divided_by_model=by_model,
         text_encoders={name: files.num_parameters for name, files in encoders.items()},
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -48,11 +49,20 @@ class CountingAxis(Axis):
         self.bytes_sent += (self.size - 1) * tensor.nbytes // self.size
         return tensor.new_empty(tensor.shape[1:]) if tensor.is_meta else super().reduce_scatter(tensor)
 
+    def all_to_all(self, tensor: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """See `Axis`."""
+        row_bytes = prod(tensor.shape[1:]) * tensor.itemsize
+        self.bytes_sent += (sum(sent) - sent[self.index]) * row_bytes
+        if tensor.is_meta:
+            return tensor.new_empty((sum(received), *tensor.shape[1:]))
+        return super().all_to_all(tensor, sent, received)
+
 
 def count_bytes_sent(groups: ParallelGroups) -> tuple[CountingAxis, ...]:
     """Put counting axes in the place of all axes of a rank, before its group is made."""
-    axes = tuple(map(CountingAxis, (groups.tensor, groups.expert, groups.model, groups.samples)))
-    groups.tensor, groups.expert, groups.model, groups.samples = axes
+    groups.tensor, groups.sequence, groups.expert, groups.model, groups.samples = axes = tuple(
+        map(CountingAxis, (groups.tensor, groups.sequence, groups.expert, groups.model, groups.samples))
+    )
     return axes
 
 

@@ -61,7 +61,7 @@ BAD_FLAGS: dict[str, tuple[list[str], list[str]]] = {
     "unknown choice": (["--log-level", "LOUD"], ["--log-level", "DEBUG"]),
     "device list": (["-d", "0-x"], ["--devices", "0-x"]),
     "device twice": (["-d", "0,1,0"], ["--devices", "twice"]),
-    "no layout": (["--layout", "tp=2,sp=2"], ["--layout: 'sp=2'", "tp, ep, cfg, dp"]),
+    "no layout": (["--layout", "tp=2,pp=2"], ["--layout: 'pp=2'", "tp, ep, cfg, sp, dp"]),
     "layout that the model forbids": (
         ["-d", "0-7", "--layout", "tp=8"],
         ["--layout: tp=8 does not divide 4 attention heads; tp=4,ep=2 or tp=4 would work on 8 devices"],

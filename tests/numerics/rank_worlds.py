@@ -176,10 +176,17 @@ def _be_rank(task: dict[str, Any], rank: int, store_port: int) -> list[RankResul
     return results
 
 
-_LEFT_OUT: dict[str, Callable[[Axis, torch.Tensor], torch.Tensor]] = {
+def _without_all_to_all(
+    _axis: Axis, tensor: torch.Tensor, _sent: Sequence[int], received: Sequence[int]
+) -> torch.Tensor:
+    return tensor[torch.arange(sum(received)) % len(tensor)]
+
+
+_LEFT_OUT: dict[str, Callable[..., torch.Tensor]] = {
     "all_reduce": lambda axis, tensor: tensor,
     "all_gather": lambda axis, tensor: tensor.expand(axis.size, *tensor.shape),
     "reduce_scatter": lambda axis, tensor: tensor[axis.index],
+    "all_to_all": _without_all_to_all,
 }
 
 
@@ -187,10 +194,10 @@ _LEFT_OUT: dict[str, Callable[[Axis, torch.Tensor], torch.Tensor]] = {
 def _watched_collectives(collectives: list[CallSite], left_out: list[Any] | None) -> Iterator[None]:
     """Note where the layers' collectives are called, and leave one out."""
 
-    def watched(name: str) -> Callable[[Axis, torch.Tensor], torch.Tensor]:
+    def watched(name: str) -> Callable[..., torch.Tensor]:
         original = getattr(Axis, name)
 
-        def call(axis: Axis, tensor: torch.Tensor) -> torch.Tensor:
+        def call(axis: Axis, *arguments: Any) -> torch.Tensor:
             caller = sys._getframe(1)
             # An axis may use one collective to do another: what counts is the layer's call.
             while caller.f_back is not None and Path(caller.f_code.co_filename).name == "groups.py":
@@ -199,7 +206,7 @@ def _watched_collectives(collectives: list[CallSite], left_out: list[Any] | None
             if axis.size > 1 and site not in collectives:
                 collectives.append(site)
             is_left_out = left_out is not None and site == tuple(left_out)
-            result: torch.Tensor = (_LEFT_OUT[name] if is_left_out else original)(axis, tensor)
+            result: torch.Tensor = (_LEFT_OUT[name] if is_left_out else original)(axis, *arguments)
             return result
 
         return call

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,11 +12,12 @@ import torch
 from diffusers import HiDreamImageTransformer2DModel
 from diffusers.models.transformers import transformer_hidream_image
 from diffusers.models.transformers.transformer_hidream_image import MOEFeedForwardSwiGLU
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hidream_grpc.devices.cpu import CpuDevice
 from hidream_grpc.model.checkpoint.files import TransformerConfig
-from hidream_grpc.model.parallel.groups import ParallelGroups
+from hidream_grpc.model.parallel.groups import Axis, ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.transformer.conditioning import Conditioning
 from hidream_grpc.model.transformer.model import (
@@ -93,10 +94,41 @@ def ours(folder: Path) -> HiDreamTransformer:
     return transformer
 
 
-def on_meta(folder: Path, device: CpuDevice) -> HiDreamTransformer:
+class WithoutTensorsFromTheHost(TorchFunctionMode):
+    """Raises where a list of the host becomes a tensor; for the modules that it is put around."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.num_calls = 0
+        for module in modules:
+            module.register_forward_pre_hook(lambda _module, _inputs: self._enter())
+            module.register_forward_hook(lambda _module, _inputs, _output: self._leave())
+
+    def _enter(self) -> None:
+        self.__enter__()
+
+    def _leave(self) -> None:
+        self.__exit__(None, None, None)
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        _types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        self.num_calls += 1
+        assert function not in {torch.tensor, torch.as_tensor, torch.from_numpy}
+        if function in {Tensor.__getitem__, Tensor.__setitem__}:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(part, list) for part in index), index
+        return function(*args, **(kwargs or {}))
+
+
+def on_meta(folder: Path, device: CpuDevice, groups: ParallelGroups | None = None) -> HiDreamTransformer:
     config = msgspec.json.decode((folder / "config.json").read_bytes(), type=TransformerConfig)
     with torch.device("meta"):
-        return HiDreamTransformer(config, ParallelGroups(Layout()), device)
+        return HiDreamTransformer(config, groups or ParallelGroups(Layout()), device)
 
 
 class Inputs:
@@ -193,7 +225,7 @@ def test_timesteps_are_embedded_once_for_a_schedule(
 def test_positions_depend_on_the_size_alone(library: HiDreamImageTransformer2DModel) -> None:
     _, _, _, positions = library.patchify(torch.zeros(1, 16, 8, 12))
     expected = library.pe_embedder(positions)[0, :96, 0]
-    grid = TokenGrid.new(4, 6, 3, 64, library.pe_embedder, torch.device("cpu"))
+    grid = TokenGrid.new(4, 6, 2, 1, 64, Axis("sequence"), library.pe_embedder, torch.device("cpu"))
     assert grid.padding_count == 40
     assert torch.equal(grid.cosines[1:25], expected[:24, :, 0, 0])
     assert torch.equal(grid.sines[1:25], expected[:24, :, 1, 0])
@@ -232,10 +264,32 @@ def test_one_product_gives_queries_keys_and_values(
 def test_no_step_waits_for_a_result_on_the_device(width: int, folder: Path) -> None:
     # A meta tensor has no values: whoever reads one on the host raises.
     transformer = on_meta(folder, MetaDevice())
+    assert predict_on_meta(transformer, width).shape == (1, 16, 8, width)
+
+
+@torch.inference_mode()
+def test_no_block_with_padded_samples_copies_their_indices_from_the_host(folder: Path) -> None:
+    groups = ParallelGroups(Layout(expert_parallel=2))
+    transformer = on_meta(folder, MetaDevice(), groups)
+    watched = WithoutTensorsFromTheHost([*transformer.double_blocks, *transformer.single_blocks])
+    with groups.without_collectives():
+        predict_on_meta(transformer, 8, num_groups=2, unpadded_samples=(0,))
+    assert watched.num_calls > 0
+
+
+def predict_on_meta(
+    transformer: HiDreamTransformer,
+    width: int,
+    num_groups: int = 1,
+    unpadded_samples: tuple[int, ...] | None = None,
+) -> Tensor:
     blocks, dim = transformer.config.num_blocks, transformer.config.width
     with torch.device("meta"):
         conditioning = Conditioning(
             torch.empty(dim), torch.empty(T5_TOKENS, dim), torch.empty(blocks, LLAMA_TOKENS, dim)
         )
-        rows = RankRows(torch.empty(1, 16, 8, width), torch.empty(1, dim), (conditioning,), None)
-        assert transformer(rows).shape == (1, 16, 8, width)
+        rows = RankRows(
+            torch.empty(1, 16, 8, width), torch.empty(num_groups, dim), (conditioning,), unpadded_samples
+        )
+        prediction: Tensor = transformer(rows)
+        return prediction

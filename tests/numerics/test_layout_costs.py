@@ -17,8 +17,8 @@ from scripts.bench.forwards import fill_at_random, library_transformer
 from scripts.bench.layouts import RankCosts, checkpoint_shapes, rank_costs
 from tests.numerics.counted_ranks import NUM_SAMPLES, SAMPLE
 
-LAYOUTS = ["tp=2,ep=2", "cfg=2,tp=2"]
-OTHER_LAYOUTS = ["tp=2", "ep=2", "tp=4"]
+LAYOUTS = ["tp=2,ep=2", "cfg=2,sp=2"]
+OTHER_LAYOUTS = ["tp=2", "ep=2", "tp=4", "cfg=2,tp=2", "sp=2,tp=2"]
 TIMEOUT_SECONDS = 240
 CONFIG: dict[str, Any] = {
     "patch_size": 2,
@@ -97,6 +97,27 @@ def test_no_rank_of_the_real_model_holds_or_reads_more_than_its_share(num_device
     most = (1 / num_devices + 0.05) * weight_bytes
     assert costs.weight_bytes_held <= most
     assert costs.weight_bytes_read <= most
+
+
+@pytest.mark.parametrize(
+    ("layout", "tensor_parallel_layout"), [("cfg=2,sp=2", "tp=4"), ("cfg=2,sp=4", "tp=4,ep=2")]
+)
+@pytest.mark.parametrize(("height", "width"), [(128, 128), (128, 96)], ids=["square", "padded"])
+@torch.inference_mode()
+def test_sequence_parallel_divides_all_operations_and_sends_a_fifth_of_what_tensor_parallel_does(
+    layout: str, tensor_parallel_layout: str, height: int, width: int
+) -> None:
+    # The real model's dimensions; its 48 blocks cost what a few cost, many times.
+    config = {**HIDREAM_I1_CONFIG, "num_layers": 1, "num_single_layers": 2, "llama_layers": [0, 1, 1]}
+    shapes = checkpoint_shapes(config)
+    sample = Sample(height=height, width=width)
+    alone, sequence_parallel, tensor_parallel = (
+        rank_costs(config, shapes, parse_layout(text), 0, sample, 2, torch.bfloat16)
+        for text in ("tp=1", layout, tensor_parallel_layout)
+    )
+    assert sequence_parallel.bytes_sent <= 0.2 * tensor_parallel.bytes_sent
+    # The first rank has most tokens: one more of each stream that does not divide.
+    assert sequence_parallel.flops <= 1.002 * alone.flops / parse_layout(layout).world_size
 
 
 @torch.inference_mode()

@@ -43,11 +43,18 @@ LAYOUTS_OF_EACH_KIND = [
     ("4 heads, 4 experts", "tp=2"),
     ("4 heads, 4 experts", "ep=2"),
     ("4 heads, 4 experts", "cfg=2"),
-    ("4 heads, 4 experts", "dp=2"),
-    ("4 heads, 4 experts", "cfg=2,ep=2,tp=2"),
+    ("4 heads, 4 experts", "ep=2,sp=2,tp=2"),
     ("6 heads, 6 experts", "ep=3"),
+    # No stream of tokens divides by 3.
+    ("6 heads, 6 experts", "sp=3"),
 ]
 OTHER_LAYOUTS = [
+    ("4 heads, 4 experts", "dp=2"),
+    ("4 heads, 4 experts", "cfg=2,ep=2,tp=2"),
+    ("4 heads, 4 experts", "cfg=2,sp=2"),
+    ("8 heads, 8 experts", "cfg=2,sp=4"),
+    ("6 heads, 6 experts", "sp=6"),
+    ("5 heads, 4 experts", "sp=5"),
     ("6 heads, 6 experts", "dp=3"),
     ("6 heads, 6 experts", "tp=2,ep=2"),
     ("5 heads, 4 experts", "tp=5"),
@@ -161,7 +168,7 @@ def test_all_ranks_hold_the_same_latents_bit_for_bit(shape: str, layout: str, ge
                 assert torch.equal(mine, its)
 
 
-@pytest.mark.parametrize("layout", ["tp=2", "ep=2", "cfg=2", "dp=2"])
+@pytest.mark.parametrize("layout", ["tp=2", "ep=2", "cfg=2", "sp=2"])
 def test_a_request_that_overflows_does_so_on_every_rank_and_spoils_no_other(
     layout: str, rank_worlds: RankWorlds, tiny_checkpoint: Path
 ) -> None:
@@ -179,10 +186,10 @@ def test_a_request_that_overflows_does_so_on_every_rank_and_spoils_no_other(
 def test_no_collective_can_be_left_out(
     generate: Generate, rank_worlds: RankWorlds, checkpoint_of_shape: CheckpointOfShape
 ) -> None:
-    shape, layout = "4 heads, 4 experts", "cfg=2,ep=2,tp=2"
+    shape, layout = "4 heads, 4 experts", "ep=2,sp=2,tp=2"
     (alone,) = generate(shape, "tp=1")["float64"]
     collectives = generate(shape, layout)["float64"][0].collectives
-    assert len(collectives) == 10, collectives
+    assert len(collectives) == 13, collectives
     runs = [Run((GUIDED_WIDE,), left_out=collective) for collective in collectives]
     for run, ranks in zip(runs, rank_worlds.run(layout, checkpoint_of_shape(shape), runs), strict=True):
         assert max(largest_error(result, alone) for result in ranks) > 1e-3, run.left_out

@@ -104,19 +104,19 @@ def test_what_is_told_from_headers_of_a_ranks_weights_is_what_it_holds(tiny_chec
     )
     weights = read_model_weights(folder, None)
     autoencoder = num_weights_of_component(read_tensors(folder / "vae", Library.DIFFUSERS))
-    for layout in ("tp=1", "tp=2", "tp=5", "tp=10", "ep=2", "ep=4", "tp=4,ep=2", "cfg=2,dp=2,tp=2"):
+    for layout in ("tp=1", "tp=2", "tp=5", "tp=10", "ep=2", "ep=4", "tp=4,ep=2", "cfg=2,dp=2,tp=2", "ep=2,sp=4"):
         share = transformer_of(config, layout, rank=0)
         held = sum(parameter.numel() for parameter in share.parameters()) + autoencoder
         assert weights.without_text_encoders(parse_layout(layout)) == pytest.approx(held, rel=0.02), layout
 
 
-@pytest.mark.parametrize("layout", ["tp=1", "tp=2", "tp=4", "tp=4,ep=2", "ep=4", "cfg=2,tp=2"])
+@pytest.mark.parametrize("layout", ["tp=1", "tp=2", "tp=4", "tp=4,ep=2", "ep=4", "cfg=2,tp=2", "sp=2,tp=2"])
 def test_the_ranks_of_a_model_read_every_weight_once(layout: str, tiny_checkpoint: Path) -> None:
     folder = tiny_checkpoint / "transformer"
     config = msgspec.json.decode((folder / "config.json").read_bytes(), type=TransformerConfig)
     parsed = parse_layout(layout)
     read: dict[str, int] = {}
-    for rank in range(parsed.expert_parallel * parsed.tensor_parallel):
+    for rank in range(parsed.expert_parallel * parsed.ranks_per_sample_group):
         slices = parameter_slices(transformer_of(config, layout, rank))
         with SafetensorsFolder(folder) as weights:
             for part in (part for parts in slices.values() for part in parts):

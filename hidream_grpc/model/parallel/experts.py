@@ -58,13 +58,13 @@ class RoutedExperts(nn.Module):
         self.gate_and_up = nn.Parameter(torch.empty(shape), requires_grad=False)
         self.down = nn.Parameter(torch.empty(shape[0], width, len(self._hidden)), requires_grad=False)
 
-    def forward(self, tokens: Tensor, unpadded_samples: tuple[int, ...] | None) -> Tensor:
+    def forward(self, tokens: Tensor, unpadded_samples: Tensor | None) -> Tensor:
         """Sum the weighted outputs of the active experts for each token.
 
         Args:
             tokens: (B, T, D), of this rank's samples; B and T are the same on every rank of the expert axis.
-            unpadded_samples: indices of the samples that are not padding, of those of all ranks of the
-                expert axis one after another; None for all.
+            unpadded_samples: int64 on the device, indices of the samples that are not padding, of those of
+                all ranks of the expert axis one after another; None for all.
 
         Returns:
             (B, T, D), this rank's part of the sum over the tensor axis.
@@ -74,14 +74,11 @@ class RoutedExperts(nn.Module):
         """
         if self._expert_axis.size == 1:
             return self._route(tokens.flatten(0, 1)).view_as(tokens)
-        num_tokens = tokens.shape[1]
         everywhere = self._expert_axis.all_gather(tokens).flatten(0, 1)
-        unpadded = everywhere if unpadded_samples is None else everywhere[list(unpadded_samples)]
-        routed = self._route(unpadded.flatten(0, 1)).view(-1, num_tokens, tokens.shape[-1])
+        unpadded = everywhere if unpadded_samples is None else everywhere.index_select(0, unpadded_samples)
+        routed = self._route(unpadded.flatten(0, 1)).view_as(unpadded)
         if unpadded_samples is not None:
-            everywhere = torch.zeros_like(everywhere)
-            everywhere[list(unpadded_samples)] = routed
-            routed = everywhere
+            routed = torch.zeros_like(everywhere).index_copy_(0, unpadded_samples, routed)
         return self._expert_axis.reduce_scatter(routed.view(self._expert_axis.size, *tokens.shape))
 
     def _route(self, rows: Tensor) -> Tensor:

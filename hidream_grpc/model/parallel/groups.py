@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -73,6 +74,10 @@ class Axis:
         """This rank's share of `count` things; see `layout.share`."""
         return share(count, self.index, self.size, multiple)
 
+    def shares(self, count: int) -> list[range]:
+        """The shares of all ranks in `count` things, in the order of the axis."""
+        return [share(count, index, self.size) for index in range(self.size)]
+
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over the axis, in place.
 
@@ -108,7 +113,7 @@ class Axis:
         """
         if self.size == 1:
             return tensor
-        lengths = [len(share(count, index, self.size)) for index in range(self.size)]
+        lengths = [len(part) for part in self.shares(count)]
         # A collective needs equal sizes; the first share is the largest.
         padded_shape = list(tensor.shape)
         padded_shape[dim] = lengths[0]
@@ -133,6 +138,31 @@ class Axis:
         scattered = tensor.new_empty(tensor.shape[1:])
         self._exchange("scattering", dist.reduce_scatter_single, scattered, tensor)
         return scattered
+
+    def all_to_all(self, tensor: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send consecutive rows of a tensor to each rank, and put those that come one below another.
+
+        Args:
+            tensor: (sum of `sent`, ...).
+            sent: numbers of rows for the ranks, in the order of the axis.
+            received: numbers of rows that the ranks send to this one.
+
+        Returns:
+            (sum of `received`, ...), in the order of the axis.
+        """
+        if self.size == 1:
+            return tensor
+        exchanged = tensor.new_empty((sum(received), *tensor.shape[1:]))
+        row_size = prod(tensor.shape[1:])
+        self._exchange(
+            "exchanging",
+            dist.all_to_all_single,
+            exchanged,
+            tensor,
+            output_split_sizes=[row_size * num_rows for num_rows in received],
+            input_split_sizes=[row_size * num_rows for num_rows in sent],
+        )
+        return exchanged
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """Overwrite `tensor` with that of the rank whose index is `source`; same shape on all ranks.
@@ -187,10 +217,11 @@ class ParallelGroups:
 
     Attributes:
         layout: the layout of the group.
-        tensor: ranks with the same samples and experts; they divide each layer.
-        expert: ranks with the same share of each layer; they divide the routed experts.
-        model: the product of these two: ranks that hold one whole model together.
-        samples: ranks with the same share of each layer; they divide the rows of a step.
+        tensor: ranks with the same tokens and experts; they divide each layer.
+        sequence: ranks with the same samples and the same share of each layer; they divide the tokens.
+        expert: ranks with the same share of tokens and layers; they divide the routed experts.
+        model: the product of these three: ranks that hold one whole model together.
+        samples: ranks with the same share of tokens and layers; they divide the rows of a step.
         world: all ranks.
         on_wait: called around each collective, see `Axis`; also to be called while groups are made.
     """
@@ -204,7 +235,7 @@ class ParallelGroups:
         self.layout = layout
         self.on_wait = on_wait
         self._members = {name: tuple(groups) for name, groups in _axis_ranks(layout).items()}
-        self.tensor, self.expert, self.model, self.samples, self.world = (
+        self.tensor, self.sequence, self.expert, self.model, self.samples, self.world = (
             Axis(name, next(ranks for ranks in groups if rank in ranks), rank, on_wait)
             for name, groups in self._members.items()
         )
@@ -250,18 +281,24 @@ class ParallelGroups:
                 axis.skip_collectives(False)
 
     def _axes(self) -> tuple[Axis, ...]:
-        return self.tensor, self.expert, self.model, self.samples, self.world
+        return self.tensor, self.sequence, self.expert, self.model, self.samples, self.world
 
 
 def _axis_ranks(layout: Layout) -> dict[str, list[tuple[int, ...]]]:
     """The ranks of every group of every axis."""
-    world_size, tensor_size = layout.world_size, layout.tensor_parallel
-    model_size = layout.expert_parallel * tensor_size
-    models = [tuple(range(first, first + model_size)) for first in range(0, world_size, model_size)]
+    world = tuple(range(layout.world_size))
+    tensor_size, group_size = layout.tensor_parallel, layout.ranks_per_sample_group
+    sample_groups = _consecutive(world, group_size)
+    models = _consecutive(world, layout.expert_parallel * group_size)
     return {
-        "tensor": [tuple(range(first, first + tensor_size)) for first in range(0, world_size, tensor_size)],
-        "expert": [ranks[index::tensor_size] for ranks in models for index in range(tensor_size)],
+        "tensor": _consecutive(world, tensor_size),
+        "sequence": [ranks[index::tensor_size] for ranks in sample_groups for index in range(tensor_size)],
+        "expert": [ranks[index::group_size] for ranks in models for index in range(group_size)],
         "model": models,
-        "samples": [tuple(range(index, world_size, tensor_size)) for index in range(tensor_size)],
-        "world": [tuple(range(world_size))],
+        "samples": [world[index::group_size] for index in range(group_size)],
+        "world": [world],
     }
+
+
+def _consecutive(ranks: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
+    return [ranks[first : first + size] for first in range(0, len(ranks), size)]

@@ -1,10 +1,11 @@
 """How the ranks of a group share the work. A layout validates itself.
 
-    world rank = ((cfg × data parallel + data) × expert parallel + expert) × tensor parallel + tensor
+    sample group = (cfg × data parallel + data) × expert parallel + expert
+    world rank = (sample group × sequence parallel + sequence) × tensor parallel + tensor
 
-Ranks with one cfg, data and expert index form a sample group: they compute the same rows of a step, each
-its share of every layer. The rows of a step are divided among the sample groups, unconditional rows
-first, so that two cfg groups get one half of the guidance each. The sample groups with one cfg and data
+The rows of a step are divided among the sample groups, unconditional rows first, so that two cfg groups get
+one half of the guidance each. The ranks of a sample group compute the same rows: each sequence index has
+a part of their tokens, each tensor index its share of every layer. The sample groups with one cfg and data
 index share the routed experts.
 """
 
@@ -16,6 +17,7 @@ AXIS_KEYS = {
     "tp": "tensor_parallel",
     "ep": "expert_parallel",
     "cfg": "cfg_parallel",
+    "sp": "sequence_parallel",
     "dp": "data_parallel",
 }
 """The axes as operators write them, such as `tp=4,ep=2`."""
@@ -29,12 +31,15 @@ class Layout:
         cfg_parallel: number of groups that take the halves of the guidance, 1 or 2.
         data_parallel: number of groups that take different images.
         expert_parallel: number of groups that take different samples and divide the routed experts.
+        sequence_parallel: number of groups that take different tokens of the same samples, and in attention
+            different heads.
         tensor_parallel: number of ranks that divide each layer of the same samples.
     """
 
     cfg_parallel: int = 1
     data_parallel: int = 1
     expert_parallel: int = 1
+    sequence_parallel: int = 1
     tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
@@ -47,7 +52,12 @@ class Layout:
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return self.num_sample_groups * self.tensor_parallel
+        return self.num_sample_groups * self.ranks_per_sample_group
+
+    @property
+    def ranks_per_sample_group(self) -> int:
+        """Number of ranks that compute the same rows of a step."""
+        return self.sequence_parallel * self.tensor_parallel
 
     @property
     def num_sample_groups(self) -> int:

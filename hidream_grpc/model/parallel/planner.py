@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 from hidream_grpc.devices.detect import MAX_DEVICE_INDEX
 from hidream_grpc.errors import ConfigurationError
@@ -25,7 +26,7 @@ class ModelDivisions:
     Shares of hidden units may differ from rank to rank, so they forbid no layout.
 
     Attributes:
-        num_attention_heads: tensor parallel must divide them.
+        num_attention_heads: tensor parallel must divide them, and sequence parallel the share of a rank.
         num_routed_experts: expert parallel must divide them.
     """
 
@@ -58,7 +59,7 @@ def choose_layout(
 
 
 def parse_layout(text: str) -> Layout:
-    """Read a layout such as "tp=2,ep=2,cfg=2": any of tp, ep, cfg and dp in any order, the others are 1.
+    """Read a layout such as "cfg=2,sp=2": any of tp, ep, cfg, sp and dp in any order, the others are 1.
 
     Raises:
         ConfigurationError: the text is no such layout.
@@ -103,9 +104,8 @@ def plan_layout(num_devices: int, divisions: ModelDivisions) -> Layout:
         num_devices: number of devices, at least 1.
         divisions: how the model can be divided.
     """
-    layouts = allowed_layouts(
-        num_devices, divisions, max_data_parallel=max(1, num_devices // _MIN_REPLICA_DEVICES)
-    )
+    most = Layout(data_parallel=max(1, num_devices // _MIN_REPLICA_DEVICES))
+    layouts = allowed_layouts(num_devices, divisions, most)
     return max(
         (
             layout
@@ -127,7 +127,7 @@ def smaller_layouts(full: Layout, divisions: ModelDivisions) -> tuple[Layout, ..
         divisions: how the model can be divided; they allow `full`.
     """
     by_size: dict[int, list[Layout]] = {}
-    for layout in allowed_layouts(full.world_size - 1, divisions, full.cfg_parallel, full.data_parallel):
+    for layout in allowed_layouts(full.world_size - 1, divisions, full):
         by_size.setdefault(layout.world_size, []).append(layout)
 
     def change(layout: Layout) -> tuple[float, ...]:
@@ -148,6 +148,8 @@ def check_layout(layout: Layout, num_devices: int, divisions: ModelDivisions) ->
         reasons.append(
             f"tp={layout.tensor_parallel} does not divide {divisions.num_attention_heads} attention heads"
         )
+    elif (heads := divisions.num_attention_heads // layout.tensor_parallel) % layout.sequence_parallel:
+        reasons.append(f"sp={layout.sequence_parallel} does not divide the {heads} attention heads of a rank")
     if divisions.num_routed_experts % layout.expert_parallel:
         reasons.append(
             f"ep={layout.expert_parallel} does not divide {divisions.num_routed_experts} routed experts"
@@ -162,10 +164,11 @@ def check_layout(layout: Layout, num_devices: int, divisions: ModelDivisions) ->
 
 def _nearest(asked: Layout, num_devices: int, divisions: ModelDivisions) -> list[Layout]:
     """One or two allowed layouts: the one that uses most devices, and the one that changes least."""
-    layouts = list(allowed_layouts(num_devices, divisions, asked.cfg_parallel, asked.data_parallel))
+    layouts = list(allowed_layouts(num_devices, divisions, asked))
 
     def use(layout: Layout) -> tuple[float, ...]:
-        return (layout.world_size, layout.cfg_parallel, layout.data_parallel, *_preference(layout))
+        axes = (layout.cfg_parallel, layout.sequence_parallel, layout.data_parallel)
+        return (layout.world_size, *axes, *_preference(layout))
 
     return list(dict.fromkeys((max(layouts, key=use), min(layouts, key=partial(_change, asked)))))
 
@@ -182,21 +185,31 @@ def _ratios(asked: Layout, layout: Layout) -> list[float]:
     return [max(size / wanted, wanted / size) for size, wanted in sizes]
 
 
-def allowed_layouts(
-    num_devices: int, divisions: ModelDivisions, max_cfg_parallel: int = 1, max_data_parallel: int = 1
-) -> Iterator[Layout]:
-    """Every layout that a model allows on at most so many devices."""
+def allowed_layouts(num_devices: int, divisions: ModelDivisions, most: Layout) -> Iterator[Layout]:
+    """Every layout that a model allows on at most so many devices.
+
+    Args:
+        num_devices: number of devices.
+        divisions: how the model can be divided.
+        most: the largest sizes of cfg, sequence and data parallel; those of its other axes limit nothing.
+    """
     for tensor_parallel in _divisors(divisions.num_attention_heads):
-        for expert_parallel in _divisors(divisions.num_routed_experts):
-            for cfg_parallel in range(1, max_cfg_parallel + 1):
-                room = num_devices // (tensor_parallel * expert_parallel * cfg_parallel)
-                for data_parallel in range(1, min(room, max_data_parallel) + 1):
-                    yield Layout(
-                        cfg_parallel=cfg_parallel,
-                        data_parallel=data_parallel,
-                        expert_parallel=expert_parallel,
-                        tensor_parallel=tensor_parallel,
-                    )
+        for expert_parallel, cfg_parallel, sequence_parallel in product(
+            _divisors(divisions.num_routed_experts),
+            range(1, most.cfg_parallel + 1),
+            _divisors(divisions.num_attention_heads // tensor_parallel),
+        ):
+            if sequence_parallel > most.sequence_parallel:
+                continue
+            room = num_devices // (tensor_parallel * expert_parallel * cfg_parallel * sequence_parallel)
+            for data_parallel in range(1, min(room, most.data_parallel) + 1):
+                yield Layout(
+                    cfg_parallel=cfg_parallel,
+                    data_parallel=data_parallel,
+                    expert_parallel=expert_parallel,
+                    sequence_parallel=sequence_parallel,
+                    tensor_parallel=tensor_parallel,
+                )
 
 
 def _preference(layout: Layout) -> tuple[float, ...]:

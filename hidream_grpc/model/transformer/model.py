@@ -5,8 +5,8 @@ so one token that counts as often replaces them. Llama's tokens are dropped afte
 and values only. What depends on the prompt, the schedule or the size alone is computed once.
 
 Legend: B samples, N image tokens (with the padding token, if any, which is the first), T text tokens that
-go from block to block, L tokens of Llama that a block appends, S = N + T + L, D width, H heads of this
-rank, C channels of a head.
+go from block to block, L tokens of Llama that a block appends, each as many as this rank has; D width,
+H heads of this rank, C channels of a head.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from hidream_grpc.model.parallel.linear import (
     SwiGLU,
 )
 from hidream_grpc.model.parallel.norm import ParallelRMSNorm, rms_norms
+from hidream_grpc.model.parallel.sequence import gather_tokens, scatter_tokens
 from hidream_grpc.model.transformer.caption_projection import CaptionProjection
 from hidream_grpc.model.transformer.conditioning import Conditioning
 from hidream_grpc.model.transformer.patches import TokenGrid, patchify, unpatchify
@@ -98,7 +99,7 @@ class HiDreamTransformer(nn.Module):
             ["final_layer.linear"], width, range(config.patch_size**2 * num_channels), bias=True
         )
         self._rotary_embedding = HiDreamImageEmbedND(theta=10000, axes_dim=list(config.axes_dims_rope))
-        self._grids: dict[tuple[int, int, int], TokenGrid] = {}
+        self._grids: dict[tuple[int, int, int, int], TokenGrid] = {}
 
     def embed_timesteps(self, timesteps: Tensor) -> Tensor:
         """Map timesteps (S,), in scheduler units, to the (S, D) that steps add to their pooled prompts."""
@@ -135,39 +136,50 @@ class HiDreamTransformer(nn.Module):
         llama = torch.stack([conditioning.llama for conditioning in rows.conditioning], dim=1)
         text = torch.stack([conditioning.t5 for conditioning in rows.conditioning])
         text = torch.cat((text, llama[-1]), dim=1)
-        grid = self._grid(rows.latents, text.shape[1] + llama.shape[2])
+        grid = self._grid(rows.latents, text.shape[1], llama.shape[2])
+        text = text[:, grid.text.start : grid.text.stop]
+        llama = llama[:, :, grid.llama.start : grid.llama.stop]
 
         first_own = self._groups.expert.index * batch
         modulations = [
             modulation[first_own : first_own + batch, None]
             for modulation in self.modulation(functional.silu(rows.time_and_prompt))
         ]
+        unpadded_samples = None
+        if rows.unpadded_samples is not None:
+            # One copy from the host in a step, none in a block.
+            unpadded_samples = torch.tensor(rows.unpadded_samples, device=rows.latents.device)
         image = self.x_embedder(patchify(rows.latents, self.config.patch_size, grid))
 
         num_double, num_image = len(self.double_blocks), image.shape[1]
         for block, block_llama, modulation in zip(
             self.double_blocks, llama[:num_double], modulations[:num_double], strict=True
         ):
-            image, text = block(image, text, block_llama, modulation, grid, rows.unpadded_samples)
+            image, text = block(image, text, block_llama, modulation, grid, unpadded_samples)
         hidden = torch.cat((image, text), dim=1)
         for block, block_llama, modulation in zip(
             self.single_blocks, llama[num_double:], modulations[num_double:-1], strict=True
         ):
-            hidden = block(hidden, block_llama, modulation, grid, rows.unpadded_samples)
+            hidden = block(hidden, block_llama, modulation, grid, unpadded_samples)
 
         shift, scale = modulations[-1].chunk(2, dim=-1)
         (output,) = self.final_linear(_modulated(hidden[:, :num_image], shift, scale))
+        output = self._groups.sequence.all_gather_shares(output, grid.num_image_tokens, dim=1)
         return unpatchify(output, self.config.patch_size, grid)
 
-    def _grid(self, latents: Tensor, num_text_tokens: int) -> TokenGrid:
-        """The positions of the tokens of one size, computed once."""
+    def _grid(self, latents: Tensor, num_text_tokens: int, num_llama_tokens: int) -> TokenGrid:
+        """The positions of this rank's tokens of one size, computed once."""
         rows, columns = (side // self.config.patch_size for side in latents.shape[-2:])
-        key = rows, columns, num_text_tokens
+        key = rows, columns, num_text_tokens, num_llama_tokens
         if key not in self._grids:
             if len(self._grids) == _MAX_GRIDS:
                 self._grids.pop(next(iter(self._grids)))
             self._grids[key] = TokenGrid.new(
-                rows, columns, num_text_tokens, self.config.max_tokens, self._rotary_embedding, latents.device
+                *key,
+                self.config.max_tokens,
+                self._groups.sequence,
+                self._rotary_embedding,
+                latents.device,
             )
         return self._grids[key]
 
@@ -178,7 +190,7 @@ class DoubleBlock(nn.Module):
     def __init__(self, name: str, config: TransformerConfig, groups: ParallelGroups, device: Device) -> None:
         super().__init__()
         self._axis = groups.tensor
-        self.attn1 = Attention(f"{name}.attn1", config, groups.tensor, device, streams=("", "_t"))
+        self.attn1 = Attention(f"{name}.attn1", config, groups, device, streams=("", "_t"))
         self.ff_i = MixtureOfExperts(f"{name}.ff_i", config, groups, device)
         self.ff_t = SwiGLU(f"{name}.ff_t", groups.tensor, config.width, swiglu_units(4 * config.width))
 
@@ -189,7 +201,7 @@ class DoubleBlock(nn.Module):
         llama: Tensor,
         modulation: Tensor,
         grid: TokenGrid,
-        unpadded_samples: tuple[int, ...] | None,
+        unpadded_samples: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Map (B, N, D) and (B, T, D) to the same; llama: (B, L, D); modulation: (B, 1, 12 D)."""
         image_modulation, text_modulation = modulation.chunk(2, dim=-1)
@@ -217,7 +229,7 @@ class SingleBlock(nn.Module):
     def __init__(self, name: str, config: TransformerConfig, groups: ParallelGroups, device: Device) -> None:
         super().__init__()
         self._axis = groups.tensor
-        self.attn1 = Attention(f"{name}.attn1", config, groups.tensor, device, streams=("",))
+        self.attn1 = Attention(f"{name}.attn1", config, groups, device, streams=("",))
         self.ff_i = MixtureOfExperts(f"{name}.ff_i", config, groups, device)
 
     def forward(
@@ -226,7 +238,7 @@ class SingleBlock(nn.Module):
         llama: Tensor,
         modulation: Tensor,
         grid: TokenGrid,
-        unpadded_samples: tuple[int, ...] | None,
+        unpadded_samples: Tensor | None,
     ) -> Tensor:
         """Map (B, N + T, D) to the same; llama: (B, L, D); modulation: (B, 1, 6 D)."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = modulation.chunk(6, dim=-1)
@@ -237,7 +249,7 @@ class SingleBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of one or two streams; this rank has some of the heads.
+    """Attention of one or two streams; this rank has some of the heads and of the tokens.
 
     Args:
         name: name in the checkpoint.
@@ -246,16 +258,21 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, name: str, config: TransformerConfig, axis: Axis, device: Device, streams: tuple[str, ...]
+        self,
+        name: str,
+        config: TransformerConfig,
+        groups: ParallelGroups,
+        device: Device,
+        streams: tuple[str, ...],
     ) -> None:
         super().__init__()
-        self._axis = axis
+        self._axis, self._sequence = groups.tensor, groups.sequence
         self._device = device
         self._width, self._head_channels = config.width, config.attention_head_dim
-        heads = axis.share(config.num_attention_heads)
+        heads = groups.tensor.share(config.num_attention_heads)
         channels = range(heads.start * config.attention_head_dim, heads.stop * config.attention_head_dim)
         self.streams = nn.ModuleList(
-            AttentionWeights(name, suffix, config.width, axis, channels) for suffix in streams
+            AttentionWeights(name, suffix, config.width, groups.tensor, channels) for suffix in streams
         )
 
     def forward(self, streams: Sequence[Tensor], llama: Tensor, grid: TokenGrid) -> tuple[Tensor, ...]:
@@ -277,12 +294,16 @@ class Attention(nn.Module):
             self._by_head(torch.cat(parts, dim=1))
             for parts in (normed[: len(queries)], normed[len(queries) :], values)
         )
-        if grid.padding_count:
+        if grid.has_padding_token:
             key[:, 0] = 0.0
         num_queries = query.shape[1]
         query = self._device.rotate(query, grid.cosines[:num_queries], grid.sines[:num_queries])
         key = self._device.rotate(key, grid.cosines, grid.sines)
-        attended = self._device.attention(query, key, value, max(grid.padding_count, 1)).flatten(-2)
+        query, key, value = gather_tokens(
+            self._sequence, (query, key, value), (grid.query_counts, grid.key_counts, grid.key_counts)
+        )
+        attended = self._device.attention(query, key, value, max(grid.padding_count, 1))
+        attended = scatter_tokens(self._sequence, attended, grid.query_counts).flatten(-2)
 
         partial = [
             weights.output(part)
@@ -324,7 +345,7 @@ class MixtureOfExperts(nn.Module):
             grouped_linear=device.grouped_linear,
         )
 
-    def forward(self, tokens: Tensor, unpadded_samples: tuple[int, ...] | None) -> Tensor:
+    def forward(self, tokens: Tensor, unpadded_samples: Tensor | None) -> Tensor:
         """Map (B, tokens, D) to the same, this rank's part of the sum."""
         routed: Tensor = self.experts(tokens, unpadded_samples)
         shared: Tensor = self.shared_experts(tokens)

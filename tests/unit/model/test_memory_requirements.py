@@ -13,7 +13,8 @@ from hidream_grpc.model.parallel.planner import ModelDivisions, parse_layout
 WEIGHTS = ModelWeights(
     on_every_rank=100_000_000,
     divided_by_tensor=3_850_000_000,
-    divided_by_model=13_200_000_000,
+    divided_by_experts=10_190_000_000,
+    divided_by_model=3_010_000_000,
     text_encoders={
         TextEncoderName.CLIP_L: 125_000_000,
         TextEncoderName.CLIP_G: 700_000_000,

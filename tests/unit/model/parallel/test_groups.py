@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ LAYOUTS = st.builds(
     cfg_parallel=st.integers(min_value=1, max_value=2),
     data_parallel=SIZES,
     expert_parallel=SIZES,
+    sequence_parallel=SIZES,
     tensor_parallel=SIZES,
 )
 
@@ -23,21 +25,23 @@ LAYOUTS = st.builds(
 @given(layout=LAYOUTS)
 def test_every_rank_has_a_place_of_its_own_and_every_place_a_rank(layout: Layout) -> None:
     ranks = [ParallelGroups(layout, rank) for rank in range(layout.world_size)]
-    places = {(groups.samples.index, groups.tensor.index) for groups in ranks}
-    assert places == {
-        (sample_group, tensor_index)
-        for sample_group in range(layout.num_sample_groups)
-        for tensor_index in range(layout.tensor_parallel)
-    }
+    places = {(groups.samples.index, groups.sequence.index, groups.tensor.index) for groups in ranks}
+    assert places == set(
+        product(
+            range(layout.num_sample_groups), range(layout.sequence_parallel), range(layout.tensor_parallel)
+        )
+    )
     assert len(places) == layout.world_size
 
 
 @given(layout=LAYOUTS)
 def test_a_replica_s_ranks_hold_each_share_of_the_model_exactly_once(layout: Layout) -> None:
-    ranks_of_one_model = layout.expert_parallel * layout.tensor_parallel
+    ranks_of_one_model = layout.expert_parallel * layout.ranks_per_sample_group
     for first_rank in range(0, layout.world_size, ranks_of_one_model):
         ranks = [ParallelGroups(layout, first_rank + offset) for offset in range(ranks_of_one_model)]
-        shares = Counter((groups.expert.index, groups.tensor.index) for groups in ranks)
+        shares = Counter(
+            (groups.expert.index, groups.sequence.index, groups.tensor.index) for groups in ranks
+        )
         assert set(shares.values()) == {1}
         assert len(shares) == ranks_of_one_model
 
@@ -62,6 +66,7 @@ def test_without_collectives_results_have_the_right_shape(groups: ParallelGroups
         assert groups.expert.all_gather(torch.ones(3, 5)).shape == (2, 3, 5)
         assert groups.samples.all_gather_shares(torch.ones(2, 5), 5, dim=0).shape == (5, 5)
         assert groups.expert.reduce_scatter(torch.ones(2, 3, 5)).shape == (3, 5)
+        assert groups.expert.all_to_all(torch.ones(5, 7), [2, 3], [4, 4]).shape == (8, 7)
         assert groups.world.broadcast(torch.ones(3, 5), source=0).shape == (3, 5)
 
 

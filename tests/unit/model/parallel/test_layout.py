@@ -20,8 +20,10 @@ def test_a_layout_that_cannot_be_says_which_axis(axis: str, size: int) -> None:
         (Layout(data_parallel=3), "dp=3"),
         (Layout(tensor_parallel=4, expert_parallel=2), "tp=4,ep=2"),
         (
-            Layout(tensor_parallel=5, expert_parallel=4, cfg_parallel=2, data_parallel=3),
-            "tp=5,ep=4,cfg=2,dp=3",
+            Layout(
+                tensor_parallel=5, expert_parallel=4, cfg_parallel=2, sequence_parallel=4, data_parallel=3
+            ),
+            "tp=5,ep=4,cfg=2,sp=4,dp=3",
         ),
     ],
     ids=str,

@@ -28,13 +28,14 @@ LAYOUTS = st.builds(
     cfg_parallel=st.integers(min_value=1, max_value=2),
     data_parallel=SIZES,
     expert_parallel=SIZES,
+    sequence_parallel=SIZES,
     tensor_parallel=SIZES,
 )
 
 
 def is_allowed(layout: Layout, num_devices: int, divisions: ModelDivisions) -> bool:
     return (
-        divisions.num_attention_heads % layout.tensor_parallel == 0
+        divisions.num_attention_heads % (layout.tensor_parallel * layout.sequence_parallel) == 0
         and divisions.num_routed_experts % layout.expert_parallel == 0
         and layout.world_size <= num_devices
     )
@@ -124,7 +125,7 @@ def test_axes_stand_in_any_order_and_are_1_where_not_named(text: str, layout: La
         ("tp", "'tp' in 'tp' is no axis"),
         ("tp=0", "'tp=0' in 'tp=0' is no axis"),
         ("tp=2,", "'' in 'tp=2,' is no axis"),
-        ("sp=2", "'sp=2' in 'sp=2' is no axis: give tp, ep, cfg, dp a size from 1"),
+        ("pp=2", "'pp=2' in 'pp=2' is no axis: give tp, ep, cfg, sp, dp a size from 1"),
         ("tp=2 ep=2", "'tp=2 ep=2' in 'tp=2 ep=2' is no axis"),
         ("tp=2\nep=2", r"'tp=2\nep=2' in 'tp=2\nep=2' is no axis"),
         ("tp=2,ep=2,tp=4", "tp is named twice in 'tp=2,ep=2,tp=4'"),
@@ -159,6 +160,17 @@ def test_a_text_that_is_no_layout_is_one_line_that_names_the_flag(text: str, wor
             "cfg=2,dp=3",
             4,
             "cfg=2,dp=3 needs 6 devices, there are 4; cfg=2,dp=2 would work on 4 devices",
+        ),
+        (
+            "cfg=2,sp=3",
+            6,
+            "sp=3 does not divide the 20 attention heads of a rank; tp=5 or cfg=2,sp=2 would work on 6 devices",
+        ),
+        (
+            "tp=4,sp=2",
+            8,
+            "sp=2 does not divide the 5 attention heads of a rank; "
+            "tp=2,ep=2,sp=2 or tp=4 would work on 8 devices",
         ),
         ("tp=3", None, "tp=3 does not divide 20 attention heads; tp=2 would work on 3 devices"),
     ],
@@ -218,6 +230,7 @@ def test_two_ranks_on_a_cpu_divide_the_guidance_unless_devices_are_named() -> No
         ("dp=4", DEMO_MODEL, ["dp=3", "dp=2", "tp=1"]),
         ("tp=2,cfg=2", REAL_MODEL, ["tp=2", "tp=1"]),
         ("cfg=2", REAL_MODEL, ["tp=1"]),
+        ("cfg=2,sp=4", REAL_MODEL, ["tp=5", "sp=4", "sp=2", "tp=1"]),
         ("tp=1", REAL_MODEL, []),
     ],
 )

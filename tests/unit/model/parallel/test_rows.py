@@ -12,14 +12,15 @@ layouts = st.builds(
     cfg_parallel=st.integers(1, 2),
     data_parallel=st.integers(1, 3),
     expert_parallel=st.integers(1, 4),
+    sequence_parallel=st.integers(1, 2),
     tensor_parallel=st.integers(1, 2),
 )
 
 
 @given(layouts, st.integers(1, 20))
 def test_every_row_counts_once_in_the_order_of_the_ranks(layout: Layout, num_rows: int) -> None:
-    for tensor_index in range(layout.tensor_parallel):
-        ranks = range(tensor_index, layout.world_size, layout.tensor_parallel)
+    for first_rank in range(layout.ranks_per_sample_group):
+        ranks = range(first_rank, layout.world_size, layout.ranks_per_sample_group)
         divisions = [divide_rows(num_rows, ParallelGroups(layout, rank)) for rank in ranks]
         counted = [row for division in divisions for row in division.own[: division.num_unpadded]]
         assert counted == list(range(num_rows))
