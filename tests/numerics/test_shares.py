@@ -104,7 +104,17 @@ def test_what_is_told_from_headers_of_a_ranks_weights_is_what_it_holds(tiny_chec
     )
     weights = read_model_weights(folder, None)
     autoencoder = num_weights_of_component(read_tensors(folder / "vae", Library.DIFFUSERS))
-    for layout in ("tp=1", "tp=2", "tp=5", "tp=10", "ep=2", "ep=4", "tp=4,ep=2", "cfg=2,dp=2,tp=2", "ep=2,sp=4"):
+    for layout in (
+        "tp=1",
+        "tp=2",
+        "tp=5",
+        "tp=10",
+        "ep=2",
+        "ep=4",
+        "tp=4,ep=2",
+        "cfg=2,dp=2,tp=2",
+        "ep=2,sp=4",
+    ):
         share = transformer_of(config, layout, rank=0)
         held = sum(parameter.numel() for parameter in share.parameters()) + autoencoder
         assert weights.without_text_encoders(parse_layout(layout)) == pytest.approx(held, rel=0.02), layout

@@ -1,4 +1,4 @@
-"""Attention over tokens that ranks divide: for it each rank gets all tokens of some heads. Independent of any model.
+"""Exchanges around attention over tokens that ranks divide: in it each rank has all tokens of some heads.
 
 Legend: B samples, H heads, C channels of a head, P ranks of the axis, each with an own number of tokens.
 
@@ -35,9 +35,11 @@ def gather_tokens(axis: Axis, tensors: Sequence[Tensor], counts: Sequence[Sequen
     own = torch.cat(tuple(tensors), dim=1)
     batch, num_own, num_heads, channels = own.shape
     by_rank = own.view(batch, num_own, axis.size, num_heads // axis.size, channels).permute(2, 1, 0, 3, 4)
-    rows_of_ranks = [sum(of_rank) for of_rank in zip(*counts, strict=True)]
-    received = axis.all_to_all(by_rank.flatten(0, 1), [num_own] * axis.size, rows_of_ranks)
-    pieces = torch.split(received, [num_rows for of_rank in zip(*counts, strict=True) for num_rows in of_rank])
+    counts_of_ranks = list(zip(*counts, strict=True))
+    received = axis.all_to_all(
+        by_rank.flatten(0, 1), [num_own] * axis.size, [sum(of_rank) for of_rank in counts_of_ranks]
+    )
+    pieces = received.split([count for of_rank in counts_of_ranks for count in of_rank])
     return [
         torch.cat([piece.transpose(0, 1) for piece in pieces[index :: len(tensors)]], dim=1)
         for index in range(len(tensors))

@@ -97,7 +97,7 @@ type ServerInfo struct {
 	// The checkpoint.
 	Model *ModelInfo `protobuf:"bytes,2,opt,name=model,proto3" json:"model,omitempty"`
 	// How the ranks share the work, as `--layout` takes it, such as `tp=4,ep=2`: sizes of tensor (tp), expert
-	// (ep), guidance (cfg) and data (dp) parallel where they are above 1; `tp=1` for one rank.
+	// (ep), guidance (cfg), sequence (sp) and data (dp) parallel where they are above 1; `tp=1` for one rank.
 	Layout string `protobuf:"bytes,3,opt,name=layout,proto3" json:"layout,omitempty"`
 	// One entry a rank, by rank. Empty until the ranks have loaded.
 	Devices []*DeviceInfo `protobuf:"bytes,4,rep,name=devices,proto3" json:"devices,omitempty"`

@@ -81,7 +81,7 @@ class ServerInfo(_message.Message):
     """Whether it takes requests."""
     layout: _builtins.str
     """How the ranks share the work, as `--layout` takes it, such as `tp=4,ep=2`: sizes of tensor (tp), expert
-    (ep), guidance (cfg) and data (dp) parallel where they are above 1; `tp=1` for one rank.
+    (ep), guidance (cfg), sequence (sp) and data (dp) parallel where they are above 1; `tp=1` for one rank.
     """
     generation: _builtins.int
     """Number of the rank group, from 1; it grows when ranks are replaced. 0 until the first is up."""

@@ -164,7 +164,8 @@ def test_a_text_that_is_no_layout_is_one_line_that_names_the_flag(text: str, wor
         (
             "cfg=2,sp=3",
             6,
-            "sp=3 does not divide the 20 attention heads of a rank; tp=5 or cfg=2,sp=2 would work on 6 devices",
+            "sp=3 does not divide the 20 attention heads of a rank; "
+            "tp=5 or cfg=2,sp=2 would work on 6 devices",
         ),
         (
             "tp=4,sp=2",
