@@ -39,7 +39,7 @@ def gather_tokens(axis: Axis, tensors: Sequence[Tensor], counts: Sequence[Sequen
     received = axis.all_to_all(
         by_rank.flatten(0, 1), [num_own] * axis.size, [sum(of_rank) for of_rank in counts_of_ranks]
     )
-    pieces = received.split([count for of_rank in counts_of_ranks for count in of_rank])
+    pieces = torch.split(received, [count for of_rank in counts_of_ranks for count in of_rank])
     return [
         torch.cat([piece.transpose(0, 1) for piece in pieces[index :: len(tensors)]], dim=1)
         for index in range(len(tensors))
