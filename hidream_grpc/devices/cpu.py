@@ -43,6 +43,10 @@ class CpuDevice:
     attention = staticmethod(kernels.attention)
     # Its loop over sizes that only the routing knows would be one graph for each outcome.
     grouped_linear = staticmethod(torch.compiler.disable(kernels.grouped_linear))  # type: ignore[no-untyped-call]
+    quantized_linear = staticmethod(kernels.quantized_linear)
+    quantized_grouped_linear = staticmethod(
+        torch.compiler.disable(kernels.quantized_grouped_linear)  # type: ignore[no-untyped-call]
+    )
 
     def rotate(self, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
         """Rotate by one product of complex numbers: a third of the passes over memory that real ones need."""

@@ -70,6 +70,12 @@ class CudaDevice:
         """Use one kernel for all groups; from SM90 on it reads the ends on the device."""
         return functional.grouped_mm(rows, weights.transpose(-2, -1), offs=ends)
 
+    quantized_linear = staticmethod(kernels.quantized_linear)
+
+    def quantized_grouped_linear(self, rows: Tensor, weights: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
+        """Dequantize the matrices of all groups at a time, for the kernel of exact ones."""
+        return self.grouped_linear(rows, kernels.dequantize(weights, scales), ends)
+
 
 def open_device(local_index: int) -> Device:
     """Open a GPU and make it torch's current one."""

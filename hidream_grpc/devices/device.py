@@ -78,6 +78,26 @@ class Device(Protocol):
             (R, N); rows after the last end are undefined.
         """
 
+    def quantized_linear(
+        self, inputs: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Apply a layer whose matrix is quantized; see `kernels.dequantize`.
+
+        Args:
+            inputs: (..., K), in the dtype of the computation.
+            weights: (N, K), int8 or float8.
+            scales: (N,), dtype of the inputs.
+            bias: (N,), dtype of the inputs; None for none.
+
+        Returns:
+            (..., N), dtype of the inputs.
+        """
+
+    def quantized_grouped_linear(
+        self, rows: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, ends: torch.Tensor
+    ) -> torch.Tensor:
+        """Multiply as `grouped_linear` does, with quantized matrices: (G, N, K), and (G, N) of scales."""
+
 
 def open_device(device_type: str, local_index: int) -> Device:
     """Open a device in this process and make it torch's current one.

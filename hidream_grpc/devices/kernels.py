@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+MAX_DEQUANTIZED_WEIGHTS = 2**27
+"""Most weights of a linear layer that are dequantized at a time: 256 MiB in bfloat16."""
+
 
 def attention(query: Tensor, key: Tensor, value: Tensor, first_key_count: int) -> Tensor:
     """See `Device.attention`; the count becomes a bias of the first key's logits."""
@@ -56,5 +59,49 @@ def grouped_linear(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     start = 0
     for weight, end in zip(weights, ends.tolist(), strict=True):
         torch.mm(rows[start:end], weight.T, out=outputs[start:end])
+        start = end
+    return outputs
+
+
+def dequantize(weights: Tensor, scales: Tensor) -> Tensor:
+    """Turn quantized weights into numbers to compute with.
+
+    Args:
+        weights: (..., N, K), int8 or float8.
+        scales: (..., N), one for each output channel.
+
+    Returns:
+        (..., N, K), dtype of the scales.
+    """
+    if weights.dtype.is_floating_point:
+        # torch promotes float8 to nothing.
+        return weights.to(scales.dtype).mul_(scales[..., None])
+    return weights * scales[..., None]
+
+
+def quantized_linear(inputs: Tensor, weights: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """See `Device.quantized_linear`; the matrix is dequantized in parts that are not too large."""
+    max_outputs = max(1, MAX_DEQUANTIZED_WEIGHTS // weights.shape[1])
+    if len(weights) <= max_outputs:
+        return functional.linear(inputs, dequantize(weights, scales), bias)
+    parts = [slice(start, start + max_outputs) for start in range(0, len(weights), max_outputs)]
+    return torch.cat(
+        [
+            functional.linear(
+                inputs, dequantize(weights[part], scales[part]), None if bias is None else bias[part]
+            )
+            for part in parts
+        ],
+        dim=-1,
+    )
+
+
+def quantized_grouped_linear(rows: Tensor, weights: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
+    """See `Device.quantized_grouped_linear`; one matrix after another, with the ends on the host."""
+    outputs = rows.new_empty(rows.shape[0], weights.shape[1])
+    start = 0
+    for weight, scale, end in zip(weights, scales, ends.tolist(), strict=True):
+        if start < end:
+            torch.mm(rows[start:end], dequantize(weight, scale).T, out=outputs[start:end])
         start = end
     return outputs

@@ -90,6 +90,12 @@ class NpuDevice:
         )[0]
         return outputs
 
+    quantized_linear = staticmethod(kernels.quantized_linear)
+
+    def quantized_grouped_linear(self, rows: Tensor, weights: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
+        """Dequantize the matrices of all groups at a time, for the kernel of exact ones."""
+        return self.grouped_linear(rows, kernels.dequantize(weights, scales), ends)
+
 
 def open_device(local_index: int) -> Device:
     """Open an NPU and make it torch's current one."""

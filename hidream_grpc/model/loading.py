@@ -18,13 +18,19 @@ from hidream_grpc.devices.device import Device
 from hidream_grpc.devices.faults import is_device_fault
 from hidream_grpc.errors import HiDreamError, ModelNotFoundError
 from hidream_grpc.logs import NOT_ON_TERMINAL
+from hidream_grpc.model.checkpoint.weights.files import Library, read_tensors
 from hidream_grpc.model.denoising.schedulers import SCHEDULER_CLASSES
+from hidream_grpc.model.quantization import QuantizedLinear
+from hidream_grpc.model.weight_format import WeightFormat, is_quantized_tensor
 from hidream_grpc.model.weights import load_share
 
 logger = logging.getLogger(__name__)
 
 _MAX_SUMMARY_LETTERS = 1000
 """Limit for the text of an error: a library may list every tensor that is missing."""
+
+_FLOATING_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes of weights that an encoder can be mapped in, by their names in safetensors."""
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _Tokenizer = TypeVar("_Tokenizer", bound=transformers.PreTrainedTokenizerBase)
@@ -69,21 +75,53 @@ def summary_of(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def load_module(module_class: type[_Module], folder: Path, device: Device) -> _Module:
+def load_module(
+    module_class: type[_Module],
+    folder: Path,
+    device: Device,
+    weights: WeightFormat = WeightFormat.BFLOAT16,
+) -> _Module:
     """Load one text encoder for inference, from local files alone.
 
     Args:
         module_class: class of transformers.
         folder: folder of the component, with config.json and weights in safetensors.
         device: device of the module, which also decides its dtype.
+        weights: how to hold the matrices to which formats apply.
     """
     # Every model of the library has this method, but no common type declares it.
     from_pretrained: Any = module_class.from_pretrained  # type: ignore[attr-defined]
-    module: _Module = from_pretrained(folder, dtype=device.dtype, local_files_only=True, use_safetensors=True)
+    # In the dtype of its files a module is a mapping of them, of which a quantized one is made bit by bit.
+    dtype = _stored_dtype(folder, device.dtype) if weights.is_quantized else device.dtype
+    module: _Module = from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    if weights.is_quantized:
+        _quantize_layers(module, weights, device)
     module = module.to(device.torch_device).eval()
     if device.torch_device.type == "cpu":
         _own_memory(module)
     return module
+
+
+def _stored_dtype(folder: Path, otherwise: torch.dtype) -> torch.dtype:
+    """The dtype of a text encoder's files; another one where they have several, or none that torch has."""
+    dtypes = {tensor.dtype for tensor in read_tensors(folder, Library.TRANSFORMERS).values()}
+    return _FLOATING_DTYPES.get(dtypes.pop(), otherwise) if len(dtypes) == 1 else otherwise
+
+
+def _quantize_layers(module: nn.Module, weights: WeightFormat, device: Device) -> None:
+    """Move a module's parameters to a device one after another, those of its layers quantized."""
+    paths = [
+        path
+        for path, part in module.named_modules()
+        if isinstance(part, nn.Linear) and is_quantized_tensor(f"{path}.weight")
+    ]
+    for path in paths:
+        owner_path, _, name = path.rpartition(".")
+        owner = module.get_submodule(owner_path)
+        setattr(owner, name, QuantizedLinear(getattr(owner, name), weights, device))
+    others = [part for part in module.modules() if not isinstance(part, QuantizedLinear)]
+    for parameter in (parameter for part in others for parameter in part.parameters(recurse=False)):
+        parameter.data = parameter.data.to(device.torch_device, device.dtype)
 
 
 def _own_memory(module: nn.Module) -> None:

@@ -39,6 +39,7 @@ from hidream_grpc.model.snapshot_format import SnapshotIdentity
 from hidream_grpc.model.transformer.compilation import compile_blocks
 from hidream_grpc.model.transformer.conditioning import Conditioning
 from hidream_grpc.model.transformer.model import HiDreamTransformer, RankRows
+from hidream_grpc.model.weight_format import WeightFormats
 from hidream_grpc.model.weights import load_share
 
 _PREVIEW_QUALITY = 80
@@ -87,6 +88,7 @@ class HiDreamModel:
         device: Device,
         groups: ParallelGroups | None = None,
         fingerprint: str | None = None,
+        weights: WeightFormats | None = None,
     ) -> HiDreamModel:
         """Load a rank's share of a checkpoint that `describe_checkpoint` has accepted, from local files.
 
@@ -96,6 +98,7 @@ class HiDreamModel:
             device: device of this rank, which also decides the dtype.
             groups: the axes of this rank; None for one rank that has the whole model.
             fingerprint: fingerprint that the checkpoint must have; None for any.
+            weights: formats in which the weights are held; None for the dtype of the device.
 
         Raises:
             CheckpointChangedError: it is another checkpoint, or became one while it was read.
@@ -107,7 +110,9 @@ class HiDreamModel:
         if fingerprint is None:
             fingerprint = fingerprint_of(model_path, extra_model_path)
         with unchanged_checkpoint(model_path, extra_model_path, fingerprint):
-            return cls._load(model_path, extra_model_path, device, groups, fingerprint)
+            return cls._load(
+                model_path, extra_model_path, device, groups, fingerprint, weights or WeightFormats()
+            )
 
     @classmethod
     def _load(
@@ -117,12 +122,13 @@ class HiDreamModel:
         device: Device,
         groups: ParallelGroups,
         fingerprint: str,
+        weights: WeightFormats,
     ) -> HiDreamModel:
         config = read_json(model_path / "transformer" / "config.json", TransformerConfig, MODEL_PATH_FLAG)
         with loading(model_path / "transformer", MODEL_PATH_FLAG, device):
             with torch.device("meta"):
                 transformer = HiDreamTransformer(config, groups, device)
-            load_share(transformer, model_path / "transformer", device)
+            load_share(transformer, model_path / "transformer", device, weights.transformer)
         with loading(model_path / "vae", MODEL_PATH_FLAG, device):
             vae = load_vae(model_path / "vae", device)
             try:
@@ -135,7 +141,12 @@ class HiDreamModel:
             new_scheduler(scheduler, 2, config.max_tokens)
         # The text encoders come last: they go where the other parts leave room.
         text_encoders = TextEncoders.from_pretrained(
-            model_path, extra_model_path, tuple(sorted(set(config.llama_layers))), device, groups.world
+            model_path,
+            extra_model_path,
+            tuple(sorted(set(config.llama_layers))),
+            device,
+            groups.world,
+            weights.text_encoders,
         )
         return cls(
             prompt_encoder=PromptEncoder(text_encoders, transformer, groups.world, device),

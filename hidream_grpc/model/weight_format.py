@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -45,6 +47,20 @@ class WeightFormat(StrEnum):
         if not self.is_quantized:
             return num_outputs * num_inputs * bytes_per_weight
         return num_outputs * (num_inputs + bytes_per_weight)
+
+    def component_bytes(self, shapes: Mapping[str, tuple[int, ...]], bytes_per_weight: int) -> int:
+        """Bytes of a component that a rank holds whole, such as a text encoder.
+
+        Args:
+            shapes: the shapes of its tensors, by name.
+            bytes_per_weight: size of the dtype in which the model computes.
+        """
+        return sum(
+            self.matrix_bytes(*shape, bytes_per_weight)
+            if is_quantized_tensor(name)
+            else math.prod(shape) * bytes_per_weight
+            for name, shape in shapes.items()
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,15 +38,20 @@ class TextEncoderFiles:
     Attributes:
         folder: folder of its weights and configuration.
         tokenizer_folder: folder of its tokenizer.
-        num_parameters: number of weights that are read; its files may hold others.
+        shapes: shapes of the tensors that are read, by name; its files may hold others.
         output_shape: shape of its output for one prompt: (P,) of a CLIP, (T, D) of T5, (L, T, D) of Llama,
             where T is the padded length in tokens and L the number of layers that are read.
     """
 
     folder: Path
     tokenizer_folder: Path
-    num_parameters: int
+    shapes: Shapes
     output_shape: tuple[int, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights that are read."""
+        return sum(map(math.prod, self.shapes.values()))
 
 
 def text_encoder_files(
@@ -70,13 +75,13 @@ def text_encoder_files(
         TextEncoderName.T5: TextEncoderFiles(
             t5_folder,
             t5_tokenizer,
-            _num_elements(t5_tensors(t5_config)),
+            t5_tensors(t5_config),
             (_num_tokens(t5_tokenizer), t5_config.d_model),
         ),
         TextEncoderName.LLAMA: TextEncoderFiles(
             llama,
             llama_tokenizer,
-            _num_elements(llama_tensors(llama_config)),
+            llama_tensors(llama_config),
             (num_llama_layers, _num_tokens(llama_tokenizer), llama_config.hidden_size),
         ),
     }
@@ -88,14 +93,10 @@ def _clip_files(model_path: Path, number: str) -> TextEncoderFiles:
     return TextEncoderFiles(
         folder,
         model_path / f"tokenizer{number}",
-        _num_elements(clip_tensors(config)),
+        clip_tensors(config),
         (config.projection_dim,),
     )
 
 
 def _num_tokens(tokenizer_folder: Path) -> int:
     return min(MAX_SEQUENCE_LENGTH, token_limit(tokenizer_folder))
-
-
-def _num_elements(shapes: Shapes) -> int:
-    return sum(map(math.prod, shapes.values()))

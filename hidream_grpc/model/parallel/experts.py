@@ -6,17 +6,14 @@ R rows of tokens that are routed together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.parallel.linear import HIDDEN_UNITS_MULTIPLE
+from hidream_grpc.model.parallel.matrix import GroupedLinear, Matrix
 from hidream_grpc.model.parallel.shards import TensorSlice
-
-GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class RoutedExperts(nn.Module):
@@ -54,9 +51,15 @@ class RoutedExperts(nn.Module):
         self._hidden = tensor_axis.share(num_hidden, HIDDEN_UNITS_MULTIPLE)
         self._grouped_linear = grouped_linear
         self.gate = nn.Parameter(torch.empty(num_experts, width), requires_grad=False)
-        shape = (len(self._experts), 2 * len(self._hidden), width)
-        self.gate_and_up = nn.Parameter(torch.empty(shape), requires_grad=False)
-        self.down = nn.Parameter(torch.empty(shape[0], width, len(self._hidden)), requires_grad=False)
+        own = [f"{name}.experts.{expert}" for expert in self._experts]
+        up_slices = [
+            TensorSlice(f"{expert}.{layer}.weight", rows=self._hidden)
+            for expert in own
+            for layer in ("w1", "w3")
+        ]
+        down_slices = [TensorSlice(f"{expert}.w2.weight", columns=self._hidden) for expert in own]
+        self.gate_and_up = Matrix(up_slices, len(own), 2 * len(self._hidden), width)
+        self.down = Matrix(down_slices, len(own), width, len(self._hidden))
 
     def forward(self, tokens: Tensor, unpadded_samples: Tensor | None) -> Tensor:
         """Sum the weighted outputs of the active experts for each token.
@@ -92,10 +95,11 @@ class RoutedExperts(nn.Module):
         ends = torch.zeros(self._num_experts, dtype=torch.int64, device=rows.device)
         ends = ends.scatter_add(0, own_first, torch.ones_like(own_first)).cumsum(0)
         ends = ends[: len(self._experts)].to(torch.int32)
-        gate, up = self._grouped_linear(rows[order // self._num_active], self.gate_and_up, ends).chunk(
-            2, dim=-1
-        )
-        output = self._grouped_linear(functional.silu(gate, inplace=True).mul_(up), self.down, ends)
+        gate, up = self.gate_and_up.grouped_linear(
+            rows[order // self._num_active], ends, self._grouped_linear
+        ).chunk(2, dim=-1)
+        hidden = functional.silu(gate, inplace=True).mul_(up)
+        output = self.down.grouped_linear(hidden, ends, self._grouped_linear)
         output.mul_(weights.flatten()[order][:, None])
         if len(self._experts) < self._num_experts:
             # Rows of other ranks' experts are uninitialized memory.
@@ -107,15 +111,4 @@ class RoutedExperts(nn.Module):
 
     def slices(self) -> dict[str, tuple[TensorSlice, ...]]:
         """See `Sharded`."""
-        return {
-            "gate": (TensorSlice(f"{self._name}.gate.weight"),),
-            "gate_and_up": tuple(
-                TensorSlice(f"{self._name}.experts.{expert}.{name}.weight", rows=self._hidden)
-                for expert in self._experts
-                for name in ("w1", "w3")
-            ),
-            "down": tuple(
-                TensorSlice(f"{self._name}.experts.{expert}.w2.weight", columns=self._hidden)
-                for expert in self._experts
-            ),
-        }
+        return {"gate": (TensorSlice(f"{self._name}.gate.weight"),)}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hidream_grpc.model.parallel.groups import Axis
+from hidream_grpc.model.parallel.matrix import Matrix
 from hidream_grpc.model.parallel.shards import TensorSlice
 
 # Matrix kernels of accelerators need rows of a multiple of 16 bytes.
@@ -33,23 +34,22 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self._names = tuple(names)
         self._outputs = outputs
-        self.weight = _parameter(len(names) * len(outputs), in_features)
+        slices = [TensorSlice(f"{name}.weight", rows=outputs) for name in names]
+        self.matrix = Matrix(slices, len(names) * len(outputs), in_features)
         self.bias = _parameter(len(names) * len(outputs)) if bias else None
 
     def forward(self, inputs: Tensor, first_layer: int = 0) -> tuple[Tensor, ...]:
         """Apply the layers from `first_layer` on: (..., in_features) to (..., len(outputs)) for each."""
         first_row = first_layer * len(self._outputs)
         bias = None if self.bias is None else self.bias[first_row:]
-        outputs = functional.linear(inputs, self.weight[first_row:], bias)
+        outputs = self.matrix.linear(inputs, bias, first_row)
         return torch.split(outputs, len(self._outputs), dim=-1)
 
     def slices(self) -> dict[str, tuple[TensorSlice, ...]]:
         """See `Sharded`."""
-        kinds = ("weight",) if self.bias is None else ("weight", "bias")
-        return {
-            kind: tuple(TensorSlice(f"{name}.{kind}", rows=self._outputs) for name in self._names)
-            for kind in kinds
-        }
+        if self.bias is None:
+            return {}
+        return {"bias": tuple(TensorSlice(f"{name}.bias", rows=self._outputs) for name in self._names)}
 
 
 class RowParallelLinear(nn.Module):
@@ -66,20 +66,16 @@ class RowParallelLinear(nn.Module):
     def __init__(self, name: str, axis: Axis, inputs: range, out_features: int, *, bias: bool) -> None:
         super().__init__()
         self._name = name
-        self._inputs = inputs
-        self.weight = _parameter(out_features, len(inputs))
+        self.matrix = Matrix([TensorSlice(f"{name}.weight", columns=inputs)], out_features, len(inputs))
         self.bias = _parameter(out_features) if bias and axis.index == 0 else None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (..., len(inputs)) to (..., out_features), this rank's part of the sum."""
-        return functional.linear(inputs, self.weight, self.bias)
+        return self.matrix.linear(inputs, self.bias)
 
     def slices(self) -> dict[str, tuple[TensorSlice, ...]]:
         """See `Sharded`."""
-        slices = {"weight": (TensorSlice(f"{self._name}.weight", columns=self._inputs),)}
-        if self.bias is not None:
-            slices["bias"] = (TensorSlice(f"{self._name}.bias"),)
-        return dict(slices)
+        return {} if self.bias is None else {"bias": (TensorSlice(f"{self._name}.bias"),)}
 
 
 class GatheredLinear(nn.Module):
@@ -100,17 +96,20 @@ class GatheredLinear(nn.Module):
         self._layers = tuple(zip(names, out_features, strict=True))
         self._total = sum(out_features)
         self._outputs = axis.share(self._total)
-        self.weight = _parameter(len(self._outputs), in_features)
+        self.matrix = Matrix(self._slices("weight"), len(self._outputs), in_features)
         self.bias = _parameter(len(self._outputs))
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """Map (B, in_features), the same on every rank, to (B, out_features) for each layer."""
-        outputs = functional.linear(inputs, self.weight, self.bias)
+        outputs = self.matrix.linear(inputs, self.bias)
         gathered = self._axis.all_gather_shares(outputs, self._total, dim=-1)
         return torch.split(gathered, [out_features for _, out_features in self._layers], dim=-1)
 
     def slices(self) -> dict[str, tuple[TensorSlice, ...]]:
         """See `Sharded`."""
+        return {"bias": self._slices("bias")}
+
+    def _slices(self, kind: str) -> tuple[TensorSlice, ...]:
         rows_of, first = [], 0
         for name, out_features in self._layers:
             start = max(self._outputs.start - first, 0)
@@ -118,10 +117,7 @@ class GatheredLinear(nn.Module):
             if start < stop:
                 rows_of.append((name, range(start, stop)))
             first += out_features
-        return {
-            kind: tuple(TensorSlice(f"{name}.{kind}", rows=rows) for name, rows in rows_of)
-            for kind in ("weight", "bias")
-        }
+        return tuple(TensorSlice(f"{name}.{kind}", rows=rows) for name, rows in rows_of)
 
 
 class SwiGLU(nn.Module):

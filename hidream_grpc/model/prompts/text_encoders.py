@@ -31,6 +31,7 @@ from hidream_grpc.model.checkpoint.text_encoders import TextEncoderFiles, TextEn
 from hidream_grpc.model.loading import load_module, load_tokenizer, loading
 from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.prompts.assignment import activation_reserve_bytes, assign_to_ranks, fits
+from hidream_grpc.model.weight_format import WeightFormat
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class TextEncoders:
         llama_layers: tuple[int, ...],
         device: Device,
         world: Axis,
+        weights: WeightFormat = WeightFormat.BFLOAT16,
     ) -> TextEncoders:
         """Load this rank's encoders of a checkpoint, each onto the device where it has room.
 
@@ -114,6 +116,8 @@ class TextEncoders:
             llama_layers: layers of Llama whose states the transformer reads, each once.
             device: device of this rank.
             world: the ranks that share the encoders.
+            weights: how to hold the encoders that are on the device. Those on the host of an accelerator have
+                float32, in which it computes fastest.
         """
         files = text_encoder_files(model_path, extra_model_path, len(llama_layers))
         sizes_bytes = {name: f.num_parameters * device.dtype.itemsize for name, f in files.items()}
@@ -125,10 +129,12 @@ class TextEncoders:
         own: dict[TextEncoderName, TextEncoder] = {}
         where: list[str] = []
         for name in names:
-            encoder_device, reason = _choose_device(sizes_bytes[name], device)
+            size_bytes = weights.component_bytes(files[name].shapes, device.dtype.itemsize)
+            encoder_device, reason = _choose_device(size_bytes, device)
+            own_weights = weights if encoder_device is device else WeightFormat.BFLOAT16
             flag = llama_flag(model_path) if name is TextEncoderName.LLAMA else MODEL_PATH_FLAG
             with loading(files[name].folder, flag, device):
-                own[name] = _load(name, files[name], llama_layers, encoder_device)
+                own[name] = _load(name, files[name], llama_layers, encoder_device, own_weights)
             where.append(f"{name} {reason}")
         logger.info("text encoders of this rank: %s", "; ".join(where) or "none")
         return cls(own, files, owners, device)
@@ -168,9 +174,9 @@ class TextEncoders:
 
 
 class _ClipEncoder:
-    def __init__(self, files: TextEncoderFiles, device: Device) -> None:
+    def __init__(self, files: TextEncoderFiles, device: Device, weights: WeightFormat) -> None:
         self._tokenizer = load_tokenizer(CLIPTokenizer, files.tokenizer_folder)
-        self._model = load_module(CLIPTextModelWithProjection, files.folder, device)
+        self._model = load_module(CLIPTextModelWithProjection, files.folder, device, weights)
 
     def encode(self, prompt: str) -> Tensor:
         """Return (P,), the pooled embedding."""
@@ -180,9 +186,9 @@ class _ClipEncoder:
 
 
 class _T5Encoder:
-    def __init__(self, files: TextEncoderFiles, device: Device) -> None:
+    def __init__(self, files: TextEncoderFiles, device: Device, weights: WeightFormat) -> None:
         self._tokenizer = load_tokenizer(T5Tokenizer, files.tokenizer_folder)
-        self._model = load_module(T5EncoderModel, files.folder, device)
+        self._model = load_module(T5EncoderModel, files.folder, device, weights)
         self._num_tokens = files.output_shape[0]
 
     def encode(self, prompt: str) -> Tensor:
@@ -195,11 +201,13 @@ class _T5Encoder:
 class _LlamaEncoder:
     """Llama without the head that turns states into words, hence LlamaModel and not LlamaForCausalLM."""
 
-    def __init__(self, files: TextEncoderFiles, layers: tuple[int, ...], device: Device) -> None:
+    def __init__(
+        self, files: TextEncoderFiles, layers: tuple[int, ...], device: Device, weights: WeightFormat
+    ) -> None:
         self._tokenizer = load_tokenizer(PreTrainedTokenizerFast, files.tokenizer_folder)
         # Llama has no padding token; the pipeline uses this one.
         self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._model = load_module(LlamaModel, files.folder, device)
+        self._model = load_module(LlamaModel, files.folder, device, weights)
         self._layers = layers
         self._num_tokens = files.output_shape[1]
 
@@ -212,15 +220,19 @@ class _LlamaEncoder:
 
 
 def _load(
-    name: TextEncoderName, files: TextEncoderFiles, llama_layers: tuple[int, ...], device: Device
+    name: TextEncoderName,
+    files: TextEncoderFiles,
+    llama_layers: tuple[int, ...],
+    device: Device,
+    weights: WeightFormat,
 ) -> TextEncoder:
     match name:
         case TextEncoderName.CLIP_L | TextEncoderName.CLIP_G:
-            return _ClipEncoder(files, device)
+            return _ClipEncoder(files, device, weights)
         case TextEncoderName.T5:
-            return _T5Encoder(files, device)
+            return _T5Encoder(files, device, weights)
         case TextEncoderName.LLAMA:
-            return _LlamaEncoder(files, llama_layers, device)
+            return _LlamaEncoder(files, llama_layers, device, weights)
 
 
 def _choose_device(size_bytes: int, device: Device) -> tuple[Device, str]:

@@ -5,12 +5,11 @@ Legend: L tokens, D width of the transformer, blocks of both kinds, layers of Ll
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hidream_grpc.model.checkpoint.files import TransformerConfig
 from hidream_grpc.model.parallel.groups import Axis
+from hidream_grpc.model.parallel.matrix import Matrix
 from hidream_grpc.model.parallel.shards import TensorSlice
 
 
@@ -26,28 +25,23 @@ class CaptionProjection(nn.Module):
         super().__init__()
         self._axis = axis
         self._width = config.width
-        self._num_blocks = config.num_blocks
         self._outputs = axis.share(config.width)
         layers = sorted(set(config.llama_layers))
         self._layer_of_block = tuple(layers.index(layer) for layer in config.llama_layers)
         t5_channels, llama_channels = config.caption_channels
-        shape = (config.num_blocks, len(self._outputs), llama_channels)
-        self.llama = nn.Parameter(torch.empty(shape), requires_grad=False)
-        self.t5 = nn.Parameter(torch.empty(len(self._outputs), t5_channels), requires_grad=False)
+        # The checkpoint counts T5's projection as one more block's.
+        *of_blocks, of_t5 = (
+            TensorSlice(f"caption_projection.{index}.linear.weight", rows=self._outputs)
+            for index in range(config.num_blocks + 1)
+        )
+        self.llama = Matrix(of_blocks, config.num_blocks, len(self._outputs), llama_channels)
+        self.t5 = Matrix([of_t5], len(self._outputs), t5_channels)
 
     def forward(self, t5: Tensor, llama: Tensor) -> tuple[Tensor, Tensor]:
         """Map (T, channels) and (layers, L, channels) to (T, D) and (blocks, L, D)."""
-        of_blocks = llama[list(self._layer_of_block)] @ self.llama.transpose(-2, -1)
-        of_t5 = functional.linear(t5, self.t5)
+        of_blocks = self.llama.linear_of_each_group(llama[list(self._layer_of_block)])
+        of_t5 = self.t5.linear(t5)
         return (
             self._axis.all_gather_shares(of_t5, self._width, dim=-1),
             self._axis.all_gather_shares(of_blocks, self._width, dim=-1),
         )
-
-    def slices(self) -> dict[str, tuple[TensorSlice, ...]]:
-        """See `Sharded`. The checkpoint counts T5's projection as one more block's."""
-
-        def of(index: int) -> TensorSlice:
-            return TensorSlice(f"caption_projection.{index}.linear.weight", rows=self._outputs)
-
-        return {"llama": tuple(map(of, range(self._num_blocks))), "t5": (of(self._num_blocks),)}
