@@ -37,6 +37,7 @@ BRIDGE_PREFIX = "HIDREAM_HTTP_"
 _TIMEOUTS = GroupTimeouts()
 
 PositiveInt = Annotated[int, Field(ge=1)]
+WeightFormatName = Literal["bfloat16", "int8", "float8"]
 Seconds = Annotated[float, Field(ge=0, le=86_400)]
 
 
@@ -82,6 +83,20 @@ class Settings(BaseSettings):
         PathSetting | None,
         Help(Group.MODEL, "folder of Llama-3.1-8B-Instruct", "text_encoder_4 of the model folder"),
     ] = None
+    weights: Annotated[
+        WeightFormatName,
+        Help(
+            Group.MODEL,
+            "how the matrices of the transformer are held: int8 and float8 take half the memory, and images "
+            "differ a little; float8 not on npu",
+        ),
+    ] = "bfloat16"
+    text_encoder_weights: Annotated[
+        WeightFormatName,
+        Help(
+            Group.MODEL, "the same of text encoders on devices; on the host of an accelerator they are exact"
+        ),
+    ] = "bfloat16"
 
     device_type: Annotated[
         str, Help(Group.DEVICES, "auto, npu, cuda or cpu; auto takes the first of these that is present")

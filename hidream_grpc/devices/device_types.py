@@ -30,6 +30,7 @@ class DeviceType:
         rank_environment: environment defaults of the ranks, by the number of ranks.
         can_compile: whether torch.compile has been made to work on it here.
         bytes_per_weight: size of the dtype that the model has on it.
+        has_float8: whether its torch converts numbers of 8 bits with a floating point.
     """
 
     name: str
@@ -41,6 +42,7 @@ class DeviceType:
     rank_environment: Callable[[int], dict[str, str]]
     can_compile: bool
     bytes_per_weight: int
+    has_float8: bool
 
     def environment(self, num_ranks: int) -> dict[str, str]:
         """Environment defaults of the ranks; each applies only where the operator set nothing.
@@ -93,6 +95,7 @@ CPU = DeviceType(
     rank_environment=lambda _num_ranks: {},
     can_compile=True,
     bytes_per_weight=4,
+    has_float8=True,
 )
 CUDA = DeviceType(
     name="cuda",
@@ -105,6 +108,7 @@ CUDA = DeviceType(
     rank_environment=_cuda_environment,
     can_compile=True,
     bytes_per_weight=2,
+    has_float8=True,
 )
 NPU = DeviceType(
     name="npu",
@@ -118,6 +122,8 @@ NPU = DeviceType(
     # torch_npu has two backends for graphs; neither has been run with this model: docs/decisions/0005.
     can_compile=False,
     bytes_per_weight=2,
+    # Ascend's generations that most operators have compute no float8.
+    has_float8=False,
 )
 DEVICE_TYPES = {device_type.name: device_type for device_type in (NPU, CUDA, CPU)}
 """All device types by name, in the order in which `--device-type auto` looks for them."""

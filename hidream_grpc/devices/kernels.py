@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-MAX_DEQUANTIZED_WEIGHTS = 2**27
-"""Most weights of a linear layer that are dequantized at a time: 256 MiB in bfloat16."""
+MAX_DEQUANTIZED_WEIGHTS = 2**26
+"""Most weights of a linear layer that are dequantized at a time: 128 MiB in bfloat16."""
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, first_key_count: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hidream_grpc.devices.device_types import CPU, DeviceMemory, DeviceType
 from hidream_grpc.errors import InsufficientMemoryError
@@ -12,11 +12,15 @@ from hidream_grpc.model.model_weights import ModelWeights
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import LAYOUT_FLAG, ModelDivisions, allowed_layouts, plan_layout
 from hidream_grpc.model.prompts.assignment import activation_reserve_bytes, fits
+from hidream_grpc.model.weight_format import WeightFormats
 
 _GB = 1e9
 
 _MIN_DEVICE_WORK_BYTES = 1024**3
 """Least memory beside the weights on a device: for steps and decoding of one image of 512x512 at a time."""
+
+_DEQUANTIZED_BYTES = 300 * 1024**2
+"""Memory for the layer that is dequantized at the moment: the largest of the released model is 270 MiB."""
 
 _MIN_HOST_WORK_BYTES = 256 * 1024**2
 """Least memory of a rank on a CPU: for its process, steps and decoding of one image of 256x256 at a time."""
@@ -37,11 +41,13 @@ class MemoryRequirements:
         weights: numbers of weights of the checkpoint.
         divisions: how the model can be divided.
         device_type: type of the ranks' devices.
+        formats: formats in which the ranks hold the weights.
     """
 
     weights: ModelWeights
     divisions: ModelDivisions
     device_type: DeviceType
+    formats: WeightFormats = field(default_factory=WeightFormats)
 
     def check(self, layout: Layout, devices: Mapping[int, DeviceMemory], host: DeviceMemory) -> str | None:
         """Check that some ranks of a layout have room for what they load.
@@ -92,9 +98,9 @@ class MemoryRequirements:
     def _host_weights_bytes(self, layout: Layout, ranks: Sequence[int]) -> int:
         """Bytes of the weights of these ranks together."""
         encoders = self.weights.text_encoders_of(layout)
-        num_weights = len(ranks) * self.weights.without_text_encoders(layout)
-        num_weights += sum(sum(encoders[rank].values()) for rank in ranks)
-        return num_weights * CPU.bytes_per_weight
+        return len(ranks) * self._device_bytes(layout) + sum(
+            self._encoder_device_bytes(name) for rank in ranks for name in encoders[rank]
+        )
 
     def _fitting_on_host(self, asked: Layout, host: DeviceMemory) -> Iterator[str]:
         """Yield the layout of most ranks that fits the host, and the one that needs least memory."""
@@ -113,13 +119,13 @@ class MemoryRequirements:
         self, layout: Layout, devices: Mapping[int, DeviceMemory], host: DeviceMemory
     ) -> str | None:
         weights_bytes = self._device_bytes(layout)
-        needed_bytes = weights_bytes + _MIN_DEVICE_WORK_BYTES
+        needed_bytes = weights_bytes + self._min_device_work_bytes
         scarce = min(devices, key=lambda rank: devices[rank].free_bytes)
         memory = devices[scarce]
         if needed_bytes > memory.free_bytes:
             raise InsufficientMemoryError(
                 f"{LAYOUT_FLAG}: {layout} needs {_gb(needed_bytes)} of each device "
-                f"({_gb(weights_bytes)} of weights, {_gb(_MIN_DEVICE_WORK_BYTES)} to work in), "
+                f"({_gb(weights_bytes)} of weights, {_gb(self._min_device_work_bytes)} to work in), "
                 f"and that of rank {scarce} has {_gb(memory.free_bytes)} of {_gb(memory.total_bytes)} free"
                 + self._would_fit(layout, devices, list(self._fitting_on_devices(memory, host))),
                 fits_total=all(needed_bytes <= device.total_bytes for device in devices.values()),
@@ -142,7 +148,19 @@ class MemoryRequirements:
 
     def _device_bytes(self, layout: Layout) -> int:
         """Bytes of what must be on a rank's device."""
-        return self.weights.without_text_encoders(layout) * self.device_type.bytes_per_weight
+        exact = self.device_type.bytes_per_weight
+        return self.weights.bytes_without_text_encoders(layout, self.formats.transformer, exact)
+
+    @property
+    def _min_device_work_bytes(self) -> int:
+        """Least memory beside the weights on a device."""
+        of_layer = _DEQUANTIZED_BYTES if self.formats.transformer.is_quantized else 0
+        return _MIN_DEVICE_WORK_BYTES + of_layer
+
+    def _encoder_device_bytes(self, name: TextEncoderName) -> int:
+        """Bytes of a text encoder on the device of its rank."""
+        exact = self.device_type.bytes_per_weight
+        return self.weights.text_encoder_bytes(name, self.formats.text_encoders, exact)
 
     def _encoders_on_host(
         self, layout: Layout, devices: Mapping[int, DeviceMemory]
@@ -153,8 +171,8 @@ class MemoryRequirements:
             if rank not in devices:
                 continue
             free_bytes = devices[rank].free_bytes - self._device_bytes(layout)
-            for name, num_weights in encoders.items():
-                size_bytes = num_weights * self.device_type.bytes_per_weight
+            for name in encoders:
+                size_bytes = self._encoder_device_bytes(name)
                 if fits(size_bytes, DeviceMemory(devices[rank].total_bytes, free_bytes)):
                     free_bytes -= size_bytes
                 else:
@@ -171,7 +189,7 @@ class MemoryRequirements:
             layout = plan_layout(num_devices, self.divisions)
             if layout.world_size < num_devices:
                 continue
-            if self._device_bytes(layout) + _MIN_DEVICE_WORK_BYTES > memory.free_bytes:
+            if self._device_bytes(layout) + self._min_device_work_bytes > memory.free_bytes:
                 continue
             on_host = self._encoders_on_host(layout, dict.fromkeys(range(num_devices), memory))
             if not on_host:

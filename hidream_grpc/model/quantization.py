@@ -43,7 +43,7 @@ def quantize(rows: Tensor, weights: WeightFormat) -> tuple[Tensor, Tensor]:
 def empty_quantized(
     num_outputs: int, num_inputs: int, weights: WeightFormat, device: Device
 ) -> tuple[Tensor, Tensor]:
-    """Memory on a device for a quantized matrix, (N, K), and its scales, (N,), in the dtype that it computes in."""
+    """Memory on a device for a quantized matrix, (N, K), and its scales, (N,), in its dtype."""
     return (
         torch.empty(num_outputs, num_inputs, dtype=_DTYPES[weights], device=device.torch_device),
         torch.empty(num_outputs, dtype=device.dtype, device=device.torch_device),

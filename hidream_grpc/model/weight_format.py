@@ -36,6 +36,14 @@ class WeightFormat(StrEnum):
         """Whether a weight takes fewer bits than the model computes with."""
         return self is not WeightFormat.BFLOAT16
 
+    def bytes_per_weight(self, exact: int) -> int:
+        """Bytes of a weight to which this format applies, without its share of a scale.
+
+        Args:
+            exact: size of the dtype in which the model computes.
+        """
+        return 1 if self.is_quantized else exact
+
     def matrix_bytes(self, num_outputs: int, num_inputs: int, bytes_per_weight: int) -> int:
         """Bytes of a matrix, or of a rank's share of one, to which this format applies.
 

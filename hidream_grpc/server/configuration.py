@@ -14,7 +14,7 @@ from hidream_grpc.devices.detect import (
     parse_devices,
     select_devices,
 )
-from hidream_grpc.devices.device_types import CPU
+from hidream_grpc.devices.device_types import CPU, DeviceType
 from hidream_grpc.devices.host_memory import host_memory
 from hidream_grpc.engine.group.config import GroupConfig, GroupTimeouts
 from hidream_grpc.engine.group.rank_group import RankGroup
@@ -34,6 +34,7 @@ from hidream_grpc.model.memory_requirements import MemoryRequirements
 from hidream_grpc.model.model_weights import read_model_weights
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import LAYOUT_FLAG, ModelDivisions, choose_layout, smaller_layouts
+from hidream_grpc.model.weight_format import WeightFormat, WeightFormats
 from hidream_grpc.server.manifest_certificate import manifest_signer
 from hidream_grpc.server.model_folders import ModelFolders
 from hidream_grpc.settings import Settings
@@ -89,8 +90,9 @@ def group_config(settings: Settings, folders: ModelFolders, checkpoint: Checkpoi
     divisions = ModelDivisions(checkpoint.num_attention_heads, checkpoint.num_routed_experts)
     devices, layout = _plan(settings, divisions)
     device_type = devices.device_type
+    weights = weight_formats(settings, device_type)
     requirements = MemoryRequirements(
-        read_model_weights(folders.model, folders.extra_model), divisions, device_type
+        read_model_weights(folders.model, folders.extra_model), divisions, device_type, weights
     )
     if device_type is CPU:
         # The memory of other devices is known when a rank has opened them, before it loads.
@@ -101,6 +103,7 @@ def group_config(settings: Settings, folders: ModelFolders, checkpoint: Checkpoi
         model_path=folders.model,
         extra_model_path=folders.extra_model,
         checkpoint_fingerprint=checkpoint.fingerprint,
+        weights=weights,
         devices=devices,
         layout=layout,
         smaller_layouts=smaller_layouts(layout, divisions),
@@ -130,6 +133,23 @@ def log_device_choice(settings: Settings, group: RankGroup) -> None:
     if settings.device_type == AUTO:
         chosen = group.placement.devices.device_type
         log_choice(chosen, is_cpu_enough=settings.model_path is None)
+
+
+def weight_formats(settings: Settings, device_type: DeviceType) -> WeightFormats:
+    """The formats in which the ranks hold the weights.
+
+    Raises:
+        ConfigurationError: the devices cannot compute with them.
+    """
+    for flag, weights in (
+        ("--weights", settings.weights),
+        ("--text-encoder-weights", settings.text_encoder_weights),
+    ):
+        if weights == WeightFormat.FLOAT8 and not device_type.has_float8:
+            raise ConfigurationError(flag, f"no float8 on {device_type.name}; int8 takes as little memory")
+    return WeightFormats(
+        transformer=WeightFormat(settings.weights), text_encoders=WeightFormat(settings.text_encoder_weights)
+    )
 
 
 def _plan(settings: Settings, divisions: ModelDivisions) -> tuple[DeviceSelection, Layout]:

@@ -100,6 +100,8 @@ class ServerDescription:
             generation=self._group.generation,
             num_rank_restarts=self._group.num_restarts,
             idle_devices=placement.devices.idle_devices,
+            weights=self._group.weights.transformer,
+            text_encoder_weights=self._group.weights.text_encoders,
         )
 
 

@@ -32,6 +32,7 @@ from hidream_grpc.model.parallel.groups import Axis, ParallelGroups
 from hidream_grpc.model.parallel.planner import parse_layout
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.pipeline import HiDreamModel
+from hidream_grpc.model.weight_format import WeightFormat, WeightFormats
 from tests.support.denoising import is_denoised
 
 COLLECTIVE_TIMEOUT_SECONDS = 60.0
@@ -52,11 +53,13 @@ class Run:
     """What every rank of a world does: generate the cases.
 
     dtype: of torch, by its name.
+    weights: the format of the transformer and of the text encoders.
     left_out: a collective that is not done, by where it is called.
     """
 
     cases: tuple[Case, ...]
     dtype: str = "float64"
+    weights: str = "bfloat16"
     left_out: CallSite | None = None
 
 
@@ -145,15 +148,16 @@ def denoise_together(
 
 
 def _be_rank(task: dict[str, Any], rank: int, store_port: int) -> list[RankResult]:
-    """Do all runs of a task as one rank, which loads the model once for each dtype."""
+    """Do all runs of a task as one rank, which loads the model once for each dtype and format."""
     layout = parse_layout(task["layout"])
     groups = ParallelGroups(layout, rank)
 
     @cache
-    def model_in(dtype: str) -> HiDreamModel:
+    def model_in(dtype: str, weights: WeightFormat) -> HiDreamModel:
         device = CpuDevice()
         device.dtype = getattr(torch, dtype)  # type: ignore[misc]
-        return HiDreamModel.from_pretrained(Path(task["checkpoint"]), None, device, groups)
+        formats = WeightFormats(transformer=weights, text_encoders=weights)
+        return HiDreamModel.from_pretrained(Path(task["checkpoint"]), None, device, groups, weights=formats)
 
     command = JoinGroup(
         generation=1,
@@ -168,7 +172,8 @@ def _be_rank(task: dict[str, Any], rank: int, store_port: int) -> list[RankResul
         result = RankResult()
         with _watched_collectives(result.collectives, run["left_out"]):
             for case in run["cases"]:
-                prediction, latents = denoise_together(model_in(run["dtype"]), case["requests"])
+                model = model_in(run["dtype"], WeightFormat(run["weights"]))
+                prediction, latents = denoise_together(model, case["requests"])
                 result.first_predictions[case["name"]] = prediction.clone()
                 result.latents[case["name"]] = [x.clone() for x in latents]
         results.append(result)

@@ -150,6 +150,25 @@ def test_final_latents_are_those_of_one_device(shape: str, layout: str, generate
         assert largest_error(result, alone) <= FLOAT64_TOLERANCE
 
 
+@pytest.mark.parametrize("weights", ["int8", pytest.param("float8", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ("4 heads, 4 experts", "cfg=2,ep=2,tp=2"),
+        *(pytest.param(*layout, marks=pytest.mark.long) for layout in LAYOUTS_OF_EACH_KIND + OTHER_LAYOUTS),
+    ],
+)
+def test_final_latents_of_quantized_weights_are_those_of_one_device(
+    shape: str, layout: str, weights: str, rank_worlds: RankWorlds, checkpoint_of_shape: CheckpointOfShape
+) -> None:
+    run = Run((CASES[-1],), weights=weights)
+    ((alone,),), (ranks,) = (
+        rank_worlds.run(each, checkpoint_of_shape(shape), [run]) for each in ("tp=1", layout)
+    )
+    for result in ranks:
+        assert largest_error(result, alone) <= FLOAT64_TOLERANCE
+
+
 @in_every_layout
 def test_in_float32_one_forward_is_that_of_one_device(shape: str, layout: str, generate: Generate) -> None:
     (alone,) = generate(shape, "tp=1")["float32"]

@@ -79,6 +79,7 @@ FLAGS = {
     "--retention-seconds",
     "--store",
     "--store-outage-seconds",
+    "--text-encoder-weights",
     "--threads-per-rank",
     "--tls-certificate",
     "--tls-client-ca",
@@ -86,6 +87,7 @@ FLAGS = {
     "--tokens-file",
     "--trusted-bridges",
     "--trusted-proxies",
+    "--weights",
 }
 # They bound what the server does, not what a request may ask for.
 LIMITS_OF_THE_SERVER_ALONE = {"max_step_pixels", "max_retained_bytes", "max_retained_jobs"}

@@ -23,6 +23,8 @@ def _info_rows(info: server_info_pb2.ServerInfo) -> Iterator[tuple[str, str]]:
     yield "scheduler", f"{model.scheduler}, shift {model.shift:g}"
     yield "live models", ", ".join(live.name for live in info.live_models)
     yield "layout", info.layout
+    if info.weights:
+        yield "weights", f"{info.weights}, of text encoders {info.text_encoder_weights}"
     for device in info.devices:
         yield f"rank {device.rank}", f"{device.device_type}: {device.name}{_memory(device)}"
     yield "idle devices", ", ".join(str(device) for device in info.idle_devices)

@@ -13,6 +13,7 @@ from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.parallel.layout import Layout
+from hidream_grpc.model.weight_format import WeightFormats
 
 
 def _accept_any_memory(*_arguments: object) -> None:
@@ -53,6 +54,7 @@ class GroupConfig:
         model_path: a HiDream-I1 in diffusers format.
         extra_model_path: the Llama folder, where the checkpoint holds none.
         checkpoint_fingerprint: the fingerprint that the checkpoint must have whenever a rank loads it.
+        weights: the formats in which the ranks hold the weights.
         devices: the devices that the ranks may use; the first ones are used, the others are spares.
         layout: how the ranks share the work.
         smaller_layouts: layouts to try, in this order, when too few devices work for `layout`.
@@ -69,6 +71,7 @@ class GroupConfig:
     model_path: Path
     extra_model_path: Path | None = None
     checkpoint_fingerprint: str
+    weights: WeightFormats = field(default_factory=WeightFormats)
     devices: DeviceSelection
     layout: Layout
     smaller_layouts: tuple[Layout, ...] = ()

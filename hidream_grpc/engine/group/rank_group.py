@@ -31,6 +31,7 @@ from hidream_grpc.errors import (
     StartupError,
 )
 from hidream_grpc.model.parallel.layout import Layout
+from hidream_grpc.model.weight_format import WeightFormats
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,11 @@ class RankGroup:
     def checkpoint_fingerprint(self) -> str:
         """Fingerprint of the checkpoint; a rank that finds another one does not load."""
         return self._config.checkpoint_fingerprint
+
+    @property
+    def weights(self) -> WeightFormats:
+        """The formats in which the ranks hold the weights."""
+        return self._config.weights
 
     @property
     def full_layout(self) -> Layout:

@@ -190,6 +190,7 @@ class RankProcesses:
                 model_path=self._config.model_path,
                 extra_model_path=self._config.extra_model_path,
                 checkpoint_fingerprint=self._config.checkpoint_fingerprint,
+                weights=self._config.weights,
                 layout=placement.layout,
                 device_type=placement.devices.device_type.name,
                 local_index=placement.devices.local_index(rank),

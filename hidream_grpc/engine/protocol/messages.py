@@ -17,8 +17,9 @@ from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.model.weight_format import WeightFormats
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -103,6 +104,7 @@ class Load(_Message, frozen=True):
     model_path: Path
     extra_model_path: Path | None
     checkpoint_fingerprint: str
+    weights: WeightFormats
     layout: Layout
     device_type: str
     local_index: int

@@ -199,7 +199,12 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
             started = time.monotonic()
             groups = ParallelGroups(load.layout, rank, CollectiveCounterWriter(load.counter_path))
             model = HiDreamModel.from_pretrained(
-                load.model_path, load.extra_model_path, device, groups, load.checkpoint_fingerprint
+                load.model_path,
+                load.extra_model_path,
+                device,
+                groups,
+                load.checkpoint_fingerprint,
+                load.weights,
             )
             if load.compile_shapes:
                 work = "--compile-shapes: the transformer cannot be compiled"

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hidream_grpc.devices.device_types import CPU, CUDA, NPU, DeviceMemory, DeviceType
@@ -8,6 +10,7 @@ from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
 from hidream_grpc.model.memory_requirements import MemoryRequirements
 from hidream_grpc.model.model_weights import ModelWeights
 from hidream_grpc.model.parallel.planner import ModelDivisions, parse_layout
+from hidream_grpc.model.weight_format import WeightFormat, WeightFormats
 
 # Sizes of the released model.
 WEIGHTS = ModelWeights(
@@ -80,6 +83,28 @@ def test_a_device_that_is_too_small_is_told_with_layouts_and_places_of_text_enco
     assert refusal(device_type, "tp=1", gigabytes(32), gigabytes(128)).endswith(
         "free; tp=2 with Llama and CLIP-G on the host or tp=4 would fit"
     )
+
+
+def test_quantized_weights_fit_devices_of_half_the_memory() -> None:
+    def result(memory_gb: float, **formats: WeightFormat) -> str:
+        requirements = MemoryRequirements(WEIGHTS, ModelDivisions(20, 4), CUDA, WeightFormats(**formats))
+        try:
+            return requirements.check(parse_layout("tp=1"), {0: gigabytes(memory_gb)}, gigabytes(70)) or ""
+        except InsufficientMemoryError as error:
+            return str(error)
+
+    assert "tp=1 needs 35.4 GB of each device (34.3 GB of weights, 1.1 GB to work in)" in result(24)
+    assert result(24, transformer=WeightFormat.INT8) == ""
+    assert result(18, transformer=WeightFormat.FLOAT8).startswith(
+        "--layout: tp=1 needs 18.6 GB of each device (17.2 GB of weights, 1.4 GB to work in)"
+    )
+
+
+def test_embeddings_stay_where_text_encoders_are_quantized() -> None:
+    weights = replace(WEIGHTS, exact_of_text_encoders={TextEncoderName.LLAMA: 500_000_000})
+    llama = weights.text_encoder_bytes(TextEncoderName.LLAMA, WeightFormat.INT8, 2)
+    assert llama == 7_000_000_000 + 2 * 500_000_000
+    assert weights.text_encoder_bytes(TextEncoderName.LLAMA, WeightFormat.BFLOAT16, 2) == 15_000_000_000
 
 
 def test_a_host_that_is_too_small_for_text_encoders_is_told() -> None:

@@ -126,8 +126,13 @@ type ServerInfo struct {
 	// Further sizes to offer, such as 512×512: within the limits, and drawn, but not trained for, so that
 	// images may be poorer than those of `recommended_sizes`. Every other size within the limits is drawn too.
 	SupportedSizes []*ImageSize `protobuf:"bytes,15,rep,name=supported_sizes,json=supportedSizes,proto3" json:"supported_sizes,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// How the matrices of the transformer are held: `bfloat16` (float32 on a CPU), or quantized to `int8` or
+	// `float8`, with which images differ a little. Empty from a server that does not know it.
+	Weights string `protobuf:"bytes,16,opt,name=weights,proto3" json:"weights,omitempty"`
+	// How those of the text encoders are held that are on devices; see `weights`.
+	TextEncoderWeights string `protobuf:"bytes,17,opt,name=text_encoder_weights,json=textEncoderWeights,proto3" json:"text_encoder_weights,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *ServerInfo) Reset() {
@@ -263,6 +268,20 @@ func (x *ServerInfo) GetSupportedSizes() []*ImageSize {
 		return x.SupportedSizes
 	}
 	return nil
+}
+
+func (x *ServerInfo) GetWeights() string {
+	if x != nil {
+		return x.Weights
+	}
+	return ""
+}
+
+func (x *ServerInfo) GetTextEncoderWeights() string {
+	if x != nil {
+		return x.TextEncoderWeights
+	}
+	return ""
 }
 
 // The loaded checkpoint.
@@ -1080,7 +1099,7 @@ var File_hidream_v1_server_info_proto protoreflect.FileDescriptor
 const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\n" +
 	"\x1chidream/v1/server_info.proto\x12\n" +
-	"hidream.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe1\x05\n" +
+	"hidream.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xad\x06\n" +
 	"\n" +
 	"ServerInfo\x12-\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x17.hidream.v1.ServerStateR\x05state\x12+\n" +
@@ -1102,7 +1121,9 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\fidle_devices\x18\r \x03(\x05R\vidleDevices\x126\n" +
 	"\vlive_models\x18\x0e \x03(\v2\x15.hidream.v1.ModelInfoR\n" +
 	"liveModels\x12>\n" +
-	"\x0fsupported_sizes\x18\x0f \x03(\v2\x15.hidream.v1.ImageSizeR\x0esupportedSizes\"\xaa\x02\n" +
+	"\x0fsupported_sizes\x18\x0f \x03(\v2\x15.hidream.v1.ImageSizeR\x0esupportedSizes\x12\x18\n" +
+	"\aweights\x18\x10 \x01(\tR\aweights\x120\n" +
+	"\x14text_encoder_weights\x18\x11 \x01(\tR\x12textEncoderWeights\"\xaa\x02\n" +
 	"\tModelInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\avariant\x18\x02 \x01(\tR\avariant\x12\x1c\n" +

@@ -77,6 +77,8 @@ class ServerInfo(_message.Message):
     IDLE_DEVICES_FIELD_NUMBER: _builtins.int
     LIVE_MODELS_FIELD_NUMBER: _builtins.int
     SUPPORTED_SIZES_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    TEXT_ENCODER_WEIGHTS_FIELD_NUMBER: _builtins.int
     state: Global___ServerState.ValueType
     """Whether it takes requests."""
     layout: _builtins.str
@@ -87,6 +89,12 @@ class ServerInfo(_message.Message):
     """Number of the rank group, from 1; it grows when ranks are replaced. 0 until the first is up."""
     num_rank_restarts: _builtins.int
     """Rank processes replaced since the start."""
+    weights: _builtins.str
+    """How the matrices of the transformer are held: `bfloat16` (float32 on a CPU), or quantized to `int8` or
+    `float8`, with which images differ a little. Empty from a server that does not know it.
+    """
+    text_encoder_weights: _builtins.str
+    """How those of the text encoders are held that are on devices; see `weights`."""
     @_builtins.property
     def model(self) -> Global___ModelInfo:
         """The checkpoint."""
@@ -155,10 +163,12 @@ class ServerInfo(_message.Message):
         idle_devices: _abc.Iterable[_builtins.int] | None = ...,
         live_models: _abc.Iterable[Global___ModelInfo] | None = ...,
         supported_sizes: _abc.Iterable[Global___ImageSize] | None = ...,
+        weights: _builtins.str = ...,
+        text_encoder_weights: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "jobs", b"jobs", "limits", b"limits", "model", b"model", "start_time", b"start_time", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "devices", b"devices", "generation", b"generation", "idle_devices", b"idle_devices", "jobs", b"jobs", "layout", b"layout", "limits", b"limits", "live_models", b"live_models", "model", b"model", "num_rank_restarts", b"num_rank_restarts", "recommended_sizes", b"recommended_sizes", "start_time", b"start_time", "state", b"state", "supported_sizes", b"supported_sizes", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["defaults", b"defaults", "devices", b"devices", "generation", b"generation", "idle_devices", b"idle_devices", "jobs", b"jobs", "layout", b"layout", "limits", b"limits", "live_models", b"live_models", "model", b"model", "num_rank_restarts", b"num_rank_restarts", "recommended_sizes", b"recommended_sizes", "start_time", b"start_time", "state", b"state", "supported_sizes", b"supported_sizes", "text_encoder_weights", b"text_encoder_weights", "versions", b"versions", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -37,6 +37,7 @@ from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
+from hidream_grpc.model.weight_format import WeightFormats
 
 LENGTH_BYTES = 4
 
@@ -119,6 +120,7 @@ async def test_messages_cross_in_both_directions_and_in_order(pair: Pair) -> Non
         model_path=Path("/models/HiDream"),
         extra_model_path=None,
         checkpoint_fingerprint="86637e71f35d8ddd",
+        weights=WeightFormats(),
         layout=Layout(tensor_parallel=2, expert_parallel=2),
         device_type="cpu",
         local_index=3,

@@ -26,6 +26,7 @@ from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.pipeline import HiDreamModel
+from hidream_grpc.model.weight_format import WeightFormats
 from tests.support.torch_threads import one_thread
 
 __all__ = ["one_thread"]
@@ -71,6 +72,7 @@ def failure_of(model_path: Path, folder: Path, compile_shapes: tuple[StepShape, 
         model_path=model_path,
         extra_model_path=None,
         checkpoint_fingerprint=fingerprint_of(model_path, None),
+        weights=WeightFormats(),
         layout=Layout(),
         device_type="cpu",
         local_index=0,
