@@ -85,7 +85,7 @@ CASES = (
     ),
 )
 
-GUIDED_WIDE = CASES[2]
+GUIDED_WIDE, MIXED_BATCH = CASES[2], CASES[-1]
 
 Generate = Callable[[str, str], dict[str, list[RankResult]]]
 CheckpointOfShape = Callable[[str], Path]
@@ -112,11 +112,12 @@ def checkpoint_of_shape(tiny_checkpoint: Path) -> CheckpointOfShape:
 
 @pytest.fixture(scope="module")
 def generate(rank_worlds: RankWorlds, checkpoint_of_shape: CheckpointOfShape) -> Generate:
-    """What each rank of a layout generates for all cases, by dtype; one world for all tests."""
+    """What each rank of a layout generates, by dtype or format of the weights; one world for all tests."""
 
     @cache
     def generate(shape: str, layout: str) -> dict[str, list[RankResult]]:
         runs = {dtype: Run(CASES, dtype) for dtype in ("float64", "float32")}
+        runs["int8"] = Run((MIXED_BATCH,), weights="int8")
         results = rank_worlds.run(layout, checkpoint_of_shape(shape), [*runs.values()])
         return dict(zip(runs, results, strict=True))
 
@@ -150,23 +151,16 @@ def test_final_latents_are_those_of_one_device(shape: str, layout: str, generate
         assert largest_error(result, alone) <= FLOAT64_TOLERANCE
 
 
-@pytest.mark.parametrize("weights", ["int8", pytest.param("float8", marks=pytest.mark.long)])
-@pytest.mark.parametrize(
-    ("shape", "layout"),
-    [
-        ("4 heads, 4 experts", "cfg=2,ep=2,tp=2"),
-        *(pytest.param(*layout, marks=pytest.mark.long) for layout in LAYOUTS_OF_EACH_KIND + OTHER_LAYOUTS),
-    ],
-)
+@in_every_layout
 def test_final_latents_of_quantized_weights_are_those_of_one_device(
-    shape: str, layout: str, weights: str, rank_worlds: RankWorlds, checkpoint_of_shape: CheckpointOfShape
+    shape: str, layout: str, generate: Generate
 ) -> None:
-    run = Run((CASES[-1],), weights=weights)
-    ((alone,),), (ranks,) = (
-        rank_worlds.run(each, checkpoint_of_shape(shape), [run]) for each in ("tp=1", layout)
-    )
-    for result in ranks:
+    (alone,) = generate(shape, "tp=1")["int8"]
+    for result in generate(shape, layout)["int8"]:
+        assert result.latents.keys() == alone.latents.keys()
         assert largest_error(result, alone) <= FLOAT64_TOLERANCE
+    (exact,) = generate(shape, "tp=1")["float64"]
+    assert largest_error(alone, exact) > FLOAT64_TOLERANCE
 
 
 @in_every_layout
