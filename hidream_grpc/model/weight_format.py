@@ -64,7 +64,7 @@ class WeightFormat(StrEnum):
             bytes_per_weight: size of the dtype in which the model computes.
         """
         return sum(
-            self.matrix_bytes(*shape, bytes_per_weight)
+            self.matrix_bytes(shape[0], shape[1], bytes_per_weight)
             if is_quantized_tensor(name)
             else math.prod(shape) * bytes_per_weight
             for name, shape in shapes.items()

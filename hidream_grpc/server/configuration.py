@@ -141,15 +141,16 @@ def weight_formats(settings: Settings, device_type: DeviceType) -> WeightFormats
     Raises:
         ConfigurationError: the devices cannot compute with them.
     """
-    for flag, weights in (
-        ("--weights", settings.weights),
-        ("--text-encoder-weights", settings.text_encoder_weights),
-    ):
-        if weights == WeightFormat.FLOAT8 and not device_type.has_float8:
-            raise ConfigurationError(flag, f"no float8 on {device_type.name}; int8 takes as little memory")
-    return WeightFormats(
+    formats = WeightFormats(
         transformer=WeightFormat(settings.weights), text_encoders=WeightFormat(settings.text_encoder_weights)
     )
+    for flag, weights in (
+        ("--weights", formats.transformer),
+        ("--text-encoder-weights", formats.text_encoders),
+    ):
+        if weights is WeightFormat.FLOAT8 and not device_type.has_float8:
+            raise ConfigurationError(flag, f"no float8 on {device_type.name}; int8 takes as little memory")
+    return formats
 
 
 def _plan(settings: Settings, divisions: ModelDivisions) -> tuple[DeviceSelection, Layout]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
@@ -17,7 +18,7 @@ from hidream_grpc.model import quantization
 from hidream_grpc.model.checkpoint.files import TransformerConfig
 from hidream_grpc.model.parallel.matrix import Matrix
 from hidream_grpc.model.parallel.shards import parameter_slices
-from hidream_grpc.model.transformer.model import HiDreamTransformer
+from hidream_grpc.model.transformer.model import AttentionWeights, DoubleBlock, HiDreamTransformer
 from hidream_grpc.model.weight_format import WeightFormat, is_quantized_tensor
 from hidream_grpc.model.weights import load_share
 from tests.numerics.test_shares import transformer_of
@@ -97,11 +98,13 @@ def test_products_are_those_of_the_dequantized_matrices(weights: WeightFormat, t
         of_exact.weight.copy_(dequantized(matrix).view_as(of_exact.weight))
         assert (matrix.scales is not None) is (name != "final_linear.matrix")
     rows = torch.randn(2, 9, exact.config.width)
-    block, of_exact_block = quantized.double_blocks[0], exact.double_blocks[0]
+    block, of_exact_block = (cast(DoubleBlock, each.double_blocks[0]) for each in (quantized, exact))
     assert_close(block.ff_i(rows, None), of_exact_block.ff_i(rows, None))
     for mine, expected in zip(quantized.modulation(rows[0]), exact.modulation(rows[0]), strict=True):
         assert_close(mine, expected)
-    stream, of_exact_stream = block.attn1.streams[0], of_exact_block.attn1.streams[0]
+    stream, of_exact_stream = (
+        cast(AttentionWeights, each.attn1.streams[0]) for each in (block, of_exact_block)
+    )
     for first_layer in (0, 1):
         for mine, expected in zip(
             stream.query_key_value(rows, first_layer),

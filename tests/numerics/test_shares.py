@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,14 +14,17 @@ import pytest
 import torch
 
 from hidream_grpc.devices.cpu import CpuDevice
+from hidream_grpc.devices.device_types import CPU
 from hidream_grpc.model.checkpoint.files import TransformerConfig
 from hidream_grpc.model.checkpoint.weights.files import Library, read_tensors
 from hidream_grpc.model.checkpoint.weights.files import num_weights as num_weights_of_component
+from hidream_grpc.model.checkpoint.weights.transformer import transformer_tensors
 from hidream_grpc.model.model_weights import read_model_weights
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.planner import parse_layout
 from hidream_grpc.model.parallel.shards import parameter_slices
 from hidream_grpc.model.transformer.model import HiDreamTransformer
+from hidream_grpc.model.weight_format import WeightFormat, is_quantized_tensor
 from hidream_grpc.model.weights import SafetensorsFolder, load_share
 from tests.support.checkpoints import write_promised, write_reshaped
 
@@ -145,6 +149,45 @@ def test_what_is_read_is_what_is_held(tiny_checkpoint: Path) -> None:
         share = transformer_of(config, "tp=2,ep=2", rank)
         bytes_read = load_share(share, folder, CpuDevice())
         assert bytes_read == sum(parameter.nbytes for parameter in share.parameters())
+
+
+@pytest.mark.parametrize("weights", [WeightFormat.INT8, WeightFormat.FLOAT8])
+def test_what_a_rank_holds_and_reads_of_quantized_weights_is_counted_to_the_byte(
+    weights: WeightFormat, tiny_checkpoint: Path
+) -> None:
+    folder = tiny_checkpoint / "transformer"
+    config = msgspec.json.decode((folder / "config.json").read_bytes(), type=TransformerConfig)
+    shapes = transformer_tensors(config)
+    for layout, rank in (("tp=1", 0), ("tp=4", 0), ("tp=4", 3), ("tp=2,ep=2", 1)):
+        held = read = 0
+        slices = parameter_slices(transformer_of(config, layout, rank))
+        for part in (part for parts in slices.values() for part in parts):
+            shape = shapes[part.name]
+            num_rows = len(part.rows or range(shape[0]))
+            num_inputs = math.prod(shape[1:]) if part.columns is None else len(part.columns)
+            is_quantized = is_quantized_tensor(part.name)
+            of_tensor = weights if is_quantized else WeightFormat.BFLOAT16
+            held += of_tensor.matrix_bytes(num_rows, num_inputs, CPU.bytes_per_weight)
+            # The scale of a row is that of all of its columns.
+            read += num_rows * (shape[1] if is_quantized else num_inputs) * CPU.bytes_per_weight
+        share = transformer_of(config, layout, rank)
+        assert load_share(share, folder, CpuDevice(), weights) == read
+        assert sum(parameter.nbytes for parameter in share.parameters()) == held
+
+
+@pytest.mark.parametrize("layout", ["tp=1", "tp=10", "tp=4,ep=2"])
+def test_quantized_weights_of_the_real_model_take_half_the_bytes(layout: str) -> None:
+    shapes = transformer_tensors(REAL_MODEL)
+    held = dict.fromkeys((WeightFormat.BFLOAT16, WeightFormat.INT8), 0)
+    for parts in parameter_slices(transformer_of(REAL_MODEL, layout, 0)).values():
+        for part in (part for part in parts if is_quantized_tensor(part.name)):
+            shape = shapes[part.name]
+            for weights in held:
+                held[weights] += weights.matrix_bytes(
+                    len(part.rows or range(shape[0])), len(part.columns or range(shape[1])), 2
+                )
+    assert held[WeightFormat.BFLOAT16] > 3e9
+    assert held[WeightFormat.INT8] <= 0.52 * held[WeightFormat.BFLOAT16]
 
 
 _LOAD_WITH_LITTLE_ROOM = """
