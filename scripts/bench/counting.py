@@ -106,6 +106,12 @@ class MetaDevice:
             torch.mm(rows[:num_rows], weight.T)
         return rows.new_empty(rows.shape[0], weights.shape[1])
 
+    quantized_linear = staticmethod(kernels.quantized_linear)
+
+    def quantized_grouped_linear(self, rows: Tensor, weights: Tensor, scales: Tensor, ends: Tensor) -> Tensor:
+        """See `Device`."""
+        return self.grouped_linear(rows, kernels.dequantize(weights, scales), ends)
+
 
 def _cpu_attention_flops(
     query_shape: torch.Size, key_shape: torch.Size, value_shape: torch.Size, *_: Any, **__: Any
