@@ -23,6 +23,7 @@ from pydantic_settings import (
 
 from hidream_grpc.engine.group.config import GroupTimeouts
 from hidream_grpc.errors import ConfigurationError
+from hidream_grpc.model.checkpoint.prompt_lengths import MAX_PROMPT_TOKENS, TRAINED_PROMPT_TOKENS
 from hidream_grpc.model.image_metadata import MetadataDetail
 from hidream_grpc.settings_help import INT64_MAX, Group, Help
 
@@ -124,7 +125,8 @@ class Settings(BaseSettings):
         str | None,
         Help(
             Group.DEVICES,
-            "steps to compile at the start, width x height x samples: 1024x1024x2,768x1360x2",
+            "steps to compile at the start, width x height x samples, and x tokens of long prompts: "
+            "1024x1024x2,768x1360x2x256",
             "none are compiled",
         ),
     ] = None
@@ -281,6 +283,15 @@ class Settings(BaseSettings):
     max_guidance_scale: Annotated[
         float, Help(Group.LIMITS, "guidance scale of one request"), Field(gt=0, le=100)
     ] = 20.0
+    max_prompt_tokens: Annotated[
+        int,
+        Help(
+            Group.LIMITS,
+            "tokens of a prompt for each text encoder, as far as it takes so many; the model was trained "
+            f"with {TRAINED_PROMPT_TOKENS}, and longer prompts cost a little more time",
+        ),
+        Field(ge=TRAINED_PROMPT_TOKENS, le=MAX_PROMPT_TOKENS),
+    ] = TRAINED_PROMPT_TOKENS
     max_prompt_bytes: Annotated[int, Help(Group.LIMITS, "bytes of a prompt"), Field(ge=16, le=65_536)] = 4096
     max_receive_message_bytes: Annotated[
         int, Help(Group.LIMITS, "bytes of a request message"), Field(ge=16_384, le=64 * 1024 * 1024)

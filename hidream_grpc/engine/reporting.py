@@ -93,11 +93,12 @@ def report_step(
             request.publish(PreviewMade(request.step, previews[request.request.claim_id]))
     if not requests:
         return None
-    width, height = requests[0].size
+    size = requests[0].size
     return StepReport(
         step_seconds=step_seconds,
-        width=width,
-        height=height,
+        width=size.width,
+        height=size.height,
+        prompt_tokens=size.prompt_tokens,
         num_samples=sum(request.request.parameters.num_samples for request in requests),
         snapshot_seconds=_report_snapshots(running, answers, snapshot_budget),
         round_seconds=round_seconds,

@@ -8,6 +8,7 @@ from enum import IntEnum, StrEnum
 from typing import Protocol
 
 from hidream_grpc.errors import JobError
+from hidream_grpc.model.checkpoint.prompt_lengths import TRAINED_PROMPT_TOKENS
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.traces import TraceContext
 
@@ -135,6 +136,7 @@ class StepReport:
         step_seconds: duration on the slowest rank.
         width, height: size of all requests in it, in pixels.
         num_samples: rows of the batch.
+        prompt_tokens: length to which all prompts in it are padded.
         snapshot_seconds: cost of the snapshot that was handed up after it; 0 without one.
         round_seconds: duration of the round that held it, from its planning to its report; None where
             prompts were encoded or images decoded beside it.
@@ -144,6 +146,7 @@ class StepReport:
     width: int
     height: int
     num_samples: int
+    prompt_tokens: int = TRAINED_PROMPT_TOKENS
     snapshot_seconds: float = 0.0
     round_seconds: float | None = None
 

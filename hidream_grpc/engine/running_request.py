@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from hidream_grpc.engine.protocol.messages import Admission
 from hidream_grpc.engine.requests import EngineEvent, EngineRequest, RequestRestarted, SnapshotTaken
@@ -20,6 +21,19 @@ class Snapshot:
 
     step: int
     data: bytes
+
+
+class SampleSize(NamedTuple):
+    """The size of one sample of a forward.
+
+    Attributes:
+        width, height: of the image, in pixels.
+        prompt_tokens: length to which its prompt is padded.
+    """
+
+    width: int
+    height: int
+    prompt_tokens: int
 
 
 @dataclass(slots=True)
@@ -42,7 +56,7 @@ class RunningRequest:
         unsaved_seconds: duration of its steps since the latest snapshot that was handed up.
         cleared_above: a suspect is cleared once its progress is more than this; None for no suspect.
         has_failed_alone: whether work went wrong in which no other request had a part.
-        size: width and height in pixels; only requests of one size share a forward.
+        size: what it adds to a forward for each sample; only requests of one size share a forward.
         step_pixels: width × height × samples, which it adds to a forward.
     """
 
@@ -59,13 +73,13 @@ class RunningRequest:
     unsaved_seconds: float = 0.0
     cleared_above: int | None = None
     has_failed_alone: bool = False
-    size: tuple[int, int] = field(init=False)
+    size: SampleSize = field(init=False)
     step_pixels: int = field(init=False)
 
     def __post_init__(self) -> None:
         parameters = self.request.parameters
         self.undecoded = set(range(parameters.num_images)) - self.request.finished_images
-        self.size = parameters.width, parameters.height
+        self.size = SampleSize(parameters.width, parameters.height, parameters.prompt_tokens)
         self.step_pixels = parameters.width * parameters.height * parameters.num_samples
 
     @classmethod

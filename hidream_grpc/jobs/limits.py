@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from hidream_grpc.model.parameters import OutputFormat
 
@@ -44,6 +45,11 @@ class RequestLimits:
     max_jpeg_side_pixels: int | None = OutputFormat.JPEG.max_side_pixels
     max_webp_side_pixels: int | None = OutputFormat.WEBP.max_side_pixels
     max_reconnect_window_seconds: int = 300
+    max_prompt_tokens_by_encoder: Mapping[str, int] = field(default_factory=dict)
+
+    def max_prompt_tokens_of(self, encoder: str) -> int:
+        """Most tokens of a prompt for a text encoder; servers of earlier versions tell only the least."""
+        return self.max_prompt_tokens_by_encoder.get(encoder, self.max_prompt_tokens)
 
     def max_side_pixels(self, output_format: OutputFormat) -> int:
         """Largest width and height of an image that a file of this format can hold."""

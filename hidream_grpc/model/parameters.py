@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from enum import StrEnum
+from typing import NamedTuple
 
 import msgspec
 
+from hidream_grpc.model.checkpoint.prompt_lengths import TRAINED_PROMPT_TOKENS
 from hidream_grpc.model.checkpoint.variants import MAX_SCALE_WITHOUT_GUIDANCE
 
 
@@ -37,6 +39,19 @@ class OutputFormat(StrEnum):
 _MAX_SIDE_PIXELS = {OutputFormat.JPEG: 65_500, OutputFormat.WEBP: 16_383}
 
 
+class PaddedPrompt(NamedTuple):
+    """A prompt, and what its encoded form depends on beside the text encoders.
+
+    Attributes:
+        text: the prompt, which may be empty.
+        num_tokens: length to which it is padded, one of `PROMPT_TOKEN_BUCKETS`; an encoder that takes fewer
+            tokens pads it to these.
+    """
+
+    text: str
+    num_tokens: int = TRAINED_PROMPT_TOKENS
+
+
 class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
     """One request with every field decided, exactly as it is executed.
 
@@ -51,6 +66,8 @@ class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
         output_format: file format of the finished images.
         quality: quality of JPEG and WebP, 1 to 100.
         with_previews: also make a small image of the latents after every step.
+        prompt_tokens: length to which both prompts are padded, one of `PROMPT_TOKEN_BUCKETS`. Both have one
+            length, since both are in one forward.
     """
 
     prompt: str
@@ -64,13 +81,17 @@ class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
     output_format: OutputFormat = OutputFormat.PNG
     quality: int = 90
     with_previews: bool = False
+    prompt_tokens: int = TRAINED_PROMPT_TOKENS
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of all fields: the same in every process, also after fields were stored or sent."""
+        """SHA-256 of what was asked for: the same in every process, also after fields were stored or sent."""
+        asked = msgspec.structs.asdict(self)
         # A caller may pass 5 for 5.0, which becomes a float when it is stored or sent.
-        same_type = msgspec.structs.replace(self, guidance_scale=float(self.guidance_scale))
-        return hashlib.sha256(msgspec.msgpack.encode(same_type)).digest()
+        asked["guidance_scale"] = float(self.guidance_scale)
+        # It follows from the prompts, for one checkpoint.
+        del asked["prompt_tokens"]
+        return hashlib.sha256(msgspec.msgpack.encode(asked)).digest()
 
     @property
     def uses_guidance(self) -> bool:
@@ -78,9 +99,10 @@ class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
         return self.guidance_scale > MAX_SCALE_WITHOUT_GUIDANCE
 
     @property
-    def prompts(self) -> tuple[str, ...]:
+    def prompts(self) -> tuple[PaddedPrompt, ...]:
         """Prompts that the transformer gets: the prompt, and with guidance the negative prompt after it."""
-        return (self.prompt, self.negative_prompt) if self.uses_guidance else (self.prompt,)
+        texts = (self.prompt, self.negative_prompt) if self.uses_guidance else (self.prompt,)
+        return tuple(PaddedPrompt(text, self.prompt_tokens) for text in texts)
 
     @property
     def num_samples(self) -> int:

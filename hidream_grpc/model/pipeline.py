@@ -32,12 +32,11 @@ from hidream_grpc.model.loading import load_scheduler, load_vae, loading, quiete
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.rows import divide_rows, gather_rows
-from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
+from hidream_grpc.model.parameters import GenerationParameters, OutputFormat, PaddedPrompt
 from hidream_grpc.model.prompts.encoding import EncodedPrompts, PromptEncoder
 from hidream_grpc.model.prompts.text_encoders import TextEncoders
 from hidream_grpc.model.snapshot_format import SnapshotIdentity
 from hidream_grpc.model.transformer.compilation import compile_blocks
-from hidream_grpc.model.transformer.conditioning import Conditioning
 from hidream_grpc.model.transformer.model import HiDreamTransformer, RankRows
 from hidream_grpc.model.weight_format import WeightFormats
 from hidream_grpc.model.weights import load_share
@@ -178,14 +177,13 @@ class HiDreamModel:
             Exception: the error of the compiler, where it fails or is missing.
         """
         with self._groups.without_collectives():
-            conditioning = self._prompt_encoder.blank()
             compile_blocks(
                 [*self._transformer.double_blocks, *self._transformer.single_blocks],
                 shapes,
-                lambda shape: self.predict(self._blank_batch(shape, conditioning)),
+                lambda shape: self.predict(self._blank_batch(shape)),
             )
 
-    def encode(self, prompts: Sequence[str]) -> EncodedPrompts:
+    def encode(self, prompts: Sequence[PaddedPrompt]) -> EncodedPrompts:
         """Encode prompts that are not cached; see `PromptEncoder.encode`."""
         return self._prompt_encoder.encode(prompts)
 
@@ -325,8 +323,9 @@ class HiDreamModel:
         """Make a small JPEG of the current latents of image 0."""
         return encode_image(self._preview.render(state.latents[0]), OutputFormat.JPEG, _PREVIEW_QUALITY)
 
-    def _blank_batch(self, shape: StepShape, conditioning: Conditioning) -> StepBatch:
-        """A batch of this shape whose latents are zeros."""
+    def _blank_batch(self, shape: StepShape) -> StepBatch:
+        """A batch of this shape whose latents and prompts are zeros; all ranks of a model must call it."""
+        conditioning = self._prompt_encoder.blank(shape.prompt_tokens)
         device, dtype = self._device.torch_device, self._device.dtype
         latents_shape = self._latents_shape(shape.width, shape.height)
         return StepBatch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,9 @@ from hidream_grpc.jobs.service import StorePolicy
 from hidream_grpc.jobs.store.url import STORE_FLAG
 from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.checkpoint.description import CheckpointDescription
+from hidream_grpc.model.checkpoint.prompt_lengths import PROMPT_TOKEN_BUCKETS, padded_prompt_tokens
 from hidream_grpc.model.checkpoint.sizes import MAX_PREVIEW_SIDE_PIXELS
-from hidream_grpc.model.checkpoint.step_shapes import choose_compile_shapes
+from hidream_grpc.model.checkpoint.step_shapes import COMPILE_SHAPES_FLAG, StepShape, choose_compile_shapes
 from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.memory_requirements import MemoryRequirements
 from hidream_grpc.model.model_weights import read_model_weights
@@ -38,6 +40,8 @@ from hidream_grpc.model.weight_format import WeightFormat, WeightFormats
 from hidream_grpc.server.manifest_certificate import manifest_signer
 from hidream_grpc.server.model_folders import ModelFolders
 from hidream_grpc.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_BYTES = 128
 MAX_LABELS = 32
@@ -112,7 +116,7 @@ def group_config(settings: Settings, folders: ModelFolders, checkpoint: Checkpoi
         # Proven on gloo; an experiment where the backend holds state in the device.
         replace=settings.replace or ("one" if device_type.backend == "gloo" else "all"),
         threads_per_rank=settings.threads_per_rank or max(1, cores_per_rank),
-        compile_shapes=choose_compile_shapes(settings.compile_shapes, device_type, checkpoint.size_limits),
+        compile_shapes=_compile_shapes(settings, device_type, checkpoint),
         image_metadata=ImageMetadata(
             detail=settings.image_metadata,
             model=checkpoint.name,
@@ -153,6 +157,22 @@ def weight_formats(settings: Settings, device_type: DeviceType) -> WeightFormats
     return formats
 
 
+def _compile_shapes(
+    settings: Settings, device_type: DeviceType, checkpoint: CheckpointDescription
+) -> tuple[StepShape, ...]:
+    shapes = choose_compile_shapes(settings.compile_shapes, device_type, checkpoint.size_limits)
+    longest = padded_prompt_tokens(max(_prompt_token_limits(settings, checkpoint).values()))
+    compiled = {shape.prompt_tokens for shape in shapes}
+    uncompiled = [n for n in PROMPT_TOKEN_BUCKETS if n <= longest and n not in compiled]
+    if shapes and uncompiled:
+        logger.warning(
+            "steps whose prompts are padded to %s tokens run uncompiled: %s names none",
+            " or ".join(map(str, uncompiled)),
+            COMPILE_SHAPES_FLAG,
+        )
+    return shapes
+
+
 def _plan(settings: Settings, divisions: ModelDivisions) -> tuple[DeviceSelection, Layout]:
     """The devices that the ranks may use, and how these share the work; the layout may leave some idle."""
     device_type = detect(settings.device_type)
@@ -173,8 +193,10 @@ def _plan(settings: Settings, divisions: ModelDivisions) -> tuple[DeviceSelectio
 
 def request_limits(settings: Settings, checkpoint: CheckpointDescription) -> RequestLimits:
     """What requests are checked against."""
+    prompt_token_limits = _prompt_token_limits(settings, checkpoint)
     return RequestLimits(
-        max_prompt_tokens=checkpoint.max_prompt_tokens,
+        max_prompt_tokens=min(prompt_token_limits.values()),
+        max_prompt_tokens_by_encoder=prompt_token_limits,
         max_prompt_bytes=settings.max_prompt_bytes,
         size_multiple=checkpoint.size_limits.size_multiple,
         min_side_pixels=checkpoint.size_limits.min_side_pixels,
@@ -198,6 +220,11 @@ def request_limits(settings: Settings, checkpoint: CheckpointDescription) -> Req
         max_pixel_steps_per_minute_per_caller=settings.max_pixel_steps_per_minute_per_caller,
         max_streams_per_caller=settings.max_streams_per_caller,
     )
+
+
+def _prompt_token_limits(settings: Settings, checkpoint: CheckpointDescription) -> dict[str, int]:
+    limits = checkpoint.prompt_token_limits
+    return {encoder: min(settings.max_prompt_tokens, limit) for encoder, limit in limits.items()}
 
 
 def request_defaults(limits: RequestLimits, checkpoint: CheckpointDescription) -> RequestDefaults:

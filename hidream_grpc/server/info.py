@@ -68,6 +68,7 @@ class ServerDescription:
                 checkpoint.scheduler_name,
                 checkpoint.shift,
                 loaded[0].model.num_parameters if loaded else 0,
+                checkpoint.trained_prompt_tokens,
             ),
             live_models=[
                 _model_info(model.identity, model.scheduler, model.shift) for model in self._jobs.live_models
@@ -106,7 +107,11 @@ class ServerDescription:
 
 
 def _model_info(
-    identity: ModelIdentity, scheduler: str, shift: float, num_parameters: int = 0
+    identity: ModelIdentity,
+    scheduler: str,
+    shift: float,
+    num_parameters: int = 0,
+    trained_prompt_tokens: int = 0,
 ) -> server_info_pb2.ModelInfo:
     info = server_info_pb2.ModelInfo(
         name=identity.name,
@@ -115,6 +120,7 @@ def _model_info(
         shift=shift,
         num_parameters=num_parameters,
         fingerprint=identity.fingerprint,
+        trained_prompt_tokens=trained_prompt_tokens,
     )
     if default_schedule(scheduler, shift).needs_guidance:
         info.max_poor_guidance_scale = MAX_SCALE_WITHOUT_GUIDANCE

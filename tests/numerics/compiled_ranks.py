@@ -30,16 +30,18 @@ from hidream_grpc.model.parallel.planner import parse_layout
 from hidream_grpc.model.pipeline import HiDreamModel
 from tests.support.denoising import parameters
 
-# Not square, so with a padding token; two samples, as one image with guidance has.
-NAMED = StepShape(width=64, height=96, num_samples=2)
+# Not square, so with a padding token; two samples, as one image with guidance has; long prompts.
+NAMED = StepShape(width=64, height=96, num_samples=2, prompt_tokens=192)
 _REQUESTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "guided": ({"width": 64, "height": 96},),
+    "guided": ({"width": 64, "height": 96, "prompt_tokens": 192},),
     "two without guidance": (
-        {"width": 64, "height": 96, "guidance_scale": 1.0},
-        {"width": 64, "height": 96, "guidance_scale": 1.0, "seed": 8},
+        {"width": 64, "height": 96, "prompt_tokens": 192, "guidance_scale": 1.0},
+        {"width": 64, "height": 96, "prompt_tokens": 192, "guidance_scale": 1.0, "seed": 8},
     ),
-    "other size": ({"width": 80, "height": 96},),
-    "more samples": ({"width": 64, "height": 96, "num_images": 2},),
+    "other size": ({"width": 80, "height": 96, "prompt_tokens": 192},),
+    "more samples": ({"width": 64, "height": 96, "prompt_tokens": 192, "num_images": 2},),
+    "short prompt": ({"width": 64, "height": 96},),
+    "longer prompt": ({"width": 64, "height": 96, "prompt_tokens": 256},),
 }
 OF_THE_NAMED_SHAPE = ("guided", "two without guidance")
 _TIMEOUT = timedelta(seconds=60)

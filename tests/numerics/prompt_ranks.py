@@ -30,6 +30,7 @@ from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
 from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
+from hidream_grpc.model.parameters import PaddedPrompt
 from hidream_grpc.model.pipeline import HiDreamModel
 from hidream_grpc.model.prompts.encoding import EMPTY_PROMPT
 from hidream_grpc.model.prompts.text_encoders import TextEncoder, TextEncoders
@@ -39,8 +40,10 @@ from tests.support.rank_groups import admission
 
 TIMEOUT_SECONDS = 60.0
 
-PROMPTS = ("a red circle", EMPTY_PROMPT, "a blue square", "a red circle")
-CIRCLE, SQUARE, STAR, BROKEN = "a red circle", "a blue square", "a star", "broken"
+LONG = 192
+CIRCLE, BROKEN = PaddedPrompt("a red circle"), PaddedPrompt("broken")
+SQUARE, STAR = PaddedPrompt("a blue square", LONG), PaddedPrompt("a star", LONG)
+PROMPTS = (CIRCLE, EMPTY_PROMPT, SQUARE, CIRCLE)
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,11 @@ class Seen:
     runs: own encoders that ran, with the prompt.
     """
 
-    conditionings: dict[str, tuple[Tensor, ...]]
-    errors: tuple[str, ...]
+    conditionings: dict[PaddedPrompt, tuple[Tensor, ...]]
+    errors: tuple[PaddedPrompt, ...]
     num_cache_hits: int
     num_cache_misses: int
-    runs: tuple[tuple[str, str], ...]
+    runs: tuple[tuple[str, PaddedPrompt], ...]
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,17 @@ class _Recorded:
     """An encoder that notes what it runs for, and breaks on demand."""
 
     def __init__(
-        self, name: TextEncoderName, encoder: TextEncoder, runs: list[tuple[str, str]], breaks: bool
+        self,
+        name: TextEncoderName,
+        encoder: TextEncoder,
+        runs: list[tuple[str, PaddedPrompt]],
+        breaks: bool,
     ) -> None:
         self._name, self._encoder, self._runs, self._breaks = name, encoder, runs, breaks
 
-    def encode(self, prompt: str) -> Tensor:
+    def encode(self, prompt: PaddedPrompt) -> Tensor:
         self._runs.append((self._name.value, prompt))
-        if self._breaks and BROKEN in prompt:
+        if self._breaks and BROKEN.text in prompt.text:
             raise RuntimeError("this encoder is broken")
         return self._encoder.encode(prompt)
 
@@ -99,7 +106,7 @@ class Rank:
     def load(self) -> None:
         """Load the model, as a new rank does."""
         self.model = HiDreamModel.from_pretrained(self._checkpoint, None, self.device, self.groups)
-        self.runs: list[tuple[str, str]] = []
+        self.runs: list[tuple[str, PaddedPrompt]] = []
         encoders: TextEncoders = self.model._prompt_encoder._text_encoders
         encoders._own = {
             name: _Recorded(name, encoder, self.runs, breaks=name is TextEncoderName.T5)
@@ -117,7 +124,7 @@ class Rank:
         )
         join_group(command, self.groups, self._rank, self.device.backend, self.device.torch_device)
 
-    def encode(self, prompts: Sequence[str]) -> Seen:
+    def encode(self, prompts: Sequence[PaddedPrompt]) -> Seen:
         self.runs.clear()
         encoded = self.model.encode(prompts)
         return Seen(
@@ -132,9 +139,9 @@ class Rank:
         """Admit a job with a broken prompt, one with a broken negative prompt and a whole one."""
         runner = Runner(self.model, self.device, self.groups.world, ImageMetadata())
         jobs = {
-            "broken": parameters(f"{BROKEN} for good"),
-            "half broken": parameters(SQUARE, negative_prompt=f"{BROKEN} too"),
-            "whole": parameters(STAR, negative_prompt=SQUARE),
+            "broken": parameters(f"{BROKEN.text} for good"),
+            "half broken": parameters(SQUARE.text, negative_prompt=f"{BROKEN.text} too", prompt_tokens=LONG),
+            "whole": parameters(STAR.text, negative_prompt=SQUARE.text, prompt_tokens=LONG),
         }
         done = runner.run(
             StepPlan(

@@ -14,13 +14,14 @@ from diffusers.schedulers import scheduling_flow_match_lcm
 from hidream_grpc.devices.cpu import CpuDevice
 from hidream_grpc.devices.device import open_device
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.prompt_lengths import PROMPT_TOKEN_BUCKETS
 from hidream_grpc.model.denoising.state import DenoisingState
 from hidream_grpc.model.parallel.groups import Axis
-from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.model.parameters import GenerationParameters, PaddedPrompt
 from hidream_grpc.model.pipeline import HiDreamModel
 from hidream_grpc.model.prompts.text_encoders import PromptEmbeds, TextEncoders
 from tests.numerics.conftest import LoadModel
-from tests.support.checkpoints import LLAMA_LAYERS_READ
+from tests.support.checkpoints import LLAMA_LAYERS_READ, write_unlimited_t5
 from tests.support.denoising import decode, denoise, parameters
 
 # float32, latents of magnitude 1. The loops differ in nothing but the order of some sums: the pipeline
@@ -56,6 +57,7 @@ def run_pipeline(
         num_images_per_prompt=request.num_images,
         latents=initial.latents.clone(),
         output_type=output_type,
+        max_sequence_length=request.prompt_tokens,
     ).images
 
 
@@ -69,6 +71,11 @@ def run_pipeline(
         pytest.param(parameters(guidance_scale=1.0), id="no guidance"),
         pytest.param(parameters(num_inference_steps=1), id="one step"),
         pytest.param(parameters(num_inference_steps=20), id="many steps"),
+        pytest.param(parameters("a red circle " * 8, prompt_tokens=192), id="long prompt"),
+        pytest.param(
+            parameters("a red circle " * 12, prompt_tokens=256, width=128, height=32),
+            id="longest prompt, padded",
+        ),
     ],
 )
 def test_same_latents_give_the_pipelines_picture(
@@ -115,14 +122,28 @@ def test_seeds_mean_what_they_mean_to_the_pipeline(model_of: LoadModel, checkpoi
     assert torch.equal(model_of("full").begin(request).latents, expected)
 
 
-@pytest.mark.parametrize("prompt", ["", "a red circle", "红色的圆 on blue", "word " * 100])
-def test_prompts_are_encoded_as_the_pipeline_does(prompt: str, checkpoint_of: CheckpointOf) -> None:
-    pipeline = load_pipeline(checkpoint_of("full"), 64, 64)
-    t5, _, llama, _, pooled, _ = pipeline.encode_prompt(prompt, do_classifier_free_guidance=False)
-    encoders = TextEncoders.from_pretrained(
-        checkpoint_of("full"), None, LLAMA_LAYERS_READ, open_device("cpu", 0), Axis("world")
+@pytest.fixture(scope="module")
+def encoders_and_pipeline(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TextEncoders, HiDreamImagePipeline]:
+    """Those of a checkpoint of which T5 and Llama have no limit, and CLIP that of the pipeline."""
+    folder = write_unlimited_t5(tiny_checkpoint, tmp_path_factory.mktemp("long") / "checkpoint")
+    world, device = Axis("world"), open_device("cpu", 0)
+    encoders = TextEncoders.from_pretrained(folder, None, LLAMA_LAYERS_READ, device, world)
+    return encoders, load_pipeline(folder, 64, 64)
+
+
+@pytest.mark.parametrize("num_tokens", PROMPT_TOKEN_BUCKETS)
+@pytest.mark.parametrize("text", ["", "a red circle", "红色的圆 on blue", "word " * 37, "word " * 100])
+def test_prompts_are_encoded_as_the_pipeline_does(
+    text: str, num_tokens: int, encoders_and_pipeline: tuple[TextEncoders, HiDreamImagePipeline]
+) -> None:
+    encoders, pipeline = encoders_and_pipeline
+    t5, _, llama, _, pooled, _ = pipeline.encode_prompt(
+        text, do_classifier_free_guidance=False, max_sequence_length=num_tokens
     )
-    embeds = PromptEmbeds.from_outputs(encoders.encode(prompt))
+    embeds = PromptEmbeds.from_outputs(encoders.encode(PaddedPrompt(text, num_tokens)))
+    assert embeds.t5.shape[0] == embeds.llama.shape[1] == num_tokens
     torch.testing.assert_close(embeds.t5, t5[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(embeds.llama, llama[list(LLAMA_LAYERS_READ), 0], rtol=0, atol=1e-5)
     torch.testing.assert_close(embeds.pooled, pooled[0], rtol=0, atol=1e-6)

@@ -15,6 +15,7 @@ import torch
 
 from hidream_grpc.devices.cpu import CpuDevice
 from hidream_grpc.model.parallel.layout import Layout
+from hidream_grpc.model.parameters import PaddedPrompt
 from hidream_grpc.model.pipeline import HiDreamModel
 from tests.numerics.prompt_ranks import BROKEN, CIRCLE, PROMPTS, SQUARE, STAR, Planned, Seen
 
@@ -66,12 +67,12 @@ def counts(ranks: Stages, stage: str) -> set[tuple[int, int]]:
     return {(s.num_cache_hits, s.num_cache_misses) for s in seen(ranks, stage)}
 
 
-def runs(ranks: Stages, stage: str) -> list[tuple[str, str]]:
+def runs(ranks: Stages, stage: str) -> list[tuple[str, PaddedPrompt]]:
     """Encoders that ran on any rank, with their prompts."""
     return sorted(run for s in seen(ranks, stage) for run in s.runs)
 
 
-def once(*prompts: str) -> list[tuple[str, str]]:
+def once(*prompts: PaddedPrompt) -> list[tuple[str, PaddedPrompt]]:
     return sorted((encoder, p) for encoder in ("CLIP-L", "CLIP-G", "T5", "Llama") for p in prompts)
 
 

@@ -119,6 +119,26 @@ def write_variant(source: Path, folder: Path, scheduler: str) -> Path:
     return folder
 
 
+def write_unlimited_t5(source: Path, folder: Path) -> Path:
+    """Write a checkpoint whose T5 takes prompts of any length, all else of another one (linked).
+
+    Args:
+        source: the other checkpoint.
+        folder: of the new one; made.
+
+    Returns:
+        `folder`.
+    """
+    folder.mkdir(parents=True)
+    for part in source.iterdir():
+        if part.name != "tokenizer_3":
+            (folder / part.name).symlink_to(part.resolve())
+    shutil.copytree(source / "tokenizer_3", folder / "tokenizer_3")
+    settings = folder / "tokenizer_3" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 512}))
+    return folder
+
+
 def write_reshaped(source: Path, folder: Path, **transformer: object) -> Path:
     """Write a checkpoint with another transformer, the other components of another one (linked).
 
@@ -251,7 +271,8 @@ def _clip(tokenizer: CLIPTokenizer, projection_dim: int) -> CLIPTextModelWithPro
             projection_dim=projection_dim,
             num_hidden_layers=1,
             num_attention_heads=4,
-            max_position_embeddings=128,
+            # Of the released checkpoints the shorter CLIP has as many.
+            max_position_embeddings=218,
             initializer_factor=3.0,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

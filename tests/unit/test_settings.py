@@ -217,6 +217,7 @@ OUT_OF_RANGE = {
     "max_num_inference_steps": "many",
     "max_guidance_scale": "nan",
     "max_prompt_bytes": "1",
+    "max_prompt_tokens": "257",
     "chunk_bytes": "4194304",
     "metrics_port": "65536",
     "retention_seconds": "-1",

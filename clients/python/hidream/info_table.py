@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from hidream.terminal import table
 from hidream.v1 import server_info_pb2
@@ -42,12 +42,20 @@ def _info_rows(info: server_info_pb2.ServerInfo) -> Iterator[tuple[str, str]]:
     yield "sizes", _sizes(info.recommended_sizes)
     yield "further sizes", _sizes(info.supported_sizes)
     yield "warnings", "; ".join(model.warnings)
+    if model.trained_prompt_tokens:
+        yield "trained prompts", f"up to {model.trained_prompt_tokens} tokens"
     for field, value in limits.ListFields():
-        yield field.name, f"{value:,}" if isinstance(value, int) else f"{value:g}"
+        yield field.name, _limit(value)
     yield (
         "versions",
         ", ".join(f"{field.name} {value}" for field, value in info.versions.ListFields()),
     )
+
+
+def _limit(value: float | Mapping[str, int]) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {number:,}" for name, number in sorted(value.items()))
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _sizes(sizes: Iterable[server_info_pb2.ImageSize]) -> str:

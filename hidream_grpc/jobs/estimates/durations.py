@@ -8,6 +8,7 @@ from statistics import fmean, linear_regression
 from typing import Generic, TypeVar
 
 from hidream_grpc.engine.requests import StepReport
+from hidream_grpc.model.checkpoint.prompt_lengths import TRAINED_PROMPT_TOKENS
 
 NUM_KEPT = 16
 """Number of newest durations of each kind that count: a change of the load shows within as many steps."""
@@ -17,8 +18,8 @@ MAX_SHAPES = 256
 MIN_SECONDS = 1e-6
 """Nothing takes less, whatever the clock says."""
 
-StepKind = tuple[int, int, int]
-"""What the time of a step depends on: width and height in pixels, and samples of the forward."""
+StepKind = tuple[int, int, int, int]
+"""What the time of a step depends on: width and height in pixels, samples, and tokens of a prompt."""
 Size = tuple[int, int]
 
 Key = TypeVar("Key")
@@ -102,8 +103,9 @@ class MeasuredDurations:
     def note_step(self, report: StepReport) -> None:
         """Learn from a denoising step."""
         self.has_steps = True
+        kind = (report.width, report.height, report.num_samples, report.prompt_tokens)
         work = report.width * report.height * report.num_samples
-        self._steps.add((report.width, report.height, report.num_samples), work, report.step_seconds)
+        self._steps.add(kind, work, report.step_seconds)
         if report.round_seconds is not None:
             self._between_steps.add(max(0.0, report.round_seconds - report.step_seconds))
 
@@ -115,14 +117,17 @@ class MeasuredDurations:
         """Learn from an image that was decoded."""
         self._images.add((width, height), width * height, decode_seconds)
 
-    def step_seconds(self, width: int, height: int, num_samples: int) -> float:
+    def step_seconds(
+        self, width: int, height: int, num_samples: int, prompt_tokens: int = TRAINED_PROMPT_TOKENS
+    ) -> float:
         """One step of so many samples of a size; 0 while no step was measured.
 
-        A shape that was not measured is scaled by width × height × samples: on the line between its
-        nearest neighbours; smaller or larger than all, from the nearest along the line through all (in
+        A shape that was not measured is scaled by width × height × samples, whatever the length of its prompts
+        (the longest are 9 % more tokens at 1024×1024): on the line between its nearest neighbours; smaller or larger than all, from the nearest along the line through all (in
         proportion, where that is all there is).
         """
-        return self._steps.get((width, height, num_samples), width * height * num_samples)
+        kind = (width, height, num_samples, prompt_tokens)
+        return self._steps.get(kind, width * height * num_samples)
 
     def image_seconds(self, width: int, height: int) -> float:
         """Decoding one image on one rank, scaled by its pixels; 0 while none was measured."""

@@ -100,10 +100,11 @@ class JobWork:
 
     def seconds_alone(self, durations: MeasuredDurations) -> float:
         """How long it would take with the engine to itself."""
-        width, height = self.parameters.width, self.parameters.height
-        num_steps = self.parameters.num_inference_steps - self.step
-        num_images = self.parameters.num_images - len(self.finished_images)
-        step_seconds = durations.step_seconds(width, height, self.parameters.num_samples)
+        parameters = self.parameters
+        width, height = parameters.width, parameters.height
+        num_steps = parameters.num_inference_steps - self.step
+        num_images = parameters.num_images - len(self.finished_images)
+        step_seconds = durations.step_seconds(width, height, parameters.num_samples, parameters.prompt_tokens)
         return num_steps * step_seconds + num_images * durations.image_seconds(width, height)
 
 
@@ -243,7 +244,8 @@ class Simulation:
         note_decodes(self._denoised, decodes)
         for decode in decodes:
             size = self._denoised[decode.claim_id].size
-            self._decode_seconds[decode.claim_id, decode.image_index] = self._durations.image_seconds(*size)
+            seconds = self._durations.image_seconds(size.width, size.height)
+            self._decode_seconds[decode.claim_id, decode.image_index] = seconds
 
     def _take_steps(self, job_ids: tuple[str, ...]) -> float:
         """Have jobs take steps together, as often as the round is repeated and as each has steps left.
@@ -289,9 +291,9 @@ class Simulation:
         return max(num_repeats, 1 + int(COARSENESS * self._num_coarse_forwards))
 
     def _step_seconds(self, stepping: Sequence[RunningRequest]) -> float:
-        width, height = stepping[0].size
+        width, height, prompt_tokens = stepping[0].size
         num_samples = sum([request.step_pixels for request in stepping]) // (width * height)
-        return self._durations.step_seconds(width, height, num_samples)
+        return self._durations.step_seconds(width, height, num_samples, prompt_tokens)
 
     def _decode(self, budget_seconds: float) -> None:
         """Have each rank go on with its image, beside the steps at most as long as these take."""

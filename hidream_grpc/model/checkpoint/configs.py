@@ -10,7 +10,6 @@ from hidream_grpc.errors import ModelNotFoundError
 from hidream_grpc.model.checkpoint.files import (
     EXTRA_MODEL_PATH_FLAG,
     LLAMA,
-    MAX_SEQUENCE_LENGTH,
     MODEL_PATH_FLAG,
     ClipConfig,
     LlamaConfig,
@@ -23,6 +22,7 @@ from hidream_grpc.model.checkpoint.files import (
     llama_folder,
     read_json,
 )
+from hidream_grpc.model.checkpoint.prompt_lengths import TRAINED_PROMPT_TOKENS
 from hidream_grpc.model.checkpoint.variants import SUPPORTED_SCHEDULERS
 
 
@@ -116,8 +116,8 @@ def _read_vae(model_path: Path) -> VaeConfig:
 
 def _read_clip(folder: Path) -> ClipConfig:
     clip = read_json(folder / "config.json", ClipConfig, MODEL_PATH_FLAG)
-    if clip.max_position_embeddings < MAX_SEQUENCE_LENGTH:
-        reason = f"has room for {clip.max_position_embeddings} tokens, {MAX_SEQUENCE_LENGTH} are needed"
+    if clip.max_position_embeddings < TRAINED_PROMPT_TOKENS:
+        reason = f"has room for {clip.max_position_embeddings} tokens, {TRAINED_PROMPT_TOKENS} are needed"
         raise ModelNotFoundError(MODEL_PATH_FLAG, folder, reason)
     _check_multiple(folder, MODEL_PATH_FLAG, clip, "hidden_size", "num_attention_heads")
     return clip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,19 +14,17 @@ from hidream_grpc.model.checkpoint.configs import read_configs
 from hidream_grpc.model.checkpoint.demo import DEMO_NAME, demo_checkpoint_path
 from hidream_grpc.model.checkpoint.editing_model import check_no_editing_model
 from hidream_grpc.model.checkpoint.files import (
-    MAX_SEQUENCE_LENGTH,
     MODEL_PATH_FLAG,
     GenerationConfig,
     SchedulerConfig,
-    llama_flag,
-    llama_tokenizer_folder,
     read_json,
     read_pipeline_class,
-    token_limit,
 )
 from hidream_grpc.model.checkpoint.fingerprint import fingerprint_of
 from hidream_grpc.model.checkpoint.hub import is_snapshot, repository_name
+from hidream_grpc.model.checkpoint.prompt_lengths import TRAINED_PROMPT_TOKENS
 from hidream_grpc.model.checkpoint.sizes import ImageSize, SizeLimits
+from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName, prompt_token_limits
 from hidream_grpc.model.checkpoint.tokenizers.files import check_tokenizers
 from hidream_grpc.model.checkpoint.variants import Variant, default_schedule, identify_variant
 from hidream_grpc.model.checkpoint.weights.check import check_weights
@@ -57,7 +56,7 @@ class CheckpointDescription:
         shift: shift of the scheduler's timesteps.
         defaults: defaults of the checkpoint's own `generation_config.json`, or else of the variant.
         size_limits: the sizes of images that can be generated.
-        max_prompt_tokens: most tokens of a prompt for each text encoder, special tokens included.
+        prompt_token_limits: most tokens of a prompt that each text encoder takes, special tokens included.
         num_attention_heads: attention heads of the transformer, which tensor parallel divides.
         num_routed_experts: routed experts of the transformer, which expert parallel divides.
         fingerprint: distinguishes the checkpoint from any other, also from a later one in the same folder.
@@ -69,10 +68,15 @@ class CheckpointDescription:
     shift: float
     defaults: GenerationDefaults
     size_limits: SizeLimits
-    max_prompt_tokens: int
+    prompt_token_limits: Mapping[TextEncoderName, int]
     num_attention_heads: int
     num_routed_experts: int
     fingerprint: str
+
+    @property
+    def trained_prompt_tokens(self) -> int:
+        """Most tokens, for each text encoder, of a prompt that is padded as the model was trained."""
+        return min(TRAINED_PROMPT_TOKENS, *self.prompt_token_limits.values())
 
 
 def describe_checkpoint(model_path: Path, extra_model_path: Path | None) -> CheckpointDescription:
@@ -110,11 +114,7 @@ def describe_checkpoint(model_path: Path, extra_model_path: Path | None) -> Chec
         shift=scheduler.timestep_shift,
         defaults=_defaults(model_path, scheduler, size_limits),
         size_limits=size_limits,
-        max_prompt_tokens=min(
-            token_limit(model_path / "tokenizer_3"),
-            token_limit(llama_tokenizer_folder(model_path, extra_model_path), llama_flag(model_path)),
-            MAX_SEQUENCE_LENGTH,
-        ),
+        prompt_token_limits=prompt_token_limits(model_path, extra_model_path),
         num_attention_heads=transformer.num_attention_heads,
         num_routed_experts=transformer.num_routed_experts,
         fingerprint=fingerprint_of(model_path, extra_model_path),

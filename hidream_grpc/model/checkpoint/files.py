@@ -12,15 +12,13 @@ import msgspec
 
 from hidream_grpc.errors import ModelNotFoundError
 from hidream_grpc.model.checkpoint.hub import has_unfinished_download, snapshots_hint
+from hidream_grpc.model.checkpoint.prompt_lengths import MAX_PROMPT_TOKENS
 
 MODEL_PATH_FLAG = "-m/--model-path"
 EXTRA_MODEL_PATH_FLAG = "-e/--extra-model-path"
 
 LLAMA = "text_encoder_4"
 LLAMA_TOKENIZER = "tokenizer_4"
-
-# The pipeline's default max_sequence_length: every prompt is padded to so many tokens.
-MAX_SEQUENCE_LENGTH = 128
 
 _Positive = Annotated[int, msgspec.Meta(gt=0)]
 # Names of tensors are made for each layer and expert, which would take for ever with an absurd number.
@@ -252,9 +250,9 @@ def llama_tokenizer_folder(model_path: Path, extra_model_path: Path | None) -> P
 
 
 def token_limit(tokenizer_folder: Path, flag: str = MODEL_PATH_FLAG) -> int:
-    """Most tokens that the pipeline passes to the encoder of this tokenizer."""
+    """Most tokens that the pipeline passes to the encoder of this tokenizer, at most `MAX_PROMPT_TOKENS`."""
     path = tokenizer_folder / "tokenizer_config.json"
     if not path.is_file():
-        return MAX_SEQUENCE_LENGTH
+        return MAX_PROMPT_TOKENS
     own_limit = read_json(path, _TokenizerConfig, flag).model_max_length
-    return MAX_SEQUENCE_LENGTH if own_limit is None else int(min(MAX_SEQUENCE_LENGTH, own_limit))
+    return MAX_PROMPT_TOKENS if own_limit is None else int(min(MAX_PROMPT_TOKENS, own_limit))

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 from hidream_grpc.devices.device_types import DeviceType
 from hidream_grpc.errors import ConfigurationError
+from hidream_grpc.model.checkpoint.prompt_lengths import PROMPT_TOKEN_BUCKETS, TRAINED_PROMPT_TOKENS
 from hidream_grpc.model.checkpoint.sizes import ImageSize, SizeLimits
 
 COMPILE_SHAPES_FLAG = "--compile-shapes"
+
+_BUCKETS = "|".join(map(str, PROMPT_TOKEN_BUCKETS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,14 +22,17 @@ class StepShape:
     Attributes:
         width, height: size of all its images, in pixels.
         num_samples: rows of the step, on all ranks together: two for each image with guidance, else one.
+        prompt_tokens: length to which its prompts are padded, one of `PROMPT_TOKEN_BUCKETS`.
     """
 
     width: int
     height: int
     num_samples: int
+    prompt_tokens: int = TRAINED_PROMPT_TOKENS
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.height}x{self.num_samples}"
+        shape = f"{self.width}x{self.height}x{self.num_samples}"
+        return shape if self.prompt_tokens == TRAINED_PROMPT_TOKENS else f"{shape}x{self.prompt_tokens}"
 
 
 def choose_compile_shapes(
@@ -52,7 +58,10 @@ def choose_compile_shapes(
 def parse_step_shapes(
     text: str, size_limits: SizeLimits, flag: str = COMPILE_SHAPES_FLAG
 ) -> tuple[StepShape, ...]:
-    """Read shapes such as "1024x1024x2,768x1360x2": width × height × samples of a step.
+    """Read shapes such as "1024x1024x2,768x1360x2x256": width × height × samples of a step.
+
+    The fourth number is the length in tokens to which its prompts are padded; without it they are padded as
+    the model was trained.
 
     Args:
         text: the operator's text.
@@ -65,12 +74,14 @@ def parse_step_shapes(
     """
     shapes: list[StepShape] = []
     for part in (part.strip() for part in text.split(",")):
-        match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})x([1-9][0-9]{0,2})", part)
+        match = re.fullmatch(rf"([0-9]{{1,5}})x([0-9]{{1,5}})x([1-9][0-9]{{0,2}})(?:x({_BUCKETS}))?", part)
         if match is None:
             raise ConfigurationError(
-                flag, f"{part!r} in {text!r} is no width x height x samples, such as 1024x1024x2"
+                flag,
+                f"{part!r} in {text!r} is no width x height x samples, such as 1024x1024x2, "
+                f"or x prompt tokens too, which are {_BUCKETS.replace('|', ', ')}",
             )
-        shape = StepShape(*map(int, match.groups()))
+        shape = StepShape(*(int(number) for number in match.groups() if number))
         if not size_limits.allows(ImageSize(shape.width, shape.height)):
             raise ConfigurationError(
                 flag,

@@ -8,16 +8,17 @@ from enum import StrEnum
 from pathlib import Path
 
 from hidream_grpc.model.checkpoint.files import (
-    MAX_SEQUENCE_LENGTH,
     MODEL_PATH_FLAG,
     ClipConfig,
     LlamaConfig,
     T5Config,
+    llama_flag,
     llama_folder,
     llama_tokenizer_folder,
     read_json,
     token_limit,
 )
+from hidream_grpc.model.checkpoint.prompt_lengths import MAX_PROMPT_TOKENS
 from hidream_grpc.model.checkpoint.weights.text_encoders import clip_tensors, llama_tensors, t5_tensors
 from hidream_grpc.model.checkpoint.weights.transformer import Shapes
 
@@ -39,14 +40,25 @@ class TextEncoderFiles:
         folder: folder of its weights and configuration.
         tokenizer_folder: folder of its tokenizer.
         shapes: shapes of the tensors that are read, by name; its files may hold others.
-        output_shape: shape of its output for one prompt: (P,) of a CLIP, (T, D) of T5, (L, T, D) of Llama,
-            where T is the padded length in tokens and L the number of layers that are read.
+        max_tokens: most tokens that it takes of a prompt, special tokens included.
+        output_sides: (P,) of a CLIP, (None, D) of T5, (L, None, D) of Llama, where L is the number of layers
+            that are read, and None stands for the padded length in tokens.
     """
 
     folder: Path
     tokenizer_folder: Path
     shapes: Shapes
-    output_shape: tuple[int, ...]
+    max_tokens: int
+    output_sides: tuple[int | None, ...]
+
+    def num_tokens(self, prompt_tokens: int) -> int:
+        """Number of tokens to which it pads a prompt of this bucket."""
+        return min(prompt_tokens, self.max_tokens)
+
+    def output_shape(self, prompt_tokens: int) -> tuple[int, ...]:
+        """Shape of its output for one prompt of this bucket."""
+        num_tokens = self.num_tokens(prompt_tokens)
+        return tuple(num_tokens if side is None else side for side in self.output_sides)
 
     @property
     def num_parameters(self) -> int:
@@ -69,34 +81,63 @@ def text_encoder_files(
     llama_tokenizer = llama_tokenizer_folder(model_path, extra_model_path)
     t5_config = read_json(t5_folder / "config.json", T5Config, MODEL_PATH_FLAG)
     llama_config = read_json(llama / "config.json", LlamaConfig, MODEL_PATH_FLAG)
+    max_tokens = prompt_token_limits(model_path, extra_model_path)
     return {
-        TextEncoderName.CLIP_L: _clip_files(model_path, ""),
-        TextEncoderName.CLIP_G: _clip_files(model_path, "_2"),
+        name: _clip_files(model_path, number, max_tokens[name])
+        for name, number in ((TextEncoderName.CLIP_L, ""), (TextEncoderName.CLIP_G, "_2"))
+    } | {
         TextEncoderName.T5: TextEncoderFiles(
             t5_folder,
             t5_tokenizer,
             t5_tensors(t5_config),
-            (_num_tokens(t5_tokenizer), t5_config.d_model),
+            max_tokens[TextEncoderName.T5],
+            (None, t5_config.d_model),
         ),
         TextEncoderName.LLAMA: TextEncoderFiles(
             llama,
             llama_tokenizer,
             llama_tensors(llama_config),
-            (num_llama_layers, _num_tokens(llama_tokenizer), llama_config.hidden_size),
+            max_tokens[TextEncoderName.LLAMA],
+            (num_llama_layers, None, llama_config.hidden_size),
         ),
     }
 
 
-def _clip_files(model_path: Path, number: str) -> TextEncoderFiles:
+def prompt_token_limits(model_path: Path, extra_model_path: Path | None) -> dict[TextEncoderName, int]:
+    """Most tokens of a prompt that each text encoder of a checkpoint takes, special tokens included.
+
+    That of T5 and Llama is their tokenizer's own, at most `MAX_PROMPT_TOKENS`. Both CLIPs take what the one
+    with fewer positions has room for: 218 in the released checkpoints, which the pipeline names outright.
+
+    Args:
+        model_path: the checkpoint.
+        extra_model_path: the Llama folder, where the checkpoint holds none.
+
+    Source: diffusers 0.42.1 pipeline_hidream_image.py, `_get_*_prompt_embeds`.
+    """
+    num_positions = min(
+        read_json(model_path / name / "config.json", ClipConfig, MODEL_PATH_FLAG).max_position_embeddings
+        for name in ("text_encoder", "text_encoder_2")
+    )
+    of_clip = min(MAX_PROMPT_TOKENS, num_positions)
+    llama_tokenizer = llama_tokenizer_folder(model_path, extra_model_path)
+    return {
+        TextEncoderName.CLIP_L: of_clip,
+        TextEncoderName.CLIP_G: of_clip,
+        TextEncoderName.T5: token_limit(model_path / "tokenizer_3"),
+        TextEncoderName.LLAMA: token_limit(llama_tokenizer, llama_flag(model_path)),
+    }
+
+
+def _clip_files(model_path: Path, number: str, max_tokens: int) -> TextEncoderFiles:
     folder = model_path / f"text_encoder{number}"
     config = read_json(folder / "config.json", ClipConfig, MODEL_PATH_FLAG)
     return TextEncoderFiles(
         folder,
         model_path / f"tokenizer{number}",
         clip_tensors(config),
+        max_tokens,
         (config.projection_dim,),
     )
 
 
-def _num_tokens(tokenizer_folder: Path) -> int:
-    return min(MAX_SEQUENCE_LENGTH, token_limit(tokenizer_folder))

@@ -70,15 +70,17 @@ class StepBatch:
         """Gather the rows of the next step of some requests.
 
         Args:
-            states: at least one state, all of one size, each at its own step.
+            states: at least one state, all of one size and length of prompts, each at its own step.
 
         Raises:
-            ValueError: the states differ in size.
+            ValueError: the states differ in size, or in the length of their prompts.
         """
         if len({state.latents.shape[1:] for state in states}) != 1:
             raise ValueError("requests of one step must have one size")
         halves = [(s, s.negative_conditioning) for s in states if s.negative_conditioning]
         halves += [(state, state.conditioning) for state in states]
+        if len({conditioning.num_tokens for _, conditioning in halves}) != 1:
+            raise ValueError("prompts of one step must be padded to one length")
         return cls(
             latents=torch.cat([state.latents for state, _ in halves]),
             time_and_prompt=torch.cat(

@@ -20,12 +20,13 @@ from torch import Tensor
 from hidream_grpc.devices.device import Device
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
 from hidream_grpc.model.parallel.groups import Axis
+from hidream_grpc.model.parameters import PaddedPrompt
 from hidream_grpc.model.prompts.text_encoders import PromptEmbeds, TextEncoders
 from hidream_grpc.model.transformer.conditioning import Conditioning
 
-EMPTY_PROMPT = ""
+EMPTY_PROMPT = PaddedPrompt("")
 
-# An entry of the released model takes 32 MB.
+# An entry of the released model takes 32 MB, one of the longest prompts twice as much.
 MAX_CACHED_PROMPTS = 16
 
 
@@ -50,12 +51,12 @@ class EncodedPrompts:
         num_cache_misses: number of prompts for which encoders ran.
     """
 
-    conditionings: Mapping[str, Conditioning]
-    errors: Mapping[str, Exception]
+    conditionings: Mapping[PaddedPrompt, Conditioning]
+    errors: Mapping[PaddedPrompt, Exception]
     num_cache_hits: int
     num_cache_misses: int
 
-    def has_all_of(self, prompts: Sequence[str]) -> bool:
+    def has_all_of(self, prompts: Sequence[PaddedPrompt]) -> bool:
         """Whether all of these prompts were encoded.
 
         Raises:
@@ -66,7 +67,7 @@ class EncodedPrompts:
                 raise self.errors[prompt]
         return all(prompt in self.conditionings for prompt in prompts)
 
-    def require(self, prompts: Sequence[str]) -> tuple[Conditioning, ...]:
+    def require(self, prompts: Sequence[PaddedPrompt]) -> tuple[Conditioning, ...]:
         """The conditionings of these prompts, in their order.
 
         Raises:
@@ -79,24 +80,22 @@ class EncodedPrompts:
 
 
 class ConditioningCache:
-    """A cache of the latest prompts, and always of the empty one, which guidance needs."""
+    """A cache of the latest prompts, and always of the empty one of each length, which guidance needs."""
 
     def __init__(self) -> None:
-        self._latest: OrderedDict[str, Conditioning] = OrderedDict()
-        self._empty: Conditioning | None = None
+        self._latest: OrderedDict[PaddedPrompt, Conditioning] = OrderedDict()
+        self._empty: dict[PaddedPrompt, Conditioning] = {}
 
-    def __contains__(self, prompt: str) -> bool:
-        return self._empty is not None if prompt == EMPTY_PROMPT else prompt in self._latest
+    def __contains__(self, prompt: PaddedPrompt) -> bool:
+        return prompt in self._latest or prompt in self._empty
 
-    def __getitem__(self, prompt: str) -> Conditioning:
-        if prompt == EMPTY_PROMPT and self._empty is not None:
-            return self._empty
-        return self._latest[prompt]
+    def __getitem__(self, prompt: PaddedPrompt) -> Conditioning:
+        return self._latest[prompt] if prompt.text else self._empty[prompt]
 
-    def keep(self, prompt: str, conditioning: Conditioning) -> None:
+    def keep(self, prompt: PaddedPrompt, conditioning: Conditioning) -> None:
         """Cache this prompt as the latest; the oldest one is dropped when there are too many."""
-        if prompt == EMPTY_PROMPT:
-            self._empty = conditioning
+        if not prompt.text:
+            self._empty[prompt] = conditioning
             return
         self._latest[prompt] = conditioning
         self._latest.move_to_end(prompt)
@@ -124,7 +123,7 @@ class PromptEncoder:
         self._cache = ConditioningCache()
 
     @torch.inference_mode()
-    def encode(self, prompts: Sequence[str]) -> EncodedPrompts:
+    def encode(self, prompts: Sequence[PaddedPrompt]) -> EncodedPrompts:
         """Encode the prompts that are not cached on every rank; all ranks must call it with the same prompts.
 
         Args:
@@ -139,8 +138,8 @@ class PromptEncoder:
         cached_here = [prompt in self._cache for prompt in distinct]
         # The caches of the ranks differ, since a new rank has an empty one.
         is_cached = self._all_true(cached_here)
-        conditionings: dict[str, Conditioning] = {}
-        errors: dict[str, Exception] = {}
+        conditionings: dict[PaddedPrompt, Conditioning] = {}
+        errors: dict[PaddedPrompt, Exception] = {}
         # Read the cache first, since encoding the others may drop entries.
         for prompt, hit in zip(distinct, is_cached, strict=True):
             if hit:
@@ -153,16 +152,19 @@ class PromptEncoder:
         for prompt in distinct:
             if prompt in conditionings:
                 self._cache.keep(prompt, conditionings[prompt])
-        num_misses = sum(prompt != EMPTY_PROMPT for prompt in missing)
-        num_prompts = sum(prompt != EMPTY_PROMPT for prompt in prompts)
+        num_misses = sum(prompt.text != "" for prompt in missing)
+        num_prompts = sum(prompt.text != "" for prompt in prompts)
         return EncodedPrompts(conditionings, errors, num_prompts - num_misses, num_misses)
 
     @torch.inference_mode()
-    def blank(self) -> Conditioning:
-        """A conditioning of zeros in the shape that all prompts have; all ranks of a model must call it."""
-        return self._project(self._text_encoders.blank())
+    def blank(self, prompt_tokens: int) -> Conditioning:
+        """A conditioning of zeros in the shape of all prompts that are padded to so many tokens.
 
-    def _encode(self, prompt: str, errors: dict[str, Exception]) -> Conditioning | None:
+        All ranks of a model must call it.
+        """
+        return self._project(self._text_encoders.blank(prompt_tokens))
+
+    def _encode(self, prompt: PaddedPrompt, errors: dict[PaddedPrompt, Exception]) -> Conditioning | None:
         """Encode one prompt; None where an encoder failed on any rank."""
         outputs: dict[TextEncoderName, Tensor] = {}
         try:

@@ -1,6 +1,6 @@
 """The text encoders of this rank, which turn a prompt into the input of the caption projection.
 
-Legend of shapes: T tokens (the padded length), L Llama layers that the transformer reads.
+Legend of shapes: T tokens (to which the encoder pads the prompt), L Llama layers that the transformer reads.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from transformers import (
 from hidream_grpc.devices.device import Device, open_device
 from hidream_grpc.devices.device_types import CPU
 from hidream_grpc.errors import NonFiniteError
-from hidream_grpc.model.checkpoint.files import MAX_SEQUENCE_LENGTH, MODEL_PATH_FLAG, llama_flag
+from hidream_grpc.model.checkpoint.files import MODEL_PATH_FLAG, llama_flag
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderFiles, TextEncoderName, text_encoder_files
 from hidream_grpc.model.loading import load_module, load_tokenizer, loading
 from hidream_grpc.model.parallel.groups import Axis
+from hidream_grpc.model.parameters import PaddedPrompt
 from hidream_grpc.model.prompts.assignment import activation_reserve_bytes, assign_to_ranks, fits
 from hidream_grpc.model.weight_format import WeightFormat
 
@@ -65,7 +66,7 @@ class PromptEmbeds:
 class TextEncoder(Protocol):
     """One encoder with its tokenizer."""
 
-    def encode(self, prompt: str) -> Tensor:
+    def encode(self, prompt: PaddedPrompt) -> Tensor:
         """Encode one prompt into a tensor of `TextEncoderFiles.output_shape`."""
 
 
@@ -93,7 +94,7 @@ class TextEncoders:
         self.owners = dict(owners)
         self._own = dict(own)
         self.num_parameters = sum(f.num_parameters for f in files.values())
-        self._output_shapes = {name: f.output_shape for name, f in files.items()}
+        self._files = dict(files)
         self._device = device
 
     @classmethod
@@ -140,7 +141,7 @@ class TextEncoders:
         return cls(own, files, owners, device)
 
     @torch.inference_mode()
-    def encode(self, prompt: str) -> dict[TextEncoderName, Tensor]:
+    def encode(self, prompt: PaddedPrompt) -> dict[TextEncoderName, Tensor]:
         """Run this rank's encoders.
 
         Returns:
@@ -156,20 +157,20 @@ class TextEncoders:
         outputs = {
             name: self._own[name].encode(prompt).to(device, dtype).contiguous()
             if name in self._own
-            else torch.empty(shape, device=device, dtype=dtype)
-            for name, shape in self._output_shapes.items()
+            else torch.empty(files.output_shape(prompt.num_tokens), device=device, dtype=dtype)
+            for name, files in self._files.items()
         }
         are_finite = {name: outputs[name].isfinite().all() for name in self._own}
         if broken := [name for name, is_finite in are_finite.items() if not is_finite]:
             raise NonFiniteError(f"what {' and '.join(broken)} gives for the prompt is not finite")
         return outputs
 
-    def blank(self) -> dict[TextEncoderName, Tensor]:
-        """Zeros in the shapes of the outputs, which are the same for all prompts."""
+    def blank(self, prompt_tokens: int) -> dict[TextEncoderName, Tensor]:
+        """Zeros in the shapes of the outputs for all prompts that are padded to so many tokens."""
         device, dtype = self._device.torch_device, self._device.dtype
         return {
-            name: torch.zeros(shape, device=device, dtype=dtype)
-            for name, shape in self._output_shapes.items()
+            name: torch.zeros(files.output_shape(prompt_tokens), device=device, dtype=dtype)
+            for name, files in self._files.items()
         }
 
 
@@ -177,10 +178,11 @@ class _ClipEncoder:
     def __init__(self, files: TextEncoderFiles, device: Device, weights: WeightFormat) -> None:
         self._tokenizer = load_tokenizer(CLIPTokenizer, files.tokenizer_folder)
         self._model = load_module(CLIPTextModelWithProjection, files.folder, device, weights)
+        self._files = files
 
-    def encode(self, prompt: str) -> Tensor:
+    def encode(self, prompt: PaddedPrompt) -> Tensor:
         """Return (P,), the pooled embedding."""
-        tokens = _tokenize(self._tokenizer, prompt, MAX_SEQUENCE_LENGTH, self._model.device)
+        tokens = _tokenize(self._tokenizer, prompt, self._files, self._model.device)
         pooled: Tensor = self._model(tokens["input_ids"])[0]
         return pooled[0]
 
@@ -189,11 +191,11 @@ class _T5Encoder:
     def __init__(self, files: TextEncoderFiles, device: Device, weights: WeightFormat) -> None:
         self._tokenizer = load_tokenizer(T5Tokenizer, files.tokenizer_folder)
         self._model = load_module(T5EncoderModel, files.folder, device, weights)
-        self._num_tokens = files.output_shape[0]
+        self._files = files
 
-    def encode(self, prompt: str) -> Tensor:
+    def encode(self, prompt: PaddedPrompt) -> Tensor:
         """Return (T, D), the last states."""
-        tokens = _tokenize(self._tokenizer, prompt, self._num_tokens, self._model.device)
+        tokens = _tokenize(self._tokenizer, prompt, self._files, self._model.device)
         states: Tensor = self._model(**tokens)[0]
         return states[0]
 
@@ -209,11 +211,11 @@ class _LlamaEncoder:
         self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model = load_module(LlamaModel, files.folder, device, weights)
         self._layers = layers
-        self._num_tokens = files.output_shape[1]
+        self._files = files
 
-    def encode(self, prompt: str) -> Tensor:
+    def encode(self, prompt: PaddedPrompt) -> Tensor:
         """Return (L, T, D), the states after the layers that are read."""
-        tokens = _tokenize(self._tokenizer, prompt, self._num_tokens, self._model.device)
+        tokens = _tokenize(self._tokenizer, prompt, self._files, self._model.device)
         states = self._model(**tokens, output_hidden_states=True, use_cache=False).hidden_states
         # The first entry is the input of the first layer.
         return torch.cat([states[layer + 1] for layer in self._layers])
@@ -266,14 +268,18 @@ def _choose_device(size_bytes: int, device: Device) -> tuple[Device, str]:
 
 
 def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, num_tokens: int, device: torch.device
+    tokenizer: PreTrainedTokenizerBase, prompt: PaddedPrompt, files: TextEncoderFiles, device: torch.device
 ) -> dict[str, Tensor]:
-    """Tokenize one prompt, padded to the length that the transformer was trained with.
+    """Tokenize one prompt for an encoder, padded as far as that encoder takes it.
 
     Returns:
         input_ids and attention_mask, (1, T), int64, on the device.
     """
     tokens = tokenizer(
-        [prompt], padding="max_length", max_length=num_tokens, truncation=True, return_tensors="pt"
+        [prompt.text],
+        padding="max_length",
+        max_length=files.num_tokens(prompt.num_tokens),
+        truncation=True,
+        return_tensors="pt",
     )
     return {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}

@@ -20,3 +20,8 @@ class Conditioning:
     pooled: Tensor
     t5: Tensor
     llama: Tensor
+
+    @property
+    def num_tokens(self) -> tuple[int, int]:
+        """Numbers of tokens of T5 and of Llama, which are the same in all rows of one forward."""
+        return self.t5.shape[0], self.llama.shape[1]

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from hidream.v1 import image_gen_pb2, image_pb2
 from hidream_grpc.errors import FieldViolation, InvalidRequestError
 from hidream_grpc.jobs.job import ModelIdentity, Submission
 from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
+from hidream_grpc.model.checkpoint.prompt_lengths import padded_prompt_tokens
 from hidream_grpc.model.checkpoint.tokenizers.prompt_tokens import TokenCount
 from hidream_grpc.model.parameters import OutputFormat
 from hidream_grpc.server.checks.submissions import (
@@ -69,7 +71,7 @@ class RequestValidator:
         violations: list[FieldViolation] = []
         if not request.HasField("spec"):
             violations.append(FieldViolation("spec", "is required"))
-        self._check_spec(request.spec, violations)
+        num_prompt_tokens = self._check_spec(request.spec, violations)
         violations += request_id_violations(request, self._limits)
         if request.priority not in PRIORITIES:
             violations.append(FieldViolation("priority", f"unknown value {request.priority}"))
@@ -78,7 +80,13 @@ class RequestValidator:
         if violations:
             raise invalid_request(violations)
         submission = submission_of(
-            request, caller, deadline_seconds, self._defaults, self._limits.max_seed, self._model
+            request,
+            caller,
+            deadline_seconds,
+            self._defaults,
+            self._limits.max_seed,
+            self._model,
+            padded_prompt_tokens(num_prompt_tokens),
         )
         self._check_work(submission.parameters.pixel_steps)
         return submission
@@ -129,7 +137,8 @@ class RequestValidator:
     def _tokens_of(self, prompt: str) -> tuple[TokenCount, ...]:
         return self._counted.get(prompt) or self._count_tokens(prompt)
 
-    def _check_spec(self, spec: image_pb2.ImageSpec, violations: list[FieldViolation]) -> None:
+    def _check_spec(self, spec: image_pb2.ImageSpec, violations: list[FieldViolation]) -> int:
+        """Check a spec; returns the most tokens that any text encoder gets of its prompts."""
         limits = self._limits
 
         def violate(field: str, description: str) -> None:
@@ -142,9 +151,10 @@ class RequestValidator:
 
         if not spec.prompt.strip():
             violate("prompt", "must not be empty")
+        num_prompt_tokens = 0
         for field in ("prompt", "negative_prompt"):
-            if description := self._prompt_violation(getattr(spec, field)):
-                violate(field, description)
+            num_tokens = self._check_prompt(getattr(spec, field), partial(violate, field))
+            num_prompt_tokens = max(num_prompt_tokens, num_tokens)
         self._check_size(spec, violate)
         check_range("num_inference_steps", 1, limits.max_num_inference_steps)
         check_range("num_images", 1, limits.max_num_images)
@@ -162,20 +172,25 @@ class RequestValidator:
             violate("output_format", f"unknown value {spec.output_format}")
         elif spec.HasField("quality") and not OUTPUT_FORMATS[spec.output_format].has_quality:
             violate("quality", "applies to JPEG and WebP only: PNG loses nothing")
+        return num_prompt_tokens
 
-    def _prompt_violation(self, prompt: str) -> str | None:
+    def _check_prompt(self, prompt: str, violate: Callable[[str], None]) -> int:
+        """Check one of the prompts; returns the most tokens that any text encoder gets of it, 0 if not counted."""
         limits = self._limits
         num_bytes = len(prompt.encode())
         if num_bytes > limits.max_prompt_bytes:
-            return f"must be at most {limits.max_prompt_bytes} bytes of UTF-8, is {num_bytes}"
+            violate(f"must be at most {limits.max_prompt_bytes} bytes of UTF-8, is {num_bytes}")
+            return 0
         if "\0" in prompt:
-            return "must not contain NUL"
-        too_long = [count for count in self._tokens_of(prompt) if not count.fits]
-        if not too_long:
-            return None
-        # The limit that a shorter prompt meets last; of equal ones, that of the encoder that counts most.
-        count = min(too_long, key=lambda count: (count.max_tokens, -count.num_tokens))
-        return f"must be at most {count.max_tokens} tokens of {count.encoder}, is {count.num_tokens}"
+            violate("must not contain NUL")
+            return 0
+        counts = self._tokens_of(prompt)
+        # The encoder that a shorter prompt fits last.
+        tightest = max(counts, key=lambda c: c.num_tokens / limits.max_prompt_tokens_of(c.encoder))
+        max_tokens = limits.max_prompt_tokens_of(tightest.encoder)
+        if tightest.num_tokens > max_tokens:
+            violate(f"must be at most {max_tokens} tokens of {tightest.encoder}, is {tightest.num_tokens}")
+        return max(count.num_tokens for count in counts)
 
     def _check_size(self, spec: image_pb2.ImageSpec, violate: Callable[[str, str], None]) -> None:
         limits = self._limits

@@ -12,6 +12,7 @@ from hidream.v1 import image_gen_pb2, image_pb2, job_pb2
 from hidream_grpc.engine.requests import Priority
 from hidream_grpc.jobs.job import ModelIdentity, Submission
 from hidream_grpc.jobs.limits import MAX_TORCH_SEED, RequestDefaults
+from hidream_grpc.model.checkpoint.prompt_lengths import TRAINED_PROMPT_TOKENS
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 
 JobRequest: TypeAlias = image_gen_pb2.GenerateRequest | image_gen_pb2.SubmitJobRequest
@@ -44,6 +45,7 @@ def submission_of(
     defaults: RequestDefaults = NO_DEFAULTS,
     max_seed: int = MAX_TORCH_SEED,
     model: ModelIdentity | None = None,
+    prompt_tokens: int = TRAINED_PROMPT_TOKENS,
 ) -> Submission:
     """The submission that a request asks for; what it leaves out comes from the defaults and the model."""
     request_id = request.request_id or uuid.uuid4().hex
@@ -62,6 +64,7 @@ def submission_of(
             output_format=OUTPUT_FORMATS.get(spec.output_format, OutputFormat.PNG),
             quality=_given(spec, "quality", defaults.quality),
             with_previews=request.preview,
+            prompt_tokens=prompt_tokens,
         ),
         request_id=request_id,
         caller=caller,

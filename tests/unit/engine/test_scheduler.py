@@ -16,6 +16,7 @@ from hidream_grpc.engine.scheduler import (
     step_pixels,
 )
 from hidream_grpc.engine.snapshot_schedule import SnapshotBudget
+from hidream_grpc.model.checkpoint.prompt_lengths import PROMPT_TOKEN_BUCKETS
 from hidream_grpc.model.parameters import GenerationParameters
 from tests.support.running_requests import running_request
 
@@ -23,7 +24,9 @@ NO_LIMIT = 2**40
 SMALL, LARGE = (64, 64), (128, 128)
 
 
-def parameters(size: tuple[int, int] = SMALL, steps: int = 4, num_images: int = 1) -> GenerationParameters:
+def parameters(
+    size: tuple[int, int] = SMALL, steps: int = 4, num_images: int = 1, prompt_tokens: int = 128
+) -> GenerationParameters:
     return GenerationParameters(
         prompt="a red circle",
         width=size[0],
@@ -32,6 +35,7 @@ def parameters(size: tuple[int, int] = SMALL, steps: int = 4, num_images: int = 
         guidance_scale=1.0,
         num_images=num_images,
         seed=0,
+        prompt_tokens=prompt_tokens,
     )
 
 
@@ -102,14 +106,19 @@ def test_newcomers_never_keep_a_request_of_another_size_waiting() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from([SMALL, LARGE, (64, 128)]), st.integers(1, 6), st.integers(1, 3)),
+        st.tuples(
+            st.sampled_from([SMALL, LARGE, (64, 128)]),
+            st.integers(1, 6),
+            st.integers(1, 3),
+            st.sampled_from(PROMPT_TOKEN_BUCKETS),
+        ),
         min_size=1,
         max_size=8,
     ),
     st.integers(64 * 64, 6 * 128 * 128),
 )
 def test_every_request_gets_all_its_steps_within_the_budget_and_in_batches_of_one_size(
-    requests: list[tuple[tuple[int, int], int, int]], max_step_pixels: int
+    requests: list[tuple[tuple[int, int], int, int, int]], max_step_pixels: int
 ) -> None:
     running: dict[str, RunningRequest] = {}
     asked = {f"job {n}": parameters(*request) for n, request in enumerate(requests)}
@@ -118,7 +127,7 @@ def test_every_request_gets_all_its_steps_within_the_budget_and_in_batches_of_on
     waits = dict.fromkeys(asked, 0)
     taken = dict.fromkeys(asked, 0)
     while claim_ids := step(running, max_step_pixels):
-        assert len({(asked[j].width, asked[j].height) for j in claim_ids}) == 1
+        assert len({(asked[j].width, asked[j].height, asked[j].prompt_tokens) for j in claim_ids}) == 1
         pixels = sum(asked[j].width * asked[j].height * asked[j].num_samples for j in claim_ids)
         assert pixels <= max_step_pixels or len(claim_ids) == 1
         for claim_id in asked:

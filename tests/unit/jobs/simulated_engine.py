@@ -117,7 +117,7 @@ class SimulatedEngine:
         note_decodes(self.running, decodes)
         for decode in decodes:
             size = self.running[decode.claim_id].size
-            self.decodes[decode.rank] = (decode, self.times.image_seconds(*size))
+            self.decodes[decode.rank] = (decode, self.times.image_seconds(size.width, size.height))
         is_plain = not (admitted or self.decodes)
         step_seconds = self._step(stepped) if stepped else None
         self._decode(step_seconds)
@@ -145,7 +145,8 @@ class SimulatedEngine:
         return bool(admitted)
 
     def _step(self, stepped: tuple[str, ...]) -> float:
-        step_seconds = self.times.step_seconds(*self.running[stepped[0]].size, self._num_samples(stepped))
+        size = self.running[stepped[0]].size
+        step_seconds = self.times.step_seconds(size.width, size.height, self._num_samples(stepped))
         self.seconds += step_seconds
         note_forward(self.running, stepped, step_seconds)
         return step_seconds
@@ -153,7 +154,16 @@ class SimulatedEngine:
     def _report(self, stepped: tuple[str, ...], step_seconds: float, is_plain: bool) -> None:
         round_seconds = step_seconds + self.times.between_steps if is_plain else None
         size, num_samples = self.running[stepped[0]].size, self._num_samples(stepped)
-        self.durations.note_step(StepReport(step_seconds, *size, num_samples, round_seconds=round_seconds))
+        self.durations.note_step(
+            StepReport(
+                step_seconds,
+                size.width,
+                size.height,
+                num_samples,
+                size.prompt_tokens,
+                round_seconds=round_seconds,
+            )
+        )
 
     def _decode(self, budget_seconds: float | None) -> None:
         """Every rank goes on with its image, in slices, until the budget is spent."""
@@ -166,7 +176,8 @@ class SimulatedEngine:
             if left - done <= 1e-9:
                 del self.decodes[rank]
                 request = self.running[decode.claim_id]
-                self.durations.note_image(*request.size, self.times.image_seconds(*request.size))
+                width, height, _ = request.size
+                self.durations.note_image(width, height, self.times.image_seconds(width, height))
                 request.finish_image(decode.image_index)
         self.seconds += max(spent)
 

@@ -20,6 +20,7 @@ from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
 from hidream_grpc.model.denoising.state import StepBatch
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
+from hidream_grpc.model.parameters import PaddedPrompt
 from hidream_grpc.model.pipeline import HiDreamModel
 from hidream_grpc.model.prompts.encoding import EMPTY_PROMPT, MAX_CACHED_PROMPTS
 from hidream_grpc.model.prompts.text_encoders import TextEncoders
@@ -41,8 +42,8 @@ def encoder_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     prompts: list[str] = []
     encode = TextEncoders.encode
 
-    def recording(self: TextEncoders, prompt: str) -> dict[TextEncoderName, torch.Tensor]:
-        prompts.append(prompt)
+    def recording(self: TextEncoders, prompt: PaddedPrompt) -> dict[TextEncoderName, torch.Tensor]:
+        prompts.append(prompt.text)
         return encode(self, prompt)
 
     monkeypatch.setattr(TextEncoders, "encode", recording)

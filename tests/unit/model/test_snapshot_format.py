@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import Any
 
@@ -82,6 +83,18 @@ def test_a_request_that_travelled_is_the_same_request() -> None:
     for codec in (msgspec.json, msgspec.msgpack):
         travelled = codec.decode(codec.encode(parameters), type=GenerationParameters)
         assert travelled.digest == parameters.digest == IDENTITY.parameters.digest
+
+
+def test_the_length_of_the_prompts_follows_from_the_request_and_the_checkpoint() -> None:
+    parameters = msgspec.structs.replace(IDENTITY.parameters, prompt_tokens=256)
+    assert parameters.digest == IDENTITY.parameters.digest
+    # As before there was that length: jobs go on from their snapshots after an upgrade.
+    asked = (
+        {"prompt": "a red circle", "negative_prompt": "", "width": 64, "height": 96}
+        | {"num_inference_steps": 9, "guidance_scale": 3.0, "num_images": 2, "seed": 7}
+        | {"output_format": "PNG", "quality": 90, "with_previews": False}
+    )
+    assert parameters.digest == hashlib.sha256(msgspec.msgpack.encode(asked)).digest()
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,6 @@ def test_states_and_choices_have_the_names_of_the_contract(enum: Any, prefix: st
     assert enum.keys() == [f"{prefix}{name}" for name in ("UNSPECIFIED", *names)]
 
 
-def test_an_image_spec_holds_every_parameter_of_the_model_but_previews() -> None:
+def test_an_image_spec_holds_every_parameter_of_the_model_but_previews_and_what_follows() -> None:
     spec = {field.name for field in image_pb2.ImageSpec.DESCRIPTOR.fields}
-    assert spec == set(GenerationParameters.__struct_fields__) - {"with_previews"}
+    assert spec == set(GenerationParameters.__struct_fields__) - {"with_previews", "prompt_tokens"}

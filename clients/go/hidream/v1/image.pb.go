@@ -87,7 +87,8 @@ func (OutputFormat) EnumDescriptor() ([]byte, []int) {
 type ImageSpec struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The description, in any language. Required; at most `limits.max_prompt_bytes` bytes of UTF-8
-	// and `limits.max_prompt_tokens` tokens of each text encoder. Nothing of it is cut off.
+	// and, for each text encoder, `limits.max_prompt_tokens_by_encoder` tokens. Nothing of it is cut off. With more
+	// tokens than `ModelInfo.trained_prompt_tokens` it is longer than the model was trained for.
 	Prompt string `protobuf:"bytes,1,opt,name=prompt,proto3" json:"prompt,omitempty"`
 	// What to keep away from. The same limits as `prompt`. It works through guidance, so it is refused
 	// where `guidance_scale` is 1 or less. Absent or empty: none.

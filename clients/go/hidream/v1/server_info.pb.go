@@ -305,9 +305,14 @@ type ModelInfo struct {
 	// guidance (Dev and Fast).
 	MaxPoorGuidanceScale *float32 `protobuf:"fixed32,7,opt,name=max_poor_guidance_scale,json=maxPoorGuidanceScale,proto3,oneof" json:"max_poor_guidance_scale,omitempty"`
 	// What somebody who asks for images of this model should know, a sentence each, in English.
-	Warnings      []string `protobuf:"bytes,8,rep,name=warnings,proto3" json:"warnings,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Warnings []string `protobuf:"bytes,8,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	// Tokens of a prompt for each text encoder, its special tokens included, up to which prompts are padded as
+	// the model was trained. Longer ones are taken where the limits allow them (`limits.max_prompt_tokens`); they
+	// cost a little more time, and images may follow them less closely. 0 where the server does not know it, as for
+	// models of other servers.
+	TrainedPromptTokens int32 `protobuf:"varint,9,opt,name=trained_prompt_tokens,json=trainedPromptTokens,proto3" json:"trained_prompt_tokens,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *ModelInfo) Reset() {
@@ -394,6 +399,13 @@ func (x *ModelInfo) GetWarnings() []string {
 		return x.Warnings
 	}
 	return nil
+}
+
+func (x *ModelInfo) GetTrainedPromptTokens() int32 {
+	if x != nil {
+		return x.TrainedPromptTokens
+	}
+	return 0
 }
 
 // The device of one rank.
@@ -627,7 +639,8 @@ func (x *RequestDefaults) GetQuality() int32 {
 // Every limit that a request is checked against; all of them inclusive.
 type RequestLimits struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Tokens of a prompt, for each text encoder, its special tokens included.
+	// Tokens of a prompt, its special tokens included, that every text encoder takes:
+	// the least of `max_prompt_tokens_by_encoder`.
 	MaxPromptTokens int32 `protobuf:"varint,1,opt,name=max_prompt_tokens,json=maxPromptTokens,proto3" json:"max_prompt_tokens,omitempty"`
 	// Bytes of a prompt, as UTF-8.
 	MaxPromptBytes int32 `protobuf:"varint,2,opt,name=max_prompt_bytes,json=maxPromptBytes,proto3" json:"max_prompt_bytes,omitempty"`
@@ -688,8 +701,12 @@ type RequestLimits struct {
 	MaxWebpSidePixels *int32 `protobuf:"varint,26,opt,name=max_webp_side_pixels,json=maxWebpSidePixels,proto3,oneof" json:"max_webp_side_pixels,omitempty"`
 	// Longest `GenerateRequest.reconnect_window`, in seconds. Absent from a server that does not know it.
 	MaxReconnectWindowSeconds *int32 `protobuf:"varint,27,opt,name=max_reconnect_window_seconds,json=maxReconnectWindowSeconds,proto3,oneof" json:"max_reconnect_window_seconds,omitempty"`
-	unknownFields             protoimpl.UnknownFields
-	sizeCache                 protoimpl.SizeCache
+	// Tokens of a prompt, its special tokens included, by text encoder: `CLIP-L`, `CLIP-G`, `T5` and `Llama`, each
+	// of which counts the same prompt its own way. Empty from a server that does not know it: `max_prompt_tokens`
+	// is then that of each.
+	MaxPromptTokensByEncoder map[string]int32 `protobuf:"bytes,28,rep,name=max_prompt_tokens_by_encoder,json=maxPromptTokensByEncoder,proto3" json:"max_prompt_tokens_by_encoder,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	unknownFields            protoimpl.UnknownFields
+	sizeCache                protoimpl.SizeCache
 }
 
 func (x *RequestLimits) Reset() {
@@ -909,6 +926,13 @@ func (x *RequestLimits) GetMaxReconnectWindowSeconds() int32 {
 		return *x.MaxReconnectWindowSeconds
 	}
 	return 0
+}
+
+func (x *RequestLimits) GetMaxPromptTokensByEncoder() map[string]int32 {
+	if x != nil {
+		return x.MaxPromptTokensByEncoder
+	}
+	return nil
 }
 
 // How many jobs there are, and what came of those before. `queued` and `running` are of the whole job
@@ -1132,7 +1156,8 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\x0enum_parameters\x18\x05 \x01(\x03R\rnumParameters\x12 \n" +
 	"\vfingerprint\x18\x06 \x01(\tR\vfingerprint\x12:\n" +
 	"\x17max_poor_guidance_scale\x18\a \x01(\x02H\x00R\x14maxPoorGuidanceScale\x88\x01\x01\x12\x1a\n" +
-	"\bwarnings\x18\b \x03(\tR\bwarningsB\x1a\n" +
+	"\bwarnings\x18\b \x03(\tR\bwarnings\x122\n" +
+	"\x15trained_prompt_tokens\x18\t \x01(\x05R\x13trainedPromptTokensB\x1a\n" +
 	"\x18_max_poor_guidance_scale\"\xaf\x01\n" +
 	"\n" +
 	"DeviceInfo\x12\x12\n" +
@@ -1152,7 +1177,7 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"\x0eguidance_scale\x18\x04 \x01(\x02R\rguidanceScale\x12\x1d\n" +
 	"\n" +
 	"num_images\x18\x05 \x01(\x05R\tnumImages\x12\x18\n" +
-	"\aquality\x18\x06 \x01(\x05R\aquality\"\xd3\v\n" +
+	"\aquality\x18\x06 \x01(\x05R\aquality\"\x99\r\n" +
 	"\rRequestLimits\x12*\n" +
 	"\x11max_prompt_tokens\x18\x01 \x01(\x05R\x0fmaxPromptTokens\x12(\n" +
 	"\x10max_prompt_bytes\x18\x02 \x01(\x05R\x0emaxPromptBytes\x12#\n" +
@@ -1187,7 +1212,11 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"maxQuality\x124\n" +
 	"\x14max_jpeg_side_pixels\x18\x19 \x01(\x05H\x04R\x11maxJpegSidePixels\x88\x01\x01\x124\n" +
 	"\x14max_webp_side_pixels\x18\x1a \x01(\x05H\x05R\x11maxWebpSidePixels\x88\x01\x01\x12D\n" +
-	"\x1cmax_reconnect_window_seconds\x18\x1b \x01(\x05H\x06R\x19maxReconnectWindowSeconds\x88\x01\x01B\x1d\n" +
+	"\x1cmax_reconnect_window_seconds\x18\x1b \x01(\x05H\x06R\x19maxReconnectWindowSeconds\x88\x01\x01\x12w\n" +
+	"\x1cmax_prompt_tokens_by_encoder\x18\x1c \x03(\v27.hidream.v1.RequestLimits.MaxPromptTokensByEncoderEntryR\x18maxPromptTokensByEncoder\x1aK\n" +
+	"\x1dMaxPromptTokensByEncoderEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01B\x1d\n" +
 	"\x1b_max_queued_jobs_per_callerB\x1e\n" +
 	"\x1c_max_running_jobs_per_callerB(\n" +
 	"&_max_pixel_steps_per_minute_per_callerB\x19\n" +
@@ -1230,7 +1259,7 @@ func file_hidream_v1_server_info_proto_rawDescGZIP() []byte {
 }
 
 var file_hidream_v1_server_info_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_hidream_v1_server_info_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_hidream_v1_server_info_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_hidream_v1_server_info_proto_goTypes = []any{
 	(ServerState)(0),              // 0: hidream.v1.ServerState
 	(*ServerInfo)(nil),            // 1: hidream.v1.ServerInfo
@@ -1241,7 +1270,8 @@ var file_hidream_v1_server_info_proto_goTypes = []any{
 	(*RequestLimits)(nil),         // 6: hidream.v1.RequestLimits
 	(*JobCounts)(nil),             // 7: hidream.v1.JobCounts
 	(*Versions)(nil),              // 8: hidream.v1.Versions
-	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
+	nil,                           // 9: hidream.v1.RequestLimits.MaxPromptTokensByEncoderEntry
+	(*timestamppb.Timestamp)(nil), // 10: google.protobuf.Timestamp
 }
 var file_hidream_v1_server_info_proto_depIdxs = []int32{
 	0,  // 0: hidream.v1.ServerInfo.state:type_name -> hidream.v1.ServerState
@@ -1252,14 +1282,15 @@ var file_hidream_v1_server_info_proto_depIdxs = []int32{
 	4,  // 5: hidream.v1.ServerInfo.recommended_sizes:type_name -> hidream.v1.ImageSize
 	7,  // 6: hidream.v1.ServerInfo.jobs:type_name -> hidream.v1.JobCounts
 	8,  // 7: hidream.v1.ServerInfo.versions:type_name -> hidream.v1.Versions
-	9,  // 8: hidream.v1.ServerInfo.start_time:type_name -> google.protobuf.Timestamp
+	10, // 8: hidream.v1.ServerInfo.start_time:type_name -> google.protobuf.Timestamp
 	2,  // 9: hidream.v1.ServerInfo.live_models:type_name -> hidream.v1.ModelInfo
 	4,  // 10: hidream.v1.ServerInfo.supported_sizes:type_name -> hidream.v1.ImageSize
-	11, // [11:11] is the sub-list for method output_type
-	11, // [11:11] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	9,  // 11: hidream.v1.RequestLimits.max_prompt_tokens_by_encoder:type_name -> hidream.v1.RequestLimits.MaxPromptTokensByEncoderEntry
+	12, // [12:12] is the sub-list for method output_type
+	12, // [12:12] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_hidream_v1_server_info_proto_init() }
@@ -1275,7 +1306,7 @@ func file_hidream_v1_server_info_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_hidream_v1_server_info_proto_rawDesc), len(file_hidream_v1_server_info_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   8,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -73,7 +73,8 @@ class ImageSpec(_message.Message):
     QUALITY_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
     """The description, in any language. Required; at most `limits.max_prompt_bytes` bytes of UTF-8
-    and `limits.max_prompt_tokens` tokens of each text encoder. Nothing of it is cut off.
+    and, for each text encoder, `limits.max_prompt_tokens_by_encoder` tokens. Nothing of it is cut off. With more
+    tokens than `ModelInfo.trained_prompt_tokens` it is longer than the model was trained for.
     """
     negative_prompt: _builtins.str
     """What to keep away from. The same limits as `prompt`. It works through guidance, so it is refused

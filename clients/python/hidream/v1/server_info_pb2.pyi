@@ -188,6 +188,7 @@ class ModelInfo(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     MAX_POOR_GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
+    TRAINED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the checkpoint's folder, or `demo`."""
     variant: _builtins.str
@@ -207,6 +208,12 @@ class ModelInfo(_message.Message):
     trained (1 for Full): such a request is accepted, and its images are poor. Absent: the model needs no
     guidance (Dev and Fast).
     """
+    trained_prompt_tokens: _builtins.int
+    """Tokens of a prompt for each text encoder, its special tokens included, up to which prompts are padded as
+    the model was trained. Longer ones are taken where the limits allow them (`limits.max_prompt_tokens`); they
+    cost a little more time, and images may follow them less closely. 0 where the server does not know it, as for
+    models of other servers.
+    """
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What somebody who asks for images of this model should know, a sentence each, in English."""
@@ -222,10 +229,11 @@ class ModelInfo(_message.Message):
         fingerprint: _builtins.str = ...,
         max_poor_guidance_scale: _builtins.float | None = ...,
         warnings: _abc.Iterable[_builtins.str] | None = ...,
+        trained_prompt_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_poor_guidance_scale", b"_max_poor_guidance_scale", "max_poor_guidance_scale", b"max_poor_guidance_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_poor_guidance_scale", b"_max_poor_guidance_scale", "fingerprint", b"fingerprint", "max_poor_guidance_scale", b"max_poor_guidance_scale", "name", b"name", "num_parameters", b"num_parameters", "scheduler", b"scheduler", "shift", b"shift", "variant", b"variant", "warnings", b"warnings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_poor_guidance_scale", b"_max_poor_guidance_scale", "fingerprint", b"fingerprint", "max_poor_guidance_scale", b"max_poor_guidance_scale", "name", b"name", "num_parameters", b"num_parameters", "scheduler", b"scheduler", "shift", b"shift", "trained_prompt_tokens", b"trained_prompt_tokens", "variant", b"variant", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_poor_guidance_scale: _TypeAlias = _typing.Literal["max_poor_guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__max_poor_guidance_scale: _TypeAlias = _typing.Literal["_max_poor_guidance_scale", b"_max_poor_guidance_scale"]  # noqa: Y015
@@ -345,6 +353,26 @@ class RequestLimits(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class MaxPromptTokensByEncoderEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     MAX_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_PROMPT_BYTES_FIELD_NUMBER: _builtins.int
     SIZE_MULTIPLE_FIELD_NUMBER: _builtins.int
@@ -372,8 +400,11 @@ class RequestLimits(_message.Message):
     MAX_JPEG_SIDE_PIXELS_FIELD_NUMBER: _builtins.int
     MAX_WEBP_SIDE_PIXELS_FIELD_NUMBER: _builtins.int
     MAX_RECONNECT_WINDOW_SECONDS_FIELD_NUMBER: _builtins.int
+    MAX_PROMPT_TOKENS_BY_ENCODER_FIELD_NUMBER: _builtins.int
     max_prompt_tokens: _builtins.int
-    """Tokens of a prompt, for each text encoder, its special tokens included."""
+    """Tokens of a prompt, its special tokens included, that every text encoder takes:
+    the least of `max_prompt_tokens_by_encoder`.
+    """
     max_prompt_bytes: _builtins.int
     """Bytes of a prompt, as UTF-8."""
     size_multiple: _builtins.int
@@ -438,6 +469,13 @@ class RequestLimits(_message.Message):
     """Largest width and height of a WebP, in pixels. Absent: `max_pixels` alone limits them."""
     max_reconnect_window_seconds: _builtins.int
     """Longest `GenerateRequest.reconnect_window`, in seconds. Absent from a server that does not know it."""
+    @_builtins.property
+    def max_prompt_tokens_by_encoder(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Tokens of a prompt, its special tokens included, by text encoder: `CLIP-L`, `CLIP-G`, `T5` and `Llama`, each
+        of which counts the same prompt its own way. Empty from a server that does not know it: `max_prompt_tokens`
+        is then that of each.
+        """
+
     def __init__(
         self,
         *,
@@ -468,10 +506,11 @@ class RequestLimits(_message.Message):
         max_jpeg_side_pixels: _builtins.int | None = ...,
         max_webp_side_pixels: _builtins.int | None = ...,
         max_reconnect_window_seconds: _builtins.int | None = ...,
+        max_prompt_tokens_by_encoder: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_jpeg_side_pixels", b"_max_jpeg_side_pixels", "_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller", "_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller", "_max_reconnect_window_seconds", b"_max_reconnect_window_seconds", "_max_running_jobs_per_caller", b"_max_running_jobs_per_caller", "_max_streams_per_caller", b"_max_streams_per_caller", "_max_webp_side_pixels", b"_max_webp_side_pixels", "max_jpeg_side_pixels", b"max_jpeg_side_pixels", "max_pixel_steps_per_minute_per_caller", b"max_pixel_steps_per_minute_per_caller", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_reconnect_window_seconds", b"max_reconnect_window_seconds", "max_running_jobs_per_caller", b"max_running_jobs_per_caller", "max_streams_per_caller", b"max_streams_per_caller", "max_webp_side_pixels", b"max_webp_side_pixels"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_jpeg_side_pixels", b"_max_jpeg_side_pixels", "_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller", "_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller", "_max_reconnect_window_seconds", b"_max_reconnect_window_seconds", "_max_running_jobs_per_caller", b"_max_running_jobs_per_caller", "_max_streams_per_caller", b"_max_streams_per_caller", "_max_webp_side_pixels", b"_max_webp_side_pixels", "chunk_bytes", b"chunk_bytes", "max_guidance_scale", b"max_guidance_scale", "max_jpeg_side_pixels", b"max_jpeg_side_pixels", "max_label_bytes", b"max_label_bytes", "max_labels", b"max_labels", "max_num_images", b"max_num_images", "max_num_inference_steps", b"max_num_inference_steps", "max_pixel_steps_per_minute_per_caller", b"max_pixel_steps_per_minute_per_caller", "max_pixels", b"max_pixels", "max_preview_side_pixels", b"max_preview_side_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompt_tokens", b"max_prompt_tokens", "max_quality", b"max_quality", "max_queued_jobs", b"max_queued_jobs", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_receive_message_bytes", b"max_receive_message_bytes", "max_reconnect_window_seconds", b"max_reconnect_window_seconds", "max_request_id_bytes", b"max_request_id_bytes", "max_running_jobs", b"max_running_jobs", "max_running_jobs_per_caller", b"max_running_jobs_per_caller", "max_seed", b"max_seed", "max_streams", b"max_streams", "max_streams_per_caller", b"max_streams_per_caller", "max_webp_side_pixels", b"max_webp_side_pixels", "min_quality", b"min_quality", "min_side_pixels", b"min_side_pixels", "size_multiple", b"size_multiple"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_jpeg_side_pixels", b"_max_jpeg_side_pixels", "_max_pixel_steps_per_minute_per_caller", b"_max_pixel_steps_per_minute_per_caller", "_max_queued_jobs_per_caller", b"_max_queued_jobs_per_caller", "_max_reconnect_window_seconds", b"_max_reconnect_window_seconds", "_max_running_jobs_per_caller", b"_max_running_jobs_per_caller", "_max_streams_per_caller", b"_max_streams_per_caller", "_max_webp_side_pixels", b"_max_webp_side_pixels", "chunk_bytes", b"chunk_bytes", "max_guidance_scale", b"max_guidance_scale", "max_jpeg_side_pixels", b"max_jpeg_side_pixels", "max_label_bytes", b"max_label_bytes", "max_labels", b"max_labels", "max_num_images", b"max_num_images", "max_num_inference_steps", b"max_num_inference_steps", "max_pixel_steps_per_minute_per_caller", b"max_pixel_steps_per_minute_per_caller", "max_pixels", b"max_pixels", "max_preview_side_pixels", b"max_preview_side_pixels", "max_prompt_bytes", b"max_prompt_bytes", "max_prompt_tokens", b"max_prompt_tokens", "max_prompt_tokens_by_encoder", b"max_prompt_tokens_by_encoder", "max_quality", b"max_quality", "max_queued_jobs", b"max_queued_jobs", "max_queued_jobs_per_caller", b"max_queued_jobs_per_caller", "max_receive_message_bytes", b"max_receive_message_bytes", "max_reconnect_window_seconds", b"max_reconnect_window_seconds", "max_request_id_bytes", b"max_request_id_bytes", "max_running_jobs", b"max_running_jobs", "max_running_jobs_per_caller", b"max_running_jobs_per_caller", "max_seed", b"max_seed", "max_streams", b"max_streams", "max_streams_per_caller", b"max_streams_per_caller", "max_webp_side_pixels", b"max_webp_side_pixels", "min_quality", b"min_quality", "min_side_pixels", b"min_side_pixels", "size_multiple", b"size_multiple"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_jpeg_side_pixels: _TypeAlias = _typing.Literal["max_jpeg_side_pixels"]  # noqa: Y015
     _WhichOneofArgType__max_jpeg_side_pixels: _TypeAlias = _typing.Literal["_max_jpeg_side_pixels", b"_max_jpeg_side_pixels"]  # noqa: Y015

@@ -13,7 +13,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from hidream_grpc.errors import ModelNotFoundError
 from hidream_grpc.model.checkpoint.files import (
-    MAX_SEQUENCE_LENGTH,
     MODEL_PATH_FLAG,
     ClipConfig,
     LlamaConfig,
@@ -22,8 +21,8 @@ from hidream_grpc.model.checkpoint.files import (
     llama_folder,
     llama_tokenizer_folder,
     read_json,
-    token_limit,
 )
+from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
 from hidream_grpc.model.checkpoint.tokenizers.t5 import t5_tokenizer
 
 
@@ -33,19 +32,13 @@ class TokenCount:
 
     encoder: str
     num_tokens: int
-    max_tokens: int
-
-    @property
-    def fits(self) -> bool:
-        """Whether the encoder has room for all of them."""
-        return self.num_tokens <= self.max_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class PromptTokenCounter:
-    """The tokenizers of a checkpoint, by encoder, each with the most tokens that its encoder takes."""
+    """The tokenizers of a checkpoint, by encoder."""
 
-    _tokenizers: Mapping[str, tuple[Tokenizer, int]]
+    _tokenizers: Mapping[TextEncoderName, Tokenizer]
 
     @classmethod
     def from_checkpoint(cls, model_path: Path, extra_model_path: Path | None) -> PromptTokenCounter:
@@ -74,16 +67,14 @@ class PromptTokenCounter:
             if largest_id >= num_tokens:
                 reason = f"gives token ids up to {largest_id}, its text encoder has {num_tokens} tokens"
                 raise ModelNotFoundError(folder_flag, folder, reason)
-        limits = (MAX_SEQUENCE_LENGTH, MAX_SEQUENCE_LENGTH, token_limit(t5), token_limit(llama, flag))
-        names = ("CLIP-L", "CLIP-G", "T5", "Llama")
-        return cls(dict(zip(names, zip(tokenizers, limits, strict=True), strict=True)))
+        return cls(dict(zip(TextEncoderName, tokenizers, strict=True)))
 
     def count(self, prompt: str) -> tuple[TokenCount, ...]:
         """Count a prompt's tokens for every text encoder, as the encoder would get them; in any thread."""
         return tuple(
             # `encode` alone would keep the interpreter from all other threads.
-            TokenCount(encoder, len(tokenizer.encode_batch_fast([prompt])[0]), max_tokens)
-            for encoder, (tokenizer, max_tokens) in self._tokenizers.items()
+            TokenCount(encoder, len(tokenizer.encode_batch_fast([prompt])[0]))
+            for encoder, tokenizer in self._tokenizers.items()
         )
 
 

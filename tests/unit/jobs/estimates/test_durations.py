@@ -33,6 +33,15 @@ def test_a_shape_between_two_measured_ones_is_on_the_line_between_them() -> None
     assert durations.step_seconds(1024, 512, 1) == pytest.approx(1.5)
 
 
+def test_steps_with_longer_prompts_have_durations_of_their_own() -> None:
+    durations = MeasuredDurations()
+    durations.note_step(StepReport(1.0, 512, 512, 2))
+    assert durations.step_seconds(512, 512, 2, prompt_tokens=256) == pytest.approx(1.0)
+    durations.note_step(StepReport(1.5, 512, 512, 2, prompt_tokens=256))
+    assert durations.step_seconds(512, 512, 2, prompt_tokens=256) == pytest.approx(1.5)
+    assert durations.step_seconds(512, 512, 2) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(("num_samples", "seconds"), [(1, 0.5), (8, 4.0)])
 def test_a_shape_is_in_proportion_to_the_only_one_measured(num_samples: int, seconds: float) -> None:
     durations = learnt((512, 512, 2, 1.0))

@@ -13,6 +13,7 @@ from hidream_grpc.errors import ModelNotFoundError
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.checkpoint.description import GenerationDefaults, describe_checkpoint
 from hidream_grpc.model.checkpoint.sizes import ImageSize
+from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName, prompt_token_limits
 from hidream_grpc.model.checkpoint.tokenizers.prompt_tokens import PromptTokenCounter
 from hidream_grpc.model.checkpoint.variants import Variant
 from tests.support.checkpoints import MAX_TOKENS_OF_T5, write_variant
@@ -33,7 +34,13 @@ def test_a_whole_checkpoint_says_what_it_is(tiny_checkpoint: Path) -> None:
     assert description.shift == 3.0
     assert description.size_limits.size_multiple == 16
     assert description.size_limits.max_pixels == 128 * 128
-    assert description.max_prompt_tokens == MAX_TOKENS_OF_T5
+    assert description.prompt_token_limits == {
+        "CLIP-L": 218,
+        "CLIP-G": 218,
+        "T5": MAX_TOKENS_OF_T5,
+        "Llama": 256,
+    }
+    assert description.trained_prompt_tokens == MAX_TOKENS_OF_T5
     assert description.num_attention_heads == 4
     assert description.num_routed_experts == 4
 
@@ -82,7 +89,17 @@ def test_own_defaults_may_be_some_of_them(own_checkpoint: Path) -> None:
 def test_a_tokenizer_without_a_limit_of_its_own_leaves_the_models(own_checkpoint: Path) -> None:
     # transformers writes this where there is no limit.
     edit(own_checkpoint / "tokenizer_3" / "tokenizer_config.json", model_max_length=int(1e30))
-    assert describe_checkpoint(own_checkpoint, None).max_prompt_tokens == 128
+    description = describe_checkpoint(own_checkpoint, None)
+    assert description.prompt_token_limits["T5"] == 256
+    assert description.trained_prompt_tokens == 128
+
+
+def test_both_clips_take_what_the_shorter_one_has_positions_for(own_checkpoint: Path) -> None:
+    edit(own_checkpoint / "text_encoder" / "config.json", max_position_embeddings=248)
+    limits = prompt_token_limits(own_checkpoint, None)
+    assert (limits[TextEncoderName.CLIP_L], limits[TextEncoderName.CLIP_G]) == (218, 218)
+    edit(own_checkpoint / "text_encoder_2" / "config.json", max_position_embeddings=230)
+    assert set(prompt_token_limits(own_checkpoint, None).values()) == {230, MAX_TOKENS_OF_T5, 256}
 
 
 def test_llama_may_lie_in_a_folder_of_its_own(split_checkpoint: tuple[Path, Path]) -> None:

@@ -16,7 +16,13 @@ def test_shapes_are_width_height_and_samples_in_the_order_given() -> None:
 
 
 def test_a_shape_reads_as_it_is_written() -> None:
-    assert parse_step_shapes(str(StepShape(768, 1360, 2)), LIMITS) == (StepShape(768, 1360, 2),)
+    for shape in (StepShape(768, 1360, 2), StepShape(768, 1360, 2, prompt_tokens=256)):
+        assert parse_step_shapes(str(shape), LIMITS) == (shape,)
+
+
+def test_a_fourth_number_is_the_length_of_the_prompts() -> None:
+    shapes = parse_step_shapes("512x512x2x192,512x512x2x128", LIMITS)
+    assert shapes == (StepShape(512, 512, 2, 192), StepShape(512, 512, 2))
 
 
 @pytest.mark.parametrize(
@@ -28,6 +34,8 @@ def test_a_shape_reads_as_it_is_written() -> None:
         ("1024x1024x0", "no width x height x samples"),
         ("1024×1024×2", "no width x height x samples"),
         ("1024x1024x1000", "no width x height x samples"),
+        ("1024x1024x2x200", "or x prompt tokens too, which are 128, 192, 256"),
+        ("64x64x1x128,64x64x1", "64x64x1 is named twice"),
         ("1000x1024x2", "1000x1024 cannot be generated: both sides must be multiples of 16 from 64 on"),
         ("32x1024x2", "32x1024 cannot be generated"),
         ("1040x1024x2", "width x height at most 1048576"),

@@ -12,6 +12,7 @@ from hidream_grpc.devices.cpu import CpuDevice
 from hidream_grpc.devices.device_types import DeviceMemory
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName, text_encoder_files
 from hidream_grpc.model.parallel.groups import Axis
+from hidream_grpc.model.parameters import PaddedPrompt
 from hidream_grpc.model.prompts.text_encoders import PromptEmbeds, TextEncoders
 from tests.support.checkpoints import LLAMA_LAYERS_READ
 
@@ -36,15 +37,18 @@ def load(checkpoint: Path, device: CpuDevice, world: Axis | None = None) -> Text
     return TextEncoders.from_pretrained(checkpoint, None, LLAMA_LAYERS_READ, device, world or Axis("world"))
 
 
-def encode(encoders: TextEncoders, prompt: str) -> PromptEmbeds:
+CIRCLE = PaddedPrompt("a red circle")
+
+
+def encode(encoders: TextEncoders, prompt: PaddedPrompt) -> PromptEmbeds:
     return PromptEmbeds.from_outputs(encoders.encode(prompt))
 
 
 def test_what_the_files_say_of_the_encoders_is_what_they_are(tiny_checkpoint: Path) -> None:
     files = text_encoder_files(tiny_checkpoint, None, len(LLAMA_LAYERS_READ))
-    outputs = load(tiny_checkpoint, CpuDevice()).encode("a red circle")
+    outputs = load(tiny_checkpoint, CpuDevice()).encode(CIRCLE)
     assert {name: tuple(output.shape) for name, output in outputs.items()} == {
-        name: f.output_shape for name, f in files.items()
+        name: f.output_shape(CIRCLE.num_tokens) for name, f in files.items()
     }
     classes = {
         TextEncoderName.CLIP_L: CLIPTextModelWithProjection,
@@ -67,13 +71,13 @@ def test_a_clips_old_constants_are_no_parameters(own_checkpoint: Path) -> None:
 
 def test_each_rank_runs_its_own_encoders_and_makes_room_for_the_others(tiny_checkpoint: Path) -> None:
     whole = load(tiny_checkpoint, CpuDevice())
-    expected = whole.encode("a red circle")
+    expected = whole.encode(CIRCLE)
     ranks = [load(tiny_checkpoint, CpuDevice(), Axis("world", range(3), rank)) for rank in range(3)]
     assert {rank.num_parameters for rank in ranks} == {whole.num_parameters}
     assert ranks[0].owners == ranks[1].owners == ranks[2].owners
     assert set(ranks[0].owners.values()) == {0, 1, 2}
     for rank, encoders in enumerate(ranks):
-        for name, output in encoders.encode("a red circle").items():
+        for name, output in encoders.encode(CIRCLE).items():
             assert output.shape == expected[name].shape
             assert output.dtype == expected[name].dtype
             if encoders.owners[name] == rank:
@@ -92,8 +96,8 @@ def test_encoders_go_onto_the_device_where_it_has_room_and_else_onto_its_host(
         encoders = load(tiny_checkpoint, Accelerator(free_bytes))
     (line,) = (r.getMessage() for r in caplog.records if r.name == "hidream_grpc.model.prompts.text_encoders")
     assert line.count(where) == 4
-    embeds = encode(encoders, "a red circle")
-    exact = encode(load(tiny_checkpoint, CpuDevice()), "a red circle")
+    embeds = encode(encoders, CIRCLE)
+    exact = encode(load(tiny_checkpoint, CpuDevice()), CIRCLE)
     assert embeds.llama.dtype == embeds.t5.dtype == embeds.pooled.dtype == torch.bfloat16
     # The host computes in float32 and rounds once, the device in every operation.
     assert torch.equal(embeds.llama, exact.llama.bfloat16()) is is_exact

@@ -48,7 +48,7 @@ DEFAULTS = RequestDefaults(width=128, height=256, num_inference_steps=50, guidan
 
 def count_words(prompt: str) -> tuple[TokenCount, ...]:
     num_tokens = len(prompt.split()) + 2
-    return TokenCount("CLIP-L", 3, 10), TokenCount("T5", num_tokens, LIMITS.max_prompt_tokens)
+    return TokenCount("CLIP-L", 3), TokenCount("T5", num_tokens)
 
 
 VALIDATOR = RequestValidator(LIMITS, DEFAULTS, count_words)
@@ -128,12 +128,41 @@ def test_a_retry_may_name_another_reconnect_window() -> None:
     assert checked(again).request_digest == checked(request()).request_digest
 
 
-def test_of_several_token_limits_the_smallest_is_told() -> None:
-    counts = (TokenCount("CLIP-L", 130, 128), TokenCount("T5", 125, 100), TokenCount("Llama", 127, 100))
-    validator = RequestValidator(LIMITS, DEFAULTS, lambda prompt: counts)
+@pytest.mark.parametrize(
+    ("limits", "counts", "told"),
+    [
+        ({"CLIP-L": 128, "T5": 100, "Llama": 100}, (130, 125, 127), "100 tokens of Llama, is 127"),
+        ({"CLIP-L": 218, "T5": 256, "Llama": 256}, (230, 258, 250), "218 tokens of CLIP-L, is 230"),
+        ({"CLIP-L": 218, "T5": 256, "Llama": 256}, (219, 400, 250), "256 tokens of T5, is 400"),
+        # A server of an earlier version tells one number for all.
+        ({}, (9, 9, 12), "10 tokens of Llama, is 12"),
+    ],
+)
+def test_of_several_token_limits_that_of_the_tightest_encoder_is_told(
+    limits: dict[str, int], counts: tuple[int, ...], told: str
+) -> None:
+    validator = RequestValidator(
+        dataclasses.replace(LIMITS, max_prompt_tokens_by_encoder=limits),
+        DEFAULTS,
+        lambda prompt: tuple(map(TokenCount, ("CLIP-L", "T5", "Llama"), counts)),
+    )
     with pytest.raises(InvalidRequestError) as caught:
         validator.submission(request(), caller="ipv4:127.0.0.1", deadline_seconds=None)
-    assert caught.value.violations[0].description == "must be at most 100 tokens of Llama, is 127"
+    assert caught.value.violations[0].description == f"must be at most {told}"
+
+
+@pytest.mark.parametrize(
+    ("num_words", "num_negative_words", "prompt_tokens"),
+    [(3, 0, 128), (126, 126, 128), (127, 0, 192), (1, 127, 192), (190, 3, 192), (191, 3, 256), (3, 254, 256)],
+)
+def test_both_prompts_of_a_request_are_padded_to_the_bucket_of_the_longer_one(
+    num_words: int, num_negative_words: int, prompt_tokens: int
+) -> None:
+    limits = dataclasses.replace(LIMITS, max_prompt_tokens=256, max_prompt_bytes=2000)
+    message = request("a " * num_words, negative_prompt="a " * num_negative_words)
+    submission = RequestValidator(limits, DEFAULTS, count_words).submission(message, "me", None)
+    assert submission.parameters.prompt_tokens == prompt_tokens
+    assert {prompt.num_tokens for prompt in submission.parameters.prompts} == {prompt_tokens}
 
 
 def test_zero_is_not_taken_for_absent() -> None:

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
-from hidream_grpc.model.checkpoint.tokenizers.prompt_tokens import PromptTokenCounter
-from tests.support.checkpoints import MAX_TOKENS_OF_T5
+from hidream_grpc.model.checkpoint.tokenizers.prompt_tokens import PromptTokenCounter, TokenCount
 
 TOKENIZERS: dict[str, tuple[Any, str]] = {
     "CLIP-L": (CLIPTokenizer, "tokenizer"),
@@ -74,14 +73,7 @@ def test_counts_agree_for_any_text(prompt: str, checkpoint: Checkpoint) -> None:
     checkpoint.check(prompt)
 
 
-def test_a_prompt_fits_up_to_the_last_token_of_each_encoder(tiny_checkpoint: Path) -> None:
-    counter = PromptTokenCounter.from_checkpoint(tiny_checkpoint, None)
-    # T5 has one token per word, and one at the end.
-    most = " ".join(["red"] * (MAX_TOKENS_OF_T5 - 1))
-    assert all(count.fits for count in counter.count(most))
-    counts = {count.encoder: count for count in counter.count(most + " red")}
-    assert (counts["T5"].num_tokens, counts["T5"].max_tokens) == (MAX_TOKENS_OF_T5 + 1, MAX_TOKENS_OF_T5)
-    assert not counts["T5"].fits
-    # CLIP has one token per word, and one at each end.
-    assert (counts["CLIP-L"].num_tokens, counts["CLIP-L"].max_tokens) == (MAX_TOKENS_OF_T5 + 2, 128)
-    assert counts["CLIP-L"].fits
+def test_each_encoder_counts_its_special_tokens(tiny_checkpoint: Path) -> None:
+    counts = PromptTokenCounter.from_checkpoint(tiny_checkpoint, None).count("red red red")
+    # One for each word, and one at the end of T5's, at each end of CLIP's.
+    assert counts[:3] == (TokenCount("CLIP-L", 5), TokenCount("CLIP-G", 5), TokenCount("T5", 4))
