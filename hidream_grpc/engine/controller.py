@@ -195,9 +195,8 @@ class Controller:
 
     def _learn(self, report: StepReport, *, is_full: bool) -> None:
         """Learn from a step how many pixels are worth one; what is found is kept over a restart."""
-        size = report.width, report.height
         pixels = report.width * report.height * report.num_samples
-        if self._step_limit.observe(size, pixels, report.round_seconds, is_full=is_full):
+        if self._step_limit.observe(report.size, pixels, report.round_seconds, is_full=is_full):
             self._tasks.start(
                 self._step_limit_file.keep(self._step_limit), "keeping what was learnt of steps"
             )

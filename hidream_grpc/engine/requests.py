@@ -9,7 +9,7 @@ from typing import Protocol
 
 from hidream_grpc.errors import JobError
 from hidream_grpc.model.checkpoint.prompt_lengths import TRAINED_PROMPT_TOKENS
-from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.model.parameters import GenerationParameters, SampleSize
 from hidream_grpc.traces import TraceContext
 
 
@@ -149,6 +149,11 @@ class StepReport:
     prompt_tokens: int = TRAINED_PROMPT_TOKENS
     snapshot_seconds: float = 0.0
     round_seconds: float | None = None
+
+    @property
+    def size(self) -> SampleSize:
+        """Size of each of its samples."""
+        return SampleSize(self.width, self.height, self.prompt_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from hidream_grpc.engine.protocol.messages import Admission
 from hidream_grpc.engine.requests import EngineEvent, EngineRequest, RequestRestarted, SnapshotTaken
 from hidream_grpc.errors import SnapshotError
+from hidream_grpc.model.parameters import SampleSize
 from hidream_grpc.model.snapshot_format import SnapshotIdentity, unpack
 
 logger = logging.getLogger(__name__)
@@ -21,19 +21,6 @@ class Snapshot:
 
     step: int
     data: bytes
-
-
-class SampleSize(NamedTuple):
-    """The size of one sample of a forward.
-
-    Attributes:
-        width, height: of the image, in pixels.
-        prompt_tokens: length to which its prompt is padded.
-    """
-
-    width: int
-    height: int
-    prompt_tokens: int
 
 
 @dataclass(slots=True)
@@ -79,7 +66,7 @@ class RunningRequest:
     def __post_init__(self) -> None:
         parameters = self.request.parameters
         self.undecoded = set(range(parameters.num_images)) - self.request.finished_images
-        self.size = SampleSize(parameters.width, parameters.height, parameters.prompt_tokens)
+        self.size = parameters.sample_size
         self.step_pixels = parameters.width * parameters.height * parameters.num_samples
 
     @classmethod

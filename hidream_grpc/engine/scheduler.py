@@ -20,9 +20,9 @@ from hidream_grpc.engine.admissions import next_admissions, next_releases
 from hidream_grpc.engine.protocol.messages import Decode, StepPlan
 from hidream_grpc.engine.running_request import RunningRequest
 from hidream_grpc.engine.snapshot_schedule import SnapshotBudget, next_snapshot
-from hidream_grpc.engine.step_limit import Size
 from hidream_grpc.engine.step_order import step_order
 from hidream_grpc.engine.suspects import find_suspect
+from hidream_grpc.model.parameters import SampleSize
 
 
 class Forward(NamedTuple):
@@ -60,7 +60,7 @@ def schedule(
     plan_id: int,
     world_size: int,
     max_step_pixels: int,
-    step_pixels_by_size: Mapping[Size, int],
+    step_pixels_by_size: Mapping[SampleSize, int],
     snapshot_budget: SnapshotBudget,
     latest_step_seconds: float | None,
 ) -> Round | None:
@@ -106,7 +106,7 @@ def schedule(
 def next_forward(
     requests: Mapping[str, RunningRequest],
     max_step_pixels: int,
-    step_pixels_by_size: Mapping[Size, int] = MappingProxyType({}),
+    step_pixels_by_size: Mapping[SampleSize, int] = MappingProxyType({}),
 ) -> Forward:
     """Choose the requests of the next forward.
 

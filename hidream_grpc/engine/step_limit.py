@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
 from hidream_grpc.engine.step_budget import StepBudget
+from hidream_grpc.model.parameters import SampleSize
 
 logger = logging.getLogger(__name__)
 
@@ -17,9 +18,6 @@ RETRY_FACTOR = 64
 """How many times as long it stays just below what did not fit, before that is tried again."""
 MAX_SIZES = 256
 """Callers choose sizes: what was learnt of those that were seen longest ago is forgotten."""
-
-Size = tuple[int, int]
-"""Width and height in pixels."""
 
 
 class StepLimit:
@@ -42,7 +40,7 @@ class StepLimit:
         # The least that did not fit; None while nothing is known not to.
         self._failed_pixels: int | None = None
         self._num_full_steps = 0
-        self._budgets: OrderedDict[Size, StepBudget] = OrderedDict()
+        self._budgets: OrderedDict[SampleSize, StepBudget] = OrderedDict()
 
     @property
     def pixels(self) -> int:
@@ -50,22 +48,22 @@ class StepLimit:
         return self._pixels
 
     @property
-    def by_size(self) -> Mapping[Size, int]:
+    def by_size(self) -> Mapping[SampleSize, int]:
         """What a step of each known size may hold now; less than `pixels` where more does not pay."""
         return {size: min(self._pixels, budget.pixels) for size, budget in self._budgets.items()}
 
     @property
-    def learnt(self) -> Mapping[Size, int]:
+    def learnt(self) -> Mapping[SampleSize, int]:
         """The budget in pixels of each known size that has proven the best, as `begin` takes it."""
         return {size: budget.learnt_pixels for size, budget in self._budgets.items()}
 
-    def begin(self, learnt: Mapping[Size, int]) -> None:
+    def begin(self, learnt: Mapping[SampleSize, int]) -> None:
         """Begin with what was learnt on these devices before, and forget what was learnt on others."""
         self._budgets.clear()
         for size, pixels in learnt.items():
             self._add(size, pixels)
 
-    def know(self, sizes: Iterable[Size]) -> None:
+    def know(self, sizes: Iterable[SampleSize]) -> None:
         """Have a budget for each of these sizes; a new one begins with that of the size most like it."""
         for size in sizes:
             if size not in self._budgets:
@@ -74,11 +72,11 @@ class StepLimit:
         while len(self._budgets) > MAX_SIZES:
             self._budgets.popitem(last=False)
 
-    def observe(self, size: Size, step_pixels: int, round_seconds: float | None, *, is_full: bool) -> bool:
+    def observe(self, size: SampleSize, step_pixels: int, round_seconds: float | None, *, is_full: bool) -> bool:
         """Learn from a step that went well.
 
         Args:
-            size: of its images.
+            size: of its samples.
             step_pixels: width × height × samples that it held.
             round_seconds: duration of the round that held it; None where it held other work too.
             is_full: whether it left out requests for want of room.
@@ -94,7 +92,7 @@ class StepLimit:
             return False
         has_changed = budget.observe(step_pixels, round_seconds, self._pixels, is_full=is_full)
         if has_changed:
-            logger.info("a step of %dx%d may hold %d pixels", *size, min(self._pixels, budget.pixels))
+            logger.info("a step of %s may hold %d pixels", size, min(self._pixels, budget.pixels))
         return has_changed
 
     def run_out(self, step_pixels: int) -> None:
@@ -122,13 +120,12 @@ class StepLimit:
         self._has_run_out = False
         self._failed_pixels = None
 
-    def _add(self, size: Size, pixels: int) -> None:
-        width, height = size
-        self._budgets[size] = StepBudget(width * height, pixels)
+    def _add(self, size: SampleSize, pixels: int) -> None:
+        self._budgets[size] = StepBudget(size.width * size.height, pixels)
 
-    def _budget_of_nearest(self, size: Size) -> int:
-        def unlikeness(known: Size) -> float:
-            pixels, known_pixels = size[0] * size[1], known[0] * known[1]
+    def _budget_of_nearest(self, size: SampleSize) -> int:
+        def unlikeness(known: SampleSize) -> float:
+            pixels, known_pixels = size.width * size.height, known.width * known.height
             return max(pixels, known_pixels) / min(pixels, known_pixels)
 
         nearest = min(self._budgets, key=unlikeness, default=None)

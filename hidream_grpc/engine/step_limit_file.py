@@ -12,7 +12,9 @@ from typing import Annotated
 
 import msgspec
 
-from hidream_grpc.engine.step_limit import Size, StepLimit
+from hidream_grpc.engine.step_limit import StepLimit
+from hidream_grpc.model.checkpoint.prompt_lengths import TRAINED_PROMPT_TOKENS
+from hidream_grpc.model.parameters import SampleSize
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class _LearntBudget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     width: _Positive
     height: _Positive
     step_pixels: _Positive
+    prompt_tokens: _Positive = TRAINED_PROMPT_TOKENS
 
 
 class _Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,7 +78,7 @@ class StepLimitFile:
                 await asyncio.to_thread(_write, self._path, self._key, limit.learnt)
 
 
-def _read(path: Path, key: StepLimitKey) -> Mapping[Size, int]:
+def _read(path: Path, key: StepLimitKey) -> Mapping[SampleSize, int]:
     try:
         document = msgspec.json.decode(path.read_bytes(), type=_Document)
     except FileNotFoundError:
@@ -86,11 +89,13 @@ def _read(path: Path, key: StepLimitKey) -> Mapping[Size, int]:
     if (document.version, document.key) != (VERSION, key):
         logger.info("%s is of other devices, another model or another layout", path)
         return {}
-    return {(budget.width, budget.height): budget.step_pixels for budget in document.budgets}
+    return {SampleSize(b.width, b.height, b.prompt_tokens): b.step_pixels for b in document.budgets}
 
 
-def _write(path: Path, key: StepLimitKey, learnt: Mapping[Size, int]) -> None:
-    budgets = [_LearntBudget(width, height, pixels) for (width, height), pixels in learnt.items()]
+def _write(path: Path, key: StepLimitKey, learnt: Mapping[SampleSize, int]) -> None:
+    budgets = [
+        _LearntBudget(size.width, size.height, pixels, size.prompt_tokens) for size, pixels in learnt.items()
+    ]
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
         unfinished.write_bytes(msgspec.json.encode(_Document(VERSION, key, budgets)))

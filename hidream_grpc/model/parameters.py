@@ -52,6 +52,24 @@ class PaddedPrompt(NamedTuple):
     num_tokens: int = TRAINED_PROMPT_TOKENS
 
 
+class SampleSize(NamedTuple):
+    """The size of one sample of a forward, whose samples are all of one size.
+
+    Attributes:
+        width, height: of the image, in pixels.
+        prompt_tokens: length to which its prompt is padded.
+    """
+
+    width: int
+    height: int
+    prompt_tokens: int = TRAINED_PROMPT_TOKENS
+
+    def __str__(self) -> str:
+        size = f"{self.width}x{self.height}"
+        is_trained = self.prompt_tokens == TRAINED_PROMPT_TOKENS
+        return size if is_trained else f"{size} with prompts of {self.prompt_tokens} tokens"
+
+
 class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
     """One request with every field decided, exactly as it is executed.
 
@@ -103,6 +121,11 @@ class GenerationParameters(msgspec.Struct, frozen=True, kw_only=True):
         """Prompts that the transformer gets: the prompt, and with guidance the negative prompt after it."""
         texts = (self.prompt, self.negative_prompt) if self.uses_guidance else (self.prompt,)
         return tuple(PaddedPrompt(text, self.prompt_tokens) for text in texts)
+
+    @property
+    def sample_size(self) -> SampleSize:
+        """Size of each row that this request adds to a forward of the transformer."""
+        return SampleSize(self.width, self.height, self.prompt_tokens)
 
     @property
     def num_samples(self) -> int:

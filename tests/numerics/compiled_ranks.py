@@ -44,6 +44,7 @@ _REQUESTS: dict[str, tuple[dict[str, Any], ...]] = {
     "longer prompt": ({"width": 64, "height": 96, "prompt_tokens": 256},),
 }
 OF_THE_NAMED_SHAPE = ("guided", "two without guidance")
+OF_OTHER_PROMPTS = ("short prompt", "longer prompt")
 _TIMEOUT = timedelta(seconds=60)
 
 

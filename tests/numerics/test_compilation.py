@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.numerics.compiled_ranks import OF_THE_NAMED_SHAPE, CompiledRank, Step
+from tests.numerics.compiled_ranks import OF_OTHER_PROMPTS, OF_THE_NAMED_SHAPE, CompiledRank, Step
 from tests.support.checkpoints import write_reshaped
 
 NUM_BLOCKS = 2
@@ -84,8 +84,18 @@ def test_steps_of_a_named_shape_run_compiled_code_and_give_what_they_give_withou
 def test_steps_of_another_shape_run_as_without_the_compiler(compiled_ranks: list[CompiledRank]) -> None:
     for rank in compiled_ranks:
         for name, step in rank.steps.items():
-            if name not in OF_THE_NAMED_SHAPE:
+            if name not in OF_THE_NAMED_SHAPE + OF_OTHER_PROMPTS:
                 assert (step.num_compiled_calls, step.relative_difference) == (0, 0.0), name
+
+
+def test_steps_with_prompts_of_another_length_share_what_is_compiled_for_the_image_alone(
+    compiled_ranks: list[CompiledRank],
+) -> None:
+    for rank in compiled_ranks:
+        for name in OF_OTHER_PROMPTS:
+            step = rank.steps[name]
+            assert 0 < step.num_compiled_calls < NUM_BLOCKS * rank.num_compiled, name
+            assert step.relative_difference < RELATIVE_TOLERANCE, name
 
 
 def test_nothing_is_compiled_on_a_request(compiled_ranks: list[CompiledRank]) -> None:

@@ -122,9 +122,10 @@ class MeasuredDurations:
     ) -> float:
         """One step of so many samples of a size; 0 while no step was measured.
 
-        A shape that was not measured is scaled by width × height × samples, whatever the length of its prompts
-        (the longest are 9 % more tokens at 1024×1024): on the line between its nearest neighbours; smaller or larger than all, from the nearest along the line through all (in
-        proportion, where that is all there is).
+        A shape that was not measured is scaled by width × height × samples, whatever the length of its
+        prompts (the longest are 9 % more tokens at 1024×1024): on the line between its nearest neighbours;
+        smaller or larger than all, from the nearest along the line through all (in proportion, where that is
+        all there is).
         """
         kind = (width, height, num_samples, prompt_tokens)
         return self._steps.get(kind, width * height * num_samples)

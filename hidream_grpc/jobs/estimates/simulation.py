@@ -23,11 +23,10 @@ from hidream_grpc.engine.scheduler import (
     note_decodes,
     note_forward,
 )
-from hidream_grpc.engine.step_limit import Size
 from hidream_grpc.jobs.estimates.durations import MeasuredDurations
 from hidream_grpc.jobs.job import Job
 from hidream_grpc.jobs.store.order import claimable
-from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.model.parameters import GenerationParameters, SampleSize
 
 MAX_SIMULATED_JOBS = 64
 """Number of waiting jobs that are simulated; the others follow at the pace of the later half of these."""
@@ -53,7 +52,7 @@ class EngineCapacity:
     max_step_pixels: int
     num_ranks: int
     max_running_jobs_of_caller: int | None = None
-    step_pixels_by_size: Mapping[Size, int] = field(default_factory=dict)
+    step_pixels_by_size: Mapping[SampleSize, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,7 +175,7 @@ class RequestValidator:
         return num_prompt_tokens
 
     def _check_prompt(self, prompt: str, violate: Callable[[str], None]) -> int:
-        """Check one of the prompts; returns the most tokens that any text encoder gets of it, 0 if not counted."""
+        """Check a prompt; returns the most tokens that any text encoder gets of it, 0 where not counted."""
         limits = self._limits
         num_bytes = len(prompt.encode())
         if num_bytes > limits.max_prompt_bytes:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hidream_grpc.engine.running_request import RunningRequest
 from hidream_grpc.engine.scheduler import next_forward, note_forward, step_pixels
 from hidream_grpc.engine.step_limit import MAX_WAIT_STEPS, MIN_WAIT_STEPS, RETRY_FACTOR, StepLimit
-from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.model.parameters import GenerationParameters, SampleSize
 from tests.support.running_requests import running_request
 
 
@@ -34,7 +34,7 @@ class Rounds:
         forward = next_forward(self.running, self.limit.pixels)
         note_forward(self.running, forward.claim_ids, step_seconds=1.0)
         pixels = step_pixels(self.running, forward.claim_ids)
-        self.limit.observe((64, 64), pixels, None, is_full=forward.is_full)
+        self.limit.observe(SampleSize(64, 64), pixels, None, is_full=forward.is_full)
         return forward.claim_ids
 
     def run_out(self, *claim_ids: str) -> None:

@@ -11,10 +11,15 @@ import pytest
 
 from hidream_grpc.engine.step_limit import StepLimit
 from hidream_grpc.engine.step_limit_file import StepLimitFile, StepLimitKey
+from hidream_grpc.model.parameters import SampleSize
 from tests.support.counting_ranks import CountingRanks, Service
 
 MAX_PIXELS = 8 * 1024 * 1024
-LEARNT = {(512, 512): 4 * 1024 * 1024, (1024, 768): 1024 * 1024}
+LEARNT = {
+    SampleSize(512, 512): 4 * 1024 * 1024,
+    SampleSize(1024, 768): 1024 * 1024,
+    SampleSize(1024, 768, 256): 2 * 1024 * 1024,
+}
 KEY = StepLimitKey(("NVIDIA H200", "NVIDIA H200"), "86637e71f35d8ddd", "tp=2")
 
 

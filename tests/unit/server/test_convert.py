@@ -22,6 +22,7 @@ from hidream_grpc.jobs.job import (
 )
 from hidream_grpc.jobs.limits import RequestDefaults
 from hidream_grpc.jobs.watching import events
+from hidream_grpc.model.checkpoint.tokenizers.prompt_tokens import TokenCount
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 from hidream_grpc.server import convert
 from hidream_grpc.server.checks.generation import RequestValidator
@@ -66,7 +67,7 @@ def event(body: events.Body, image_data: bytes = b"") -> job_pb2.JobEvent:
 )
 def test_the_spec_that_a_job_reports_asks_for_the_same_job_again(parameters: GenerationParameters) -> None:
     other_defaults = RequestDefaults(512, 512, 1, 1.0, 1, 1)
-    validator = RequestValidator(LIMITS, other_defaults, lambda prompt: ())
+    validator = RequestValidator(LIMITS, other_defaults, lambda prompt: (TokenCount("T5", 3),))
     spec = image_pb2.ImageSpec.FromString(convert.image_spec(parameters).SerializeToString())
     again = validator.submission(image_gen_pb2.GenerateRequest(spec=spec), "me", None)
     assert again.parameters == parameters

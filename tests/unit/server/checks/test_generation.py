@@ -448,7 +448,7 @@ def assert_within_limits(submission: Submission) -> None:
     assert parameters.prompt.strip()
     for prompt in (parameters.prompt, parameters.negative_prompt):
         assert len(prompt.encode()) <= LIMITS.max_prompt_bytes
-        assert all(count.fits for count in count_words(prompt))
+        assert all(count.num_tokens <= LIMITS.max_prompt_tokens for count in count_words(prompt))
     for side in (parameters.width, parameters.height):
         assert side >= LIMITS.min_side_pixels
         assert side % LIMITS.size_multiple == 0
