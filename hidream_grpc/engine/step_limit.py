@@ -72,7 +72,9 @@ class StepLimit:
         while len(self._budgets) > MAX_SIZES:
             self._budgets.popitem(last=False)
 
-    def observe(self, size: SampleSize, step_pixels: int, round_seconds: float | None, *, is_full: bool) -> bool:
+    def observe(
+        self, size: SampleSize, step_pixels: int, round_seconds: float | None, *, is_full: bool
+    ) -> bool:
         """Learn from a step that went well.
 
         Args:
