@@ -126,7 +126,7 @@ def test_seeds_mean_what_they_mean_to_the_pipeline(model_of: LoadModel, checkpoi
 def encoders_and_pipeline(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TextEncoders, HiDreamImagePipeline]:
-    """Those of a checkpoint of which T5 and Llama have no limit, and CLIP that of the pipeline."""
+    """The encoders of a checkpoint whose T5 and Llama have no limit, and CLIP that of the pipeline."""
     folder = write_unlimited_t5(tiny_checkpoint, tmp_path_factory.mktemp("long") / "checkpoint")
     world, device = Axis("world"), open_device("cpu", 0)
     encoders = TextEncoders.from_pretrained(folder, None, LLAMA_LAYERS_READ, device, world)

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from hidream_grpc.engine.scheduler import next_forward, note_forward, step_pixels
 from hidream_grpc.engine.step_budget import LEAST_PIXELS, MIN_GAIN, NUM_MEASURED
-from hidream_grpc.engine.step_limit import MAX_SIZES, MIN_WAIT_STEPS, RETRY_FACTOR, Size, StepLimit
-from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.engine.step_limit import MAX_SIZES, MIN_WAIT_STEPS, RETRY_FACTOR, StepLimit
+from hidream_grpc.model.parameters import GenerationParameters, SampleSize
 from tests.support.running_requests import running_request
 
 MAX_PIXELS = 8 * LEAST_PIXELS
 LEVELS = tuple(LEAST_PIXELS << level for level in range(4))
-SIZE = (1024, 1024)
+SIZE = SampleSize(1024, 1024)
 SECONDS_PER_LEAST_STEP = 0.1
 MAX_LOSS = 1.1
 """How much longer a pixel may take at what was learnt than at the best budget, where times have no noise."""
@@ -220,8 +220,8 @@ def parameters(side: int, num_images: int) -> GenerationParameters:
 
 def test_a_new_size_begins_with_what_the_size_most_like_it_has_learnt() -> None:
     limit = StepLimit(MAX_PIXELS)
-    limit.begin({(512, 512): LEAST_PIXELS, (1024, 1024): 4 * LEAST_PIXELS})
-    new: list[Size] = [(1024, 768), (256, 256)]
+    limit.begin({SampleSize(512, 512): LEAST_PIXELS, SIZE: 4 * LEAST_PIXELS})
+    new = [SampleSize(1024, 768), SampleSize(256, 256)]
     limit.know(new)
     assert [limit.by_size[size] for size in new] == [4 * LEAST_PIXELS, LEAST_PIXELS]
 
@@ -229,5 +229,5 @@ def test_a_new_size_begins_with_what_the_size_most_like_it_has_learnt() -> None:
 def test_callers_that_ask_for_ever_new_sizes_do_not_fill_the_memory() -> None:
     limit = StepLimit(MAX_PIXELS)
     for width in range(64, 64 + 16 * 2 * MAX_SIZES, 16):
-        limit.know(((width, 64),))
+        limit.know((SampleSize(width, 64),))
     assert len(limit.learnt) == MAX_SIZES

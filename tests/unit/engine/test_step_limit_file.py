@@ -93,7 +93,7 @@ async def test_the_engine_begins_with_what_the_one_before_it_has_learnt(path: Pa
         service.submit(str(number), num_inference_steps=60, num_images=128)
     await service.run_until_ended("0", "1", "2", "3", "4", "5")
     learnt = service.step_limit.learnt
-    assert learnt[64, 64] > 1024 * 1024
+    assert learnt[SampleSize(64, 64)] > 1024 * 1024
     next_service = Service(CountingRanks(), learnt_path=path, max_step_pixels=MAX_PIXELS)
     next_service.submit("next", num_inference_steps=1)
     await next_service.run_until_ended("next")

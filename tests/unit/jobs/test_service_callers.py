@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.unit.jobs.service_bench import LIMITS, Bench, bench_in, draw, submiss
 PIXEL_STEPS = submission().parameters.pixel_steps
 
 
-def limited(directory: Path, **limits: int) -> AbstractAsyncContextManager[Bench]:
+def limited(directory: Path, **limits: Any) -> AbstractAsyncContextManager[Bench]:
     return bench_in(directory, limits=dataclasses.replace(LIMITS, **limits))
 
 

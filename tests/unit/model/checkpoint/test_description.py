@@ -90,7 +90,7 @@ def test_a_tokenizer_without_a_limit_of_its_own_leaves_the_models(own_checkpoint
     # transformers writes this where there is no limit.
     edit(own_checkpoint / "tokenizer_3" / "tokenizer_config.json", model_max_length=int(1e30))
     description = describe_checkpoint(own_checkpoint, None)
-    assert description.prompt_token_limits["T5"] == 256
+    assert description.prompt_token_limits[TextEncoderName.T5] == 256
     assert description.trained_prompt_tokens == 128
 
 
