@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from hidream.info_table import info_table
@@ -15,9 +17,8 @@ def test_durations_read_well(seconds: float, text: str) -> None:
 def test_the_table_shows_every_limit_and_leaves_out_what_is_not_known() -> None:
     names = [field.name for field in server_info_pb2.RequestLimits.DESCRIPTOR.fields]
     by_encoder = "max_prompt_tokens_by_encoder"
-    limits = server_info_pb2.RequestLimits(
-        **dict.fromkeys(names, 7) | {by_encoder: {"T5": 256, "CLIP-L": 218}}
-    )
+    values: dict[str, Any] = dict.fromkeys(names, 7) | {by_encoder: {"T5": 256, "CLIP-L": 218}}
+    limits = server_info_pb2.RequestLimits(**values)
     info = server_info_pb2.ServerInfo(state=server_info_pb2.SERVER_STATE_STARTING, limits=limits)
     rows = dict(line.split(maxsplit=1) for line in info_table(info).splitlines())
     assert rows["state"] == "STARTING"
