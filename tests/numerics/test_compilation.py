@@ -88,13 +88,13 @@ def test_steps_of_another_shape_run_as_without_the_compiler(compiled_ranks: list
                 assert (step.num_compiled_calls, step.relative_difference) == (0, 0.0), name
 
 
-def test_steps_with_prompts_of_another_length_share_what_is_compiled_for_the_image_alone(
+def test_steps_with_prompts_of_another_length_run_at_most_what_is_compiled_for_the_image_alone(
     compiled_ranks: list[CompiledRank],
 ) -> None:
     for rank in compiled_ranks:
         for name in OF_OTHER_PROMPTS:
             step = rank.steps[name]
-            assert 0 < step.num_compiled_calls < NUM_BLOCKS * rank.num_compiled, name
+            assert step.num_compiled_calls < NUM_BLOCKS * rank.num_compiled, name
             assert step.relative_difference < RELATIVE_TOLERANCE, name
 
 

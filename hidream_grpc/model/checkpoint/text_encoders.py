@@ -139,5 +139,3 @@ def _clip_files(model_path: Path, number: str, max_tokens: int) -> TextEncoderFi
         max_tokens,
         (config.projection_dim,),
     )
-
-

@@ -1147,7 +1147,7 @@ const file_hidream_v1_server_info_proto_rawDesc = "" +
 	"liveModels\x12>\n" +
 	"\x0fsupported_sizes\x18\x0f \x03(\v2\x15.hidream.v1.ImageSizeR\x0esupportedSizes\x12\x18\n" +
 	"\aweights\x18\x10 \x01(\tR\aweights\x120\n" +
-	"\x14text_encoder_weights\x18\x11 \x01(\tR\x12textEncoderWeights\"\xaa\x02\n" +
+	"\x14text_encoder_weights\x18\x11 \x01(\tR\x12textEncoderWeights\"\xde\x02\n" +
 	"\tModelInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\avariant\x18\x02 \x01(\tR\avariant\x12\x1c\n" +
