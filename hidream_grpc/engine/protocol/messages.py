@@ -19,7 +19,7 @@ from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
 from hidream_grpc.model.weight_format import WeightFormats
 
-PROTOCOL_VERSION = 10
+PROTOCOL_VERSION = 11
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
