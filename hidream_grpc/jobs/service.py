@@ -113,7 +113,7 @@ class JobService:
         self._callers = AttachedCallers(
             self._store, self._feeds, max_lost_calls, self._closed, self._on_cancelled
         )
-        self._follower = StoreFollower(self._store, self._feeds, self.executor, self._positions)
+        self._follower = StoreFollower(self._store, self._feeds, self.executor)
         self._orphans = OrphanedFiles(self._store, self._artifacts)
         retention = Retention(
             policy.retention, self._store, self._artifacts, self._feeds.has_readers, observe_retention
@@ -436,7 +436,6 @@ class JobService:
         elif self.executor.job(job.job_id) is None:
             # From now on its row holds what becomes of it.
             self._follower.outdate(job.job_id)
-        self._positions.notify()
         self._changed.set()
 
     def _newest(self, job: Job) -> Job:

@@ -38,6 +38,7 @@ from tests.support.job_stores import (
     ids,
     joined,
     new_job,
+    queue_order,
     started,
     succeeded,
     with_image,
@@ -94,9 +95,9 @@ async def test_the_order_that_is_told_is_the_order_of_the_claims(store: SqlJobSt
     await added(store, *some_jobs())
     await claimed(store, limit=5)
     await added(store, *some_jobs())
-    told = (await store.queue_orders(MODEL))[MODEL]
-    assert list(told) == ids(await claimed(store, limit=len(told)))
-    assert (await store.queue_orders(MODEL))[MODEL] == ()
+    told = await queue_order(store)
+    assert told == ids(await claimed(store, limit=len(told)))
+    assert await queue_order(store) == []
 
 
 @given(
@@ -129,10 +130,10 @@ async def test_a_caller_at_its_limit_of_running_jobs_is_passed_over(store: SqlJo
 
 async def test_the_order_that_is_told_keeps_to_the_limit_of_a_caller(store: SqlJobStore) -> None:
     jobs = await added(store, *(new_job(caller="a") for _ in range(3)), new_job(caller="b"))
-    told = (await store.queue_orders(MODEL, max_running_jobs_of_caller=1))[MODEL]
-    assert told == tuple(jobs[index].job_id for index in (0, 3, 1, 2))
+    told = await queue_order(store, max_running_jobs_of_caller=1)
+    assert told == [jobs[index].job_id for index in (0, 3, 1, 2)]
     await claimed(store, max_running_jobs_of_caller=1)
-    assert (await store.queue_orders(MODEL, 1))[MODEL][0] == jobs[3].job_id
+    assert (await queue_order(store, 1))[0] == jobs[3].job_id
 
 
 async def test_limits_and_turns_of_callers_hold_when_replicas_claim_at_once(
@@ -161,7 +162,7 @@ async def test_a_server_claims_the_jobs_of_its_own_model_only(store: SqlJobStore
 
     (mine,) = await added(store, of_model(MODEL))
     (others,) = await added(store, of_model("fedcba9876543210"))
-    assert (await store.queue_orders(MODEL))[MODEL] == (mine.job_id,)
+    assert await queue_order(store) == [mine.job_id]
     assert ids(await claimed(store, limit=5)) == [mine.job_id]
     await joined(store, "replica-2")
     (taken,) = await store.claim("replica-2", "fedcba9876543210", 5)

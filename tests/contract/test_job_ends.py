@@ -21,13 +21,13 @@ from hidream_grpc.jobs.store.claims import Saved
 from hidream_grpc.jobs.store.records import EndedJob
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.support.job_stores import (
-    MODEL,
     OWNER,
     added,
     claimed,
     finished,
     ids,
     new_job,
+    queue_order,
     started,
     succeeded,
     with_image,
@@ -201,7 +201,7 @@ async def test_a_caller_whose_jobs_are_all_deleted_is_new_again(store: SqlJobSto
         if caller == "b":
             await store.delete(OWNER, done.job_id)
     a, b = await added(store, new_job(caller="a"), new_job(caller="b"))
-    assert (await store.queue_orders(MODEL))[MODEL] == (b.job_id, a.job_id)
+    assert await queue_order(store) == [b.job_id, a.job_id]
 
 
 async def test_an_end_that_was_written_and_whose_answer_was_lost_is_counted(

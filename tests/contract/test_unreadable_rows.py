@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from hidream_grpc.errors import JobInternalError
 from hidream_grpc.jobs.job import CancelReason, Job, JobState
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.support.job_stores import MODEL, OWNER, StoreDatabase, added, claimed, ids, new_job, started
+from tests.support.job_stores import OWNER, StoreDatabase, added, claimed, ids, new_job, queue_order, started
 
 DAMAGES = {
     "a state of a newer version": "state = 'PAUSED'",
@@ -74,5 +74,5 @@ async def test_an_unreadable_row_leaves_the_order_of_the_queue_to_the_others(
 ) -> None:
     broken, other = await added(store, new_job(), new_job())
     await damage(database, broken, "submission = '{'")
-    assert other.job_id in (await store.queue_orders(MODEL))[MODEL]
+    assert other.job_id in await queue_order(store)
     assert {job.job_id for job in await store.get_all(ids([broken, other]))} == set(ids([broken, other]))

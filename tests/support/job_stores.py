@@ -16,6 +16,7 @@ from hidream_grpc.engine.requests import Priority
 from hidream_grpc.errors import HiDreamError
 from hidream_grpc.jobs.job import Execution, Job, JobState, StoredImage, Submission, claim_sequence
 from hidream_grpc.jobs.store.changes import Change, ChangeKind, Subscription
+from hidream_grpc.jobs.store.order import claim_order
 from hidream_grpc.jobs.store.records import QueueLimits
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.model.parameters import GenerationParameters
@@ -65,6 +66,14 @@ def new_job(
 async def added(store: SqlJobStore, *jobs: Job) -> tuple[Job, ...]:
     """Accept jobs whose number is not limited."""
     return await store.add(jobs, ROOMY)
+
+
+async def queue_order(store: SqlJobStore, max_running_jobs_of_caller: int | None = None) -> list[str]:
+    """Ids of the jobs that wait for the model, in the order in which they will be claimed."""
+    queued_jobs = await store.waiting_after(0, 1_000)
+    waiting = [queued.waiting for queued in queued_jobs if queued.job.model_fingerprint in (MODEL, "")]
+    loads = await store.caller_loads(max_running_jobs_of_caller)
+    return [job.job_id for job in claim_order(waiting, loads)]
 
 
 async def joined(store: SqlJobStore, replica_id: str) -> None:

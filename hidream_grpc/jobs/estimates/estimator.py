@@ -22,6 +22,8 @@ from hidream_grpc.jobs.job import Job
 
 KEPT_SECONDS = 0.1
 """How long estimates are used: steps can be short, and estimating anew costs milliseconds."""
+MAX_SHARE = 1 / 50
+"""Share of the time that estimating may take while nothing begins or ends; meanwhile five times as much."""
 
 
 class JobEstimator:
@@ -42,9 +44,11 @@ class JobEstimator:
         self._clock = clock
         self._durations = MeasuredDurations()
         self._running: dict[str, JobWork] = {}
-        self._waiting: Sequence[JobWork] = ()
+        self._waiting: list[JobWork] = []
         self._estimates: Estimates | None = None
         self._estimate_time = 0.0
+        self._estimate_seconds = 0.0
+        self._is_outdated = False
 
     def observe_step(self, report: StepReport) -> None:
         """Measure a denoising step."""
@@ -87,10 +91,16 @@ class JobEstimator:
         if self._running.pop(job_id, None) is not None:
             self._forget()
 
-    def note_waiting(self, waiting: Sequence[Job]) -> None:
+    def note_waiting(self, waiting: Sequence[JobWork]) -> None:
         """Record all jobs that wait, in the order in which they will be taken."""
-        self._waiting = tuple(map(JobWork.of, waiting))
+        self._waiting = list(waiting)
         self._forget()
+
+    def note_newest(self, work: JobWork, num_before: int) -> None:
+        """Record a job that has just begun to wait behind so many others."""
+        self._waiting.insert(num_before, work)
+        if self._estimates is None or not self._estimates.add(self._durations, self._waiting, num_before):
+            self._forget()
 
     @property
     def next_start_seconds(self) -> float | None:
@@ -104,28 +114,38 @@ class JobEstimator:
 
     def wait_seconds(self, job_id: str) -> float | None:
         """Seconds until a waiting job starts; None where that is unknown."""
-        return self._seconds_until(self._newest().starts.get(job_id))
+        return self._seconds_until(self._newest(job_id).starts.get(job_id))
 
     def remaining_seconds(self, job_id: str) -> float | None:
         """Seconds until a job ends that runs or waits; None where that is unknown."""
-        return self._seconds_until(self._newest().ends.get(job_id))
+        return self._seconds_until(self._newest(job_id).ends.get(job_id))
 
     def _known_waits(self) -> Iterator[float]:
-        waits = (self.wait_seconds(work.job_id) for work in self._waiting)
-        return (seconds for seconds in waits if seconds is not None)
+        starts = self._newest().starts.values()
+        return (max(0.0, self._estimate_time + seconds - self._clock()) for seconds in starts)
 
     def _forget(self) -> None:
-        self._estimates = None
+        self._is_outdated = True
 
-    def _newest(self) -> Estimates:
+    def _newest(self, job_id: str | None = None) -> Estimates:
+        """The estimates, made anew where they are too old, or do not know a job that has come."""
         now = self._clock()
-        if self._estimates is None or now - self._estimate_time > KEPT_SECONDS:
+        if self._estimates is None or self._is_due(now - self._estimate_time, job_id):
             # The list of those that wait may be older than the latest start.
             waiting = [work for work in self._waiting if work.job_id not in self._running]
             running = tuple(self._running.values())
             self._estimates = estimate_jobs(self._durations, self._capacity(), running, waiting)
             self._estimate_time = now
+            self._estimate_seconds = self._clock() - now
+            self._is_outdated = False
         return self._estimates
+
+    def _is_due(self, age_seconds: float, job_id: str | None) -> bool:
+        rest_seconds = self._estimate_seconds / MAX_SHARE
+        if not self._is_outdated:
+            return age_seconds > max(KEPT_SECONDS, rest_seconds)
+        is_unknown = job_id is not None and self._estimates is not None and job_id not in self._estimates.ends
+        return is_unknown or age_seconds >= rest_seconds / 5
 
     def _seconds_until(self, seconds: float | None) -> float | None:
         """Take off the time since the estimate was made."""

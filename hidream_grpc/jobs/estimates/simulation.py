@@ -97,6 +97,14 @@ class JobWork:
         )
         return RunningRequest(request, step=self.step)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """All that `seconds_alone` depends on."""
+        parameters = self.parameters
+        num_steps = parameters.num_inference_steps - self.step
+        num_images = parameters.num_images - len(self.finished_images)
+        return parameters.width, parameters.height, parameters.num_samples, num_steps, num_images
+
     def seconds_alone(self, durations: MeasuredDurations) -> float:
         """How long it would take with the engine to itself."""
         parameters = self.parameters
@@ -114,10 +122,29 @@ class Estimates:
     Attributes:
         starts: until each waiting job starts, in the order of the queue.
         ends: until each job ends, those that run first.
+        pace: seconds between the starts of the last jobs, for each second that one takes alone; 0 where all
+            jobs were simulated.
+        slowdown: how many times as long as alone each of them takes.
     """
 
-    starts: Mapping[str, float]
-    ends: Mapping[str, float]
+    starts: dict[str, float]
+    ends: dict[str, float]
+    pace: float = 0.0
+    slowdown: float = 0.0
+
+    def add(self, durations: MeasuredDurations, waiting: Sequence[JobWork], index: int) -> bool:
+        """Estimate a job that has just come, from the one before it.
+
+        Returns:
+            Whether that is possible: otherwise all must be estimated anew.
+        """
+        before, work = waiting[index - 1], waiting[index]
+        if not self.pace or index < MAX_SIMULATED_JOBS or before.job_id not in self.starts:
+            return False
+        start_seconds = self.starts[before.job_id] + self.pace * before.seconds_alone(durations)
+        self.starts[work.job_id] = start_seconds
+        self.ends[work.job_id] = start_seconds + self.slowdown * work.seconds_alone(durations)
+        return True
 
 
 def estimate_jobs(
@@ -145,9 +172,7 @@ def estimate_jobs(
         simulation.run_round()
     starts = {work.job_id: simulation.starts[work.job_id] for work in simulated}
     ends = {work.job_id: simulation.ends[work.job_id] for work in (*running, *simulated)}
-    later_starts = _later_starts(durations, waiting, starts)
-    later_ends = _later_ends(durations, waiting, starts, ends, later_starts)
-    return Estimates(starts | later_starts, ends | later_ends)
+    return _with_later_jobs(durations, waiting, starts, ends)
 
 
 class Simulation:
@@ -344,36 +369,43 @@ def _num_steps_left(request: RunningRequest) -> int:
     return request.request.parameters.num_inference_steps - request.step
 
 
-def _later_starts(
-    durations: MeasuredDurations, waiting: Sequence[JobWork], known_starts: Mapping[str, float]
-) -> dict[str, float]:
-    """Estimate the starts of the jobs behind those that were simulated, by the work in front of them."""
-    if len(waiting) <= MAX_SIMULATED_JOBS:
-        return {}
-    amounts = [work.seconds_alone(durations) for work in waiting]
-    half = MAX_SIMULATED_JOBS // 2
-    last_start = max(known_starts.values())
-    middle_start = max(known_starts[work.job_id] for work in waiting[:half])
-    pace = (last_start - middle_start) / sum(amounts[half:MAX_SIMULATED_JOBS])
-    in_front = accumulate(amounts[MAX_SIMULATED_JOBS - 1 :])
-    later = waiting[MAX_SIMULATED_JOBS:]
-    return {work.job_id: last_start + pace * amount for work, amount in zip(later, in_front, strict=False)}
-
-
-def _later_ends(
+def _with_later_jobs(
     durations: MeasuredDurations,
     waiting: Sequence[JobWork],
-    known_starts: Mapping[str, float],
-    known_ends: Mapping[str, float],
-    later_starts: Mapping[str, float],
-) -> dict[str, float]:
-    """Estimate the ends of the same jobs, each of which takes as much longer than alone as those in front."""
-    if not later_starts:
-        return {}
-    in_front = waiting[MAX_SIMULATED_JOBS // 2 : MAX_SIMULATED_JOBS]
-    together = sum(known_ends[work.job_id] - known_starts[work.job_id] for work in in_front)
-    slowdown = together / sum(work.seconds_alone(durations) for work in in_front)
-    return {
-        work.job_id: later_starts[work.job_id] + slowdown * work.seconds_alone(durations)
-        for work in waiting[MAX_SIMULATED_JOBS:]
-    }
+    starts: dict[str, float],
+    ends: dict[str, float],
+) -> Estimates:
+    """Add the jobs behind those that were simulated: they start by the work in front of them.
+
+    Each of them takes as much longer than alone as those in front.
+    """
+    if len(waiting) <= MAX_SIMULATED_JOBS:
+        return Estimates(starts, ends)
+    amounts = _seconds_alone(durations, waiting)
+    half = MAX_SIMULATED_JOBS // 2
+    last_start = max(starts[work.job_id] for work in waiting[:MAX_SIMULATED_JOBS])
+    middle_start = max(starts[work.job_id] for work in waiting[:half])
+    in_front = waiting[half:MAX_SIMULATED_JOBS]
+    together = sum(ends[work.job_id] - starts[work.job_id] for work in in_front)
+    alone = sum(amounts[half:MAX_SIMULATED_JOBS])
+    pace, slowdown = (last_start - middle_start) / alone, together / alone
+    later = zip(waiting[MAX_SIMULATED_JOBS:], amounts[MAX_SIMULATED_JOBS:], strict=True)
+    for (work, amount), work_in_front in zip(
+        later, accumulate(amounts[MAX_SIMULATED_JOBS - 1 :]), strict=False
+    ):
+        start_seconds = last_start + pace * work_in_front
+        starts[work.job_id] = start_seconds
+        ends[work.job_id] = start_seconds + slowdown * amount
+    return Estimates(starts, ends, pace, slowdown)
+
+
+def _seconds_alone(durations: MeasuredDurations, works: Sequence[JobWork]) -> list[float]:
+    """How long each would take alone; most of many are alike."""
+    known: dict[tuple[int, ...], float] = {}
+    amounts = []
+    for work in works:
+        amount = known.get(work.shape)
+        if amount is None:
+            amount = known[work.shape] = work.seconds_alone(durations)
+        amounts.append(amount)
+    return amounts

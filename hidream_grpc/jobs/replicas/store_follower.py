@@ -13,25 +13,22 @@ from hidream_grpc.jobs.store.changes import Change, ChangeKind, Subscription
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.jobs.watching.events import JobEvent
 from hidream_grpc.jobs.watching.feeds import JobFeeds
-from hidream_grpc.jobs.watching.queue_positions import QueuePositions
 
 logger = logging.getLogger(__name__)
 
 
 class StoreFollower:
-    """Follows the changes of the store for feeds, executor and queue positions."""
+    """Follows the changes of the store for feeds and executor."""
 
     def __init__(
         self,
         store: SqlJobStore,
         feeds: JobFeeds,
         executor: JobExecutor,
-        positions: QueuePositions,
     ) -> None:
         self._store = store
         self._feeds = feeds
         self._executor = executor
-        self._positions = positions
         self._outdated: set[str] = set()
         # Events of a job that arrive while its row is read: the row holds what came before them.
         self._held_back: dict[str, list[JobEvent]] = {}
@@ -75,7 +72,6 @@ class StoreFollower:
                 self._executor.note_claim(job_id, change.claim_number)
                 if self._executor.job(job_id) is None:
                     self.outdate(job_id)
-        self._positions.notify()
         self._executor.notify()
 
     def _everything_changed(self) -> None:

@@ -41,7 +41,7 @@ class JobClaims(StoreBase):
         limit: int,
         max_running_jobs_of_caller: int | None = None,
     ) -> tuple[Job, ...]:
-        """Take jobs of a model to run: those that lost their replica, then in the order of `queue_orders`.
+        """Take jobs of a model to run: those that lost their replica, then in the order of `claim_order`.
 
         Claims of all replicas are made one after another. A claimed job is as it was left, QUEUED or
         RUNNING, with a claim number of its own. Jobs that are to be cancelled, too late, or unreadable end
@@ -136,20 +136,6 @@ class JobClaims(StoreBase):
         return jobs
 
 
-async def orders_by_model(
-    connection: AsyncConnection, model_fingerprint: str, max_running_jobs_of_caller: int | None
-) -> dict[str, ClaimOrder]:
-    """The order of the waiting jobs of each model, by fingerprint.
-
-    Jobs that any model may run are among those of the given one.
-    """
-    waiting: dict[str, list[WaitingJob]] = {model_fingerprint: []}
-    for *columns, fingerprint in await connection.execute(queries.waiting()):
-        waiting.setdefault(fingerprint or model_fingerprint, []).append(WaitingJob(*columns))
-    loads = await _loads(connection, max_running_jobs_of_caller)
-    return {fingerprint: claim_order(jobs, loads) for fingerprint, jobs in waiting.items()}
-
-
 async def _order_to_claim(
     connection: AsyncConnection,
     model_fingerprint: str,
@@ -161,10 +147,11 @@ async def _order_to_claim(
     waiting = [WaitingJob(*row) for row in await connection.execute(query)]
     if not waiting:
         return ClaimOrder((), ())
-    return claim_order(waiting, await _loads(connection, max_running_jobs_of_caller))
+    return claim_order(waiting, await loads_of(connection, max_running_jobs_of_caller))
 
 
-async def _loads(connection: AsyncConnection, max_running_jobs_of_caller: int | None) -> CallerLoads:
+async def loads_of(connection: AsyncConnection, max_running_jobs_of_caller: int | None) -> CallerLoads:
+    """The turns of callers, and how many of their jobs run where that number is limited."""
     last_turns = {row.caller: row.last_turn for row in await connection.execute(queries.last_turns())}
     num_running: dict[str, int] = {}
     if max_running_jobs_of_caller is not None:

@@ -106,9 +106,15 @@ def counts_of_owner(owner: str) -> sa.Select[str, int]:
     return counts().where(jobs.c.owner == owner, _has_not_ended)
 
 
-def waiting() -> sa.Select[Any]:
-    """Select all jobs that wait and were not begun: columns of `WaitingJob`, and the model's fingerprint."""
-    return sa.select(*_waiting_columns(), jobs.c.model_fingerprint).where(_is_waiting)
+def waiting_among(job_ids: Collection[str]) -> sa.Select[Any]:
+    """Select those of the jobs that wait and were not begun."""
+    return _waiting().where(jobs.c.job_id.in_(job_ids))
+
+
+def waiting_after(acceptance_number: int, limit: int) -> sa.Select[Any]:
+    """Select jobs that wait and were not begun, accepted after a number, in the order of acceptance."""
+    is_later = jobs.c.acceptance_number > acceptance_number
+    return _waiting().where(is_later).order_by(jobs.c.acceptance_number).limit(limit)
 
 
 def first_to_claim(model_fingerprint: str, max_jobs: int) -> sa.Select[Any]:
@@ -368,6 +374,11 @@ def notify(channel: str, texts: Sequence[str]) -> sa.Select[Any]:
 def write(acceptance_number: int, columns: Mapping[str, Any]) -> sa.Update:
     """Write columns of a job whose row is locked."""
     return sa.update(jobs).where(jobs.c.acceptance_number == acceptance_number).values(**columns)
+
+
+def _waiting() -> sa.Select[Any]:
+    """Select jobs that no replica has and that were not begun."""
+    return sa.select(jobs).where(_is_waiting)
 
 
 def _waiting_columns() -> tuple[sa.ColumnElement[Any], ...]:

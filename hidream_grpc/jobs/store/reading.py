@@ -14,9 +14,10 @@ from hidream_grpc.errors import JobInternalError, JobNotFoundError
 from hidream_grpc.jobs.job import Job, JobState
 from hidream_grpc.jobs.store import queries
 from hidream_grpc.jobs.store.base import StoreBase, uninterrupted
-from hidream_grpc.jobs.store.claims import orders_by_model
+from hidream_grpc.jobs.store.claims import loads_of
+from hidream_grpc.jobs.store.order import CallerLoads, WaitingJob
 from hidream_grpc.jobs.store.page_token import decode_page_token, encode_page_token, filter_digest_of
-from hidream_grpc.jobs.store.records import Page
+from hidream_grpc.jobs.store.records import Page, QueuedJob
 from hidream_grpc.jobs.store.rows import job_of
 
 _STATES = frozenset(state.value for state in JobState)
@@ -107,18 +108,26 @@ class JobReading(StoreBase):
         return Counter({JobState(state): count for state, count in rows if state in _STATES})
 
     @uninterrupted
-    async def queue_orders(
-        self, model_fingerprint: str, max_running_jobs_of_caller: int | None = None
-    ) -> Mapping[str, tuple[str, ...]]:
-        """Ids of the jobs that wait, in the order in which they will be claimed, by their model.
-
-        Args:
-            model_fingerprint: the model that also runs the jobs that any model may run.
-            max_running_jobs_of_caller: how many jobs of one caller may run; None for any number.
-        """
+    async def waiting_among(self, job_ids: Collection[str]) -> tuple[QueuedJob, ...]:
+        """Read those of the jobs that wait and were not begun, in the order of acceptance."""
+        found: list[QueuedJob] = []
         async with self._database.read() as connection:
-            orders = await orders_by_model(connection, model_fingerprint, max_running_jobs_of_caller)
-        return {fingerprint: tuple(job.job_id for job in order) for fingerprint, order in orders.items()}
+            for some in queries.batches(job_ids):
+                found.extend(map(_queued_job, await connection.execute(queries.waiting_among(some))))
+        return tuple(sorted(found, key=lambda queued: queued.waiting.acceptance_number))
+
+    @uninterrupted
+    async def waiting_after(self, acceptance_number: int, limit: int) -> tuple[QueuedJob, ...]:
+        """Read jobs that wait and were not begun, accepted after a number, in the order of acceptance."""
+        async with self._database.read() as connection:
+            query = queries.waiting_after(acceptance_number, limit)
+            return tuple(map(_queued_job, await connection.execute(query)))
+
+    @uninterrupted
+    async def caller_loads(self, max_running_jobs_of_caller: int | None = None) -> CallerLoads:
+        """Read when each caller last had a turn, and how many of its jobs run where that is limited."""
+        async with self._database.read() as connection:
+            return await loads_of(connection, max_running_jobs_of_caller)
 
     @uninterrupted
     async def overdue(self, limit: int = 100) -> tuple[str, ...]:
@@ -127,6 +136,11 @@ class JobReading(StoreBase):
             return tuple(
                 (await connection.execute(queries.overdue(self.clock.cautious_now(), limit))).scalars()
             )
+
+
+def _queued_job(row: Row[Any]) -> QueuedJob:
+    waiting = WaitingJob(row.acceptance_number, row.job_id, row.caller, row.priority)
+    return QueuedJob(waiting, job_of(row))
 
 
 def readable(row: Row[Any]) -> Job:

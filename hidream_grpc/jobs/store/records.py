@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hidream_grpc.jobs.job import CancelReason, Job
+from hidream_grpc.jobs.store.order import WaitingJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +72,15 @@ class Usage:
 
     num_ended_jobs: int
     image_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedJob:
+    """A job that no replica has and that was not begun.
+
+    Attributes:
+        waiting: what its place in the order follows from.
+    """
+
+    waiting: WaitingJob
+    job: Job

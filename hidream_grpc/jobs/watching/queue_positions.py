@@ -1,25 +1,41 @@
-"""The position and the estimated wait of each job that waits, read from the store when something changes."""
+"""The position and the estimated wait of each job that waits, as of the changes of the store.
+
+The queue is read when the server starts and after an outage; from then on only the jobs that change are read.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import count
 
 from hidream_grpc.background import keep_doing
 from hidream_grpc.errors import HiDreamError
 from hidream_grpc.jobs.estimates.estimator import JobEstimator
+from hidream_grpc.jobs.estimates.simulation import JobWork
 from hidream_grpc.jobs.execution.executor import ClaimLimits
-from hidream_grpc.jobs.job import Job
-from hidream_grpc.jobs.retrying import wait_at_most
+from hidream_grpc.jobs.store.changes import ROW_KINDS, ChangeKind, Subscription
+from hidream_grpc.jobs.store.order import CallerLoads, TurnOrder, WaitingJob, claim_order
+from hidream_grpc.jobs.store.records import QueuedJob
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.jobs.watching.events import FIRST_POSITION, JobFeed, Queued
 from hidream_grpc.jobs.watching.feeds import JobFeeds
 
 PAUSE_SECONDS = 0.1
-"""Seconds between two reads of the queue, however much changes."""
+"""Seconds between two reads of what has changed, however much changes."""
 REFRESH_SECONDS = 1.0
-"""Seconds until the queue is read again without a change in it: the estimates change meanwhile."""
+"""Seconds until readers are told what the estimates have become meanwhile."""
+DURATIONS_SECONDS = 5.0
+"""Seconds until the durations of the queue are estimated again where no job of it is followed."""
+SMALL_QUEUE = 256
+"""Jobs of a queue that is ordered again at each change: that takes less than a millisecond."""
+MAX_SHARE = 1 / 50
+"""Share of the time that ordering a larger queue may take."""
+PAGE_SIZE = 200
+JOBS_PER_TURN = 100
+"""Number of feeds that are published to before other calls have their turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +51,29 @@ class QueueDurations:
     oldest_seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A job that waits.
+
+    Attributes:
+        model_fingerprint: of the model that it waits for.
+        work: None where its row cannot be read.
+    """
+
+    order: WaitingJob
+    model_fingerprint: str
+    create_time: float
+    work: JobWork | None
+
+
 class QueuePositions:
     """Knows the position of every waiting job, and publishes it to the readers of the job.
 
+    The positions of a large queue are a moment old, while jobs leave it: its order is made again in a fixed
+    share of the time. A job that comes has its own position at once. Belongs to the event loop's thread.
+
     Attributes:
-        durations: of the queue of this server's model, as last read.
+        durations: of the queue of this server's model, as last estimated.
     """
 
     def __init__(
@@ -50,15 +84,20 @@ class QueuePositions:
         self._limits = limits
         self._feeds = feeds
         self._estimator = estimator
-        self._positions: Mapping[str, int] = {}
-        self._waiting: Mapping[str, Job] = {}
-        self._changed = asyncio.Event()
+        # None while nothing is followed: then the queue is read whenever it is asked for.
+        self._changes: Subscription | None = None
+        self._is_complete = False
+        # By job id.
+        self._waiting: dict[str, _Waiting] = {}
+        self._newest_number = 0
+        # By model; none where the number of jobs that a caller may run is limited.
+        self._orders: dict[str, TurnOrder] = {}
+        self._positions: dict[str, int] = {}
+        self._is_outdated = False
+        self._order_end = 0.0
+        self._order_seconds = 0.0
+        self._asked_for: set[str] = set()
         self._reading = asyncio.Lock()
-        self._num_reads = 0
-
-    def notify(self) -> None:
-        """Say that the queue has changed."""
-        self._changed.set()
 
     async def of(self, job_ids: Collection[str]) -> list[Queued | None]:
         """Position and estimated wait of each of the jobs; None for one that does not wait.
@@ -66,8 +105,16 @@ class QueuePositions:
         Raises:
             StoreUnavailableError: the queue cannot be read.
         """
-        if not self._positions.keys() >= set(job_ids):
-            await self._refresh()
+        if unknown := [job_id for job_id in job_ids if job_id not in self._waiting]:
+            self._asked_for.update(unknown)
+            async with self._reading:
+                # They may have been read meanwhile.
+                if any(job_id in self._asked_for and job_id not in self._waiting for job_id in unknown):
+                    await self._read()
+        has_position = all(job_id in self._positions for job_id in job_ids if job_id in self._waiting)
+        if not has_position or (self._is_outdated and self._may_order and len(unknown) < len(job_ids)):
+            async with self._reading:
+                await self._order()
         return [self._position(job_id) for job_id in job_ids]
 
     async def publish_to(self, job_id: str, feed: JobFeed) -> None:
@@ -85,52 +132,140 @@ class QueuePositions:
 
     async def run(self) -> None:
         """Keep the positions up to date until cancelled."""
-        await keep_doing("read the queue", self._refresh_changed, self._pause)
-
-    async def _refresh_changed(self) -> None:
-        self._changed.clear()
-        await self._refresh()
+        with self._store.subscribe(ROW_KINDS) as changes:
+            self._changes, self._is_complete = changes, False
+            try:
+                await keep_doing("read the queue", self._refresh, self._pause)
+            finally:
+                self._changes = None
 
     async def _pause(self) -> None:
+        assert self._changes is not None
         await asyncio.sleep(PAUSE_SECONDS)
-        if self._positions:
-            await wait_at_most(self._changed, REFRESH_SECONDS)
-        else:
-            await self._changed.wait()
+        pause_seconds = None
+        if self._waiting:
+            is_followed = any(job_id in self._waiting for job_id in self._feeds.job_ids)
+            pause_seconds = REFRESH_SECONDS if is_followed else DURATIONS_SECONDS
+        try:
+            async with asyncio.timeout(pause_seconds):
+                await self._changes.wait()
+        except TimeoutError:
+            pass
 
     async def _refresh(self) -> None:
-        """Read the queue, once for all that ask while it is being read."""
-        num_reads = self._num_reads
         async with self._reading:
-            # The next read but one began after this was asked for.
-            if self._num_reads < num_reads + 2:
+            if self._changes is None or self._changes.has_pending or not self._is_complete:
                 await self._read()
-                self._num_reads += 1
-        for job_id in self._feeds.job_ids:
+            if self._is_outdated and self._may_order:
+                await self._order()
+        await self._publish()
+        self._estimate_durations()
+
+    async def _publish(self) -> None:
+        for number, job_id in enumerate(self._feeds.job_ids):
+            if number % JOBS_PER_TURN == JOBS_PER_TURN - 1:
+                await asyncio.sleep(0)
             feed, position = self._feeds.get(job_id), self._position(job_id)
             if feed is not None and position is not None:
                 feed.publish_position(position)
 
+    def _estimate_durations(self) -> None:
+        own = (w for w in self._waiting.values() if w.model_fingerprint == self._limits.model_fingerprint)
+        now = self._store.clock.now()
+        oldest_seconds = max(0.0, now - min((waiting.create_time for waiting in own), default=now))
+        self.durations = QueueDurations(self._estimator.last_start_seconds or 0.0, oldest_seconds)
+
+    # --- what waits -------------------------------------------------------------------------------
+
     async def _read(self) -> None:
-        own_model = self._limits.model_fingerprint
-        orders = await self._store.queue_orders(own_model, self._limits.max_running_jobs_of_caller)
-        order = orders[own_model]
-        missing = [job_id for job_id in order if job_id not in self._waiting]
-        found = {job.job_id: job for job in await self._store.get_all(missing)} if missing else {}
-        known = {**self._waiting, **found}
-        self._waiting = {job_id: known[job_id] for job_id in order if job_id in known}
-        # Each model has a queue of its own.
-        self._positions = {
-            job_id: position
-            for of_model in orders.values()
-            for position, job_id in enumerate(of_model, start=FIRST_POSITION)
-        }
-        self._estimator.note_waiting(tuple(self._waiting.values()))
-        oldest_time = min((job.create_time for job in self._waiting.values()), default=None)
-        self.durations = QueueDurations(
-            seconds=self._estimator.last_start_seconds or 0.0,
-            oldest_seconds=0.0 if oldest_time is None else max(0.0, self._store.clock.now() - oldest_time),
-        )
+        """Read the jobs that have changed or are asked for, or all that wait where changes were missed."""
+        asked_for, self._asked_for = self._asked_for - self._waiting.keys(), set()
+        changes = () if self._changes is None else self._changes.take_pending()
+        is_complete = self._is_complete and all(change.kind is not ChangeKind.ANYTHING for change in changes)
+        # Unless all of this is read.
+        self._is_complete = False
+        if is_complete:
+            job_ids = asked_for.union(change.job_id for change in changes)
+            found = {queued.waiting.job_id: queued for queued in await self._store.waiting_among(job_ids)}
+            for job_id in job_ids - found.keys():
+                self._remove(job_id)
+            for queued in found.values():
+                self._add(queued)
+        else:
+            await self._read_all()
+        self._is_complete = self._changes is not None
+        if self._is_outdated and len(self._waiting) <= SMALL_QUEUE:
+            await self._order()
+
+    async def _read_all(self) -> None:
+        waiting: dict[str, _Waiting] = {}
+        number = 0
+        while page := await self._store.waiting_after(number, PAGE_SIZE):
+            waiting.update((queued.waiting.job_id, self._waiting_of(queued)) for queued in page)
+            number = page[-1].waiting.acceptance_number
+        self._waiting, self._newest_number = waiting, number
+        await self._order()
+
+    def _waiting_of(self, queued: QueuedJob) -> _Waiting:
+        job = queued.job
+        model_fingerprint = job.model_fingerprint or self._limits.model_fingerprint
+        work = None if job.is_unreadable else JobWork.of(job)
+        return _Waiting(queued.waiting, model_fingerprint, job.create_time, work)
+
+    def _remove(self, job_id: str) -> None:
+        if self._waiting.pop(job_id, None) is not None:
+            self._positions.pop(job_id, None)
+            self._is_outdated = True
+
+    def _add(self, queued: QueuedJob) -> None:
+        """Take a job in; where it is the newest it has its position at once."""
+        job_id = queued.waiting.job_id
+        if job_id in self._waiting:
+            return
+        waiting = self._waiting[job_id] = self._waiting_of(queued)
+        order = self._orders.get(waiting.model_fingerprint)
+        number = waiting.order.acceptance_number
+        is_newest = number > self._newest_number
+        self._newest_number = max(self._newest_number, number)
+        # Jobs that are behind it now have other positions.
+        self._is_outdated = True
+        if order is None or not is_newest:
+            return
+        num_before = order.add_newest(waiting.order)
+        self._positions[job_id] = num_before + FIRST_POSITION
+        if waiting.work is not None and waiting.model_fingerprint == self._limits.model_fingerprint:
+            self._estimator.note_newest(waiting.work, num_before)
+
+    # --- their order ------------------------------------------------------------------------------
+
+    @property
+    def _may_order(self) -> bool:
+        is_small = len(self._waiting) <= SMALL_QUEUE
+        return is_small or time.monotonic() - self._order_end >= self._order_seconds / MAX_SHARE
+
+    async def _order(self) -> None:
+        loads = await self._store.caller_loads(self._limits.max_running_jobs_of_caller)
+        start = time.monotonic()
+        self._is_outdated = False
+        by_model: dict[str, list[_Waiting]] = {self._limits.model_fingerprint: []}
+        for waiting in self._waiting.values():
+            by_model.setdefault(waiting.model_fingerprint, []).append(waiting)
+        self._orders, self._positions = {}, {}
+        for model_fingerprint, jobs in by_model.items():
+            ordered = self._ordered(model_fingerprint, [waiting.order for waiting in jobs], loads)
+            self._positions.update(zip(ordered, count(FIRST_POSITION), strict=False))
+            if model_fingerprint == self._limits.model_fingerprint:
+                works = (self._waiting[job_id].work for job_id in ordered)
+                self._estimator.note_waiting([work for work in works if work is not None])
+        self._order_end = time.monotonic()
+        self._order_seconds = self._order_end - start
+
+    def _ordered(self, model_fingerprint: str, jobs: list[WaitingJob], loads: CallerLoads) -> list[str]:
+        """Ids of a model's jobs in the order in which they will be claimed."""
+        if self._limits.max_running_jobs_of_caller is not None:
+            return [job.job_id for job in claim_order(jobs, loads)]
+        order = self._orders[model_fingerprint] = TurnOrder(jobs, loads.last_turns)
+        return [job.job_id for job in order]
 
     def _position(self, job_id: str) -> Queued | None:
         position = self._positions.get(job_id)

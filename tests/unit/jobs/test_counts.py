@@ -13,7 +13,7 @@ from hidream_grpc.jobs import counts
 from hidream_grpc.jobs.counts import JobCounts
 from hidream_grpc.jobs.job import JobState
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.support.job_stores import MODEL, added, eventually, new_job
+from tests.support.job_stores import added, eventually, new_job, queue_order
 
 
 class CountedStore(SqlJobStore):
@@ -54,7 +54,7 @@ async def test_many_changes_at_once_are_one_count_and_a_lost_store_leaves_the_ol
     await has_counted(300)
     num_counts = store.num_counts
     for _ in range(50):
-        (await store.queue_orders(MODEL))[MODEL]
+        await queue_order(store)
     assert store.num_counts <= num_counts + 1
     store.is_lost = True
     await added(store, new_job())

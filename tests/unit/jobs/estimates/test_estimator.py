@@ -15,7 +15,7 @@ from hidream_grpc.engine.requests import (
     StepReport,
 )
 from hidream_grpc.jobs.estimates.estimator import KEPT_SECONDS, JobEstimator
-from hidream_grpc.jobs.estimates.simulation import EngineCapacity
+from hidream_grpc.jobs.estimates.simulation import MAX_SIMULATED_JOBS, EngineCapacity, JobWork
 from hidream_grpc.jobs.job import Job, StoredSnapshot
 from tests.unit.jobs.service_bench import submission
 
@@ -51,10 +51,14 @@ def job(job_id: str) -> Job:
     return Job(job_id, submission(), create_time=0.0)
 
 
+def work(job_id: str) -> JobWork:
+    return JobWork.of(job(job_id))
+
+
 def test_nothing_is_said_before_anything_was_measured(clock: Clock) -> None:
     estimator = JobEstimator(lambda: EngineCapacity(1, 2**40, num_ranks=1), clock)
     estimator.note_taken(job("a"))
-    estimator.note_waiting([job("b")])
+    estimator.note_waiting([work("b")])
     assert estimator.remaining_seconds("a") is None
     assert estimator.wait_seconds("b") is None
 
@@ -68,14 +72,14 @@ def test_a_running_job_has_its_steps_and_its_image_in_front_of_it(estimator: Job
 def test_jobs_wait_for_those_in_front_of_them(estimator: JobEstimator) -> None:
     estimator.note_taken(job("a"))
     estimator.observe("a", StepFinished(2, 1.0))
-    estimator.note_waiting([job("b"), job("c")])
+    estimator.note_waiting([work("b"), work("c")])
     assert estimator.wait_seconds("b") == pytest.approx(1.5)
     assert estimator.wait_seconds("c") == pytest.approx(1.5 + 0.25 + 3 * 1.0 + 0.5)
 
 
 def test_a_job_that_leaves_shortens_the_wait_of_those_behind_at_once(estimator: JobEstimator) -> None:
     estimator.note_taken(job("a"))
-    estimator.note_waiting([job("b")])
+    estimator.note_waiting([work("b")])
     assert estimator.wait_seconds("b") == pytest.approx(3.5)
     estimator.note_gone("a")
     assert estimator.wait_seconds("b") == 0.0
@@ -85,9 +89,9 @@ def test_a_caller_that_leaves_the_queue_shortens_the_wait_of_those_behind_at_onc
     estimator: JobEstimator,
 ) -> None:
     estimator.note_taken(job("a"))
-    estimator.note_waiting([job("b"), job("c")])
+    estimator.note_waiting([work("b"), work("c")])
     far = estimator.wait_seconds("c")
-    estimator.note_waiting([job("c")])
+    estimator.note_waiting([work("c")])
     near = estimator.wait_seconds("c")
     assert far is not None and near is not None and near < far
     assert estimator.wait_seconds("b") is None
@@ -135,5 +139,22 @@ def test_a_job_that_goes_on_from_its_snapshot_has_the_rest_in_front_of_it(estima
 def test_a_place_in_the_queue_is_free_when_the_first_job_starts(estimator: JobEstimator) -> None:
     assert estimator.next_start_seconds is None
     estimator.note_taken(job("a"))
-    estimator.note_waiting([job("b"), job("c")])
+    estimator.note_waiting([work("b"), work("c")])
     assert estimator.next_start_seconds == pytest.approx(3.5)
+
+
+def test_a_job_that_comes_last_is_estimated_from_the_one_before_it_as_with_all_others(
+    estimator: JobEstimator,
+) -> None:
+    estimator.note_taken(job("a"))
+    waiting = [work(str(number)) for number in range(MAX_SIMULATED_JOBS + 10)]
+    estimator.note_waiting(waiting)
+    assert estimator.wait_seconds("0") == pytest.approx(3.5)
+    for number in range(len(waiting), len(waiting) + 3):
+        estimator.note_newest(work(str(number)), number)
+    found = [(estimator.wait_seconds(job_id), estimator.remaining_seconds(job_id)) for job_id in ("75", "76")]
+    estimator.note_waiting([work(str(number)) for number in range(len(waiting) + 3)])
+    assert found == [
+        (pytest.approx(estimator.wait_seconds(job_id)), pytest.approx(estimator.remaining_seconds(job_id)))
+        for job_id in ("75", "76")
+    ]

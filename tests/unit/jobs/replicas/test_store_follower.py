@@ -13,9 +13,6 @@ import pytest
 
 from hidream_grpc.background import keep_doing
 from hidream_grpc.errors import JobNotFoundError, StoreUnavailableError
-from hidream_grpc.jobs.estimates.estimator import JobEstimator
-from hidream_grpc.jobs.estimates.simulation import EngineCapacity
-from hidream_grpc.jobs.execution.executor import ClaimLimits
 from hidream_grpc.jobs.job import CancelReason, Job, Progress, claim_sequence
 from hidream_grpc.jobs.replicas import messages, store_follower
 from hidream_grpc.jobs.replicas.messages import ReplicaPublisher
@@ -24,8 +21,7 @@ from hidream_grpc.jobs.store.changes import ChangeKind
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.jobs.watching.events import JobEvent, JobFeed, Progressed, Restarted, Started, Succeeded
 from hidream_grpc.jobs.watching.feeds import JobFeeds
-from hidream_grpc.jobs.watching.queue_positions import QueuePositions
-from tests.support.job_stores import MODEL, OWNER, added, claimed, eventually, finished, new_job, started
+from tests.support.job_stores import OWNER, added, claimed, eventually, finished, new_job, started
 
 TIMEOUT_SECONDS = 10.0
 
@@ -79,9 +75,7 @@ class Here:
         self.store = store
         self.feeds = JobFeeds(store.clock.now)
         self.executor = NotedExecutor()
-        estimator = JobEstimator(lambda: EngineCapacity(1, 1 << 20, num_ranks=1))
-        positions = QueuePositions(store, self.feeds, estimator, ClaimLimits(1, None, MODEL))
-        self.follower = StoreFollower(store, self.feeds, cast(Any, self.executor), positions)
+        self.follower = StoreFollower(store, self.feeds, cast(Any, self.executor))
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ from hidream_grpc.errors import StoreUnavailableError
 from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity
 from hidream_grpc.jobs.execution.executor import ClaimLimits
-from hidream_grpc.jobs.job import CancelReason, Job
+from hidream_grpc.jobs.job import CancelReason
+from hidream_grpc.jobs.store.order import CallerLoads
+from hidream_grpc.jobs.store.records import QueuedJob
 from hidream_grpc.jobs.store.store import SqlJobStore
+from hidream_grpc.jobs.watching import queue_positions
 from hidream_grpc.jobs.watching.events import JobEvent, Queued
 from hidream_grpc.jobs.watching.feeds import JobFeeds
 from hidream_grpc.jobs.watching.queue_positions import QueuePositions
@@ -24,23 +28,29 @@ TIMEOUT_SECONDS = 10.0
 
 
 class CountingStore(SqlJobStore):
-    """A store that counts how often the queue is read, and can be lost."""
+    """A store that counts how often waiting jobs are read, and can be lost."""
 
     num_reads = 0
     num_jobs_read = 0
+    num_loads_read = 0
     is_lost = False
 
-    async def queue_orders(
-        self, model_fingerprint: str, max_running_jobs_of_caller: int | None = None
-    ) -> Mapping[str, tuple[str, ...]]:
+    async def caller_loads(self, max_running_jobs_of_caller: int | None = None) -> CallerLoads:
+        self.num_loads_read += 1
+        return await super().caller_loads(max_running_jobs_of_caller)
+
+    async def waiting_among(self, job_ids: Collection[str]) -> tuple[QueuedJob, ...]:
+        return self._note(await super().waiting_among(job_ids))
+
+    async def waiting_after(self, acceptance_number: int, limit: int) -> tuple[QueuedJob, ...]:
+        return self._note(await super().waiting_after(acceptance_number, limit))
+
+    def _note(self, queued: tuple[QueuedJob, ...]) -> tuple[QueuedJob, ...]:
         self.num_reads += 1
+        self.num_jobs_read += len(queued)
         if self.is_lost:
             raise StoreUnavailableError(1.0)
-        return await super().queue_orders(model_fingerprint, max_running_jobs_of_caller)
-
-    async def get_all(self, job_ids: Collection[str]) -> tuple[Job, ...]:
-        self.num_jobs_read += len(job_ids)
-        return await super().get_all(job_ids)
+        return queued
 
 
 @pytest.fixture
@@ -68,6 +78,19 @@ def positions_of(
     return QueuePositions(store, feeds, estimator, ClaimLimits(1, max_running_jobs_of_caller, MODEL))
 
 
+@asynccontextmanager
+async def followed(positions: QueuePositions) -> AsyncIterator[None]:
+    """The changes of the store are followed within the block."""
+    work = asyncio.create_task(positions.run())
+    # It has subscribed.
+    await asyncio.sleep(0)
+    try:
+        yield
+    finally:
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+
+
 def numbers(answers: Sequence[Queued | None]) -> list[int | None]:
     return [None if position is None else position.queue_position for position in answers]
 
@@ -78,19 +101,69 @@ async def test_any_number_of_askers_read_the_queue_twice_at_most(
     jobs = await added(store, *(new_job() for _ in range(30)))
     asked = await asyncio.gather(*(positions.of([job.job_id]) for job in jobs))
     assert [numbers(answer) for answer in asked] == [[position] for position in range(1, 31)]
-    # The second is for those who asked while the first was being read.
-    assert store.num_reads <= 2
-    assert store.num_jobs_read == 30
+    # The second is for those who asked while the first was being read; each ends with an empty page.
+    assert store.num_reads <= 4
+    assert store.num_jobs_read <= 60
 
 
-async def test_a_job_that_waits_is_read_once_however_often_the_queue_is(
-    store: CountingStore, positions: QueuePositions
+async def test_a_job_that_waits_is_read_once_and_a_queue_at_rest_not_at_all(
+    store: CountingStore, positions: QueuePositions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("PAUSE_SECONDS", "REFRESH_SECONDS", "DURATIONS_SECONDS"):
+        monkeypatch.setattr(queue_positions, name, 0.001)
     first = await added(store, *(new_job() for _ in range(10)))
-    await positions.of([job.job_id for job in first])
-    second = await added(store, new_job())
-    assert numbers(await positions.of([job.job_id for job in (*first, *second)])) == list(range(1, 12))
-    assert store.num_jobs_read == 11
+    async with followed(positions):
+        await positions.of([job.job_id for job in first])
+        for _ in range(5):
+            (job,) = await added(store, new_job())
+            first += (job,)
+            assert numbers(await positions.of([job.job_id])) == [len(first)]
+        ended = first[3]
+        await store.request_cancel(OWNER, ended.job_id, CancelReason.REQUESTED)
+
+        async def is_gone() -> bool:
+            return numbers(await positions.of([first[4].job_id])) == [4]
+
+        await eventually(is_gone)
+        assert store.num_jobs_read == 15
+        num_reads = store.num_reads
+        # Its estimates are made again meanwhile, many times.
+        num_turns = 0
+        with monkeypatch.context() as counting:
+
+            def estimate_durations() -> None:
+                nonlocal num_turns
+                num_turns += 1
+
+            counting.setattr(positions, "_estimate_durations", estimate_durations)
+
+            async def has_turned() -> bool:
+                return num_turns >= 5
+
+            await eventually(has_turned)
+        assert store.num_reads == num_reads
+
+
+async def test_in_a_large_queue_a_new_job_has_its_position_without_another_look_at_the_others(
+    store: CountingStore, positions: QueuePositions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue_positions, "SMALL_QUEUE", 5)
+    jobs = await added(store, *(new_job(caller="many") for _ in range(20)))
+    async with followed(positions):
+        assert numbers(await positions.of([jobs[-1].job_id])) == [20]
+        num_jobs_read, num_orders = store.num_jobs_read, store.num_loads_read
+        monkeypatch.setattr(queue_positions, "MAX_SHARE", 1e-9)
+        (last,) = await added(store, new_job(caller="many"))
+        (urgent,) = await added(store, new_job(caller="many", priority=Priority.HIGH))
+        (other,) = await added(store, new_job(caller="one"))
+        asked = [last.job_id, urgent.job_id, other.job_id]
+        assert [numbers(await positions.of([job_id])) for job_id in asked] == [[21], [1], [2]]
+        assert store.num_jobs_read == num_jobs_read + 3
+        assert store.num_loads_read == num_orders
+        monkeypatch.setattr(queue_positions, "MAX_SHARE", 1e9)
+        everything = [job.job_id for job in (urgent, other, *jobs, last)]
+        assert numbers(await positions.of(everything)) == list(range(1, 24))
+        assert store.num_loads_read == num_orders + 1
 
 
 async def test_what_does_not_wait_has_no_position(store: CountingStore, positions: QueuePositions) -> None:
@@ -138,9 +211,8 @@ async def test_who_waits_is_told_each_new_position_also_after_the_store_was_lost
         tasks = [asyncio.create_task(read(feed.follow(0))), asyncio.create_task(positions.run())]
         await has_been_told(2)
         store.is_lost = True
-        await store.request_cancel(OWNER, ahead.job_id, CancelReason.REQUESTED)
         num_reads = store.num_reads
-        positions.notify()
+        await store.request_cancel(OWNER, ahead.job_id, CancelReason.REQUESTED)
 
         async def has_tried() -> bool:
             return store.num_reads > num_reads
