@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+import heapq
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Protocol, TypeVar
 
 
@@ -70,9 +69,7 @@ def claim_order(waiting: Iterable[WaitingJob], loads: CallerLoads) -> ClaimOrder
 
     The caller whose last turn is longest ago gives its oldest job.
     """
-    jobs = tuple(TurnOrder(waiting, loads.last_turns))
-    if loads.max_running_jobs is None:
-        return ClaimOrder(jobs, ())
+    jobs = tuple(_in_turns(sorted(waiting, key=lambda job: job.acceptance_number), loads.last_turns))
     first = tuple(claimable(jobs, loads.num_running, loads.max_running_jobs))
     first_ids = {job.job_id for job in first}
     return ClaimOrder(first, tuple(job for job in jobs if job.job_id not in first_ids))
@@ -98,96 +95,63 @@ def claimable(
             yield job
 
 
-class TurnOrder:
-    """Jobs in order: begun ones first, then by priority; within it callers take turns.
-
-    The newest job takes its place without another look at those before it.
-    """
-
-    def __init__(self, waiting: Iterable[WaitingJob], last_turns: Mapping[str, int]) -> None:
-        """Take jobs in any order, and when each caller last had a turn."""
-        self._last_turns = last_turns
-        self._begun: list[WaitingJob] = []
-        self._by_priority: dict[int, list[WaitingJob]] = {}
-        self._rounds: dict[int, _Rounds] = {}
-        for job in sorted(waiting, key=lambda job: job.acceptance_number):
-            jobs = self._begun if job.was_begun else self._by_priority.setdefault(job.priority, [])
-            jobs.append(job)
-
-    def __iter__(self) -> Iterator[WaitingJob]:
-        yield from self._begun
-        for priority in sorted(self._by_priority, reverse=True):
-            yield from self._rounds_of(priority)
-
-    def add_newest(self, job: WaitingJob) -> int:
-        """Add a job that was accepted after all others and not begun; return how many come before it."""
-        jobs = self._by_priority.setdefault(job.priority, [])
-        jobs.append(job)
-        # With this job its caller has another last turn before those of lower priorities.
-        self._rounds = {priority: r for priority, r in self._rounds.items() if priority >= job.priority}
-        if rounds := self._rounds.get(job.priority):
-            num_before = rounds.add(job)
+def _in_turns(jobs: Iterable[WaitingJob], last_turns: Mapping[str, int]) -> Iterator[WaitingJob]:
+    by_priority: dict[int, dict[str, deque[WaitingJob]]] = {}
+    for job in jobs:
+        if job.was_begun:
+            yield job
         else:
-            num_before = next(n for n, other in enumerate(self._rounds_of(job.priority)) if other is job)
-        num_higher = sum(len(jobs) for priority, jobs in self._by_priority.items() if priority > job.priority)
-        return len(self._begun) + num_higher + num_before
+            by_priority.setdefault(job.priority, {}).setdefault(job.caller, deque()).append(job)
+    turns = dict(last_turns)
+    next_turn = max(turns.values(), default=0) + 1
+    for _, callers in sorted(by_priority.items(), reverse=True):
+        heap = [
+            (turns.get(caller, 0), of_caller[0].acceptance_number, caller)
+            for caller, of_caller in callers.items()
+        ]
+        heapq.heapify(heap)
+        while heap:
+            caller = heapq.heappop(heap)[2]
+            of_caller = callers[caller]
+            yield of_caller.popleft()
+            turns[caller] = next_turn
+            if of_caller:
+                heapq.heappush(heap, (next_turn, of_caller[0].acceptance_number, caller))
+            next_turn += 1
 
-    def _rounds_of(self, priority: int) -> _Rounds:
-        """The rounds of a priority, which begin with the turns that the higher ones end with."""
-        if priority not in self._rounds:
-            higher = min((other for other in self._by_priority if other > priority), default=None)
-            turns = self._last_turns if higher is None else self._rounds_of(higher).turns_after()
-            self._rounds[priority] = _Rounds(self._by_priority[priority], turns)
-        return self._rounds[priority]
 
+def num_before_newest(
+    order: Sequence[WaitingJob],
+    job: WaitingJob,
+    last_turns: Mapping[str, int],
+    due: Collection[str] = (),
+) -> int:
+    """Count the jobs of an order that come before one which was accepted after all of them.
 
-class _Rounds:
-    """Jobs of one priority: in each round every caller gives its oldest job.
-
-    In all rounds the callers come in the order of the first: whose last turn is longest ago, and of those
-    that had none, whose job is oldest.
+    It is as `claim_order` would place it, without making the order anew; callers may run any number of jobs.
 
     Args:
-        jobs: in the order of their acceptance.
-        turns: when each caller last had a turn before.
+        order: of `claim_order`.
+        job: was not begun.
+        last_turns: those that the order was made with.
+        due: ids of the jobs whose turns do not depend on their callers and priorities.
     """
-
-    def __init__(self, jobs: Iterable[WaitingJob], turns: Mapping[str, int]) -> None:
-        self._turns = turns
-        self._rounds: list[list[WaitingJob]] = []
-        self._num_jobs: dict[str, int] = {}
-        self._places: dict[str, tuple[int, int]] = {}
-        for job in jobs:
-            self._round_of(job).append(job)
-        for round_ in self._rounds:
-            round_.sort(key=self._place)
-
-    def __iter__(self) -> Iterator[WaitingJob]:
-        return chain.from_iterable(self._rounds)
-
-    def add(self, job: WaitingJob) -> int:
-        """Add a job that was accepted after all others; return how many come before it."""
-        round_ = self._round_of(job)
-        place = bisect_left(round_, self._place(job), key=self._place)
-        round_.insert(place, job)
-        num_rounds_before = self._num_jobs[job.caller] - 1
-        return sum(map(len, self._rounds[:num_rounds_before])) + place
-
-    def turns_after(self) -> Mapping[str, int]:
-        """When each caller last had a turn once all of these have had theirs."""
-        first_turn = max(self._turns.values(), default=0) + 1
-        return {**self._turns, **{job.caller: turn for turn, job in enumerate(self, start=first_turn)}}
-
-    def _round_of(self, job: WaitingJob) -> list[WaitingJob]:
-        """The round in which a job that is the newest of its caller has its turn."""
-        caller = job.caller
-        num_before = self._num_jobs.get(caller, 0)
-        self._num_jobs[caller] = num_before + 1
-        if not num_before:
-            self._places[caller] = (self._turns.get(caller, 0), job.acceptance_number)
-        if num_before == len(self._rounds):
-            self._rounds.append([])
-        return self._rounds[num_before]
-
-    def _place(self, job: WaitingJob) -> tuple[int, int]:
-        return self._places[job.caller]
+    turns = dict(last_turns)
+    next_turn = max(turns.values(), default=0) + 1
+    line = (
+        number
+        for number, other in zip(range(len(order) - 1, -1, -1), reversed(order), strict=True)
+        if other.caller == job.caller and other.priority >= job.priority
+    )
+    # Its caller gives its older jobs first.
+    last_in_front = next(line, -1)
+    for number, other in enumerate(order):
+        if other.was_begun:
+            continue
+        if number > last_in_front and other.priority <= job.priority and other.job_id not in due:
+            turn, own_turn = turns.get(other.caller, 0), turns.get(job.caller, 0)
+            if other.priority < job.priority or turn > own_turn:
+                return number
+        turns[other.caller] = next_turn
+        next_turn += 1
+    return len(order)

@@ -17,7 +17,7 @@ from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.estimates.simulation import JobWork
 from hidream_grpc.jobs.execution.executor import ClaimLimits
 from hidream_grpc.jobs.store.changes import ROW_KINDS, ChangeKind, Subscription
-from hidream_grpc.jobs.store.order import CallerLoads, TurnOrder, WaitingJob, claim_order
+from hidream_grpc.jobs.store.order import CallerLoads, WaitingJob, claim_order, num_before_newest
 from hidream_grpc.jobs.store.records import QueuedJob
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.jobs.watching.events import FIRST_POSITION, JobFeed, Queued
@@ -90,8 +90,9 @@ class QueuePositions:
         # By job id.
         self._waiting: dict[str, _Waiting] = {}
         self._newest_number = 0
-        # By model; none where the number of jobs that a caller may run is limited.
-        self._orders: dict[str, TurnOrder] = {}
+        # As last made, with the jobs that came since; by model.
+        self._orders: dict[str, list[WaitingJob]] = {}
+        self._loads = CallerLoads()
         self._positions: dict[str, int] = {}
         self._is_outdated = False
         self._order_end = 0.0
@@ -223,15 +224,16 @@ class QueuePositions:
         if job_id in self._waiting:
             return
         waiting = self._waiting[job_id] = self._waiting_of(queued)
-        order = self._orders.get(waiting.model_fingerprint)
+        order = self._orders.setdefault(waiting.model_fingerprint, [])
         number = waiting.order.acceptance_number
         is_newest = number > self._newest_number
         self._newest_number = max(self._newest_number, number)
         # Jobs that are behind it now have other positions.
         self._is_outdated = True
-        if order is None or not is_newest:
+        if not is_newest or self._limits.max_running_jobs_of_caller is not None:
             return
-        num_before = order.add_newest(waiting.order)
+        num_before = num_before_newest(order, waiting.order, self._loads.last_turns)
+        order.insert(num_before, waiting.order)
         self._positions[job_id] = num_before + FIRST_POSITION
         if waiting.work is not None and waiting.model_fingerprint == self._limits.model_fingerprint:
             self._estimator.note_newest(waiting.work, num_before)
@@ -244,7 +246,7 @@ class QueuePositions:
         return is_small or time.monotonic() - self._order_end >= self._order_seconds / MAX_SHARE
 
     async def _order(self) -> None:
-        loads = await self._store.caller_loads(self._limits.max_running_jobs_of_caller)
+        self._loads = await self._store.caller_loads(self._limits.max_running_jobs_of_caller)
         start = time.monotonic()
         self._is_outdated = False
         by_model: dict[str, list[_Waiting]] = {self._limits.model_fingerprint: []}
@@ -252,20 +254,15 @@ class QueuePositions:
             by_model.setdefault(waiting.model_fingerprint, []).append(waiting)
         self._orders, self._positions = {}, {}
         for model_fingerprint, jobs in by_model.items():
-            ordered = self._ordered(model_fingerprint, [waiting.order for waiting in jobs], loads)
-            self._positions.update(zip(ordered, count(FIRST_POSITION), strict=False))
+            order = list(claim_order((waiting.order for waiting in jobs), self._loads))
+            self._orders[model_fingerprint] = order
+            job_ids = [job.job_id for job in order]
+            self._positions.update(zip(job_ids, count(FIRST_POSITION), strict=False))
             if model_fingerprint == self._limits.model_fingerprint:
-                works = (self._waiting[job_id].work for job_id in ordered)
+                works = (self._waiting[job_id].work for job_id in job_ids)
                 self._estimator.note_waiting([work for work in works if work is not None])
         self._order_end = time.monotonic()
         self._order_seconds = self._order_end - start
-
-    def _ordered(self, model_fingerprint: str, jobs: list[WaitingJob], loads: CallerLoads) -> list[str]:
-        """Ids of a model's jobs in the order in which they will be claimed."""
-        if self._limits.max_running_jobs_of_caller is not None:
-            return [job.job_id for job in claim_order(jobs, loads)]
-        order = self._orders[model_fingerprint] = TurnOrder(jobs, loads.last_turns)
-        return [job.job_id for job in order]
 
     def _position(self, job_id: str) -> Queued | None:
         position = self._positions.get(job_id)
