@@ -115,9 +115,7 @@ def probed_service(store: str | None, waiting: int, watchers: int, running: int)
             try:
                 with Client(match[1]) as client:
                     client.wait_until_serving(START_TIMEOUT_SECONDS)
-                service = ProbedService(process.pid, match[1], figures)
-                service.lower_ranks()
-                yield service
+                yield ProbedService(process.pid, match[1], figures)
             finally:
                 # The second signal ends the grace of the jobs that run.
                 process.send_signal(signal.SIGTERM)
@@ -271,6 +269,8 @@ def main(
     ):
         caller = Caller(channel)
         caller.run(running)
+        # Before, they would not start beside much other work.
+        service.lower_ranks()
         caller.remove(caller.submit(submits))
         empty = caller.submit(submits)
         caller.remove(empty)

@@ -17,13 +17,20 @@ from hidream_grpc.engine.requests import (
     StepReport,
 )
 from hidream_grpc.jobs.estimates.durations import MeasuredDurations
-from hidream_grpc.jobs.estimates.simulation import EngineCapacity, Estimates, JobWork, estimate_jobs
+from hidream_grpc.jobs.estimates.simulation import (
+    MAX_SIMULATED_JOBS,
+    EngineCapacity,
+    Estimates,
+    JobWork,
+    estimate_jobs,
+)
 from hidream_grpc.jobs.job import Job
 
 KEPT_SECONDS = 0.1
 """How long estimates are used: steps can be short, and estimating anew costs milliseconds."""
 MAX_SHARE = 1 / 50
-"""Share of the time that estimating may take while nothing begins or ends; meanwhile five times as much."""
+"""Share of the time that estimating may take while nothing begins or ends. Beyond that the jobs of a long
+queue take five times as much; a short one is estimated again at once."""
 
 
 class JobEstimator:
@@ -145,7 +152,8 @@ class JobEstimator:
         if not self._is_outdated:
             return age_seconds > max(KEPT_SECONDS, rest_seconds)
         is_unknown = job_id is not None and self._estimates is not None and job_id not in self._estimates.ends
-        return is_unknown or age_seconds >= rest_seconds / 5
+        is_short = len(self._waiting) <= MAX_SIMULATED_JOBS
+        return is_unknown or is_short or age_seconds >= rest_seconds / 5
 
     def _seconds_until(self, seconds: float | None) -> float | None:
         """Take off the time since the estimate was made."""

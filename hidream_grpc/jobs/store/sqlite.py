@@ -7,7 +7,9 @@ import errno
 import fcntl
 import os
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Self
 
 import aiosqlite
 import sqlalchemy as sa
@@ -113,7 +115,7 @@ def sqlite_engine(path: Path) -> AsyncEngine:
     async def connect() -> aiosqlite.Connection:
         # What may fail is done before there is a thread of the driver, which outlives its failures.
         opened = await asyncio.to_thread(_opened, path)
-        connection = aiosqlite.Connection(lambda: opened, _ITERATION_ROWS)
+        connection = _Connection(lambda: opened, _ITERATION_ROWS)
         # As SQLAlchemy does: a disk that hangs must not keep the process.
         connection._thread.daemon = True
         return await connection
@@ -140,3 +142,66 @@ def _opened(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+class _Connection(aiosqlite.Connection):
+    """Goes to its thread once for a statement and its rows, and not at all where nothing is to be ended.
+
+    Each way there and back costs more than most statements: a turn of the event loop, and two threads that
+    wait for each other. The driver's own connection goes nine times for a transaction of one statement.
+    """
+
+    def cursor(self) -> Any:
+        """A cursor, without a visit to the thread."""
+        return _Cursor(self)
+
+    async def commit(self) -> None:
+        """Commit the transaction, where there is one."""
+        if self.in_transaction:
+            await super().commit()
+
+    async def rollback(self) -> None:
+        """Roll the transaction back, where there is one."""
+        if self.in_transaction:
+            await super().rollback()
+
+
+class _Cursor:
+    """What SQLAlchemy's dialect asks of a cursor; its statement has ended, and its rows are read."""
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+        self._rows: list[Any] = []
+        self.description: Any = None
+        self.rowcount = -1
+        self.lastrowid: int | None = None
+        self.arraysize = 1
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def execute(self, statement: str, parameters: Any = ()) -> None:
+        """Execute a statement, and read its rows."""
+        await self._connection._execute(self._run, sqlite3.Cursor.execute, statement, parameters)
+
+    async def executemany(self, statement: str, parameters: Any) -> None:
+        """Execute a statement once for each of the parameters."""
+        await self._connection._execute(self._run, sqlite3.Cursor.executemany, statement, parameters)
+
+    async def fetchall(self) -> list[Any]:
+        """The rows."""
+        return self._rows
+
+    async def close(self) -> None:
+        """Nothing is open any more."""
+
+    def _run(self, execute: Callable[..., sqlite3.Cursor], statement: str, parameters: Any) -> None:
+        """In the thread."""
+        cursor = self._connection._conn.cursor()
+        try:
+            execute(cursor, statement, parameters)
+            self.description = cursor.description
+            self._rows = cursor.fetchall() if cursor.description else []
+            self.rowcount, self.lastrowid = cursor.rowcount, cursor.lastrowid
+        finally:
+            cursor.close()
