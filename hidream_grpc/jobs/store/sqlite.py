@@ -171,6 +171,8 @@ class _Cursor:
 
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
+        # The driver has no types for it.
+        self._in_thread: Any = connection._execute
         self._rows: list[Any] = []
         self.description: Any = None
         self.rowcount = -1
@@ -182,11 +184,11 @@ class _Cursor:
 
     async def execute(self, statement: str, parameters: Any = ()) -> None:
         """Execute a statement, and read its rows."""
-        await self._connection._execute(self._run, sqlite3.Cursor.execute, statement, parameters)
+        await self._in_thread(self._run, sqlite3.Cursor.execute, statement, parameters)
 
     async def executemany(self, statement: str, parameters: Any) -> None:
         """Execute a statement once for each of the parameters."""
-        await self._connection._execute(self._run, sqlite3.Cursor.executemany, statement, parameters)
+        await self._in_thread(self._run, sqlite3.Cursor.executemany, statement, parameters)
 
     async def fetchall(self) -> list[Any]:
         """The rows."""
