@@ -152,9 +152,6 @@ def test_a_job_that_comes_last_is_estimated_from_the_one_before_it_as_with_all_o
     assert estimator.wait_seconds("0") == pytest.approx(3.5)
     for number in range(len(waiting), len(waiting) + 3):
         estimator.note_newest(work(str(number)), number)
-    found = [(estimator.wait_seconds(job_id), estimator.remaining_seconds(job_id)) for job_id in ("75", "76")]
+    estimated = [estimator.wait_seconds("75"), estimator.remaining_seconds("76")]
     estimator.note_waiting([work(str(number)) for number in range(len(waiting) + 3)])
-    assert found == [
-        (pytest.approx(estimator.wait_seconds(job_id)), pytest.approx(estimator.remaining_seconds(job_id)))
-        for job_id in ("75", "76")
-    ]
+    assert estimated == pytest.approx([estimator.wait_seconds("75"), estimator.remaining_seconds("76")])
