@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextvars import copy_context
 from typing import Any
 
 import pytest
@@ -46,14 +47,19 @@ def test_a_library_of_traces_that_fails_costs_one_line_and_no_call(
         """New to the log."""
 
     context: Any = ServedContext()
-    num_served = 0
+    served = []
     with failing_export(LibraryError("out of order"), when) as export:
         tracing = OpenTelemetry(export)
-        for _ in range(2):
+
+        def serve(number: int) -> None:
             with observed(Metrics(), tracing, "/hidream.v1.ImageGen/GetJob", context):
-                num_served += 1
+                served.append(number)
+
+        for number in range(2):
+            # As each call has a task of its own.
+            copy_context().run(serve, number)
             tracing.record(denoise(1))
-    assert num_served == 2
+    assert served == [0, 1]
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert warnings == ["a span is lost: LibraryError: out of order (not logged again)"]
 
