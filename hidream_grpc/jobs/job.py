@@ -11,6 +11,7 @@ import msgspec
 from hidream_grpc.engine.requests import Priority
 from hidream_grpc.errors import DeadlineExceededError, HiDreamError, JobCancelledError
 from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.model.weight_format import WeightFormats
 from hidream_grpc.traces import TraceContext
 
 CLAIM_SEQUENCE_BITS = 32
@@ -123,6 +124,7 @@ class Execution:
     shift: float
     layout: str
     attempt: int = 1
+    weights: WeightFormats = field(default_factory=WeightFormats)
 
 
 @dataclass(frozen=True, slots=True)

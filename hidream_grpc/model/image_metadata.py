@@ -9,6 +9,7 @@ import msgspec
 
 from hidream_grpc.model.manifest_signing import ManifestSigner
 from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.model.weight_format import WeightFormats
 
 MetadataDetail = Literal["none", "mark", "full"]
 
@@ -21,6 +22,7 @@ class ImageMetadata(msgspec.Struct, frozen=True, kw_only=True):
         model: the checkpoint's name.
         scheduler: class of the noise scheduler, as diffusers names it.
         shift: the scheduler's timestep shift.
+        weights: the formats of the weights.
         signer: adds a signed manifest to each file; None where files have none.
     """
 
@@ -28,6 +30,7 @@ class ImageMetadata(msgspec.Struct, frozen=True, kw_only=True):
     model: str = ""
     scheduler: str = ""
     shift: float = 0.0
+    weights: WeightFormats = msgspec.field(default_factory=WeightFormats)
     signer: ManifestSigner | None = None
 
     @property
@@ -57,6 +60,8 @@ class ImageMetadata(msgspec.Struct, frozen=True, kw_only=True):
         if parameters.output_format.has_quality:
             spec["quality"] = parameters.quality
         execution = {"model": self.model, "scheduler": self.scheduler, "shift": self.shift}
+        formats = {"weights": self.weights.transformer, "text_encoder_weights": self.weights.text_encoders}
+        execution |= {name: str(weights) for name, weights in formats.items() if weights.is_quantized}
         return {"spec": spec, "execution": execution}
 
     def text(self, parameters: GenerationParameters, image_index: int, *, is_ascii: bool) -> str | None:

@@ -278,7 +278,9 @@ def _capacity(limits: RequestLimits, group: RankGroup, step_limit: StepLimit) ->
 
 def _execution(checkpoint: CheckpointDescription, group: RankGroup) -> Execution:
     layout = str(group.placement.layout)
-    return Execution(checkpoint.name, checkpoint.scheduler_name, checkpoint.shift, layout)
+    return Execution(
+        checkpoint.name, checkpoint.scheduler_name, checkpoint.shift, layout, weights=group.weights
+    )
 
 
 def _live_model(

@@ -122,6 +122,7 @@ def group_config(settings: Settings, folders: ModelFolders, checkpoint: Checkpoi
             model=checkpoint.name,
             scheduler=checkpoint.scheduler_name,
             shift=checkpoint.shift,
+            weights=weights,
             signer=manifest_signer(settings.c2pa_certificate, settings.c2pa_key),
         ),
         timeouts=GroupTimeouts(

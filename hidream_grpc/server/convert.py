@@ -51,6 +51,8 @@ def execution(value: Execution) -> job_pb2.Execution:
         shift=value.shift,
         layout=value.layout,
         attempt=value.attempt,
+        weights=value.weights.transformer,
+        text_encoder_weights=value.weights.text_encoders,
     )
 
 

@@ -72,6 +72,28 @@ def test_arithmetic_in_the_device_s_dtype_is_finished_after_synchronize(device: 
     assert torch.equal(product.float().cpu(), torch.full((64, 64), 16.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "float8"])
+def test_products_of_quantized_matrices_are_those_of_the_numbers_that_they_stand_for(
+    dtype: torch.dtype, device: Device, device_type: DeviceType
+) -> None:
+    if dtype is torch.float8_e4m3fn and not device_type.has_float8:
+        pytest.skip("the server refuses it")
+    # Small integers, so that every dtype gives the same.
+    units = torch.randint(-8, 9, (3, 32, 64), generator=torch.Generator().manual_seed(0)).float()
+    scales = torch.tensor([0.5, 1.0, 2.0, 4.0]).repeat(3, 8)
+    rows = torch.arange(24.0)[:, None] % 5 - 2.0 + torch.zeros(24, 64)
+    ends = torch.tensor([7, 7, 24], dtype=torch.int32, device=device.torch_device)
+    inputs, of_device = (x.to(device.torch_device, device.dtype) for x in (rows, scales))
+    quantized = units.to(dtype).to(device.torch_device)
+    exact = units * scales[..., None]
+
+    product = device.quantized_linear(inputs, quantized[0], of_device[0], of_device[1])
+    assert torch.equal(product.float().cpu(), rows @ exact[0].T + scales[1])
+    grouped = device.quantized_grouped_linear(inputs, quantized, of_device, ends)
+    expected = torch.cat((rows[:7] @ exact[0].T, rows[7:] @ exact[2].T))
+    torch.testing.assert_close(grouped.float().cpu(), expected, rtol=1e-2, atol=0.0)
+
+
 def test_a_tensor_that_cannot_fit_is_recognised_as_out_of_memory_and_the_device_goes_on(
     device: Device,
 ) -> None:

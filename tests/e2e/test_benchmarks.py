@@ -51,6 +51,12 @@ TIMEOUT_SECONDS = 240
             "busy_day",
             marks=pytest.mark.long,
         ),
+        pytest.param(
+            "weights",
+            ("--captions", "1", "--side-pixels", "64", "--shapes", "64x64x2", "--rounds", "1"),
+            "weights",
+            marks=pytest.mark.long,
+        ),
         pytest.param("recovery", ("--side", "64", "--rounds", "1"), "recovery", marks=pytest.mark.long),
     ],
 )

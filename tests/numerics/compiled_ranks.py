@@ -28,6 +28,7 @@ from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import parse_layout
 from hidream_grpc.model.pipeline import HiDreamModel
+from hidream_grpc.model.weight_format import WeightFormat, WeightFormats
 from tests.support.denoising import parameters
 
 # Not square, so with a padding token; two samples, as one image with guidance has; long prompts.
@@ -96,10 +97,12 @@ def _take_step(model: HiDreamModel, requests: tuple[dict[str, Any], ...]) -> Ste
 
 
 @torch.inference_mode()
-def _be_rank(rank: int, checkpoint: Path, layout: Layout, folder: Path, others: Connection) -> None:
+def _be_rank(
+    rank: int, checkpoint: Path, layout: Layout, folder: Path, weights: WeightFormats, others: Connection
+) -> None:
     torch.set_num_threads(1)
     groups = ParallelGroups(layout, rank)
-    model = HiDreamModel.from_pretrained(checkpoint, None, open_device("cpu", 0), groups)
+    model = HiDreamModel.from_pretrained(checkpoint, None, open_device("cpu", 0), groups, weights=weights)
     model.compile([NAMED])
     had_group, num_compiled = dist.is_initialized(), _num_compiled()
     others.send("compiled")
@@ -114,7 +117,9 @@ def _be_rank(rank: int, checkpoint: Path, layout: Layout, folder: Path, others: 
     dist.destroy_process_group()
 
 
-def main(checkpoint: Path, layout: Layout, folder: Path, backend: str) -> None:
+def main(
+    checkpoint: Path, layout: Layout, folder: Path, backend: str, transformer_weights: WeightFormat
+) -> None:
     """Start one rank after another, each when the one before has compiled; wait for all.
 
     Args:
@@ -122,15 +127,17 @@ def main(checkpoint: Path, layout: Layout, folder: Path, backend: str) -> None:
         layout: of the ranks.
         folder: where each rank writes what it did.
         backend: of torch's compiler, instead of the one that the service uses.
+        transformer_weights: format of the transformer.
     """
     torch.compile = partial(torch.compile, backend=backend)  # type: ignore[assignment]
     # Not to spend six seconds on trying instructions that the processor has.
     compiler_config.cpp.vec_isa_ok = True
+    weights = WeightFormats(transformer=transformer_weights)
     context = multiprocessing.get_context("fork")
     ranks = []
     for rank in range(layout.world_size):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_be_rank, args=(rank, checkpoint, layout, folder, sender))
+        process = context.Process(target=_be_rank, args=(rank, checkpoint, layout, folder, weights, sender))
         process.start()
         ranks.append(process)
         sender.close()
@@ -142,4 +149,10 @@ def main(checkpoint: Path, layout: Layout, folder: Path, backend: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), parse_layout(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    main(
+        Path(sys.argv[1]),
+        parse_layout(sys.argv[2]),
+        Path(sys.argv[3]),
+        sys.argv[4],
+        WeightFormat(sys.argv[5]),
+    )

@@ -17,29 +17,27 @@ from tests.support.checkpoints import write_reshaped
 NUM_BLOCKS = 2
 RELATIVE_TOLERANCE = 1e-5
 
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
+
 # The first runs the blocks' graphs as they are; the service's own makes C++ of them for most of a minute.
-BACKENDS_AND_LAYOUTS = [
-    ("eager", "sp=2"),
-    pytest.param(("eager", "tp=2"), marks=pytest.mark.long),
-    pytest.param(
-        ("inductor", "sp=2,tp=2"),
-        marks=[
-            pytest.mark.long,
-            pytest.mark.skipif(
-                shutil.which(os.environ.get("CXX", "g++")) is None,
-                reason="torch.compile needs a C++ compiler on a CPU",
-            ),
-        ],
+WAYS_TO_COMPILE = [
+    ("eager", "sp=2", "bfloat16"),
+    *(pytest.param(("eager", "tp=2", weights), marks=pytest.mark.long) for weights in ("bfloat16", "int8")),
+    *(
+        pytest.param(("inductor", "sp=2,tp=2", weights), marks=[pytest.mark.long, needs_compiler])
+        for weights in ("bfloat16", "int8", "float8")
     ),
 ]
 
 
-@pytest.fixture(scope="module", params=BACKENDS_AND_LAYOUTS, ids=" ".join)
+@pytest.fixture(scope="module", params=WAYS_TO_COMPILE, ids=" ".join)
 def compiled_ranks(
     request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[CompiledRank]:
     """Every rank of a layout whose blocks have collectives inside."""
-    backend, layout = request.param
+    backend, layout, weights = request.param
     folder = tmp_path_factory.mktemp("compiled")
     # Blocks of one kind only: the compiler takes half a second for each kernel.
     checkpoint = write_reshaped(
@@ -51,7 +49,7 @@ def compiled_ranks(
     )
     compiler = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
     subprocess.run(
-        [sys.executable, "-m", "tests.numerics.compiled_ranks", checkpoint, layout, folder, backend],
+        [sys.executable, "-m", "tests.numerics.compiled_ranks", checkpoint, layout, folder, backend, weights],
         env=os.environ | compiler,
         check=True,
     )

@@ -139,6 +139,8 @@ class GeneratedImage:
         yield "format", f"{self.file_format}{quality}" if self.file_format else ""
         yield "model", _printable(self.execution.model)
         yield "scheduler", f"{_printable(self.execution.scheduler)}, shift {self.execution.shift:g}"
+        yield "weights", _printable(self.execution.weights)
+        yield "encoders", _printable(self.execution.text_encoder_weights)
 
 
 def _opened(data: bytes) -> Image.Image:

@@ -7,6 +7,7 @@ from google.protobuf.json_format import ParseDict
 from hidream.v1 import image_pb2, job_pb2
 from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.parameters import OutputFormat
+from hidream_grpc.model.weight_format import WeightFormat, WeightFormats
 from tests.support.denoising import parameters
 
 METADATA = ImageMetadata(detail="full", model="demo", scheduler="FlowMatchEulerDiscreteScheduler", shift=3.0)
@@ -44,6 +45,17 @@ def test_the_document_is_the_request_that_gives_this_image_alone_in_the_words_of
         assert text.isascii() is is_ascii
         assert "\x01" not in text
         assert json.loads(text) == document
+
+
+def test_a_file_says_which_weights_were_quantized() -> None:
+    weights = WeightFormats(transformer=WeightFormat.INT8)
+    metadata = ImageMetadata(detail="full", model="demo", weights=weights)
+    document, exact = metadata.document(parameters(), 0), METADATA.document(parameters(), 0)
+    assert document is not None
+    assert exact is not None
+    execution = ParseDict(document["execution"], job_pb2.Execution())
+    assert (execution.weights, execution.text_encoder_weights) == ("int8", "")
+    assert exact["execution"].keys() == {"model", "scheduler", "shift"}
 
 
 def test_a_png_has_no_quality_which_a_request_for_one_may_not_name() -> None:

@@ -488,9 +488,13 @@ type Execution struct {
 	Layout string `protobuf:"bytes,4,opt,name=layout,proto3" json:"layout,omitempty"`
 	// 1 for the first attempt; one more each time that the rank group or the server was lost, or the job
 	// was given back to the queue, and it went on.
-	Attempt       int32 `protobuf:"varint,5,opt,name=attempt,proto3" json:"attempt,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Attempt int32 `protobuf:"varint,5,opt,name=attempt,proto3" json:"attempt,omitempty"`
+	// How the matrices of the transformer were held: see `ServerInfo.weights`. Empty means `bfloat16`.
+	Weights string `protobuf:"bytes,6,opt,name=weights,proto3" json:"weights,omitempty"`
+	// How those of the text encoders were held: see `ServerInfo.text_encoder_weights`. Empty means `bfloat16`.
+	TextEncoderWeights string `protobuf:"bytes,7,opt,name=text_encoder_weights,json=textEncoderWeights,proto3" json:"text_encoder_weights,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *Execution) Reset() {
@@ -556,6 +560,20 @@ func (x *Execution) GetAttempt() int32 {
 		return x.Attempt
 	}
 	return 0
+}
+
+func (x *Execution) GetWeights() string {
+	if x != nil {
+		return x.Weights
+	}
+	return ""
+}
+
+func (x *Execution) GetTextEncoderWeights() string {
+	if x != nil {
+		return x.TextEncoderWeights
+	}
+	return ""
 }
 
 // How far the denoising is.
@@ -1358,13 +1376,15 @@ const file_hidream_v1_job_proto_rawDesc = "" +
 	"\x13estimated_remaining\x18\x13 \x01(\v2\x19.google.protobuf.DurationR\x12estimatedRemaining\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x87\x01\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd3\x01\n" +
 	"\tExecution\x12\x14\n" +
 	"\x05model\x18\x01 \x01(\tR\x05model\x12\x1c\n" +
 	"\tscheduler\x18\x02 \x01(\tR\tscheduler\x12\x14\n" +
 	"\x05shift\x18\x03 \x01(\x02R\x05shift\x12\x16\n" +
 	"\x06layout\x18\x04 \x01(\tR\x06layout\x12\x18\n" +
-	"\aattempt\x18\x05 \x01(\x05R\aattempt\"\xce\x01\n" +
+	"\aattempt\x18\x05 \x01(\x05R\aattempt\x12\x18\n" +
+	"\aweights\x18\x06 \x01(\tR\aweights\x120\n" +
+	"\x14text_encoder_weights\x18\a \x01(\tR\x12textEncoderWeights\"\xce\x01\n" +
 	"\vJobProgress\x12\x12\n" +
 	"\x04step\x18\x01 \x01(\x05R\x04step\x12\x1f\n" +
 	"\vtotal_steps\x18\x02 \x01(\x05R\n" +

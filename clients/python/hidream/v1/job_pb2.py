@@ -28,7 +28,7 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from hidream.v1 import image_pb2 as hidream_dot_v1_dot_image__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hidream/v1/job.proto\x12\nhidream.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x16hidream/v1/image.proto\"\x85\x06\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.hidream.v1.JobState\x12#\n\x05stage\x18\x04 \x01(\x0e\x32\x14.hidream.v1.JobStage\x12#\n\x04spec\x18\x05 \x01(\x0b\x32\x15.hidream.v1.ImageSpec\x12(\n\texecution\x18\x06 \x01(\x0b\x32\x15.hidream.v1.Execution\x12)\n\x08progress\x18\x07 \x01(\x0b\x32\x17.hidream.v1.JobProgress\x12\x16\n\x0equeue_position\x18\x08 \x01(\x05\x12\'\n\x07timings\x18\t \x01(\x0b\x32\x16.hidream.v1.JobTimings\x12%\n\x06images\x18\n \x03(\x0b\x32\x15.hidream.v1.ImageInfo\x12!\n\x05\x65rror\x18\x0b \x01(\x0b\x32\x12.google.rpc.Status\x12&\n\x08priority\x18\x0c \x01(\x0e\x32\x14.hidream.v1.Priority\x12+\n\x06labels\x18\r \x03(\x0b\x32\x1b.hidream.v1.Job.LabelsEntry\x12/\n\x0b\x63reate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x0e\x65stimated_wait\x18\x11 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05model\x18\x12 \x01(\t\x12\x36\n\x13\x65stimated_remaining\x18\x13 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"]\n\tExecution\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tscheduler\x18\x02 \x01(\t\x12\r\n\x05shift\x18\x03 \x01(\x02\x12\x0e\n\x06layout\x18\x04 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x05\"\x9a\x01\n\x0bJobProgress\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x13\n\x0btotal_steps\x18\x02 \x01(\x05\x12\x30\n\rstep_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13\x65stimated_remaining\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xe2\x01\n\nJobTimings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x65ncode\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x64\x65noise\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xcb\x03\n\x08JobEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x06queued\x18\x03 \x01(\x0b\x32\x12.hidream.v1.QueuedH\x00\x12&\n\x07started\x18\x04 \x01(\x0b\x32\x13.hidream.v1.StartedH\x00\x12+\n\x08progress\x18\x05 \x01(\x0b\x32\x17.hidream.v1.JobProgressH\x00\x12&\n\x07preview\x18\x06 \x01(\x0b\x32\x13.hidream.v1.PreviewH\x00\x12*\n\trestarted\x18\x07 \x01(\x0b\x32\x15.hidream.v1.RestartedH\x00\x12-\n\x0bimage_chunk\x18\x08 \x01(\x0b\x32\x16.hidream.v1.ImageChunkH\x00\x12*\n\tsucceeded\x18\t \x01(\x0b\x32\x15.hidream.v1.SucceededH\x00\x12$\n\x06\x66\x61iled\x18\n \x01(\x0b\x32\x12.hidream.v1.FailedH\x00\x12*\n\tcancelled\x18\x0b \x01(\x0b\x32\x15.hidream.v1.CancelledH\x00\x42\x07\n\x05\x65vent\"S\n\x06Queued\x12\x16\n\x0equeue_position\x18\x01 \x01(\x05\x12\x31\n\x0e\x65stimated_wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8b\x01\n\x07Started\x12#\n\x04spec\x18\x01 \x01(\x0b\x32\x15.hidream.v1.ImageSpec\x12(\n\texecution\x18\x02 \x01(\x0b\x32\x15.hidream.v1.Execution\x12\x31\n\x0equeue_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"8\n\x07Preview\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x11\n\tmime_type\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"G\n\tRestarted\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x19\n\x11resumed_from_step\x18\x03 \x01(\x05\")\n\tSucceeded\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.hidream.v1.Job\",\n\x06\x46\x61iled\x12\"\n\x06status\x18\x01 \x01(\x0b\x32\x12.google.rpc.Status\"5\n\tCancelled\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.hidream.v1.CancelReason*\x9a\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05*n\n\x08JobStage\x12\x19\n\x15JOB_STAGE_UNSPECIFIED\x10\x00\x12\x16\n\x12JOB_STAGE_ENCODING\x10\x01\x12\x17\n\x13JOB_STAGE_DENOISING\x10\x02\x12\x16\n\x12JOB_STAGE_DECODING\x10\x03*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPRIORITY_LOW\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n\rPRIORITY_HIGH\x10\x03*\x85\x01\n\x0c\x43\x61ncelReason\x12\x1d\n\x19\x43\x41NCEL_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43\x41NCEL_REASON_CALLER_LEFT\x10\x01\x12\x1b\n\x17\x43\x41NCEL_REASON_REQUESTED\x10\x02\x12\x1a\n\x16\x43\x41NCEL_REASON_DEADLINE\x10\x03\x42\x46ZDgithub.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1;hidreamv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14hidream/v1/job.proto\x12\nhidream.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x16hidream/v1/image.proto\"\x85\x06\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12#\n\x05state\x18\x03 \x01(\x0e\x32\x14.hidream.v1.JobState\x12#\n\x05stage\x18\x04 \x01(\x0e\x32\x14.hidream.v1.JobStage\x12#\n\x04spec\x18\x05 \x01(\x0b\x32\x15.hidream.v1.ImageSpec\x12(\n\texecution\x18\x06 \x01(\x0b\x32\x15.hidream.v1.Execution\x12)\n\x08progress\x18\x07 \x01(\x0b\x32\x17.hidream.v1.JobProgress\x12\x16\n\x0equeue_position\x18\x08 \x01(\x05\x12\'\n\x07timings\x18\t \x01(\x0b\x32\x16.hidream.v1.JobTimings\x12%\n\x06images\x18\n \x03(\x0b\x32\x15.hidream.v1.ImageInfo\x12!\n\x05\x65rror\x18\x0b \x01(\x0b\x32\x12.google.rpc.Status\x12&\n\x08priority\x18\x0c \x01(\x0e\x32\x14.hidream.v1.Priority\x12+\n\x06labels\x18\r \x03(\x0b\x32\x1b.hidream.v1.Job.LabelsEntry\x12/\n\x0b\x63reate_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x0e\x65stimated_wait\x18\x11 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\r\n\x05model\x18\x12 \x01(\t\x12\x36\n\x13\x65stimated_remaining\x18\x13 \x01(\x0b\x32\x19.google.protobuf.Duration\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x8c\x01\n\tExecution\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\tscheduler\x18\x02 \x01(\t\x12\r\n\x05shift\x18\x03 \x01(\x02\x12\x0e\n\x06layout\x18\x04 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\x05\x12\x0f\n\x07weights\x18\x06 \x01(\t\x12\x1c\n\x14text_encoder_weights\x18\x07 \x01(\t\"\x9a\x01\n\x0bJobProgress\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x13\n\x0btotal_steps\x18\x02 \x01(\x05\x12\x30\n\rstep_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13\x65stimated_remaining\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xe2\x01\n\nJobTimings\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x65ncode\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x07\x64\x65noise\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06\x64\x65\x63ode\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xcb\x03\n\x08JobEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x06queued\x18\x03 \x01(\x0b\x32\x12.hidream.v1.QueuedH\x00\x12&\n\x07started\x18\x04 \x01(\x0b\x32\x13.hidream.v1.StartedH\x00\x12+\n\x08progress\x18\x05 \x01(\x0b\x32\x17.hidream.v1.JobProgressH\x00\x12&\n\x07preview\x18\x06 \x01(\x0b\x32\x13.hidream.v1.PreviewH\x00\x12*\n\trestarted\x18\x07 \x01(\x0b\x32\x15.hidream.v1.RestartedH\x00\x12-\n\x0bimage_chunk\x18\x08 \x01(\x0b\x32\x16.hidream.v1.ImageChunkH\x00\x12*\n\tsucceeded\x18\t \x01(\x0b\x32\x15.hidream.v1.SucceededH\x00\x12$\n\x06\x66\x61iled\x18\n \x01(\x0b\x32\x12.hidream.v1.FailedH\x00\x12*\n\tcancelled\x18\x0b \x01(\x0b\x32\x15.hidream.v1.CancelledH\x00\x42\x07\n\x05\x65vent\"S\n\x06Queued\x12\x16\n\x0equeue_position\x18\x01 \x01(\x05\x12\x31\n\x0e\x65stimated_wait\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8b\x01\n\x07Started\x12#\n\x04spec\x18\x01 \x01(\x0b\x32\x15.hidream.v1.ImageSpec\x12(\n\texecution\x18\x02 \x01(\x0b\x32\x15.hidream.v1.Execution\x12\x31\n\x0equeue_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"8\n\x07Preview\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x11\n\tmime_type\x18\x02 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"G\n\tRestarted\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\x05\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x19\n\x11resumed_from_step\x18\x03 \x01(\x05\")\n\tSucceeded\x12\x1c\n\x03job\x18\x01 \x01(\x0b\x32\x0f.hidream.v1.Job\",\n\x06\x46\x61iled\x12\"\n\x06status\x18\x01 \x01(\x0b\x32\x12.google.rpc.Status\"5\n\tCancelled\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.hidream.v1.CancelReason*\x9a\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05*n\n\x08JobStage\x12\x19\n\x15JOB_STAGE_UNSPECIFIED\x10\x00\x12\x16\n\x12JOB_STAGE_ENCODING\x10\x01\x12\x17\n\x13JOB_STAGE_DENOISING\x10\x02\x12\x16\n\x12JOB_STAGE_DECODING\x10\x03*^\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x10\n\x0cPRIORITY_LOW\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x11\n\rPRIORITY_HIGH\x10\x03*\x85\x01\n\x0c\x43\x61ncelReason\x12\x1d\n\x19\x43\x41NCEL_REASON_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43\x41NCEL_REASON_CALLER_LEFT\x10\x01\x12\x1b\n\x17\x43\x41NCEL_REASON_REQUESTED\x10\x02\x12\x1a\n\x16\x43\x41NCEL_REASON_DEADLINE\x10\x03\x42\x46ZDgithub.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1;hidreamv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,38 +38,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'ZDgithub.com/hidream-grpc/hidream-grpc/clients/go/hidream/v1;hidreamv1'
   _globals['_JOB_LABELSENTRY']._loaded_options = None
   _globals['_JOB_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_JOBSTATE']._serialized_start=2372
-  _globals['_JOBSTATE']._serialized_end=2526
-  _globals['_JOBSTAGE']._serialized_start=2528
-  _globals['_JOBSTAGE']._serialized_end=2638
-  _globals['_PRIORITY']._serialized_start=2640
-  _globals['_PRIORITY']._serialized_end=2734
-  _globals['_CANCELREASON']._serialized_start=2737
-  _globals['_CANCELREASON']._serialized_end=2870
+  _globals['_JOBSTATE']._serialized_start=2420
+  _globals['_JOBSTATE']._serialized_end=2574
+  _globals['_JOBSTAGE']._serialized_start=2576
+  _globals['_JOBSTAGE']._serialized_end=2686
+  _globals['_PRIORITY']._serialized_start=2688
+  _globals['_PRIORITY']._serialized_end=2782
+  _globals['_CANCELREASON']._serialized_start=2785
+  _globals['_CANCELREASON']._serialized_end=2918
   _globals['_JOB']._serialized_start=151
   _globals['_JOB']._serialized_end=924
   _globals['_JOB_LABELSENTRY']._serialized_start=879
   _globals['_JOB_LABELSENTRY']._serialized_end=924
-  _globals['_EXECUTION']._serialized_start=926
-  _globals['_EXECUTION']._serialized_end=1019
-  _globals['_JOBPROGRESS']._serialized_start=1022
-  _globals['_JOBPROGRESS']._serialized_end=1176
-  _globals['_JOBTIMINGS']._serialized_start=1179
-  _globals['_JOBTIMINGS']._serialized_end=1405
-  _globals['_JOBEVENT']._serialized_start=1408
-  _globals['_JOBEVENT']._serialized_end=1867
-  _globals['_QUEUED']._serialized_start=1869
-  _globals['_QUEUED']._serialized_end=1952
-  _globals['_STARTED']._serialized_start=1955
-  _globals['_STARTED']._serialized_end=2094
-  _globals['_PREVIEW']._serialized_start=2096
-  _globals['_PREVIEW']._serialized_end=2152
-  _globals['_RESTARTED']._serialized_start=2154
-  _globals['_RESTARTED']._serialized_end=2225
-  _globals['_SUCCEEDED']._serialized_start=2227
-  _globals['_SUCCEEDED']._serialized_end=2268
-  _globals['_FAILED']._serialized_start=2270
-  _globals['_FAILED']._serialized_end=2314
-  _globals['_CANCELLED']._serialized_start=2316
-  _globals['_CANCELLED']._serialized_end=2369
+  _globals['_EXECUTION']._serialized_start=927
+  _globals['_EXECUTION']._serialized_end=1067
+  _globals['_JOBPROGRESS']._serialized_start=1070
+  _globals['_JOBPROGRESS']._serialized_end=1224
+  _globals['_JOBTIMINGS']._serialized_start=1227
+  _globals['_JOBTIMINGS']._serialized_end=1453
+  _globals['_JOBEVENT']._serialized_start=1456
+  _globals['_JOBEVENT']._serialized_end=1915
+  _globals['_QUEUED']._serialized_start=1917
+  _globals['_QUEUED']._serialized_end=2000
+  _globals['_STARTED']._serialized_start=2003
+  _globals['_STARTED']._serialized_end=2142
+  _globals['_PREVIEW']._serialized_start=2144
+  _globals['_PREVIEW']._serialized_end=2200
+  _globals['_RESTARTED']._serialized_start=2202
+  _globals['_RESTARTED']._serialized_end=2273
+  _globals['_SUCCEEDED']._serialized_start=2275
+  _globals['_SUCCEEDED']._serialized_end=2316
+  _globals['_FAILED']._serialized_start=2318
+  _globals['_FAILED']._serialized_end=2362
+  _globals['_CANCELLED']._serialized_start=2364
+  _globals['_CANCELLED']._serialized_end=2417
 # @@protoc_insertion_point(module_scope)

@@ -302,6 +302,8 @@ class Execution(_message.Message):
     SHIFT_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    TEXT_ENCODER_WEIGHTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """The checkpoint's name."""
     scheduler: _builtins.str
@@ -314,6 +316,10 @@ class Execution(_message.Message):
     """1 for the first attempt; one more each time that the rank group or the server was lost, or the job
     was given back to the queue, and it went on.
     """
+    weights: _builtins.str
+    """How the matrices of the transformer were held: see `ServerInfo.weights`. Empty means `bfloat16`."""
+    text_encoder_weights: _builtins.str
+    """How those of the text encoders were held: see `ServerInfo.text_encoder_weights`. Empty means `bfloat16`."""
     def __init__(
         self,
         *,
@@ -322,10 +328,12 @@ class Execution(_message.Message):
         shift: _builtins.float = ...,
         layout: _builtins.str = ...,
         attempt: _builtins.int = ...,
+        weights: _builtins.str = ...,
+        text_encoder_weights: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "layout", b"layout", "model", b"model", "scheduler", b"scheduler", "shift", b"shift"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "layout", b"layout", "model", b"model", "scheduler", b"scheduler", "shift", b"shift", "text_encoder_weights", b"text_encoder_weights", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
