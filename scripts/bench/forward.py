@@ -25,28 +25,27 @@ from torch import Tensor
 
 from hidream_grpc.devices.device import Device, open_device
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
+from hidream_grpc.model.checkpoint.hidream_i1 import HIDREAM_I1
+from hidream_grpc.model.costs.steps import Sample
 from hidream_grpc.model.loading import quieten_libraries
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.transformer.model import HiDreamTransformer
 from hidream_grpc.model.weights import load_share
 from scripts.bench.flops import (
-    HIDREAM_I1,
     HIDREAM_I1_CONFIG,
     VAE_SCALE_FACTOR,
-    Sample,
-    TransformerDimensions,
     exact_forward_flops,
     library_forward_flops,
 )
 from scripts.bench.forwards import (
     condition,
-    exact_forward,
     exact_transformer,
     fill_at_random,
     library_forward,
     library_transformer,
     random_inputs,
+    rank_rows,
 )
 from scripts.bench.report import Value, report, say
 
@@ -123,10 +122,10 @@ def _compare(
 ) -> dict[str, Value]:
     sample = Sample(height=height // VAE_SCALE_FACTOR, width=width // VAE_SCALE_FACTOR)
     inputs = random_inputs(config, sample, BATCH_SIZE, device.torch_device, device.dtype)
-    conditioning = condition(exact, inputs)
+    rows = rank_rows(exact, inputs, condition(exact, inputs))
     forwards: tuple[Callable[[], Tensor], ...] = (
         lambda: library_forward(library, inputs),
-        lambda: exact_forward(exact, inputs, conditioning),
+        lambda: exact(rows),
     )
     for _ in range(NUM_WARM_UPS):
         expected, got = (forward() for forward in forwards)
@@ -137,9 +136,10 @@ def _compare(
     library_seconds, exact_seconds = (statistics.median(of_forward) for of_forward in seconds)
     say(f"{width}×{height}: library {library_seconds:.4f} s, exact {exact_seconds:.4f} s")
 
-    dimensions = TransformerDimensions.from_config(config)
-    flops = library_forward_flops(dimensions, sample), exact_forward_flops(dimensions, sample)
-    real_flops = library_forward_flops(HIDREAM_I1, sample), exact_forward_flops(HIDREAM_I1, sample)
+    flops, real_flops = (
+        (library_forward_flops(of, sample), exact_forward_flops(of, sample))
+        for of in (exact.config, HIDREAM_I1.transformer)
+    )
     values: dict[str, Value] = {
         "width": width,
         "height": height,

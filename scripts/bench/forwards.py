@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from hidream_grpc.devices.device import Device
 from hidream_grpc.model.checkpoint.files import TransformerConfig
+from hidream_grpc.model.costs.steps import Sample
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.transformer.conditioning import Conditioning
 from hidream_grpc.model.transformer.model import HiDreamTransformer, RankRows
-from scripts.bench.flops import Sample
 
 _TIMESTEP = 500.0
 _WEIGHT_DEVIATION = 0.02
@@ -124,31 +124,25 @@ def condition(transformer: HiDreamTransformer, inputs: ForwardInputs) -> tuple[C
     return tuple(conditioning)
 
 
-def exact_forward(
+def rank_rows(
     transformer: HiDreamTransformer,
     inputs: ForwardInputs,
     conditioning: tuple[Conditioning, ...],
     expert_parallel: int = 1,
-) -> Tensor:
-    """Run the part of our forward that every step repeats.
+) -> RankRows:
+    """Do what our engine does once a schedule, and collect the samples of a step.
 
     Args:
-        transformer: of a rank.
-        inputs: of this rank's samples.
-        conditioning: of the same samples.
+        transformer: the transformer of a rank.
+        inputs: inputs of this rank's samples.
+        conditioning: prompts of the same samples.
         expert_parallel: groups that share the experts; each has as many samples, at the same steps.
-
-    Returns:
-        (B, C, height, width), the velocity.
     """
     pooled = torch.stack([prompt.pooled for prompt in conditioning] * expert_parallel)
     timesteps = inputs.timesteps.repeat(expert_parallel)
-    velocity: Tensor = transformer(
-        RankRows(
-            latents=inputs.latents,
-            time_and_prompt=transformer.embed_timesteps(timesteps) + pooled,
-            conditioning=conditioning,
-            unpadded_samples=None,
-        )
+    return RankRows(
+        latents=inputs.latents,
+        time_and_prompt=transformer.embed_timesteps(timesteps) + pooled,
+        conditioning=conditioning,
+        unpadded_samples=None,
     )
-    return velocity

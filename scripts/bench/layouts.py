@@ -20,6 +20,7 @@ import torch
 import typer
 from torch import Size
 
+from hidream_grpc.model.costs.steps import Sample
 from hidream_grpc.model.loading import quieten_libraries
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
@@ -28,14 +29,14 @@ from hidream_grpc.model.parallel.rows import gather_rows
 from hidream_grpc.model.parallel.shards import TensorSlice, parameter_slices
 from hidream_grpc.model.transformer.model import HiDreamTransformer
 from scripts.bench.counting import CountingAxis, MetaDevice, count_bytes_sent, counted_flops
-from scripts.bench.flops import HIDREAM_I1_CONFIG, VAE_SCALE_FACTOR, Sample
+from scripts.bench.flops import HIDREAM_I1_CONFIG, VAE_SCALE_FACTOR
 from scripts.bench.forwards import (
     ForwardInputs,
     condition,
-    exact_forward,
     exact_transformer,
     library_transformer,
     random_inputs,
+    rank_rows,
 )
 from scripts.bench.report import Value, report, say
 
@@ -112,10 +113,11 @@ def step_costs(
         weight_bytes_read: when the transformer was filled.
     """
     conditioning = condition(transformer, inputs)
+    rows = rank_rows(transformer, inputs, conditioning, groups.layout.expert_parallel)
     before = sum(axis.bytes_sent for axis in axes)
 
     def step() -> None:
-        velocity = exact_forward(transformer, inputs, conditioning, groups.layout.expert_parallel)
+        velocity = transformer(rows)
         gather_rows(velocity, len(velocity) * groups.samples.size, groups)
 
     flops = counted_flops(step)

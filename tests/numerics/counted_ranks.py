@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 from hidream_grpc.devices.device import open_device
+from hidream_grpc.model.costs.steps import Sample
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import parse_layout
 from hidream_grpc.model.weights import load_share
 from scripts.bench.counting import count_bytes_sent
-from scripts.bench.flops import Sample
 from scripts.bench.forwards import exact_transformer, random_inputs
 from scripts.bench.layouts import step_costs
 

@@ -9,27 +9,28 @@ import torch
 from diffusers import HiDreamImageTransformer2DModel
 
 from hidream_grpc.devices.device import open_device
+from hidream_grpc.model.checkpoint.files import TransformerConfig
+from hidream_grpc.model.checkpoint.hidream_i1 import HIDREAM_I1
+from hidream_grpc.model.costs.steps import Sample
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from scripts.bench.counting import counted_flops
 from scripts.bench.flops import (
-    HIDREAM_I1,
     HIDREAM_I1_CONFIG,
     VAE_SCALE_FACTOR,
-    Sample,
-    TransformerDimensions,
     exact_forward_flops,
     library_forward_flops,
     prompt_flops,
+    timestep_flops,
 )
 from scripts.bench.forwards import (
     condition,
-    exact_forward,
     exact_transformer,
     fill_at_random,
     library_forward,
     library_transformer,
     random_inputs,
+    rank_rows,
 )
 
 CPU = torch.device("cpu")
@@ -94,22 +95,24 @@ def test_the_library_formula_is_what_torch_counts(config: dict[str, Any], sample
     inputs = random_inputs(config, sample, BATCH_SIZE, CPU, torch.float32)
     transformer = fill_at_random(library_transformer(config, torch.float32), CPU)
     counted = counted_flops(lambda: library_forward(transformer, inputs))
-    assert counted == BATCH_SIZE * library_forward_flops(TransformerDimensions.from_config(config), sample)
+    assert counted == BATCH_SIZE * library_forward_flops(TransformerConfig(**config), sample)
 
 
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
 @pytest.mark.parametrize("config", ROUTED_CONFIGS.values(), ids=ROUTED_CONFIGS)
 @torch.inference_mode()
 def test_our_formulas_are_what_torch_counts(config: dict[str, Any], sample: Sample) -> None:
-    dimensions = TransformerDimensions.from_config(config)
+    described = TransformerConfig(**config)
     inputs = random_inputs(config, sample, BATCH_SIZE, CPU, torch.float32)
     transformer = exact_transformer(config, open_device("cpu", 0), ParallelGroups(Layout()))
     fill_at_random(transformer, CPU)
     conditioning = condition(transformer, inputs)
     of_prompts = counted_flops(lambda: condition(transformer, inputs))
-    assert of_prompts == BATCH_SIZE * prompt_flops(dimensions, sample)
-    of_step = counted_flops(lambda: exact_forward(transformer, inputs, conditioning))
-    assert of_step == BATCH_SIZE * exact_forward_flops(dimensions, sample)
+    assert of_prompts == BATCH_SIZE * prompt_flops(described, sample)
+    of_schedules = counted_flops(lambda: rank_rows(transformer, inputs, conditioning))
+    assert of_schedules == BATCH_SIZE * timestep_flops(described)
+    rows = rank_rows(transformer, inputs, conditioning)
+    assert counted_flops(lambda: transformer(rows)) == BATCH_SIZE * exact_forward_flops(described, sample)
 
 
 def test_the_real_dimensions_are_those_of_the_real_model() -> None:
@@ -127,10 +130,10 @@ def test_the_exact_forward_of_the_real_model_saves_what_is_promised(
     width: int, height: int, most: float
 ) -> None:
     sample = Sample(height=height // VAE_SCALE_FACTOR, width=width // VAE_SCALE_FACTOR)
-    ratio = exact_forward_flops(HIDREAM_I1, sample) / library_forward_flops(HIDREAM_I1, sample)
+    ratio = exact_forward_flops(HIDREAM_I1.transformer, sample) / library_forward_flops(HIDREAM_I1.transformer, sample)
     assert ratio <= most
 
 
 def test_the_caption_projections_of_a_prompt_cost_less_than_one_step() -> None:
     sample = Sample(height=64, width=64)
-    assert prompt_flops(HIDREAM_I1, sample) < 0.01 * exact_forward_flops(HIDREAM_I1, sample)
+    assert prompt_flops(HIDREAM_I1.transformer, sample) < 0.01 * exact_forward_flops(HIDREAM_I1.transformer, sample)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from hidream_grpc.model.costs.steps import Sample
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import ModelDivisions, parse_layout, plan_layout
-from scripts.bench.flops import HIDREAM_I1_CONFIG, Sample
+from scripts.bench.flops import HIDREAM_I1_CONFIG
 from scripts.bench.forwards import fill_at_random, library_transformer
 from scripts.bench.layouts import RankCosts, checkpoint_shapes, rank_costs
 from tests.numerics.counted_ranks import NUM_SAMPLES, SAMPLE

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hidream_grpc.model.parallel.groups import Axis
-from hidream_grpc.model.parallel.linear import HIDDEN_UNITS_MULTIPLE
+from hidream_grpc.model.parallel.layout import HIDDEN_UNITS_MULTIPLE
 from hidream_grpc.model.parallel.matrix import GroupedLinear, Matrix
 from hidream_grpc.model.parallel.shards import TensorSlice
 

@@ -22,6 +22,9 @@ AXIS_KEYS = {
 }
 """The axes as operators write them, such as `tp=4,ep=2`."""
 
+HIDDEN_UNITS_MULTIPLE = 16
+"""Shares of hidden units are multiples of it: kernels of accelerators need rows of a multiple of 16 bytes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:

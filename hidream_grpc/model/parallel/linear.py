@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hidream_grpc.model.parallel.groups import Axis
+from hidream_grpc.model.parallel.layout import HIDDEN_UNITS_MULTIPLE
 from hidream_grpc.model.parallel.matrix import Matrix
 from hidream_grpc.model.parallel.shards import TensorSlice
-
-# Matrix kernels of accelerators need rows of a multiple of 16 bytes.
-HIDDEN_UNITS_MULTIPLE = 16
 
 
 class ColumnParallelLinear(nn.Module):

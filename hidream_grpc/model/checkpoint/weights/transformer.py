@@ -8,7 +8,7 @@ from hidream_grpc.model.checkpoint.files import TransformerConfig
 
 Shapes = dict[str, tuple[int, ...]]
 
-_FREQUENCY_EMBEDDING = 256
+FREQUENCY_CHANNELS = 256
 
 
 def transformer_tensors(config: TransformerConfig) -> Shapes:
@@ -20,7 +20,7 @@ def transformer_tensors(config: TransformerConfig) -> Shapes:
     t5_channels, llama_channels = config.caption_channels
     shapes = {
         **linear("x_embedder.proj", patch_area * config.in_channels, width),
-        **linear("t_embedder.timestep_embedder.linear_1", _FREQUENCY_EMBEDDING, width),
+        **linear("t_embedder.timestep_embedder.linear_1", FREQUENCY_CHANNELS, width),
         **linear("t_embedder.timestep_embedder.linear_2", width, width),
         **linear("p_embedder.pooled_embedder.linear_1", config.text_emb_dim, width),
         **linear("p_embedder.pooled_embedder.linear_2", width, width),
