@@ -8,12 +8,18 @@ import logging
 import os
 import sys
 import textwrap
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
 
+from hidream_grpc import layout_table
+from hidream_grpc.devices.detect import DEVICE_TYPE_FLAG
+from hidream_grpc.devices.device_types import CUDA, DEVICE_TYPES, DeviceMemory, DeviceSpeed
 from hidream_grpc.errors import ConfigurationError, HiDreamError, StartupError
+from hidream_grpc.layout_table import PlannedDevices, PlannedModel
 from hidream_grpc.logs import LogConfig, configure_logging, log_unforeseen, one_line, place_of
 from hidream_grpc.server.app import serve
 from hidream_grpc.settings import Settings, describe_unknown_variables, flag_name, load_settings
@@ -142,6 +148,75 @@ _serve_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
     ]
 )
 app.command("serve", cls=_ServeCommand, context_settings={"max_content_width": 100})(_serve_command)
+
+
+def _plan_command(
+    model_path: Annotated[
+        Path | None,
+        typer.Option("--model-path", "-m", help="folder of HiDream-I1 [default: HiDream-I1-Full]"),
+    ] = None,
+    extra_model_path: Annotated[
+        Path | None, typer.Option("--extra-model-path", "-e", help="folder of Llama-3.1-8B-Instruct")
+    ] = None,
+    num_devices: Annotated[int, typer.Option(min=1, max=64, help="devices that there are")] = 1,
+    device_type: Annotated[str, typer.Option(help="npu, cuda or cpu")] = CUDA.name,
+    device_memory: Annotated[
+        float,
+        typer.Option(min=0.1, help="memory of each device that is free, in GB; on cpu that of the host"),
+    ] = 80.0,
+    host_memory: Annotated[float, typer.Option(min=0, help="memory of the host that is free, in GB")] = 256.0,
+    max_step_pixels: Annotated[
+        int, typer.Option(min=4096, help="width × height × samples of one forward of the transformer")
+    ] = Settings.model_fields["max_step_pixels"].default,
+    teraflops: Annotated[
+        float | None, typer.Option(min=0.001, help="TFLOP/s of a device [default: that of the type]")
+    ] = None,
+    gigabytes_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="GB/s that a device sends [default: that of the type]")
+    ] = None,
+    no_guidance: Annotated[
+        bool, typer.Option("--no-guidance", help="one sample an image, as of Dev and Fast; else by the model")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+) -> None:
+    """Show what each layout and format of weights needs and does, without loading a model.
+
+    GB are those of the rank that needs most, for the largest step that the settings allow. TFLOP and GB sent
+    are those of a rank in a step of one image. The time of that step, and the images a second of full steps,
+    are relative to one device. Layouts that another one beats in everything are left out.
+    """
+    if device_type not in DEVICE_TYPES:
+        words = f"{device_type!r} is none of {', '.join(DEVICE_TYPES)}"
+        raise typer.BadParameter(words, param_hint=DEVICE_TYPE_FLAG)
+    of_type = DEVICE_TYPES[device_type]
+    device_bytes, host_bytes = (int(gigabytes * 1e9) for gigabytes in (device_memory, host_memory))
+    try:
+        model = (
+            PlannedModel.released()
+            if model_path is None
+            else PlannedModel.from_checkpoint(model_path, extra_model_path)
+        )
+    except HiDreamError as error:
+        typer.echo(f"hidream-grpc: {one_line(str(error))}", err=True)
+        raise typer.Exit(EXIT_STARTUP_ERROR) from None
+    speed = of_type.speed
+    devices = PlannedDevices(
+        device_type=of_type,
+        num_devices=num_devices,
+        device_memory=DeviceMemory(device_bytes, device_bytes),
+        host_memory=DeviceMemory(host_bytes, host_bytes),
+        speed=DeviceSpeed(
+            speed.flops_per_second if teraflops is None else teraflops * 1e12,
+            speed.bytes_per_second if gigabytes_per_second is None else gigabytes_per_second * 1e9,
+        ),
+        max_step_pixels=max_step_pixels,
+    )
+    model = replace(model, has_guidance=model.has_guidance and not no_guidance)
+    rows = layout_table.layout_rows(model, devices)
+    typer.echo(layout_table.as_json(model, rows).decode() if as_json else layout_table.as_text(rows))
+
+
+app.command("plan")(_plan_command)
 
 
 def _show_version(is_asked: bool) -> None:

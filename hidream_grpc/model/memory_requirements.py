@@ -1,32 +1,20 @@
-"""How much memory a model needs in a layout, and whether it is there. Pure."""
+"""Whether the ranks of a layout have the memory that they need. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from hidream_grpc.devices.device_types import CPU, DeviceMemory, DeviceType
+from hidream_grpc.devices.device_types import CPU, DeviceMemory
 from hidream_grpc.errors import InsufficientMemoryError
+from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
-from hidream_grpc.model.model_weights import ModelWeights
+from hidream_grpc.model.costs.model import ModelCosts, Workload
 from hidream_grpc.model.parallel.layout import Layout
-from hidream_grpc.model.parallel.planner import LAYOUT_FLAG, ModelDivisions, allowed_layouts, plan_layout
-from hidream_grpc.model.prompts.assignment import activation_reserve_bytes, fits
-from hidream_grpc.model.weight_format import WeightFormats
+from hidream_grpc.model.parallel.planner import LAYOUT_FLAG, allowed_layouts, plan_layout
+from hidream_grpc.model.prompts.assignment import fits
 
 _GB = 1e9
-
-_MIN_DEVICE_WORK_BYTES = 1024**3
-"""Least memory beside the weights on a device: for steps and decoding of one image of 512x512 at a time."""
-
-_DEQUANTIZED_BYTES = 300 * 1024**2
-"""Memory for the layer that is dequantized at the moment: the largest of the released model is 270 MiB."""
-
-_MIN_HOST_WORK_BYTES = 256 * 1024**2
-"""Least memory of a rank on a CPU: for its process, steps and decoding of one image of 256x256 at a time."""
-
-_HOST_WORK_FRACTION = 8
-"""A rank on a CPU has an eighth of its weights in addition, for larger images and cached prompts."""
 
 _SCARCE = "large images, or several at once, may find no memory"
 
@@ -38,16 +26,12 @@ class MemoryRequirements:
     """The memory that the ranks of any layout of one model need on one type of device.
 
     Attributes:
-        weights: numbers of weights of the checkpoint.
-        divisions: how the model can be divided.
-        device_type: type of the ranks' devices.
-        formats: formats in which the ranks hold the weights.
+        costs: what the ranks hold.
+        workload: the steps that they shall have room for.
     """
 
-    weights: ModelWeights
-    divisions: ModelDivisions
-    device_type: DeviceType
-    formats: WeightFormats = field(default_factory=WeightFormats)
+    costs: ModelCosts
+    workload: Workload
 
     def check(self, layout: Layout, devices: Mapping[int, DeviceMemory], host: DeviceMemory) -> str | None:
         """Check that some ranks of a layout have room for what they load.
@@ -65,9 +49,27 @@ class MemoryRequirements:
             InsufficientMemoryError: there is no room even for the least work. The text says what is needed,
                 and which layouts would fit.
         """
-        if self.device_type is CPU:
+        if self.costs.device_type is CPU:
             return self._check_host(layout, devices, host)
         return self._check_devices(layout, devices, host)
+
+    def fits(self, layout: Layout, device: DeviceMemory, host: DeviceMemory, step: StepShape) -> bool:
+        """Whether all ranks of a layout have room for their weights and for steps of a shape.
+
+        Args:
+            layout: the layout.
+            device: memory of each device, which holds nothing yet.
+            host: memory of the host.
+            step: the shape of the steps.
+        """
+        work_bytes = self.costs.work_bytes(layout, step).total_bytes
+        if self.costs.device_type is CPU:
+            ranks = range(layout.world_size)
+            return self._host_weights_bytes(layout, ranks) + len(ranks) * work_bytes <= host.free_bytes
+        if self.costs.weights_bytes(layout) + work_bytes > device.free_bytes:
+            return False
+        on_host = self.encoders_on_host(layout, dict.fromkeys(range(layout.world_size), device))
+        return self.host_bytes(on_host) <= host.free_bytes
 
     # --- ranks on a CPU, which share the host's memory ----------------------------------------------
 
@@ -75,19 +77,19 @@ class MemoryRequirements:
         self, layout: Layout, ranks: Mapping[int, DeviceMemory], host: DeviceMemory
     ) -> str | None:
         weights_bytes = self._host_weights_bytes(layout, tuple(ranks))
-        min_work_bytes = len(ranks) * _MIN_HOST_WORK_BYTES
-        needed_bytes = weights_bytes + min_work_bytes
+        work_bytes = len(ranks) * self._least_work_bytes(layout)
+        needed_bytes = weights_bytes + work_bytes
         if needed_bytes > host.free_bytes:
             num_ranks = "1 rank" if len(ranks) == 1 else f"{len(ranks)} ranks"
             raise InsufficientMemoryError(
                 f"{LAYOUT_FLAG}: {layout} needs {_gb(needed_bytes)} of the host's memory "
-                f"for {num_ranks} ({_gb(weights_bytes)} of weights, {_gb(min_work_bytes)} to work in), "
+                f"for {num_ranks} ({_gb(weights_bytes)} of weights, {_gb(work_bytes)} to work in), "
                 f"which has {_gb(host.free_bytes)} free"
                 + self._would_fit(layout, ranks, list(self._fitting_on_host(layout, host))),
                 fits_total=needed_bytes <= host.total_bytes,
             )
         left_bytes = host.free_bytes - weights_bytes
-        wanted_bytes = min_work_bytes + weights_bytes // _HOST_WORK_FRACTION
+        wanted_bytes = len(ranks) * self._wanted_work_bytes(layout)
         if left_bytes >= wanted_bytes:
             return None
         return (
@@ -97,17 +99,17 @@ class MemoryRequirements:
 
     def _host_weights_bytes(self, layout: Layout, ranks: Sequence[int]) -> int:
         """Bytes of the weights of these ranks together."""
-        encoders = self.weights.text_encoders_of(layout)
-        return len(ranks) * self._device_bytes(layout) + sum(
-            self._encoder_device_bytes(name) for rank in ranks for name in encoders[rank]
-        )
+        encoders = self.costs.text_encoders_of(layout)
+        return sum(self.costs.weights_bytes(layout, rank) + sum(encoders[rank].values()) for rank in ranks)
 
     def _fitting_on_host(self, asked: Layout, host: DeviceMemory) -> Iterator[str]:
         """Yield the layout of most ranks that fits the host, and the one that needs least memory."""
         totals = {
             layout: self._host_weights_bytes(layout, range(layout.world_size))
-            + layout.world_size * _MIN_HOST_WORK_BYTES
-            for layout in allowed_layouts(asked.world_size, self.divisions, asked)
+            + layout.world_size * self._least_work_bytes(layout)
+            for layout in allowed_layouts(
+                asked.world_size, self.costs.divisions, asked.cfg_parallel, asked.data_parallel
+            )
         }
         if fitting := [layout for layout, total_bytes in totals.items() if total_bytes <= host.free_bytes]:
             yield str(max(fitting, key=lambda layout: (layout.world_size, -totals[layout])))
@@ -118,20 +120,20 @@ class MemoryRequirements:
     def _check_devices(
         self, layout: Layout, devices: Mapping[int, DeviceMemory], host: DeviceMemory
     ) -> str | None:
-        weights_bytes = self._device_bytes(layout)
-        needed_bytes = weights_bytes + self._min_device_work_bytes
+        weights_bytes, work_bytes = self.costs.weights_bytes(layout), self._least_work_bytes(layout)
+        needed_bytes = weights_bytes + work_bytes
         scarce = min(devices, key=lambda rank: devices[rank].free_bytes)
         memory = devices[scarce]
         if needed_bytes > memory.free_bytes:
             raise InsufficientMemoryError(
                 f"{LAYOUT_FLAG}: {layout} needs {_gb(needed_bytes)} of each device "
-                f"({_gb(weights_bytes)} of weights, {_gb(self._min_device_work_bytes)} to work in), "
+                f"({_gb(weights_bytes)} of weights, {_gb(work_bytes)} to work in), "
                 f"and that of rank {scarce} has {_gb(memory.free_bytes)} of {_gb(memory.total_bytes)} free"
                 + self._would_fit(layout, devices, list(self._fitting_on_devices(memory, host))),
                 fits_total=all(needed_bytes <= device.total_bytes for device in devices.values()),
             )
-        on_host = self._encoders_on_host(layout, devices)
-        host_bytes = self._encoder_bytes(on_host)
+        on_host = self.encoders_on_host(layout, devices)
+        host_bytes = self.host_bytes(on_host)
         if host_bytes > host.free_bytes:
             raise InsufficientMemoryError(
                 f"{LAYOUT_FLAG}: {layout} leaves no room on the devices for {_all_of(on_host)}: "
@@ -139,65 +141,59 @@ class MemoryRequirements:
                 + self._would_fit(layout, devices, list(self._fitting_on_devices(memory, host))),
                 fits_total=host_bytes <= host.total_bytes,
             )
-        if fits(weights_bytes, memory):
+        left_bytes, wanted_bytes = memory.free_bytes - weights_bytes, self._wanted_work_bytes(layout)
+        if left_bytes >= wanted_bytes:
             return None
         return (
-            f"{layout} leaves {_gb(memory.free_bytes - weights_bytes)} to work in on the device of rank "
-            f"{scarce}, less than {_gb(activation_reserve_bytes(memory))}: {_SCARCE}"
+            f"{layout} leaves {_gb(left_bytes)} to work in on the device of rank "
+            f"{scarce}, less than {_gb(wanted_bytes)}: {_SCARCE}"
         )
 
-    def _device_bytes(self, layout: Layout) -> int:
-        """Bytes of what must be on a rank's device."""
-        exact = self.device_type.bytes_per_weight
-        return self.weights.bytes_without_text_encoders(layout, self.formats.transformer, exact)
-
-    @property
-    def _min_device_work_bytes(self) -> int:
-        """Least memory beside the weights on a device."""
-        of_layer = _DEQUANTIZED_BYTES if self.formats.transformer.is_quantized else 0
-        return _MIN_DEVICE_WORK_BYTES + of_layer
-
-    def _encoder_device_bytes(self, name: TextEncoderName) -> int:
-        """Bytes of a text encoder on the device of its rank."""
-        exact = self.device_type.bytes_per_weight
-        return self.weights.text_encoder_bytes(name, self.formats.text_encoders, exact)
-
-    def _encoders_on_host(
+    def encoders_on_host(
         self, layout: Layout, devices: Mapping[int, DeviceMemory]
     ) -> tuple[TextEncoderName, ...]:
-        """The text encoders that find no room on the devices of these ranks."""
+        """The text encoders that find no room on the devices of these ranks; none on a CPU."""
+        if self.costs.device_type is CPU:
+            return ()
         on_host = []
-        for rank, encoders in enumerate(self.weights.text_encoders_of(layout)):
+        weights_bytes = self.costs.weights_bytes(layout)
+        for rank, encoders in enumerate(self.costs.text_encoders_of(layout)):
             if rank not in devices:
                 continue
-            free_bytes = devices[rank].free_bytes - self._device_bytes(layout)
-            for name in encoders:
-                size_bytes = self._encoder_device_bytes(name)
+            free_bytes = devices[rank].free_bytes - weights_bytes
+            for name, size_bytes in encoders.items():
                 if fits(size_bytes, DeviceMemory(devices[rank].total_bytes, free_bytes)):
                     free_bytes -= size_bytes
                 else:
                     on_host.append(name)
         return tuple(on_host)
 
-    def _encoder_bytes(self, on_host: Sequence[TextEncoderName]) -> int:
-        return sum(self.weights.text_encoders[name] for name in on_host) * CPU.bytes_per_weight
+    def host_bytes(self, on_host: Sequence[TextEncoderName]) -> int:
+        """Bytes of these text encoders on the host."""
+        return sum(self.costs.text_encoders_host_bytes[name] for name in on_host)
 
     def _fitting_on_devices(self, memory: DeviceMemory, host: DeviceMemory) -> Iterator[str]:
         """The layout of fewest devices that fits, and the one that has all text encoders on devices."""
         has_one = False
         for num_devices in range(1, _MAX_SUGGESTED_DEVICES + 1):
-            layout = plan_layout(num_devices, self.divisions)
+            layout = plan_layout(num_devices, self.costs.divisions)
             if layout.world_size < num_devices:
                 continue
-            if self._device_bytes(layout) + self._min_device_work_bytes > memory.free_bytes:
+            if self.costs.weights_bytes(layout) + self._least_work_bytes(layout) > memory.free_bytes:
                 continue
-            on_host = self._encoders_on_host(layout, dict.fromkeys(range(num_devices), memory))
+            on_host = self.encoders_on_host(layout, dict.fromkeys(range(num_devices), memory))
             if not on_host:
                 yield str(layout)
                 return
-            if not has_one and self._encoder_bytes(on_host) <= host.free_bytes:
+            if not has_one and self.host_bytes(on_host) <= host.free_bytes:
                 has_one = True
                 yield f"{layout} with {_all_of(on_host)} on the host"
+
+    def _least_work_bytes(self, layout: Layout) -> int:
+        return self.costs.work_bytes(layout, self.workload.least).total_bytes
+
+    def _wanted_work_bytes(self, layout: Layout) -> int:
+        return self.costs.work_bytes(layout, self.workload.largest).total_bytes
 
     def _would_fit(self, layout: Layout, ranks: Mapping[int, DeviceMemory], fitting: Sequence[str]) -> str:
         """The layouts that would fit, as an error says it; empty once other ranks hold their weights."""

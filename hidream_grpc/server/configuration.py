@@ -27,13 +27,15 @@ from hidream_grpc.jobs.retention.retention import RetentionLimits
 from hidream_grpc.jobs.service import StorePolicy
 from hidream_grpc.jobs.store.url import STORE_FLAG
 from hidream_grpc.logs import LogConfig
+from hidream_grpc.model.checkpoint.configs import read_configs
 from hidream_grpc.model.checkpoint.description import CheckpointDescription
 from hidream_grpc.model.checkpoint.prompt_lengths import PROMPT_TOKEN_BUCKETS, padded_prompt_tokens
-from hidream_grpc.model.checkpoint.sizes import MAX_PREVIEW_SIDE_PIXELS
+from hidream_grpc.model.checkpoint.sizes import MAX_PREVIEW_SIDE_PIXELS, ImageSize
 from hidream_grpc.model.checkpoint.step_shapes import COMPILE_SHAPES_FLAG, StepShape, choose_compile_shapes
+from hidream_grpc.model.checkpoint.variants import MAX_SCALE_WITHOUT_GUIDANCE
+from hidream_grpc.model.costs.model import ModelCosts, Workload
 from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.memory_requirements import MemoryRequirements
-from hidream_grpc.model.model_weights import read_model_weights
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import LAYOUT_FLAG, ModelDivisions, choose_layout, smaller_layouts
 from hidream_grpc.model.weight_format import WeightFormat, WeightFormats
@@ -95,9 +97,8 @@ def group_config(settings: Settings, folders: ModelFolders, checkpoint: Checkpoi
     devices, layout = _plan(settings, divisions)
     device_type = devices.device_type
     weights = weight_formats(settings, device_type)
-    requirements = MemoryRequirements(
-        read_model_weights(folders.model, folders.extra_model), divisions, device_type, weights
-    )
+    costs = ModelCosts(read_configs(folders.model, folders.extra_model), device_type, weights)
+    requirements = MemoryRequirements(costs, _workload(settings, checkpoint, device_type))
     if device_type is CPU:
         # The memory of other devices is known when a rank has opened them, before it loads.
         host = host_memory()
@@ -187,6 +188,18 @@ def _plan(settings: Settings, divisions: ModelDivisions) -> tuple[DeviceSelectio
     if named is not None:
         return select_devices(device_type, named), layout
     return select_devices(device_type, tuple(range(layout.world_size)), LAYOUT_FLAG), layout
+
+
+def _workload(settings: Settings, checkpoint: CheckpointDescription, device_type: DeviceType) -> Workload:
+    """The steps by which layouts are judged."""
+    defaults = checkpoint.defaults
+    return Workload.new(
+        ImageSize(defaults.width, defaults.height),
+        checkpoint.size_limits,
+        settings.max_step_pixels,
+        device_type,
+        has_guidance=defaults.guidance_scale > MAX_SCALE_WITHOUT_GUIDANCE,
+    )
 
 
 # --- requests -------------------------------------------------------------------------------------

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from hidream_grpc.devices import kernels
@@ -20,6 +23,42 @@ def counted_flops(call: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False, custom_mapping=_MISSING_FROM_TORCH) as counter:
         call()
     return int(counter.get_total_flops())
+
+
+def counted_peak_bytes(call: Callable[[], Any]) -> int:
+    """Count the bytes of the tensors that one call makes and that are alive at the same time, at most."""
+    with _LiveBytes() as live:
+        call()
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows the memory of tensors from the operation that makes it to their end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(
+        self, operation: Any, _types: Any, arguments: Any = (), options: Any = None
+    ) -> object:
+        result = operation(*arguments, **(options or {}))
+        self._live = {storage: size for storage, size in self._live.items() if not storage.expired()}
+        known = set(map(_storage, _tensors((arguments, options))))
+        for tensor in _tensors(result):
+            if (storage := _storage(tensor)) not in known:
+                self._live[storage] = tensor.untyped_storage().nbytes()
+        self.peak = max(self.peak, sum(self._live.values()))
+        return result
+
+
+def _tensors(values: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 class CountingAxis(Axis):

@@ -1,6 +1,6 @@
 """Floating-point operations of one forward of diffusers' transformer, for one sample, by formula.
 
-Those of ours are counted where layouts are planned, in `hidream_grpc/model/costs/steps.py`, by the same rules.
+Those of ours are counted where layouts are planned, in `hidream_grpc/model/costs/steps.py`, by one rule.
 `tests/numerics/test_flops.py` holds both against torch's counter.
 """
 
@@ -46,10 +46,7 @@ def library_forward_flops(config: TransformerConfig, sample: Sample) -> int:
     )
     single_block = 6 * width**2 + attention + tokens * _routed_feed_forward(config)
     multiply_adds = (
-        ends
-        + config.num_layers * double_block
-        + config.num_single_layers * single_block
-        + 2 * width**2
+        ends + config.num_layers * double_block + config.num_single_layers * single_block + 2 * width**2
     )
     return 2 * multiply_adds + timestep_flops(config) + prompt_flops(config, sample)
 

@@ -1,187 +1,91 @@
-"""Figure 6 of the design: what each rank of a layout computes, holds, reads and sends ÷ one device.
+"""Figure 6 of the design: what each rank of a layout computes, holds and sends ÷ one device.
 
-The layouts are those that 1, 2, 4 and 8 devices get, the transformer has the real model's dimensions, and
-a step is one image of 1024×1024 with guidance. Everything is counted on tensors without memory, with each
-expert getting equally many tokens; `tests/numerics/test_layout_costs.py` holds the same counters against
-real ranks. Prints one JSON line: for each layout the largest value of any rank, and its share of what one
-device does. Of the weights 1/N + 5 % is the goal.
+The transformer has the real model's dimensions, and a step is one image of 1024×1024 with guidance. For 1,
+2, 4 and 8 devices these are the layouts that no other one beats in time, throughput, devices and memory at
+once, and the table's, each in every format of weights, as `hidream-grpc plan` counts them;
+`tests/numerics/test_layout_costs.py` holds the counts against real ranks. Prints one JSON line, or the table
+of docs/performance.md.
 
-    python -m scripts.bench.layouts [--devices 1,2,4,8] [--width 1024] [--height 1024]
+    python -m scripts.bench.layouts [--devices 1,2,4,8] [--markdown]
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-from torch import Size
 
-from hidream_grpc.model.costs.steps import Sample
-from hidream_grpc.model.loading import quieten_libraries
-from hidream_grpc.model.parallel.groups import ParallelGroups
-from hidream_grpc.model.parallel.layout import Layout
-from hidream_grpc.model.parallel.planner import ModelDivisions, plan_layout
-from hidream_grpc.model.parallel.rows import gather_rows
-from hidream_grpc.model.parallel.shards import TensorSlice, parameter_slices
-from hidream_grpc.model.transformer.model import HiDreamTransformer
-from scripts.bench.counting import CountingAxis, MetaDevice, count_bytes_sent, counted_flops
-from scripts.bench.flops import HIDREAM_I1_CONFIG, VAE_SCALE_FACTOR
-from scripts.bench.forwards import (
-    ForwardInputs,
-    condition,
-    exact_transformer,
-    library_transformer,
-    random_inputs,
-    rank_rows,
-)
-from scripts.bench.report import Value, report, say
+from hidream_grpc.devices.device_types import CUDA, DeviceMemory
+from hidream_grpc.layout_table import LayoutRow, PlannedDevices, PlannedModel, layout_rows
+from hidream_grpc.model.weight_format import WeightFormat
+from hidream_grpc.settings import Settings
+from scripts.bench.report import Value, report
 
-DTYPE = torch.bfloat16
-NUM_SAMPLES = 2
+_UNLIMITED = DeviceMemory(2**62, 2**62)
+# Both formats of one byte hold as much.
+_FORMATS = (WeightFormat.BFLOAT16, WeightFormat.INT8)
 
 
-@dataclass(frozen=True, slots=True)
-class RankCosts:
-    """What one step costs one rank.
-
-    Attributes:
-        flops: multiply-adds count as two.
-        weight_bytes_held: of the transformer, on the device.
-        weight_bytes_read: of its slices in the checkpoint's files.
-        bytes_sent: in all collectives of the step.
-    """
-
-    flops: int
-    weight_bytes_held: int
-    weight_bytes_read: int
-    bytes_sent: int
-
-
-def rank_costs(
-    config: Mapping[str, Any],
-    shapes: Mapping[str, Size],
-    layout: Layout,
-    rank: int,
-    sample: Sample,
-    num_samples: int,
-    dtype: torch.dtype,
-) -> RankCosts:
-    """Count what one rank does, without memory and without other ranks.
-
-    Args:
-        config: content of the transformer's `config.json`.
-        shapes: of the tensors of such a checkpoint.
-        layout: of the group.
-        rank: of the world.
-        sample: size of the step's samples.
-        num_samples: of the step; the sample groups share them equally.
-        dtype: of the model and of the checkpoint.
-    """
-    groups = ParallelGroups(layout, rank)
-    axes = count_bytes_sent(groups)
-    device = MetaDevice(dtype, config["num_routed_experts"])
-    transformer = exact_transformer(config, device, groups)
-    weight_bytes_read = dtype.itemsize * sum(
-        _num_elements(part, shapes[part.name])
-        for parts in parameter_slices(transformer).values()
-        for part in parts
-    )
-    inputs = random_inputs(
-        config, sample, num_samples // layout.num_sample_groups, device.torch_device, dtype
-    )
-    return step_costs(transformer, groups, axes, inputs, weight_bytes_read)
-
-
-def step_costs(
-    transformer: HiDreamTransformer,
-    groups: ParallelGroups,
-    axes: Sequence[CountingAxis],
-    inputs: ForwardInputs,
-    weight_bytes_read: int,
-) -> RankCosts:
-    """Count what a rank does in one step; all ranks of its axes must call it, where there are others.
-
-    Args:
-        transformer: of the rank, filled or on meta.
-        groups: of the rank.
-        axes: of these groups.
-        inputs: of the rank's samples.
-        weight_bytes_read: when the transformer was filled.
-    """
-    conditioning = condition(transformer, inputs)
-    rows = rank_rows(transformer, inputs, conditioning, groups.layout.expert_parallel)
-    before = sum(axis.bytes_sent for axis in axes)
-
-    def step() -> None:
-        velocity = transformer(rows)
-        gather_rows(velocity, len(velocity) * groups.samples.size, groups)
-
-    flops = counted_flops(step)
-    return RankCosts(
-        flops=flops,
-        weight_bytes_held=sum(parameter.nbytes for parameter in transformer.parameters()),
-        weight_bytes_read=weight_bytes_read,
-        bytes_sent=sum(axis.bytes_sent for axis in axes) - before,
-    )
-
-
-def checkpoint_shapes(config: Mapping[str, Any]) -> dict[str, Size]:
-    """Shapes of the tensors of the library's transformer."""
-    transformer = library_transformer(config, torch.float32)
-    return {name: parameter.shape for name, parameter in transformer.named_parameters()}
-
-
-def _num_elements(part: TensorSlice, shape: Size) -> int:
-    sides = list(shape)
-    for dimension, kept in enumerate((part.rows, part.columns)):
-        if kept is not None:
-            sides[dimension] = len(kept)
-    return prod(sides)
-
-
-@torch.inference_mode()
 def main(
     devices: Annotated[str, typer.Option(help="numbers of devices, with commas between")] = "1,2,4,8",
-    width: Annotated[int, typer.Option(help="in pixels")] = 1024,
-    height: Annotated[int, typer.Option(help="in pixels")] = 1024,
+    markdown: Annotated[bool, typer.Option("--markdown", help="the table of docs/performance.md")] = False,
 ) -> None:
-    """Count every rank of every layout, print the largest."""
-    quieten_libraries()
-    config = HIDREAM_I1_CONFIG
-    shapes = checkpoint_shapes(config)
-    divisions = ModelDivisions(config["num_attention_heads"], config["num_routed_experts"])
-    sample = Sample(height=height // VAE_SCALE_FACTOR, width=width // VAE_SCALE_FACTOR)
-    alone = rank_costs(config, shapes, Layout(), 0, sample, NUM_SAMPLES, DTYPE)
-    layouts: list[dict[str, Value]] = []
-    for num_devices in (int(part) for part in devices.split(",")):
-        layout = plan_layout(num_devices, divisions)
-        say(f"{num_devices} devices: {layout}")
-        ranks = [
-            rank_costs(config, shapes, layout, rank, sample, NUM_SAMPLES, DTYPE)
-            for rank in range(layout.world_size)
-        ]
-        flops = max(costs.flops for costs in ranks)
-        held = max(costs.weight_bytes_held for costs in ranks)
-        read = max(costs.weight_bytes_read for costs in ranks)
-        layouts.append(
-            {
-                "num_devices": num_devices,
-                "layout": str(layout),
-                "weights_held_ratio": round(held / alone.weight_bytes_held, 4),
-                "weights_read_ratio": round(read / alone.weight_bytes_read, 4),
-                "weights_goal": round(1 / num_devices + 0.05, 4),
-                "flops_ratio": round(flops / alone.flops, 4),
-                "weights_held_gigabytes": round(held / 1e9, 3),
-                "weights_read_gigabytes": round(read / 1e9, 3),
-                "step_tflop": round(flops / 1e12, 3),
-                "step_gigabytes_sent": round(max(costs.bytes_sent for costs in ranks) / 1e9, 3),
-            }
-        )
-    report("layouts", layouts=layouts, width=width, height=height, num_samples=NUM_SAMPLES, dtype="bfloat16")
+    """Count every layout, print those that are worth it."""
+    rows = {int(part): rows_of(int(part)) for part in devices.split(",")}
+    if markdown:
+        print(table(rows))
+        return
+    layouts: list[dict[str, Value]] = [
+        {
+            "num_devices": num_devices,
+            "layout": row.layout,
+            "weights": row.weights,
+            "weights_gigabytes": round(row.weights_bytes / 1e9, 3),
+            "step_tflop": round(row.step_flops / 1e12, 3),
+            "step_gigabytes_sent": round(row.step_bytes_sent / 1e9, 3),
+            "step_seconds_ratio": row.relative_step_seconds,
+            "images_per_second_ratio": row.relative_images_per_second,
+        }
+        for num_devices, of_number in rows.items()
+        for row in of_number
+    ]
+    report("layouts", layouts=layouts, width=1024, height=1024, num_samples=2)
+
+
+def rows_of(num_devices: int) -> list[LayoutRow]:
+    """The layouts of exactly so many devices, whatever their memory."""
+    planned = PlannedDevices(
+        device_type=CUDA,
+        num_devices=num_devices,
+        device_memory=_UNLIMITED,
+        host_memory=_UNLIMITED,
+        speed=CUDA.speed,
+        max_step_pixels=Settings.model_fields["max_step_pixels"].default,
+    )
+    rows = layout_rows(PlannedModel.released(), planned, _FORMATS)
+    return [row for row in rows if row.num_devices == num_devices]
+
+
+def table(rows: dict[int, list[LayoutRow]]) -> str:
+    """The table in Markdown: a line for each layout, with both formats of its weights."""
+    lines = [
+        "| devices | layout | weights held, bfloat16 | int8, float8 | step | sent in a step | time of a step "
+        "| images a second | |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for num_devices, of_number in rows.items():
+        held = {(row.layout, row.weights): row.weights_bytes for row in of_number}
+        for row in of_number:
+            if row.weights is not WeightFormat.BFLOAT16:
+                continue
+            sizes = (held[row.layout, weights] / 1e9 for weights in _FORMATS)
+            lines.append(
+                f"| {num_devices} | `{row.layout}` | {' | '.join(f'{size:.2f} GB' for size in sizes)} "
+                f"| {row.step_flops / 1e12:.1f} TFLOP | {row.step_bytes_sent / 1e9:.2f} GB "
+                f"| {row.relative_step_seconds:.2f} | {row.relative_images_per_second:.2f} "
+                f"| {', '.join(row.chosen_by)} |"
+            )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

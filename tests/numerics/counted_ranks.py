@@ -19,12 +19,12 @@ from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import parse_layout
 from hidream_grpc.model.weights import load_share
 from scripts.bench.counting import count_bytes_sent
-from scripts.bench.forwards import exact_transformer, random_inputs
-from scripts.bench.layouts import step_costs
+from scripts.bench.forwards import exact_transformer
+from tests.numerics.rank_costs import step_costs
 
 SAMPLE = Sample(height=12, width=12, num_t5_tokens=7, num_llama_tokens=5)
-# Divisible by the sample groups of every layout, and their tokens by the experts.
-NUM_SAMPLES = 4
+# Some sample groups get one more than others.
+NUM_ROWS = 5
 _TIMEOUT = timedelta(seconds=60)
 
 
@@ -41,10 +41,8 @@ def count(layout: Layout, rank: int, checkpoint: Path, answers: Path) -> None:
     device = open_device("cpu", 0)
     config = json.loads((checkpoint / "config.json").read_text())
     transformer = exact_transformer(config, device, groups)
-    bytes_read = load_share(transformer, checkpoint, device)
-    num_own = NUM_SAMPLES // layout.num_sample_groups
-    inputs = random_inputs(config, SAMPLE, num_own, device.torch_device, device.dtype)
-    costs = step_costs(transformer, groups, axes, inputs, bytes_read)
+    load_share(transformer, checkpoint, device)
+    costs = step_costs(transformer, groups, axes, config, SAMPLE, NUM_ROWS)
     (answers / f"{rank}.json").write_text(json.dumps(asdict(costs)))
     dist.barrier()
     groups.disconnect()

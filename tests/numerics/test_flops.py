@@ -130,10 +130,14 @@ def test_the_exact_forward_of_the_real_model_saves_what_is_promised(
     width: int, height: int, most: float
 ) -> None:
     sample = Sample(height=height // VAE_SCALE_FACTOR, width=width // VAE_SCALE_FACTOR)
-    ratio = exact_forward_flops(HIDREAM_I1.transformer, sample) / library_forward_flops(HIDREAM_I1.transformer, sample)
+    ratio = exact_forward_flops(HIDREAM_I1.transformer, sample) / library_forward_flops(
+        HIDREAM_I1.transformer, sample
+    )
     assert ratio <= most
 
 
 def test_the_caption_projections_of_a_prompt_cost_less_than_one_step() -> None:
     sample = Sample(height=64, width=64)
-    assert prompt_flops(HIDREAM_I1.transformer, sample) < 0.01 * exact_forward_flops(HIDREAM_I1.transformer, sample)
+    assert prompt_flops(HIDREAM_I1.transformer, sample) < 0.01 * exact_forward_flops(
+        HIDREAM_I1.transformer, sample
+    )

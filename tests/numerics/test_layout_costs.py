@@ -1,4 +1,4 @@
-"""What `scripts/bench/layouts.py` counts without memory is what real ranks compute, hold, read and send."""
+"""What the planner counts of a layout without torch is what real ranks hold, compute, send and keep."""
 
 from __future__ import annotations
 
@@ -7,19 +7,28 @@ import subprocess
 import sys
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
+from hidream_grpc.model.checkpoint.files import TransformerConfig
+from hidream_grpc.model.checkpoint.hidream_i1 import HIDREAM_I1
+from hidream_grpc.model.costs.activations import decode_bytes, step_bytes
+from hidream_grpc.model.costs.ranks import RankPlace
 from hidream_grpc.model.costs.steps import Sample
-from hidream_grpc.model.parallel.layout import Layout
-from hidream_grpc.model.parallel.planner import ModelDivisions, parse_layout, plan_layout
+from hidream_grpc.model.costs.steps import step_costs as planned_step_costs
+from hidream_grpc.model.costs.weights import transformer_bytes
+from hidream_grpc.model.decoding.vae import decode_in_slices
+from hidream_grpc.model.parallel.planner import parse_layout
+from hidream_grpc.model.weight_format import WeightFormat
+from scripts.bench.counting import counted_peak_bytes
 from scripts.bench.flops import HIDREAM_I1_CONFIG
 from scripts.bench.forwards import fill_at_random, library_transformer
-from scripts.bench.layouts import RankCosts, checkpoint_shapes, rank_costs
-from tests.numerics.counted_ranks import NUM_SAMPLES, SAMPLE
+from tests.numerics.counted_ranks import NUM_ROWS, SAMPLE
+from tests.numerics.rank_costs import RankCosts, costs_without_memory
 
-LAYOUTS = ["tp=2,ep=2", "cfg=2,sp=2"]
-OTHER_LAYOUTS = ["tp=2", "ep=2", "tp=4", "cfg=2,tp=2", "sp=2,tp=2"]
+LAYOUTS = ["tp=2,ep=2", "cfg=2,tp=2"]
+OTHER_LAYOUTS = ["tp=2", "ep=2", "tp=4"]
 TIMEOUT_SECONDS = 240
 CONFIG: dict[str, Any] = {
     "patch_size": 2,
@@ -37,6 +46,27 @@ CONFIG: dict[str, Any] = {
     "max_resolution": [16, 16],
     "llama_layers": [0, 2, 2],
 }
+OTHER_CONFIG = CONFIG | {
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "num_attention_heads": 6,
+    "attention_head_dim": 24,
+    "axes_dims_rope": [4, 10, 10],
+    "num_routed_experts": 6,
+    "num_activated_experts": 3,
+}
+WIDE = Sample(height=12, width=8, num_t5_tokens=7, num_llama_tokens=5)
+
+
+def planned(
+    config: dict[str, Any], layout_text: str, rank: int, sample: Sample, num_rows: int, dtype: torch.dtype
+) -> tuple[int, int, int]:
+    """Bytes of weights, operations and bytes sent."""
+    layout, described = parse_layout(layout_text), msgspec.convert(config, TransformerConfig)
+    step = planned_step_costs(described, layout, rank, sample, num_rows, dtype.itemsize)
+    place = RankPlace.of(layout, rank)
+    held = transformer_bytes(described, place, WeightFormat.BFLOAT16, dtype.itemsize)
+    return held, step.flops, step.bytes_sent
 
 
 @pytest.fixture(scope="module")
@@ -65,66 +95,86 @@ def real_costs(
 @pytest.mark.parametrize(
     "layout_text", [*LAYOUTS, *(pytest.param(layout, marks=pytest.mark.long) for layout in OTHER_LAYOUTS)]
 )
-@torch.inference_mode()
-def test_costs_counted_without_memory_are_those_of_real_ranks(
+def test_planned_costs_are_those_of_real_ranks(
     layout_text: str, real_costs: dict[str, list[RankCosts]]
 ) -> None:
-    layout = parse_layout(layout_text)
-    shapes = checkpoint_shapes(CONFIG)
-    counted = [
-        rank_costs(CONFIG, shapes, layout, rank, SAMPLE, NUM_SAMPLES, torch.float32)
-        for rank in range(layout.world_size)
+    plans = [
+        planned(CONFIG, layout_text, rank, SAMPLE, NUM_ROWS, torch.float32)
+        for rank in range(parse_layout(layout_text).world_size)
     ]
-    for of_rank, really in zip(counted, real_costs[layout_text], strict=True):
-        assert of_rank.weight_bytes_held == really.weight_bytes_held
-        assert of_rank.weight_bytes_read == really.weight_bytes_read
-        assert of_rank.bytes_sent == really.bytes_sent
-        if layout.expert_parallel == 1:
-            assert of_rank.flops == really.flops
+    for (held, flops, sent), really in zip(plans, real_costs[layout_text], strict=True):
+        assert held == really.weight_bytes
+        assert sent == really.bytes_sent
+        if "ep" not in layout_text:
+            assert flops == really.flops
     # Which rank of the expert axis computes a token is the gate's decision.
-    assert sum(costs.flops for costs in counted) == sum(costs.flops for costs in real_costs[layout_text])
+    assert sum(flops for _, flops, _ in plans) == sum(costs.flops for costs in real_costs[layout_text])
 
 
+# Each expert gets equally many tokens, so the rows of a rank's experts are a multiple of their number.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize(
-    "num_devices", [*(pytest.param(few, marks=pytest.mark.long) for few in (1, 2, 4)), 8]
+    ("config", "layout_text", "sample", "num_rows"),
+    [
+        pytest.param(CONFIG, "tp=1", WIDE, 4, id="one device"),
+        pytest.param(CONFIG, "ep=4", SAMPLE, 6, id="ep=4"),
+        pytest.param(CONFIG, "cfg=2,dp=2", SAMPLE, 6, id="cfg=2,dp=2"),
+        pytest.param(CONFIG, "cfg=2,tp=4,ep=2", WIDE, 4, id="cfg=2,tp=4,ep=2"),
+        pytest.param(OTHER_CONFIG, "tp=3,ep=2", SAMPLE, 4, id="tp=3,ep=2"),
+        pytest.param(OTHER_CONFIG, "tp=6", WIDE, 2, id="tp=6"),
+    ],
 )
 @torch.inference_mode()
-def test_no_rank_of_the_real_model_holds_or_reads_more_than_its_share(num_devices: int) -> None:
-    shapes = checkpoint_shapes(HIDREAM_I1_CONFIG)
-    weight_bytes = 2 * sum(shape.numel() for shape in shapes.values())
-    layout = plan_layout(num_devices, ModelDivisions(num_attention_heads=20, num_routed_experts=4))
-    costs = rank_costs(HIDREAM_I1_CONFIG, shapes, layout, 0, Sample(height=64, width=64), 2, torch.bfloat16)
-    # The first rank's shares are the largest.
-    most = (1 / num_devices + 0.05) * weight_bytes
-    assert costs.weight_bytes_held <= most
-    assert costs.weight_bytes_read <= most
-
-
-@pytest.mark.parametrize(
-    ("layout", "tensor_parallel_layout"), [("cfg=2,sp=2", "tp=4"), ("cfg=2,sp=4", "tp=4,ep=2")]
-)
-@pytest.mark.parametrize(("height", "width"), [(128, 128), (128, 96)], ids=["square", "padded"])
-@torch.inference_mode()
-def test_sequence_parallel_divides_all_operations_and_sends_a_fifth_of_what_tensor_parallel_does(
-    layout: str, tensor_parallel_layout: str, height: int, width: int
+def test_planned_costs_are_those_of_the_modules_of_any_rank(
+    config: dict[str, Any], layout_text: str, sample: Sample, num_rows: int, dtype: torch.dtype
 ) -> None:
-    # The real model's dimensions; its 48 blocks cost what a few cost, many times.
-    config = {**HIDREAM_I1_CONFIG, "num_layers": 1, "num_single_layers": 2, "llama_layers": [0, 1, 1]}
-    shapes = checkpoint_shapes(config)
-    sample = Sample(height=height, width=width)
-    alone, sequence_parallel, tensor_parallel = (
-        rank_costs(config, shapes, parse_layout(text), 0, sample, 2, torch.bfloat16)
-        for text in ("tp=1", layout, tensor_parallel_layout)
-    )
-    assert sequence_parallel.bytes_sent <= 0.2 * tensor_parallel.bytes_sent
-    # The first rank has most tokens: one more of each stream that does not divide.
-    assert sequence_parallel.flops <= 1.002 * alone.flops / parse_layout(layout).world_size
+    layout = parse_layout(layout_text)
+    for rank in range(layout.world_size):
+        counted = costs_without_memory(config, layout, rank, sample, num_rows, dtype)
+        expected = counted.weight_bytes, counted.flops, counted.bytes_sent
+        assert planned(config, layout_text, rank, sample, num_rows, dtype) == expected, rank
 
 
+@pytest.mark.parametrize(
+    ("layout_text", "num_rows", "width"),
+    [("tp=1", 1, 128), ("tp=1", 4, 96), ("tp=4", 2, 128), ("tp=20", 1, 128), ("tp=4,ep=2", 2, 128)],
+)
 @torch.inference_mode()
-def test_one_rank_of_the_real_model_holds_all_of_it() -> None:
-    shapes = checkpoint_shapes(HIDREAM_I1_CONFIG)
-    costs = rank_costs(HIDREAM_I1_CONFIG, shapes, Layout(), 0, Sample(height=64, width=64), 1, torch.bfloat16)
-    weight_bytes = 2 * sum(shape.numel() for shape in shapes.values())
-    assert costs.weight_bytes_held == costs.weight_bytes_read == weight_bytes
-    assert costs.bytes_sent == 0
+def test_no_tensors_of_a_step_of_the_real_model_take_more_than_is_planned(
+    layout_text: str, num_rows: int, width: int
+) -> None:
+    # Each block ends with what it began with, so a few of each kind have the peak of all.
+    config = {**HIDREAM_I1_CONFIG} | {"num_layers": 1, "num_single_layers": 2, "llama_layers": [0, 1, 2]}
+    layout, sample = parse_layout(layout_text), Sample(height=128, width=width)
+    counted = costs_without_memory(config, layout, 0, sample, num_rows, torch.bfloat16)
+    place = RankPlace.of(layout, 0)
+    least = step_bytes(msgspec.convert(config, TransformerConfig), place, sample, num_rows, 2)
+    assert counted.activation_bytes <= least <= 1.1 * counted.activation_bytes
+
+
+@pytest.mark.parametrize(("width", "height"), [(1024, 1024), (1360, 768), (512, 512), (64, 64)])
+@torch.inference_mode()
+def test_no_tensors_of_the_real_decoder_take_more_than_is_planned(width: int, height: int) -> None:
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(**msgspec.to_builtins(HIDREAM_I1.vae)).bfloat16()
+        latents = torch.empty(1, 16, height // 8, width // 8).bfloat16()
+
+    def decode() -> None:
+        for _ in decode_in_slices(vae, latents):
+            pass
+
+    counted = counted_peak_bytes(decode)
+    assert counted <= decode_bytes(HIDREAM_I1.vae, width, height, 2) <= 1.1 * counted
+
+
+def test_one_rank_holds_all_of_the_real_model_and_no_other_more_than_its_share() -> None:
+    config = HIDREAM_I1.transformer
+    whole = transformer_bytes(config, RankPlace.of(parse_layout("tp=1"), 0), WeightFormat.BFLOAT16, 2)
+    assert round(whole / 1e9, 2) == 34.21
+    for layout_text in ("tp=2", "tp=4", "tp=4,ep=2"):
+        layout = parse_layout(layout_text)
+        for rank in range(layout.world_size):
+            held = transformer_bytes(config, RankPlace.of(layout, rank), WeightFormat.BFLOAT16, 2)
+            assert held <= (1 / layout.world_size + 0.05) * whole

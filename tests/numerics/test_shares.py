@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from hidream_grpc.devices.cpu import CpuDevice
-from hidream_grpc.devices.device_types import CPU
+from hidream_grpc.devices.device_types import CPU, CUDA
+from hidream_grpc.model.checkpoint.configs import read_configs
 from hidream_grpc.model.checkpoint.files import TransformerConfig
+from hidream_grpc.model.checkpoint.hidream_i1 import HIDREAM_I1
 from hidream_grpc.model.checkpoint.weights.files import Library, read_tensors
 from hidream_grpc.model.checkpoint.weights.files import num_weights as num_weights_of_component
 from hidream_grpc.model.checkpoint.weights.transformer import transformer_tensors
-from hidream_grpc.model.model_weights import read_model_weights
+from hidream_grpc.model.costs.model import ModelCosts
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.planner import parse_layout
 from hidream_grpc.model.parallel.shards import parameter_slices
@@ -30,21 +32,7 @@ from tests.support.checkpoints import write_promised, write_reshaped
 
 TOLERANCE = 1.05
 
-REAL_MODEL = TransformerConfig(
-    patch_size=2,
-    in_channels=16,
-    num_layers=16,
-    num_single_layers=32,
-    num_attention_heads=20,
-    attention_head_dim=128,
-    num_routed_experts=4,
-    num_activated_experts=2,
-    text_emb_dim=2048,
-    caption_channels=(4096, 4096),
-    axes_dims_rope=(64, 32, 32),
-    max_resolution=(128, 128),
-    llama_layers=(*range(32), *[31] * 16),
-)
+REAL_MODEL = HIDREAM_I1.transformer
 
 # Embedders of patches, timesteps and pooled prompts, and the last layer: 0.12 % of the real model.
 WHOLE_ON_EVERY_RANK = ("x_embedder.", "t_embedder.", "p_embedder.", "final_linear.")
@@ -93,7 +81,7 @@ def test_what_every_rank_holds_of_the_real_model_is_next_to_nothing() -> None:
     assert (total - num_weights(alone)) / total < 0.002
 
 
-def test_what_is_told_from_headers_of_a_ranks_weights_is_what_it_holds(tiny_checkpoint: Path) -> None:
+def test_what_is_told_from_configurations_of_a_ranks_weights_is_what_it_holds(tiny_checkpoint: Path) -> None:
     sizes = {
         "num_layers": 2,
         "num_single_layers": 3,
@@ -106,7 +94,7 @@ def test_what_is_told_from_headers_of_a_ranks_weights_is_what_it_holds(tiny_chec
     config = msgspec.json.decode(
         (folder / "transformer" / "config.json").read_bytes(), type=TransformerConfig
     )
-    weights = read_model_weights(folder, None)
+    costs = ModelCosts(read_configs(folder, None), CUDA)
     autoencoder = num_weights_of_component(read_tensors(folder / "vae", Library.DIFFUSERS))
     for layout in (
         "tp=1",
@@ -121,7 +109,7 @@ def test_what_is_told_from_headers_of_a_ranks_weights_is_what_it_holds(tiny_chec
     ):
         share = transformer_of(config, layout, rank=0)
         held = sum(parameter.numel() for parameter in share.parameters()) + autoencoder
-        assert weights.without_text_encoders(parse_layout(layout)) == pytest.approx(held, rel=0.02), layout
+        assert costs.weights_bytes(parse_layout(layout)) == held * CUDA.bytes_per_weight, layout
 
 
 @pytest.mark.parametrize("layout", ["tp=1", "tp=2", "tp=4", "tp=4,ep=2", "ep=4", "cfg=2,tp=2", "sp=2,tp=2"])

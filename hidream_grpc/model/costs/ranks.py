@@ -34,18 +34,18 @@ class RankPlace:
         """Number of ranks that hold one whole model together."""
         return self.layout.expert_parallel * self.layout.tensor_parallel
 
-    def tensor_share(self, count: int, multiple: int = 1) -> int:
-        """How many of `count` things this rank has of those that tensor parallel divides."""
-        return len(share(count, self.tensor_index, self.layout.tensor_parallel, multiple))
+    def tensor_share(self, count: int, multiple: int = 1) -> range:
+        """Which of `count` things this rank has of those that tensor parallel divides."""
+        return share(count, self.tensor_index, self.layout.tensor_parallel, multiple)
 
-    def expert_share(self, count: int) -> int:
-        """How many of `count` routed experts this rank has."""
-        return len(share(count, self.expert_index, self.layout.expert_parallel))
+    def expert_share(self, count: int) -> range:
+        """Which of `count` routed experts this rank has."""
+        return share(count, self.expert_index, self.layout.expert_parallel)
 
-    def model_share(self, count: int) -> int:
-        """How many of `count` things this rank has of those that tensor and expert parallel divide."""
+    def model_share(self, count: int) -> range:
+        """Which of `count` things this rank has of those that all ranks of a model divide."""
         index = self.expert_index * self.layout.tensor_parallel + self.tensor_index
-        return len(share(count, index, self.model_size))
+        return share(count, index, self.model_size)
 
     def rows(self, num_rows: int) -> tuple[int, int]:
         """How many rows of a step this rank computes, as `divide_rows` divides them.
@@ -54,7 +54,7 @@ class RankPlace:
             num_rows: rows of the step on all ranks together.
 
         Returns:
-            Rows of this rank, padding included, and rows of all ranks of its expert axis that are not padding.
+            Rows of this rank, padding included, and those of its whole expert axis that are not padding.
         """
         first_group = self.sample_index - self.expert_index
         shares = [

@@ -1,13 +1,12 @@
 """What a denoising step costs each rank of a layout: floating-point operations, and bytes sent.
 
 A multiply-add counts as two operations; what is no matrix product (norms, activations, RoPE, softmax) counts
-as nothing, as with torch's own counter. Bytes are those of ring algorithms, which send least: each rank's part
-of the data goes past every other rank once, and twice where it is summed and the sum given to all.
+as nothing, as with torch's own counter. Bytes are those of ring algorithms, which send least: each rank's
+part of the data goes past every other rank once, and twice where it is summed and the sum given to all.
 `tests/numerics/test_layout_costs.py` holds both against real ranks.
 
-Letters as in the shapes: B rows of a rank, N image tokens (with the padding token, if any), T text tokens that
-live from block to block (T5's, and those of Llama's last layer), L tokens of Llama that each block appends and
-drops again, D width.
+Letters as in the shapes: N image tokens (with the padding token, if any), T text tokens that live from block
+to block (T5's, and those of Llama's last layer).
 """
 
 from __future__ import annotations
@@ -106,24 +105,24 @@ def _flops(config: TransformerConfig, place: RankPlace, sample: Sample, num_rows
     width, llama = config.width, sample.num_llama_tokens
     image, text = sample.num_image_tokens(config), sample.num_text_tokens
     busy = image + text
-    channels = place.tensor_share(config.num_attention_heads) * config.attention_head_dim
+    channels = len(place.tensor_share(config.num_attention_heads)) * config.attention_head_dim
 
     # Of the tokens of Llama that a block appends there are keys and values only.
     projections = channels * width * (4 * busy + 2 * llama)
     scores_and_values = 2 * busy * (busy + llama) * channels
     attention = own_rows * (projections + scores_and_values)
     ends = image * config.patch_size**2 * (config.in_channels + (config.out_channels or config.in_channels))
-    num_modulations = place.model_share(sum(outputs for _, outputs in modulations(config)))
+    num_modulations = len(place.model_share(sum(outputs for _, outputs in modulations(config))))
 
     def feed_forward(hidden_dim: int) -> int:
-        return 3 * width * place.tensor_share(swiglu_units(hidden_dim), HIDDEN_UNITS_MULTIPLE)
+        return 3 * width * len(place.tensor_share(swiglu_units(hidden_dim), HIDDEN_UNITS_MULTIPLE))
 
     def mixture(tokens: int) -> int:
         pairs = (
             routed_rows
             * tokens
             * config.num_activated_experts
-            * place.expert_share(config.num_routed_experts)
+            * len(place.expert_share(config.num_routed_experts))
             // config.num_routed_experts
         )
         return (

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from hidream_grpc.model.checkpoint.configs import CheckpointConfigs
-from hidream_grpc.model.checkpoint.files import TransformerConfig, VaeConfig
+from hidream_grpc.model.checkpoint.files import TransformerConfig
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
 from hidream_grpc.model.checkpoint.weights.text_encoders import clip_tensors, llama_tensors, t5_tensors
 from hidream_grpc.model.checkpoint.weights.transformer import (
@@ -19,9 +19,9 @@ from hidream_grpc.model.checkpoint.weights.transformer import (
     modulations,
     swiglu_units,
 )
-from hidream_grpc.model.checkpoint.weights.vae import vae_tensors
 from hidream_grpc.model.costs.ranks import RankPlace
 from hidream_grpc.model.parallel.layout import HIDDEN_UNITS_MULTIPLE
+from hidream_grpc.model.weight_format import WeightFormat, is_quantized_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +30,38 @@ class HeldMatrix:
 
     Attributes:
         count: number of such matrices.
-        num_outputs, num_inputs: of one matrix; a vector has one input.
+        num_outputs, num_inputs: output and input channels of one matrix; a vector has one input.
+        is_layer: whether a format with fewer bits applies to it, see `is_quantized_tensor`.
     """
 
     count: int
     num_outputs: int
     num_inputs: int = 1
+    is_layer: bool = False
 
-    @property
-    def num_weights(self) -> int:
-        """Weights of all of them."""
-        return self.count * self.num_outputs * self.num_inputs
+    def size_bytes(self, weights: WeightFormat, bytes_per_weight: int) -> int:
+        """Bytes of all of them.
+
+        Args:
+            weights: the format of the component.
+            bytes_per_weight: size of the dtype in which the model computes.
+        """
+        of_matrix = weights if self.is_layer else WeightFormat.BFLOAT16
+        return self.count * of_matrix.matrix_bytes(self.num_outputs, self.num_inputs, bytes_per_weight)
 
 
-def transformer_num_weights(config: TransformerConfig, place: RankPlace) -> int:
-    """Number of the transformer's weights that a rank holds."""
-    return sum(held.num_weights for held in held_matrices(config, place))
+def transformer_bytes(
+    config: TransformerConfig, place: RankPlace, weights: WeightFormat, bytes_per_weight: int
+) -> int:
+    """Bytes of what a rank holds of the transformer.
+
+    Args:
+        config: the configuration of the transformer.
+        place: the place of the rank in its layout.
+        weights: the format of the matrices of its layers.
+        bytes_per_weight: size of the dtype in which the model computes.
+    """
+    return sum(held.size_bytes(weights, bytes_per_weight) for held in held_matrices(config, place))
 
 
 def held_matrices(config: TransformerConfig, place: RankPlace) -> Iterator[HeldMatrix]:
@@ -59,53 +75,71 @@ def held_matrices(config: TransformerConfig, place: RankPlace) -> Iterator[HeldM
         (width, config.text_emb_dim),
         (width, width),
         (token_channels * (config.out_channels or config.in_channels), width),
-        (place.model_share(sum(outputs for _, outputs in modulations(config))), width),
     ):
         yield HeldMatrix(1, num_outputs, num_inputs)
         yield HeldMatrix(1, num_outputs)
-    caption_outputs = place.model_share(width)
-    yield HeldMatrix(config.num_blocks, caption_outputs, llama_channels)
-    yield HeldMatrix(1, caption_outputs, t5_channels)
+    yield from _modulations(config, place)
+    num_captions = len(place.model_share(width))
+    yield HeldMatrix(config.num_blocks, num_captions, llama_channels, is_layer=True)
+    yield HeldMatrix(1, num_captions, t5_channels, is_layer=True)
 
     num_streams = 2 * config.num_layers + config.num_single_layers
-    channels = place.tensor_share(config.num_attention_heads) * config.attention_head_dim
-    yield HeldMatrix(3 * num_streams, channels, width)
+    channels = len(place.tensor_share(config.num_attention_heads)) * config.attention_head_dim
+    yield HeldMatrix(3 * num_streams, channels, width, is_layer=True)
     yield HeldMatrix(3 * num_streams, channels)
     # Norms of queries and of keys.
     yield HeldMatrix(2 * num_streams, channels)
-    yield HeldMatrix(num_streams, width, channels)
+    yield HeldMatrix(num_streams, width, channels, is_layer=True)
     if place.tensor_index == 0:
         yield HeldMatrix(num_streams, width)
 
     yield HeldMatrix(config.num_blocks, config.num_routed_experts, width)
-    num_experts = config.num_blocks * place.expert_share(config.num_routed_experts)
+    num_experts = config.num_blocks * len(place.expert_share(config.num_routed_experts))
     yield from _swiglus(num_experts, 4 * width, config, place)
     yield from _swiglus(config.num_blocks, 2 * width, config, place)
     yield from _swiglus(config.num_layers, 4 * width, config, place)
 
 
+def _modulations(config: TransformerConfig, place: RankPlace) -> Iterator[HeldMatrix]:
+    """The share of one product that gives the modulations of all blocks and, last, of the final layer."""
+    num_outputs = [count for _, count in modulations(config)]
+    own = place.model_share(sum(num_outputs))
+    num_of_blocks = sum(num_outputs[:-1])
+    of_blocks = max(0, min(own.stop, num_of_blocks) - own.start)
+    yield HeldMatrix(1, of_blocks, config.width, is_layer=True)
+    yield HeldMatrix(1, len(own) - of_blocks, config.width)
+    yield HeldMatrix(1, len(own))
+
+
 def _swiglus(
     count: int, hidden_dim: int, config: TransformerConfig, place: RankPlace
 ) -> Iterator[HeldMatrix]:
-    num_units = place.tensor_share(swiglu_units(hidden_dim), HIDDEN_UNITS_MULTIPLE)
-    yield HeldMatrix(2 * count, num_units, config.width)
-    yield HeldMatrix(count, config.width, num_units)
+    num_units = len(place.tensor_share(swiglu_units(hidden_dim), HIDDEN_UNITS_MULTIPLE))
+    yield HeldMatrix(2 * count, num_units, config.width, is_layer=True)
+    yield HeldMatrix(count, config.width, num_units, is_layer=True)
 
 
-def vae_num_weights(config: VaeConfig) -> int:
-    """Number of weights of the autoencoder, which every rank holds whole."""
-    return _num_elements(vae_tensors(config))
-
-
-def text_encoder_num_weights(configs: CheckpointConfigs) -> Mapping[TextEncoderName, int]:
-    """Number of weights of each text encoder, which one rank holds whole."""
+def text_encoder_tensors(configs: CheckpointConfigs) -> Mapping[TextEncoderName, Shapes]:
+    """The tensors of each text encoder, which one rank holds whole."""
     return {
-        TextEncoderName.CLIP_L: _num_elements(clip_tensors(configs.clip_l)),
-        TextEncoderName.CLIP_G: _num_elements(clip_tensors(configs.clip_g)),
-        TextEncoderName.T5: _num_elements(t5_tensors(configs.t5)),
-        TextEncoderName.LLAMA: _num_elements(llama_tensors(configs.llama)),
+        TextEncoderName.CLIP_L: clip_tensors(configs.clip_l),
+        TextEncoderName.CLIP_G: clip_tensors(configs.clip_g),
+        TextEncoderName.T5: t5_tensors(configs.t5),
+        TextEncoderName.LLAMA: llama_tensors(configs.llama),
     }
 
 
-def _num_elements(shapes: Shapes) -> int:
-    return sum(map(math.prod, shapes.values()))
+def component_bytes(shapes: Shapes, weights: WeightFormat, bytes_per_weight: int) -> int:
+    """Bytes of a component that a rank holds whole: a text encoder, or the autoencoder.
+
+    Args:
+        shapes: the shapes of its tensors, by name.
+        weights: the format of the matrices of its layers.
+        bytes_per_weight: size of the dtype in which it computes.
+    """
+    return sum(
+        weights.matrix_bytes(shape[0], math.prod(shape[1:]), bytes_per_weight)
+        if is_quantized_tensor(name)
+        else math.prod(shape) * bytes_per_weight
+        for name, shape in shapes.items()
+    )

@@ -16,15 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hidream_grpc.errors import NonFiniteError
+from hidream_grpc.model.decoding.bands import num_bands
 from hidream_grpc.model.diffusers_private import ResnetBlock2D, UpDecoderBlock2D, Upsample2D
 
 Slices = Generator[None, None, Tensor]
 """A generator that stops after every slice of its work, and returns the result."""
 
-_MIN_SLICE_PIXELS = 2**15
-"""Least size of a slice: each costs the launch and the synchronisation of an accelerator."""
-_MAX_BANDS = 16
-"""Most bands of rows in one convolution."""
 _MAX_GROUP_CHUNKS = 4
 """Most chunks of channel groups in one normalization, which is a tenth of the work of a convolution."""
 
@@ -163,7 +160,7 @@ def _run_resnet(resnet: ResnetBlock2D, sample: Tensor) -> Slices:
 
 def _normalize(norm: nn.GroupNorm, sample: Tensor, *, in_place: bool) -> Slices:
     """Normalize some whole groups in each slice."""
-    num_chunks = min(_num_slices(sample.shape[2] * sample.shape[3], _MAX_GROUP_CHUNKS), norm.num_groups)
+    num_chunks = min(num_bands(sample.shape[2] * sample.shape[3], _MAX_GROUP_CHUNKS), norm.num_groups)
     if num_chunks == 1:
         whole: Tensor = norm(sample)
         yield
@@ -200,14 +197,14 @@ def _run_in_bands(
         A generator that returns the output.
     """
     _, _, num_rows, num_columns = sample.shape
-    num_bands = min(_num_slices(scale * num_rows * scale * num_columns, _MAX_BANDS), num_rows)
-    if num_bands == 1:
+    bands = min(num_bands(scale * num_rows * scale * num_columns), num_rows)
+    if bands == 1:
         whole: Tensor = module(sample)
         whole = whole if ending is None else ending(whole, slice(None))
         yield
         return whole
     output = sample.new_empty(1, num_channels, scale * num_rows, scale * num_columns)
-    for first, end in _parts(num_rows, num_bands):
+    for first, end in _parts(num_rows, bands):
         above, below = max(first - 1, 0), min(end + 1, num_rows)
         # The module pads with zeros: rightly at the edges of the image, elsewhere in rows that are dropped.
         band = module(sample[:, :, above:below])
@@ -216,10 +213,6 @@ def _run_in_bands(
         output[:, :, rows] = band if ending is None else ending(band, rows)
         yield
     return output
-
-
-def _num_slices(num_pixels: int, limit: int) -> int:
-    return max(1, min(limit, num_pixels // _MIN_SLICE_PIXELS))
 
 
 def _parts(length: int, num_parts: int) -> Iterator[tuple[int, int]]:

@@ -19,15 +19,13 @@ from torch import Tensor
 
 from hidream_grpc.devices.device import Device
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
+from hidream_grpc.model.costs.activations import MAX_CACHED_PROMPTS
 from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.parameters import PaddedPrompt
 from hidream_grpc.model.prompts.text_encoders import PromptEmbeds, TextEncoders
 from hidream_grpc.model.transformer.conditioning import Conditioning
 
 EMPTY_PROMPT = PaddedPrompt("")
-
-# An entry of the released model takes 32 MB, one of the longest prompts twice as much.
-MAX_CACHED_PROMPTS = 16
 
 
 class CaptionProjector(Protocol):

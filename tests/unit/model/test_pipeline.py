@@ -17,12 +17,13 @@ from hidream_grpc.errors import CheckpointChangedError, ModelNotFoundError
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.checkpoint.fingerprint import fingerprint_of
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
+from hidream_grpc.model.costs.activations import MAX_CACHED_PROMPTS
 from hidream_grpc.model.denoising.state import StepBatch
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import PaddedPrompt
 from hidream_grpc.model.pipeline import HiDreamModel
-from hidream_grpc.model.prompts.encoding import EMPTY_PROMPT, MAX_CACHED_PROMPTS
+from hidream_grpc.model.prompts.encoding import EMPTY_PROMPT
 from hidream_grpc.model.prompts.text_encoders import TextEncoders
 from tests.support.checkpoints import write_spoilt
 from tests.support.denoising import decode, denoise, is_denoised, parameters, take_step
