@@ -152,7 +152,7 @@ def test_no_tensors_of_a_step_of_the_real_model_take_more_than_is_planned(
     assert counted.activation_bytes <= least <= 1.1 * counted.activation_bytes
 
 
-@pytest.mark.parametrize(("width", "height"), [(1024, 1024), (1360, 768), (512, 512), (64, 64)])
+@pytest.mark.parametrize(("width", "height"), [(1024, 1024), (1360, 768), (512, 512)])
 @torch.inference_mode()
 def test_no_tensors_of_the_real_decoder_take_more_than_is_planned(width: int, height: int) -> None:
     from diffusers import AutoencoderKL

@@ -73,21 +73,27 @@ def decode_bytes(config: VaeConfig, width: int, height: int, bytes_per_number: i
         width, height: size of the image, in pixels.
         bytes_per_number: size of the dtype in which the model computes.
     """
-    return max(_decoder_numbers(config, width * height)) * bytes_per_number
+    return max(_decoder_numbers(config, width, height)) * bytes_per_number
 
 
-def _decoder_numbers(config: VaeConfig, num_pixels: int) -> Iterator[int]:
+def _decoder_numbers(config: VaeConfig, width: int, height: int) -> Iterator[int]:
     """Yield how many numbers are alive in each convolution of the decoder, see `decode_in_slices`."""
     channels = config.block_out_channels[::-1]
     before = channels[0]
     for index, after in enumerate(channels):
-        pixels = num_pixels // 4 ** (len(channels) - 1 - index)
-        bands = num_bands(pixels)
+        scale = 2 ** (len(channels) - 1 - index)
+        pixels, band = _pixels_and_band(width // scale, height // scale)
         for _ in range(config.layers_per_block + 1):
-            # The block's input, the normed one, the output; a band of both, and the band before it.
-            yield (2 * before + after) * pixels + (before + 2 * after) * pixels // bands
-            yield (before + 2 * after) * pixels + 3 * after * pixels // bands
+            # The block's input, the normed one and the output; a band of both, and the band before it.
+            yield (2 * before + after) * pixels + (before + 2 * after) * band
+            yield (before + 2 * after) * pixels + 3 * after * band
             before = after
         if index < len(channels) - 1:
-            enlarged = 4 * pixels
-            yield after * pixels + after * enlarged + 3 * after * enlarged // num_bands(enlarged)
+            enlarged, band = _pixels_and_band(2 * width // scale, 2 * height // scale)
+            yield after * (pixels + enlarged + 3 * band)
+
+
+def _pixels_and_band(width: int, height: int) -> tuple[int, int]:
+    """Pixels of a layer's output, and of a band of it with the rows above and below."""
+    pixels = width * height
+    return pixels, pixels // num_bands(pixels) + 2 * width
