@@ -107,9 +107,7 @@ class MemoryRequirements:
         totals = {
             layout: self._host_weights_bytes(layout, range(layout.world_size))
             + layout.world_size * self._least_work_bytes(layout)
-            for layout in allowed_layouts(
-                asked.world_size, self.costs.divisions, asked.cfg_parallel, asked.data_parallel
-            )
+            for layout in allowed_layouts(asked.world_size, self.costs.divisions, asked)
         }
         if fitting := [layout for layout, total_bytes in totals.items() if total_bytes <= host.free_bytes]:
             yield str(max(fitting, key=lambda layout: (layout.world_size, -totals[layout])))

@@ -27,8 +27,8 @@ from scripts.bench.forwards import fill_at_random, library_transformer
 from tests.numerics.counted_ranks import NUM_ROWS, SAMPLE
 from tests.numerics.rank_costs import RankCosts, costs_without_memory
 
-LAYOUTS = ["tp=2,ep=2", "cfg=2,tp=2"]
-OTHER_LAYOUTS = ["tp=2", "ep=2", "tp=4"]
+LAYOUTS = ["tp=2,ep=2", "cfg=2,sp=2"]
+OTHER_LAYOUTS = ["tp=2", "ep=2", "tp=4", "cfg=2,tp=2", "sp=2,tp=2"]
 TIMEOUT_SECONDS = 240
 CONFIG: dict[str, Any] = {
     "patch_size": 2,
@@ -122,6 +122,8 @@ def test_planned_costs_are_those_of_real_ranks(
         pytest.param(CONFIG, "cfg=2,tp=4,ep=2", WIDE, 4, id="cfg=2,tp=4,ep=2"),
         pytest.param(OTHER_CONFIG, "tp=3,ep=2", SAMPLE, 4, id="tp=3,ep=2"),
         pytest.param(OTHER_CONFIG, "tp=6", WIDE, 2, id="tp=6"),
+        pytest.param(OTHER_CONFIG, "sp=3,tp=2", SAMPLE, 2, id="sp=3,tp=2"),
+        pytest.param(CONFIG, "ep=2,sp=4", WIDE, 8, id="ep=2,sp=4"),
     ],
 )
 @torch.inference_mode()
@@ -137,7 +139,15 @@ def test_planned_costs_are_those_of_the_modules_of_any_rank(
 
 @pytest.mark.parametrize(
     ("layout_text", "num_rows", "width"),
-    [("tp=1", 1, 128), ("tp=1", 4, 96), ("tp=4", 2, 128), ("tp=20", 1, 128), ("tp=4,ep=2", 2, 128)],
+    [
+        ("tp=1", 1, 128),
+        ("tp=1", 4, 96),
+        ("tp=4", 2, 128),
+        ("tp=20", 1, 128),
+        ("tp=4,ep=2", 2, 128),
+        ("cfg=2,sp=2", 2, 128),
+        ("cfg=2,sp=4", 2, 96),
+    ],
 )
 @torch.inference_mode()
 def test_no_tensors_of_a_step_of_the_real_model_take_more_than_is_planned(
@@ -178,3 +188,20 @@ def test_one_rank_holds_all_of_the_real_model_and_no_other_more_than_its_share()
         for rank in range(layout.world_size):
             held = transformer_bytes(config, RankPlace.of(layout, rank), WeightFormat.BFLOAT16, 2)
             assert held <= (1 / layout.world_size + 0.05) * whole
+
+
+@pytest.mark.parametrize(
+    ("layout_text", "tensor_parallel_layout"), [("cfg=2,sp=2", "tp=4"), ("cfg=2,sp=4", "tp=4,ep=2")]
+)
+@pytest.mark.parametrize("width", [128, 96], ids=["square", "padded"])
+def test_sequence_parallel_divides_all_operations_and_sends_a_fifth_of_what_tensor_parallel_does(
+    layout_text: str, tensor_parallel_layout: str, width: int
+) -> None:
+    config, sample = HIDREAM_I1.transformer, Sample(height=128, width=width)
+    alone, sequence_parallel, tensor_parallel = (
+        planned_step_costs(config, parse_layout(text), 0, sample, 2, 2)
+        for text in ("tp=1", layout_text, tensor_parallel_layout)
+    )
+    assert sequence_parallel.bytes_sent <= 0.2 * tensor_parallel.bytes_sent
+    # The first rank has most tokens: one more of each stream that does not divide.
+    assert sequence_parallel.flops <= 1.002 * alone.flops / parse_layout(layout_text).world_size

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from hidream_grpc.model.checkpoint.files import TransformerConfig, VaeConfig
 from hidream_grpc.model.checkpoint.weights.transformer import modulations, swiglu_units
 from hidream_grpc.model.costs.ranks import RankPlace
-from hidream_grpc.model.costs.steps import Sample
+from hidream_grpc.model.costs.steps import Sample, own_tokens
 from hidream_grpc.model.decoding.bands import num_bands
 from hidream_grpc.model.parallel.layout import HIDDEN_UNITS_MULTIPLE
 
@@ -36,26 +36,31 @@ def step_bytes(
     """
     own_rows, _ = place.rows(num_rows)
     expert_size, width = place.layout.expert_parallel, config.width
-    llama, text = sample.num_llama_tokens, sample.num_text_tokens
-    busy = sample.num_image_tokens(config) + text
+    image, text, llama = own_tokens(config, place, sample)
+    busy = image + text
     channels = len(place.tensor_share(config.num_attention_heads)) * config.attention_head_dim
     num_units = len(place.tensor_share(swiglu_units(4 * width), HIDDEN_UNITS_MULTIPLE))
 
     # For all blocks: Llama's tokens, the text, and the modulations of all rows of the model.
-    kept = own_rows * (config.num_blocks * llama + 2 * text) * width
+    kept = own_rows * (config.num_blocks * sample.num_llama_tokens + 2 * sample.num_text_tokens) * width
     kept += 2 * own_rows * expert_size * sum(outputs for _, outputs in modulations(config))
-    # Queries, keys and values, as they come, normed, and by head; keys are rotated in float32.
-    keys_in_float32 = 3 * own_rows * (busy + llama) * channels * _FLOAT32_BYTES
+    # Queries, keys and values: as they come, normed, and by head.
     attention = own_rows * (3 * busy * width + channels * (8 * busy + 5 * llama))
+    keys_in_float32 = 3 * own_rows * (busy + llama) * channels * _FLOAT32_BYTES
+    exchanged = 0
+    if place.layout.sequence_parallel > 1:
+        # As they are sent, as they come, and in the order of their tokens.
+        exchanged = 3 * own_rows * channels * (3 * busy + 2 * llama)
     # Tokens of all ranks of the expert axis, and for each active expert of a token what it computes.
     routed = own_rows * expert_size * busy
     experts = 5 * own_rows * busy * width
     experts += routed * (width + config.num_activated_experts * 2 * (num_units + width))
     if expert_size > 1:
         experts += routed * width
-    return max(
-        (kept + attention) * bytes_per_number + keys_in_float32,
-        (kept + experts) * bytes_per_number,
+    return kept * bytes_per_number + max(
+        attention * bytes_per_number + keys_in_float32,
+        (attention + exchanged) * bytes_per_number,
+        experts * bytes_per_number,
     )
 
 

@@ -114,9 +114,8 @@ class LayoutChooser:
 
     def rated(self, num_devices: int) -> tuple[RatedLayout, ...]:
         """Every layout that the model allows on at most so many devices."""
-        layouts = allowed_layouts(
-            num_devices, self.requirements.costs.divisions, max_cfg_parallel=2, max_data_parallel=num_devices
-        )
+        most = Layout(cfg_parallel=2, sequence_parallel=num_devices, data_parallel=num_devices)
+        layouts = allowed_layouts(num_devices, self.requirements.costs.divisions, most)
         return tuple(map(self.rate, layouts))
 
     def best(

@@ -98,18 +98,30 @@ def max_step_costs(
     return step_costs(config, layout, 0, sample, num_rows, bytes_per_number)
 
 
+def own_tokens(config: TransformerConfig, place: RankPlace, sample: Sample) -> tuple[int, int, int]:
+    """How many tokens a rank has of a sample: of its image, of its text, and of Llama's in each block."""
+    image, text, llama = (
+        place.token_share(count)
+        for count in (sample.num_image_tokens(config), sample.num_text_tokens, sample.num_llama_tokens)
+    )
+    return image, text, llama
+
+
 def _flops(config: TransformerConfig, place: RankPlace, sample: Sample, num_rows: int) -> int:
     own_rows, routed_rows = place.rows(num_rows)
     if not own_rows:
         return 0
-    width, llama = config.width, sample.num_llama_tokens
-    image, text = sample.num_image_tokens(config), sample.num_text_tokens
+    width = config.width
+    image, text, llama = own_tokens(config, place, sample)
     busy = image + text
     channels = len(place.tensor_share(config.num_attention_heads)) * config.attention_head_dim
 
     # Of the tokens of Llama that a block appends there are keys and values only.
     projections = channels * width * (4 * busy + 2 * llama)
-    scores_and_values = 2 * busy * (busy + llama) * channels
+    # Of all tokens, for this rank's share of the heads.
+    num_queries = sample.num_image_tokens(config) + sample.num_text_tokens
+    num_keys = num_queries + sample.num_llama_tokens
+    scores_and_values = 2 * num_queries * num_keys * channels // place.layout.sequence_parallel
     attention = own_rows * (projections + scores_and_values)
     ends = image * config.patch_size**2 * (config.in_channels + (config.out_channels or config.in_channels))
     num_modulations = len(place.model_share(sum(outputs for _, outputs in modulations(config))))
@@ -153,20 +165,27 @@ def _bytes_sent(
     if not own_rows:
         return rows
 
-    width, expert_size = config.width, layout.expert_parallel
-    image, text = sample.num_image_tokens(config), sample.num_text_tokens
+    width, expert_size, sequence_size = config.width, layout.expert_parallel, layout.sequence_parallel
+    image, text, llama = own_tokens(config, place, sample)
     busy = image + text
     largest_share = -(-sum(outputs for _, outputs in modulations(config)) // place.model_size)
     modulation = (place.model_size - 1) * own_rows * expert_size * largest_share * bytes_per_number
 
-    num_normed = own_rows * (2 * busy + sample.num_llama_tokens)
+    num_normed = own_rows * (2 * busy + llama)
     mean_squares = _all_reduce(layout, num_normed * max(bytes_per_number, _FLOAT32_BYTES))
     hidden = _all_reduce(layout, own_rows * busy * width * bytes_per_number)
-    block = mean_squares + 2 * hidden
+    # Queries, keys and values of own tokens for other heads, then what own heads make of other tokens.
+    num_queries = sample.num_image_tokens(config) + sample.num_text_tokens
+    exchanged = (sequence_size - 1) * (busy + 2 * (busy + llama)) + num_queries - busy
+    channels = len(place.tensor_share(config.num_attention_heads)) * config.attention_head_dim
+    tokens_for_heads = own_rows * exchanged * (channels // sequence_size) * bytes_per_number
+    block = mean_squares + 2 * hidden + tokens_for_heads
     # Tokens are gathered, and what the experts of all ranks make of them is summed.
     token_bytes = 2 * (expert_size - 1) * own_rows * width * bytes_per_number
     experts = token_bytes * (config.num_layers * image + config.num_single_layers * busy)
-    return rows + modulation + config.num_blocks * block + experts
+    largest_part = -(-sample.num_image_tokens(config) // sequence_size)
+    output = (sequence_size - 1) * own_rows * largest_part * config.patch_size**2 * out_channels
+    return rows + modulation + config.num_blocks * block + experts + output * bytes_per_number
 
 
 def _all_reduce(layout: Layout, num_bytes: int) -> int:

@@ -32,8 +32,8 @@ def chosen(word: LayoutWord, num_devices: int, gigabytes: float = 80, *, has_gui
 
 def test_one_guided_image_has_a_half_of_the_guidance_on_each_group() -> None:
     assert chosen(LayoutWord.AUTO, 2) == "cfg=2"
-    assert "cfg=2" in chosen(LayoutWord.AUTO, 4)
-    assert "cfg=2" in chosen(LayoutWord.AUTO, 8)
+    assert chosen(LayoutWord.AUTO, 4) == "cfg=2,sp=2"
+    assert chosen(LayoutWord.AUTO, 8) == "cfg=2,sp=4"
 
 
 def test_without_guidance_there_are_no_halves_to_divide() -> None:
@@ -43,14 +43,15 @@ def test_without_guidance_there_are_no_halves_to_divide() -> None:
 
 def test_many_callers_get_whole_models_where_they_fit_and_else_what_sends_least() -> None:
     assert chosen(LayoutWord.THROUGHPUT, 8) == "cfg=2,dp=4"
-    # With ep=2 the weights would fit, but no full steps.
-    assert chosen(LayoutWord.THROUGHPUT, 8, 24) == "tp=2,cfg=2,dp=2"
+    # With ep=2,cfg=2,dp=2 the weights would fit, but no full steps.
+    assert chosen(LayoutWord.THROUGHPUT, 8, 24) == "ep=2,cfg=2,sp=2"
     assert chosen(LayoutWord.THROUGHPUT, 3, has_guidance=False) == "dp=3"
 
 
 def test_what_has_no_room_is_not_chosen() -> None:
     assert chosen(LayoutWord.AUTO, 1, 24) == "none"
     assert chosen(LayoutWord.AUTO, 2, 24) == "tp=2"
+    assert chosen(LayoutWord.AUTO, 4, 24) == "tp=2,cfg=2"
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
