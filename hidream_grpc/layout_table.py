@@ -150,6 +150,8 @@ def layout_rows(
         has_guidance=model.has_guidance,
     )
     for weights in formats:
+        if weights is WeightFormat.FLOAT8 and not devices.device_type.has_float8:
+            continue
         formats_of_model = WeightFormats(transformer=weights, text_encoders=weights)
         yield from _rows_of_format(
             ModelCosts(model.configs, devices.device_type, formats_of_model), workload, devices

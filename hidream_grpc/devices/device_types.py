@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+MAX_DEQUANTIZED_WEIGHTS = 2**26
+"""Most weights of a linear layer that are dequantized at a time: 128 MiB in bfloat16."""
+
 
 class StartMethod(StrEnum):
     """How the zygote, which has imported torch but opened no device, makes a rank of itself."""

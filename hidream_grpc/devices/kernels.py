@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-MAX_DEQUANTIZED_WEIGHTS = 2**26
-"""Most weights of a linear layer that are dequantized at a time: 128 MiB in bfloat16."""
+from hidream_grpc.devices.device_types import MAX_DEQUANTIZED_WEIGHTS
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, first_key_count: int) -> Tensor:

@@ -199,6 +199,7 @@ def _workload(settings: Settings, checkpoint: CheckpointDescription, device_type
         settings.max_step_pixels,
         device_type,
         has_guidance=defaults.guidance_scale > MAX_SCALE_WITHOUT_GUIDANCE,
+        max_prompt_tokens=max(_prompt_token_limits(settings, checkpoint).values()),
     )
 
 

@@ -22,6 +22,8 @@ from hidream_grpc.model.checkpoint.weights.files import Library, read_tensors
 from hidream_grpc.model.checkpoint.weights.files import num_weights as num_weights_of_component
 from hidream_grpc.model.checkpoint.weights.transformer import transformer_tensors
 from hidream_grpc.model.costs.model import ModelCosts
+from hidream_grpc.model.costs.ranks import RankPlace
+from hidream_grpc.model.costs.weights import transformer_bytes
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.planner import parse_layout
 from hidream_grpc.model.parallel.shards import parameter_slices
@@ -161,6 +163,8 @@ def test_what_a_rank_holds_and_reads_of_quantized_weights_is_counted_to_the_byte
         share = transformer_of(config, layout, rank)
         assert load_share(share, folder, CpuDevice(), weights) == read
         assert sum(parameter.nbytes for parameter in share.parameters()) == held
+        place = RankPlace.of(parse_layout(layout), rank)
+        assert transformer_bytes(config, place, weights, CPU.bytes_per_weight) == held
 
 
 @pytest.mark.parametrize("layout", ["tp=1", "tp=10", "tp=4,ep=2"])

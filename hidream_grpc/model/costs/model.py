@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from hidream_grpc.devices.device_types import CPU, DeviceSpeed, DeviceType
+from hidream_grpc.devices.device_types import CPU, MAX_DEQUANTIZED_WEIGHTS, DeviceSpeed, DeviceType
 from hidream_grpc.model.checkpoint.configs import CheckpointConfigs
+from hidream_grpc.model.checkpoint.prompt_lengths import TRAINED_PROMPT_TOKENS, padded_prompt_tokens
 from hidream_grpc.model.checkpoint.sizes import ImageSize, SizeLimits
 from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
@@ -15,7 +16,7 @@ from hidream_grpc.model.checkpoint.weights.vae import vae_tensors
 from hidream_grpc.model.costs.activations import decode_bytes, prompts_bytes, step_bytes
 from hidream_grpc.model.costs.ranks import RankPlace
 from hidream_grpc.model.costs.steps import Sample, StepCosts, step_costs
-from hidream_grpc.model.costs.weights import component_bytes, text_encoder_tensors, transformer_bytes
+from hidream_grpc.model.costs.weights import text_encoder_tensors, transformer_bytes
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import ModelDivisions
 from hidream_grpc.model.prompts.assignment import assign_to_ranks
@@ -50,6 +51,7 @@ class Workload:
         device_type: DeviceType,
         *,
         has_guidance: bool,
+        max_prompt_tokens: int = TRAINED_PROMPT_TOKENS,
     ) -> Workload:
         """The steps of one model.
 
@@ -59,19 +61,20 @@ class Workload:
             max_step_pixels: width × height × samples that a step may hold; one image may exceed it.
             device_type: type of the ranks' devices.
             has_guidance: whether an image has two samples.
+            max_prompt_tokens: most tokens of a prompt.
         """
         num_samples = 2 if has_guidance else 1
 
-        def step(size: ImageSize, max_pixels: int) -> StepShape:
+        def step(size: ImageSize, max_pixels: int, prompt_tokens: int = TRAINED_PROMPT_TOKENS) -> StepShape:
             num_images = max(1, max_pixels // (size.width * size.height * num_samples))
-            return StepShape(size.width, size.height, num_images * num_samples)
+            return StepShape(size.width, size.height, num_images * num_samples, prompt_tokens)
 
         largest = size_limits.largest_square()
         least = _LEAST_SIZE_ON_CPU if device_type is CPU else _LEAST_SIZE
         return cls(
             image=step(size, 0),
             full=step(size, max_step_pixels),
-            largest=step(largest, max_step_pixels),
+            largest=step(largest, max_step_pixels, padded_prompt_tokens(max_prompt_tokens)),
             least=step(min(least, largest, key=lambda each: each.width), 0),
         )
 
@@ -84,7 +87,8 @@ class WorkBytes:
         step_bytes: bytes of the tensors of a step.
         decode_bytes: bytes of the tensors of an image that is decoded between steps.
         prompts_bytes: bytes of the prompts that stay encoded.
-        runtime_bytes: bytes for the workspaces of kernels, for the allocator, and for the process of a CPU.
+        runtime_bytes: bytes for the workspaces of kernels, for the allocator, for a layer that is
+            dequantized, and for the process on a CPU.
     """
 
     step_bytes: int
@@ -122,7 +126,7 @@ class ModelCosts:
         """Bytes of the transformer's weights that a rank holds, and of the autoencoder; rank 0 holds most."""
         place, size = RankPlace.of(layout, rank), self.device_type.bytes_per_weight
         return transformer_bytes(self.configs.transformer, place, self.formats.transformer, size) + (
-            component_bytes(vae_tensors(self.configs.vae), WeightFormat.BFLOAT16, size)
+            WeightFormat.BFLOAT16.component_bytes(vae_tensors(self.configs.vae), size)
         )
 
     @cached_property
@@ -137,11 +141,12 @@ class ModelCosts:
 
     def text_encoders_of(self, layout: Layout) -> list[dict[TextEncoderName, int]]:
         """The text encoders of each rank with their bytes on a device, the largest first."""
-        sizes = self.text_encoders_bytes
-        owners = assign_to_ranks(sizes, layout.world_size)
-        names = sorted(owners, key=lambda name: -sizes[name])
+        exact = self._text_encoders_bytes(WeightFormat.BFLOAT16, self.device_type)
+        owners = assign_to_ranks(exact, layout.world_size)
+        names = sorted(owners, key=lambda name: -exact[name])
         return [
-            {name: sizes[name] for name in names if owners[name] == rank} for rank in range(layout.world_size)
+            {name: self.text_encoders_bytes[name] for name in names if owners[name] == rank}
+            for rank in range(layout.world_size)
         ]
 
     def step(self, layout: Layout, shape: StepShape) -> StepCosts:
@@ -162,17 +167,29 @@ class ModelCosts:
             step_bytes=step_bytes(transformer, RankPlace.of(layout, 0), sample, shape.num_samples, size),
             decode_bytes=decode_bytes(self.configs.vae, shape.width, shape.height, size),
             prompts_bytes=prompts_bytes(transformer, sample, size),
-            runtime_bytes=self.device_type.runtime_bytes,
+            runtime_bytes=self.device_type.runtime_bytes + self._dequantized_bytes,
         )
+
+    @property
+    def _dequantized_bytes(self) -> int:
+        """The part of a matrix that a product is computed with, and the one before it."""
+        if not self.formats.transformer.is_quantized:
+            return 0
+        return 2 * MAX_DEQUANTIZED_WEIGHTS * self.device_type.bytes_per_weight
 
     def _sample(self, shape: StepShape) -> Sample:
         scale = 2 ** (len(self.configs.vae.block_out_channels) - 1)
-        return Sample(height=shape.height // scale, width=shape.width // scale)
+        return Sample(
+            height=shape.height // scale,
+            width=shape.width // scale,
+            num_t5_tokens=shape.prompt_tokens,
+            num_llama_tokens=shape.prompt_tokens,
+        )
 
     def _text_encoders_bytes(
         self, weights: WeightFormat, device_type: DeviceType
     ) -> dict[TextEncoderName, int]:
         return {
-            name: component_bytes(shapes, weights, device_type.bytes_per_weight)
+            name: weights.component_bytes(shapes, device_type.bytes_per_weight)
             for name, shapes in text_encoder_tensors(self.configs).items()
         }

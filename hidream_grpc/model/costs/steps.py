@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hidream_grpc.model.checkpoint.files import MAX_SEQUENCE_LENGTH, TransformerConfig
+from hidream_grpc.model.checkpoint.files import TransformerConfig
+from hidream_grpc.model.checkpoint.prompt_lengths import TRAINED_PROMPT_TOKENS
 from hidream_grpc.model.checkpoint.weights.transformer import modulations, swiglu_units
 from hidream_grpc.model.costs.ranks import RankPlace
 from hidream_grpc.model.parallel.layout import HIDDEN_UNITS_MULTIPLE, Layout
@@ -32,8 +33,8 @@ class Sample:
 
     height: int
     width: int
-    num_t5_tokens: int = MAX_SEQUENCE_LENGTH
-    num_llama_tokens: int = MAX_SEQUENCE_LENGTH
+    num_t5_tokens: int = TRAINED_PROMPT_TOKENS
+    num_llama_tokens: int = TRAINED_PROMPT_TOKENS
 
     @property
     def is_square(self) -> bool:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ from hidream_grpc.model.checkpoint.weights.transformer import (
 )
 from hidream_grpc.model.costs.ranks import RankPlace
 from hidream_grpc.model.parallel.layout import HIDDEN_UNITS_MULTIPLE
-from hidream_grpc.model.weight_format import WeightFormat, is_quantized_tensor
+from hidream_grpc.model.weight_format import WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,19 +126,3 @@ def text_encoder_tensors(configs: CheckpointConfigs) -> Mapping[TextEncoderName,
         TextEncoderName.T5: t5_tensors(configs.t5),
         TextEncoderName.LLAMA: llama_tensors(configs.llama),
     }
-
-
-def component_bytes(shapes: Shapes, weights: WeightFormat, bytes_per_weight: int) -> int:
-    """Bytes of a component that a rank holds whole: a text encoder, or the autoencoder.
-
-    Args:
-        shapes: the shapes of its tensors, by name.
-        weights: the format of the matrices of its layers.
-        bytes_per_weight: size of the dtype in which it computes.
-    """
-    return sum(
-        weights.matrix_bytes(shape[0], math.prod(shape[1:]), bytes_per_weight)
-        if is_quantized_tensor(name)
-        else math.prod(shape) * bytes_per_weight
-        for name, shape in shapes.items()
-    )

@@ -6,13 +6,23 @@ from hidream_grpc.devices.device_types import CPU, CUDA, NPU, DeviceMemory, Devi
 from hidream_grpc.errors import InsufficientMemoryError
 from hidream_grpc.model.checkpoint.hidream_i1 import HIDREAM_I1
 from hidream_grpc.model.checkpoint.sizes import ImageSize, SizeLimits
+from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
 from hidream_grpc.model.costs.model import ModelCosts, Workload
 from hidream_grpc.model.memory_requirements import MemoryRequirements
 from hidream_grpc.model.parallel.planner import parse_layout
+from hidream_grpc.model.weight_format import WeightFormat, WeightFormats
 
 
 def gigabytes(total: float, free: float | None = None) -> DeviceMemory:
     return DeviceMemory(int(total * 1e9), int((total if free is None else free) * 1e9))
+
+
+def requirements_of(device_type: DeviceType, formats: WeightFormats | None = None) -> MemoryRequirements:
+    """Those of the released model."""
+    workload = Workload.new(
+        ImageSize(1024, 1024), SizeLimits(16, 1024 * 1024), 8 * 1024 * 1024, device_type, has_guidance=True
+    )
+    return MemoryRequirements(ModelCosts(HIDREAM_I1, device_type, formats or WeightFormats()), workload)
 
 
 def refusal(
@@ -39,10 +49,7 @@ def warning(
 ) -> str | None:
     """The line for the operator where there is little room."""
     parsed = parse_layout(layout)
-    workload = Workload.new(
-        ImageSize(1024, 1024), SizeLimits(16, 1024 * 1024), 8 * 1024 * 1024, device_type, has_guidance=True
-    )
-    requirements = MemoryRequirements(ModelCosts(HIDREAM_I1, device_type), workload)
+    requirements = requirements_of(device_type)
     devices = dict.fromkeys(range(parsed.world_size) if ranks is None else ranks, memory)
     return requirements.check(parsed, devices, host)
 
@@ -70,6 +77,30 @@ def test_a_device_that_is_too_small_is_told_with_layouts_and_places_of_text_enco
     assert refusal(device_type, "tp=1", gigabytes(32), gigabytes(128)).endswith(
         "free; tp=2 with Llama and CLIP-G on the host or tp=4 would fit"
     )
+
+
+def test_quantized_weights_fit_devices_of_half_the_memory() -> None:
+    def result(memory_gb: float, **formats: WeightFormat) -> str:
+        requirements = requirements_of(CUDA, WeightFormats(**formats))
+        try:
+            return requirements.check(parse_layout("tp=1"), {0: gigabytes(memory_gb)}, gigabytes(70)) or ""
+        except InsufficientMemoryError as error:
+            return str(error)
+
+    assert "tp=1 needs 36.2 GB of each device (34.4 GB of weights, 1.8 GB to work in)" in result(24)
+    assert result(24.2, transformer=WeightFormat.INT8) == ""
+    assert result(18, transformer=WeightFormat.FLOAT8).startswith(
+        "--layout: tp=1 needs 19.4 GB of each device (17.3 GB of weights, 2.1 GB to work in)"
+    )
+
+
+def test_embeddings_stay_where_text_encoders_are_quantized() -> None:
+    exact = ModelCosts(HIDREAM_I1, CUDA).text_encoders_bytes[TextEncoderName.LLAMA]
+    formats = WeightFormats(text_encoders=WeightFormat.INT8)
+    quantized = ModelCosts(HIDREAM_I1, CUDA, formats).text_encoders_bytes[TextEncoderName.LLAMA]
+    assert exact == 15_009_849_344
+    # 128,256 embeddings of 4,096 numbers keep their two bytes.
+    assert 0.52 * exact < quantized < exact / 2 + 128_256 * 4_096 * 1.05
 
 
 def test_a_host_that_is_too_small_for_text_encoders_is_told() -> None:

@@ -51,7 +51,7 @@ def test_many_callers_get_whole_models_where_they_fit_and_else_what_sends_least(
 def test_what_has_no_room_is_not_chosen() -> None:
     assert chosen(LayoutWord.AUTO, 1, 24) == "none"
     assert chosen(LayoutWord.AUTO, 2, 24) == "tp=2"
-    assert chosen(LayoutWord.AUTO, 4, 24) == "tp=2,cfg=2"
+    assert chosen(LayoutWord.AUTO, 4, 24) == "ep=2,sp=2"
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 4, 8])

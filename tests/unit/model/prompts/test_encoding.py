@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hidream_grpc.devices.cpu import CpuDevice
-from hidream_grpc.model.parameters import PaddedPrompt
 from hidream_grpc.model.costs.activations import MAX_CACHED_PROMPTS
+from hidream_grpc.model.parameters import PaddedPrompt
 from hidream_grpc.model.pipeline import HiDreamModel
 from hidream_grpc.model.prompts.encoding import (
     EMPTY_PROMPT,
