@@ -45,7 +45,7 @@ class PlannedModel:
 
     @classmethod
     def released(cls) -> PlannedModel:
-        """HiDream-I1-Full."""
+        """The published HiDream-I1-Full."""
         size = ImageSize(1024, 1024)
         return cls(
             name="HiDream-I1",

@@ -73,4 +73,4 @@ HIDREAM_I1 = CheckpointConfigs(
         num_key_value_heads=8,
     ),
 )
-"""Those of Full, Dev and Fast, which differ in their schedulers alone; this is Full's."""
+"""The configurations of Full, Dev and Fast, which differ in their schedulers alone; this has that of Full."""

@@ -86,7 +86,7 @@ ORDERS: Mapping[LayoutWord, Order] = {
     LayoutWord.AUTO: by_latency,
     LayoutWord.THROUGHPUT: by_throughput,
 }
-"""By which key a word chooses."""
+"""The key by which a word chooses."""
 
 
 @dataclass(frozen=True, slots=True)

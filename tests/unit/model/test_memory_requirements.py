@@ -18,7 +18,7 @@ def gigabytes(total: float, free: float | None = None) -> DeviceMemory:
 
 
 def requirements_of(device_type: DeviceType, formats: WeightFormats | None = None) -> MemoryRequirements:
-    """Those of the released model."""
+    """The requirements of the released model."""
     workload = Workload.new(
         ImageSize(1024, 1024), SizeLimits(16, 1024 * 1024), 8 * 1024 * 1024, device_type, has_guidance=True
     )
