@@ -32,6 +32,8 @@
     │   ├── ImageNotFinishedError       the job is still at the image
     │   ├── ImageDamagedError           the stored image is gone, short or altered
     │   ├── OffsetOutOfRangeError       beyond the image's size
+    │   ├── TooBusyForDeadlineError     nothing was accepted: behind others it would end too late
+    │   ├── DeadlineTooShortError       nothing was accepted: even alone it would end too late
     │   ├── DeadlineExceededError       the caller's deadline passed before the job ended
     │   └── JobCancelledError           somebody cancelled the job
     ├── JobError                        a job that was accepted failed; the same table
@@ -351,6 +353,31 @@ class OffsetOutOfRangeError(RequestError):
         super().__init__(f"offset must be 0 to {size_bytes}, is {offset}")
         self.offset = offset
         self.size_bytes = size_bytes
+
+
+class TooBusyForDeadlineError(RequestError):
+    """Behind the jobs that are there a request would not end before its deadline; nothing was accepted."""
+
+    def __init__(self, deadline_seconds: float, earliest_seconds: float, retry_after_seconds: float) -> None:
+        super().__init__(
+            f"too many jobs are in front: the images would come in {earliest_seconds:.1f} s at the earliest, "
+            f"and the deadline is in {deadline_seconds:.1f} s"
+        )
+        self.deadline_seconds = deadline_seconds
+        self.earliest_seconds = earliest_seconds
+        self.retry_after_seconds = retry_after_seconds
+
+
+class DeadlineTooShortError(RequestError):
+    """Even without other jobs a request would not end before its deadline; nothing was accepted."""
+
+    def __init__(self, deadline_seconds: float, earliest_seconds: float) -> None:
+        super().__init__(
+            f"the images take at least {earliest_seconds:.1f} s, "
+            f"and the deadline is in {deadline_seconds:.1f} s"
+        )
+        self.deadline_seconds = deadline_seconds
+        self.earliest_seconds = earliest_seconds
 
 
 class DeadlineExceededError(RequestError):

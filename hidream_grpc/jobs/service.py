@@ -12,10 +12,17 @@ from functools import partial
 
 from hidream_grpc.background import keep_doing
 from hidream_grpc.engine.requests import EngineRequest, EngineState
-from hidream_grpc.errors import HiDreamError, RequestError, StoreUnavailableError
+from hidream_grpc.errors import (
+    DeadlineTooShortError,
+    HiDreamError,
+    RequestError,
+    StoreUnavailableError,
+    TooBusyForDeadlineError,
+)
 from hidream_grpc.jobs.artifacts.image_reader import ImageReader
 from hidream_grpc.jobs.artifacts.orphans import OrphanedFiles
 from hidream_grpc.jobs.counts import JobCounts
+from hidream_grpc.jobs.deadlines import deadline_refusal
 from hidream_grpc.jobs.execution.executor import ClaimLimits, Engine, JobExecutor
 from hidream_grpc.jobs.execution.job_tools import JobTools
 from hidream_grpc.jobs.intake import JobIntake
@@ -80,6 +87,7 @@ class JobService:
         policy: StorePolicy,
         observe_retention: Callable[[RetentionReport], None],
         observe_readiness: Callable[[bool], None],
+        observe_late_refusal: Callable[[], None],
     ) -> None:
         self._store = tools.store
         self._artifacts = tools.artifacts
@@ -121,6 +129,7 @@ class JobService:
         self._housekeeping = Housekeeping(self._store, retention, self._orphans, policy.orphan_sweep_seconds)
         self._counts = JobCounts(self._store)
         self._changed_jobs = ChangedJobs(self._store)
+        self._observe_late_refusal = observe_late_refusal
         self._intake = JobIntake(self._store, limits, self._wait_for_end)
         self._changed = asyncio.Event()
         self._calls = RunningCalls()
@@ -298,15 +307,19 @@ class JobService:
             CallerQuotaError: the caller has asked for too much within a minute.
             RequestIdConflictError: a request id was used with another request.
             RequestError: the refusal, where not all requests have their jobs.
+            TooBusyForDeadlineError, DeadlineTooShortError: a request cannot end before its deadline.
             StoreUnavailableError, StoreFullError: the store is lost or full.
             ArtifactUnavailableError: images could not be stored.
         """
         self.readiness.check()
         call = AttachedCall(call_id, self._membership.replica_id) if call_id else None
-        refusal = refusal or self.readiness.refusal
+        refusal = refusal or self.readiness.refusal or deadline_refusal(submissions, self._estimator)
         accepting = self._intake.accept(submissions, owner, self.retry_after_seconds, call, refusal)
         try:
             accepted = await self._calls.finish(accepting, if_left=partial(self._detach_early, call_id))
+        except (TooBusyForDeadlineError, DeadlineTooShortError):
+            self._observe_late_refusal()
+            raise
         except StoreUnavailableError:
             if call is not None:
                 self._callers.forget(call)

@@ -185,6 +185,7 @@ def build(settings: Settings) -> Service:
         policy=store_policy(settings),
         observe_retention=metrics.observe_retention,
         observe_readiness=health.mark_ready,
+        observe_late_refusal=metrics.observe_late_refusal,
     )
     metrics.describe_build(VERSIONS, checkpoint.name, group.placement.devices.device_type.name)
     metrics.registry.register(Readings(jobs, group, controller, step_limit))

@@ -42,6 +42,8 @@ _REASONS = {
     JobState.CANCELLED: tuple(reason.value for reason in CancelReason),
 }
 
+_DEADLINE_OUTCOMES = ("met", "missed", "refused")
+
 
 class Metrics:
     """The measurements of one server; what is of the whole store is named `hidream_store_…`."""
@@ -106,6 +108,14 @@ class Metrics:
             buckets=_JOB_BUCKETS,
             registry=self.registry,
         )
+        self._deadlines = Counter(
+            "hidream_deadlines_total",
+            "Jobs with a deadline, by what became of it: met, missed, or refused at once.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        for outcome in _DEADLINE_OUTCOMES:
+            self._deadlines.labels(outcome)
         self._images = Counter(
             "hidream_images_total", "Images of the jobs that this server ended.", registry=self.registry
         )
@@ -143,9 +153,17 @@ class Metrics:
         """Count a job that ended, with its images and the time that it took."""
         self._jobs.labels(job.state, _reason_of(job)).inc()
         self._images.inc(len(job.images))
+        if job.deadline_time is not None and job.state is JobState.SUCCEEDED:
+            self._deadlines.labels("met").inc()
+        elif job.cancel_reason is CancelReason.DEADLINE:
+            self._deadlines.labels("missed").inc()
         if not job.is_unreadable:
             self._job_queue_seconds.observe(job.timings.queue_seconds)
             self._job_seconds.labels(job.state).observe(job.timings.total_seconds)
+
+    def observe_late_refusal(self) -> None:
+        """Count a request that was refused because it could not end before its deadline."""
+        self._deadlines.labels("refused").inc()
 
     def observe_retention(self, report: RetentionReport) -> None:
         """Note what retention left and count what it removed."""

@@ -70,6 +70,11 @@ def _not_served(error: errors.ModelNotServedError) -> list[Message]:
     return [error_details_pb2.PreconditionFailure(violations=[violation])]
 
 
+def _too_short(error: errors.DeadlineTooShortError) -> list[Message]:
+    metadata = {"earliest_seconds": f"{error.earliest_seconds:.3f}"}
+    return [error_details_pb2.ErrorInfo(reason="DEADLINE_TOO_SHORT", domain=DOMAIN, metadata=metadata)]
+
+
 def _damaged(error: errors.ImageDamagedError) -> list[Message]:
     metadata = {"job_id": error.job_id, "image_index": str(error.index)}
     return [error_details_pb2.ErrorInfo(reason="IMAGE_DAMAGED", domain=DOMAIN, metadata=metadata)]
@@ -121,6 +126,10 @@ TABLE: dict[type[errors.HiDreamError], _Row] = {
     errors.ImageNotFinishedError: _Row(code_pb2.FAILED_PRECONDITION, _not_finished),
     errors.ImageDamagedError: _Row(code_pb2.DATA_LOSS, _damaged),
     errors.OffsetOutOfRangeError: _Row(code_pb2.OUT_OF_RANGE, _bad_offset),
+    errors.TooBusyForDeadlineError: _Row(
+        code_pb2.RESOURCE_EXHAUSTED, lambda e: [_quota("deadline", e), _retry(e.retry_after_seconds)]
+    ),
+    errors.DeadlineTooShortError: _Row(code_pb2.DEADLINE_EXCEEDED, _too_short),
     errors.DeadlineExceededError: _Row(code_pb2.DEADLINE_EXCEEDED, lambda e: [_job(e.job_id, e)]),
     errors.JobCancelledError: _Row(code_pb2.CANCELLED, lambda e: [_job(e.job_id, e)]),
     errors.StorageFullError: _Row(

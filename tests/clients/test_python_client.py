@@ -189,7 +189,8 @@ async def test_cancelling_the_task_that_draws_cancels_the_job(server: LiveServer
 def test_the_deadline_ends_the_call_and_the_job(client: Client) -> None:
     num_cancelled = client.info().jobs.cancelled
     with pytest.raises(DeadlineExceededError):
-        client.draw(PROMPT, **LONG, timeout_seconds=1.0)
+        # Of a size that was never measured: otherwise it may be refused at once.
+        client.draw(PROMPT, **{**LONG, "width": 80}, timeout_seconds=1.0)
     wait_for_one_more_cancelled_job(client, num_cancelled)
 
 

@@ -10,6 +10,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from hidream.v1 import job_pb2
+from hidream_grpc.jobs.estimates.accuracy import MIN_OUTCOMES
 from tests.e2e.conftest import NarrowServer
 from tests.support.streams import follow, is_progress, read_until, request
 
@@ -78,7 +79,8 @@ def test_a_job_whose_deadline_passes_in_the_queue_is_never_started(narrow_server
     with narrow_server.live.stub() as stub:
         running = stub.Generate(request(num_inference_steps=150))
         read_until(running, is_progress)
-        waiting = stub.Generate(request(num_inference_steps=1), timeout=0.5)
+        # Of a size that was never measured: otherwise it may be refused at once.
+        waiting = stub.Generate(request(num_inference_steps=1, width=80), timeout=0.5)
         kinds = []
         with pytest.raises(grpc.RpcError) as caught:
             for response in waiting:
@@ -87,6 +89,25 @@ def test_a_job_whose_deadline_passes_in_the_queue_is_never_started(narrow_server
         assert set(kinds) == {"queued"}
         running.cancel()
     narrow_server.live.wait_until_idle()
+
+
+def test_what_cannot_end_before_its_deadline_is_refused_at_once(narrow_server: NarrowServer) -> None:
+    size = {"width": 256, "height": 256}
+    with narrow_server.live.stub() as stub:
+        # The first job is not estimated: nothing was measured before it.
+        for seed in range(MIN_OUTCOMES + 1):
+            follow(stub.Generate(request(num_inference_steps=2, seed=seed, **size)))
+        total = narrow_server.live.info().jobs.total
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stub.Generate(request(num_inference_steps=150, num_images=8, **size), timeout=5.0))
+        assert narrow_server.live.info().jobs.total == total
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    status = rpc_status.from_call(caught.value)
+    assert status is not None, "the server says it, before the deadline has passed"
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    assert info.reason == "DEADLINE_TOO_SHORT"
+    assert float(info.metadata["earliest_seconds"]) > 5.0
 
 
 def test_a_job_of_high_priority_goes_before_those_that_waited_longer(narrow_server: NarrowServer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from statistics import fmean, linear_regression
 from typing import Generic, TypeVar
 
@@ -61,6 +62,10 @@ class _Scaled(Generic[Key]):
         if len(self._measured) > MAX_SHAPES:
             self._measured.popitem(last=False)
         self._known.clear()
+
+    def has(self, is_wanted: Callable[[Key], bool]) -> bool:
+        """Whether any such shape was measured."""
+        return any(map(is_wanted, self._measured))
 
     def get(self, key: Key, work: int) -> float:
         """Seconds for a shape; 0 while nothing is measured."""
@@ -129,6 +134,10 @@ class MeasuredDurations:
         """
         kind = (width, height, num_samples, prompt_tokens)
         return self._steps.get(kind, width * height * num_samples)
+
+    def has_steps_of(self, width: int, height: int) -> bool:
+        """Whether a step of this size was measured, so that its time is not scaled from others."""
+        return self._steps.has(lambda kind: kind[:2] == (width, height))
 
     def image_seconds(self, width: int, height: int) -> float:
         """Decoding one image on one rank, scaled by its pixels; 0 while none was measured."""

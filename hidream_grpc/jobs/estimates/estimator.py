@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from hidream_grpc.engine.requests import (
     EngineEvent,
@@ -16,6 +17,7 @@ from hidream_grpc.engine.requests import (
     StepFinished,
     StepReport,
 )
+from hidream_grpc.jobs.estimates.accuracy import EstimateAccuracy
 from hidream_grpc.jobs.estimates.durations import MeasuredDurations
 from hidream_grpc.jobs.estimates.simulation import (
     MAX_SIMULATED_JOBS,
@@ -24,13 +26,29 @@ from hidream_grpc.jobs.estimates.simulation import (
     JobWork,
     estimate_jobs,
 )
-from hidream_grpc.jobs.job import Job
+from hidream_grpc.jobs.job import Job, Submission
+
+_NEW_JOB = ""
+"""Stands for the id of a job that has none yet."""
 
 KEPT_SECONDS = 0.1
 """How long estimates are used: steps can be short, and estimating anew costs milliseconds."""
 MAX_SHARE = 1 / 50
 """Share of the time that estimating may take while nothing begins or ends. Beyond that the jobs of a long
 queue take five times as much; a short one is estimated again at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class EarliestEnd:
+    """When a job that comes now ends at the earliest, as far as estimates have been wrong until now.
+
+    Attributes:
+        seconds: until its end, behind the jobs that are there.
+        alone_seconds: until its end if it had the engine to itself.
+    """
+
+    seconds: float
+    alone_seconds: float
 
 
 class JobEstimator:
@@ -50,6 +68,7 @@ class JobEstimator:
         self._capacity = capacity
         self._clock = clock
         self._durations = MeasuredDurations()
+        self._accuracy = EstimateAccuracy()
         self._running: dict[str, JobWork] = {}
         self._waiting: list[JobWork] = []
         self._estimates: Estimates | None = None
@@ -83,7 +102,10 @@ class JobEstimator:
             case RequestRestarted():
                 self._running[job_id] = replace(work, step=event.resumed_from_step)
                 self._forget()
-            case RequestFinished() | RequestFailed():
+            case RequestFinished():
+                self._accuracy.note_end(job_id, self._clock())
+                self.note_gone(job_id)
+            case RequestFailed():
                 self.note_gone(job_id)
             case _:
                 pass
@@ -95,6 +117,7 @@ class JobEstimator:
 
     def note_gone(self, job_id: str) -> None:
         """Record that the engine does not have a job any more; nothing happens when it did not."""
+        self._accuracy.forget(job_id)
         if self._running.pop(job_id, None) is not None:
             self._forget()
 
@@ -127,6 +150,39 @@ class JobEstimator:
         """Seconds until a job ends that runs or waits; None where that is unknown."""
         return self._seconds_until(self._newest(job_id).ends.get(job_id))
 
+    def earliest_end(self, submission: Submission) -> EarliestEnd | None:
+        """When a request would end at the earliest if it were accepted now.
+
+        None where that is not known well enough: no step of its size was measured, or too few jobs have ended
+        whose estimates show how wrong these are. It costs the event loop two simulations.
+        """
+        parameters = submission.parameters
+        share = self._accuracy.earliest_share
+        if share is None or not self._durations.has_steps_of(parameters.width, parameters.height):
+            return None
+        work = JobWork(_NEW_JOB, submission.caller, parameters, priority=submission.priority)
+        alone = estimate_jobs(self._durations, self._capacity(), (), (work,))
+        running = tuple(self._running.values())
+        # Jobs behind it hardly matter, and there may be thousands.
+        waiting = (*self._in_front_of(work), work)
+        behind_others = estimate_jobs(self._durations, self._capacity(), running, waiting)
+        return EarliestEnd(share * behind_others.ends[_NEW_JOB], share * alone.ends[_NEW_JOB])
+
+    def _in_front_of(self, new: JobWork) -> list[JobWork]:
+        """The jobs that wait and start before a new one, if its caller has the first turn of all."""
+        num_own = sum((work.caller, work.priority) == (new.caller, new.priority) for work in self._waiting)
+        num_of_caller: Counter[str] = Counter()
+        in_front: list[JobWork] = []
+        for work in self._waiting:
+            if work.job_id in self._running or work.priority < new.priority:
+                continue
+            if work.priority == new.priority:
+                num_of_caller[work.caller] += 1
+                if num_of_caller[work.caller] > num_own:
+                    continue
+            in_front.append(work)
+        return in_front
+
     def _known_waits(self) -> Iterator[float]:
         starts = self._newest().starts.values()
         return (max(0.0, self._estimate_time + seconds - self._clock()) for seconds in starts)
@@ -145,6 +201,9 @@ class JobEstimator:
             self._estimate_time = now
             self._estimate_seconds = self._clock() - now
             self._is_outdated = False
+            for work in (*running, *waiting[:MAX_SIMULATED_JOBS]):
+                if (end := self._estimates.ends.get(work.job_id)) is not None:
+                    self._accuracy.expect(work.job_id, now, end)
         return self._estimates
 
     def _is_due(self, age_seconds: float, job_id: str | None) -> bool:

@@ -189,6 +189,7 @@ async def bench_in(
         StorePolicy(LEASE_SECONDS, retention, ORPHAN_SWEEP_SECONDS, MAX_OUTAGE_SECONDS),
         lambda report: None,
         lambda is_ready: None,
+        lambda: None,
     )
     await service.join()
     service.set_engine_state(EngineState.SERVING)

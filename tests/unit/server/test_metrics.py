@@ -52,6 +52,28 @@ def test_a_job_that_ended_is_counted_by_why_with_its_images_and_seconds(job: Job
     assert value("hidream_job_queue_seconds_sum") == job.timings.queue_seconds >= 7
 
 
+@pytest.mark.parametrize(
+    ("job", "outcome"),
+    [
+        (replace(ended(JobState.SUCCEEDED), deadline_time=1.0), "met"),
+        (replace(ended(JobState.CANCELLED, None, CancelReason.DEADLINE), deadline_time=1.0), "missed"),
+        (replace(ended(JobState.CANCELLED, None, CancelReason.REQUESTED), deadline_time=1.0), None),
+        (replace(ended(JobState.FAILED, JobInternalError("e")), deadline_time=1.0), None),
+        (ended(JobState.SUCCEEDED), None),
+    ],
+    ids=["met", "missed", "stopped", "failed", "no deadline"],
+)
+def test_deadlines_are_counted_that_were_met_or_missed(job: Job, outcome: str | None) -> None:
+    metrics = Metrics()
+    metrics.observe_end(job)
+    metrics.observe_late_refusal()
+    counted = {
+        name: metrics.registry.get_sample_value("hidream_deadlines_total", {"outcome": name})
+        for name in ("met", "missed", "refused")
+    }
+    assert counted == {"met": 0, "missed": 0, "refused": 1} | ({outcome: 1} if outcome else {})
+
+
 def test_every_error_that_a_job_can_fail_with_has_a_reason() -> None:
     assert set(FAILURE_REASONS) == set(JobError.__subclasses__())
 

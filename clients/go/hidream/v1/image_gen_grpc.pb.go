@@ -88,8 +88,9 @@ type ImageGenClient interface {
 	// Cancelling the call cancels the job at its next step, unless `detached` is set or another call
 	// of `Generate` with the same `request_id` goes on; watching a job does not keep it. With
 	// `reconnect_window` it is cancelled that much later, unless the call has been made again by then. The
-	// call's deadline is the job's: a job is not started after it, and stops when it passes. If the job
-	// fails, the call ends with the job's error as its status.
+	// call's deadline is the job's: a job is not started after it, and stops when it passes. What cannot end before it is refused at once, where the server has measured enough to know:
+	// a server that has just started accepts everything. With `detached` the deadline is of the call alone.
+	// If the job fails, the call ends with the job's error as its status.
 	//
 	// Status codes, besides those of the service:
 	//
@@ -98,6 +99,9 @@ type ImageGenClient interface {
 	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, too many streams are
 	//     open, or the caller has used up its share (the violation's subject is then the caller).
 	//     Nothing was accepted; retry after the delay.
+	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure` with the subject `deadline`, `RetryInfo`): behind the jobs that
+	//     are there this one could not end before its deadline. Nothing was accepted; after the delay, with as
+	//     long a deadline, it would, if nothing else came.
 	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure`): the job does not fit the device's memory even alone, or
 	//     the images do not fit the server's storage. Retrying the same request rarely helps.
 	//   - `FAILED_PRECONDITION` (`PreconditionFailure` of the type `MODEL`; its subject is the model asked
@@ -107,6 +111,9 @@ type ImageGenClient interface {
 	//     an image was stored and is gone, short or altered. What was received of it must not be used. Do
 	//     not retry: ask again with the same seed and another `request_id`.
 	//   - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
+	//   - `DEADLINE_EXCEEDED` (`ErrorInfo` with reason `DEADLINE_TOO_SHORT` and `earliest_seconds` in its
+	//     metadata): the job would not end before its deadline even if it were the only one. Nothing was
+	//     accepted. Retry with a longer deadline only.
 	//   - `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
 	//   - `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
 	//     Retry after the delay, on any server; with the same `request_id` it follows the same job.
@@ -408,8 +415,9 @@ type ImageGenServer interface {
 	// Cancelling the call cancels the job at its next step, unless `detached` is set or another call
 	// of `Generate` with the same `request_id` goes on; watching a job does not keep it. With
 	// `reconnect_window` it is cancelled that much later, unless the call has been made again by then. The
-	// call's deadline is the job's: a job is not started after it, and stops when it passes. If the job
-	// fails, the call ends with the job's error as its status.
+	// call's deadline is the job's: a job is not started after it, and stops when it passes. What cannot end before it is refused at once, where the server has measured enough to know:
+	// a server that has just started accepts everything. With `detached` the deadline is of the call alone.
+	// If the job fails, the call ends with the job's error as its status.
 	//
 	// Status codes, besides those of the service:
 	//
@@ -418,6 +426,9 @@ type ImageGenServer interface {
 	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure`, `RetryInfo`): the queue is full, too many streams are
 	//     open, or the caller has used up its share (the violation's subject is then the caller).
 	//     Nothing was accepted; retry after the delay.
+	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure` with the subject `deadline`, `RetryInfo`): behind the jobs that
+	//     are there this one could not end before its deadline. Nothing was accepted; after the delay, with as
+	//     long a deadline, it would, if nothing else came.
 	//   - `RESOURCE_EXHAUSTED` (`QuotaFailure`): the job does not fit the device's memory even alone, or
 	//     the images do not fit the server's storage. Retrying the same request rarely helps.
 	//   - `FAILED_PRECONDITION` (`PreconditionFailure` of the type `MODEL`; its subject is the model asked
@@ -427,6 +438,9 @@ type ImageGenServer interface {
 	//     an image was stored and is gone, short or altered. What was received of it must not be used. Do
 	//     not retry: ask again with the same seed and another `request_id`.
 	//   - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
+	//   - `DEADLINE_EXCEEDED` (`ErrorInfo` with reason `DEADLINE_TOO_SHORT` and `earliest_seconds` in its
+	//     metadata): the job would not end before its deadline even if it were the only one. Nothing was
+	//     accepted. Retry with a longer deadline only.
 	//   - `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
 	//   - `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
 	//     Retry after the delay, on any server; with the same `request_id` it follows the same job.
