@@ -138,6 +138,7 @@ class Controller:
             step_pixels_by_size=self._step_limit.by_size,
             snapshot_budget=self._snapshot_budget,
             latest_step_seconds=self._latest_step_seconds,
+            now=time.monotonic(),
         )
 
     async def _wait_for_work(self) -> None:

@@ -183,6 +183,7 @@ class EngineRequest:
         finished_images: those that need not be decoded any more.
         caller: who asked for it; callers take turns in steps.
         priority: whose requests step first.
+        deadline: when its caller stops waiting, in seconds of time.monotonic; None for never.
         trace: the span of its job, for the logs; None where it is not traced.
     """
 
@@ -195,6 +196,7 @@ class EngineRequest:
     finished_images: frozenset[int] = frozenset()
     caller: str = ""
     priority: Priority = Priority.NORMAL
+    deadline: float | None = None
     trace: TraceContext | None = None
 
 

@@ -63,6 +63,7 @@ def schedule(
     step_pixels_by_size: Mapping[SampleSize, int],
     snapshot_budget: SnapshotBudget,
     latest_step_seconds: float | None,
+    now: float,
 ) -> Round | None:
     """Choose what the ranks do next; None when that is nothing.
 
@@ -75,6 +76,7 @@ def schedule(
         step_pixels_by_size: the same for forwards of these sizes, where it is less.
         snapshot_budget: the time that may be spent on snapshots.
         latest_step_seconds: duration of the latest step of any request; None before.
+        now: on the clock of the requests' deadlines, in seconds.
     """
     suspect = find_suspect(running)
     admissions = next_admissions(running, suspect)
@@ -85,7 +87,7 @@ def schedule(
         for claim_id, request in running.items()
         if (request.is_admitted or claim_id in started) and suspect in (None, claim_id)
     }
-    forward = next_forward(ready, max_step_pixels, step_pixels_by_size)
+    forward = next_forward(ready, max_step_pixels, step_pixels_by_size, now)
     decodes = next_decodes(ready, free_ranks(running, world_size))
     decoding = [claim_id for claim_id, request in running.items() if request.decoding]
     if not (forward.claim_ids or decodes or releases or admissions or decoding):
@@ -107,6 +109,7 @@ def next_forward(
     requests: Mapping[str, RunningRequest],
     max_step_pixels: int,
     step_pixels_by_size: Mapping[SampleSize, int] = MappingProxyType({}),
+    now: float = 0.0,
 ) -> Forward:
     """Choose the requests of the next forward.
 
@@ -117,8 +120,9 @@ def next_forward(
         requests: those that may take a step now, in the order of their start.
         max_step_pixels: width × height × samples of one forward; a single request may exceed it.
         step_pixels_by_size: the same for forwards of these sizes, where it is less.
+        now: on the clock of the requests' deadlines, in seconds.
     """
-    waiting = step_order(request for request in requests.values() if not request.is_denoised)
+    waiting = step_order((request for request in requests.values() if not request.is_denoised), now)
     if not waiting:
         return Forward((), is_full=False)
     size = waiting[0].size

@@ -18,6 +18,7 @@ def running_request(
     finished_images: frozenset[int] = frozenset(),
     caller: str = "",
     priority: Priority = Priority.NORMAL,
+    deadline: float | None = None,
 ) -> RunningRequest:
     """A request that has taken some steps and decoded some images."""
     request = EngineRequest(
@@ -29,6 +30,7 @@ def running_request(
         finished_images=finished_images,
         caller=caller,
         priority=priority,
+        deadline=deadline,
     )
     return RunningRequest(request, step=step)
 

@@ -124,8 +124,16 @@ class RunningJob:
             finished_images=finished_images,
             caller=job.submission.caller,
             priority=job.submission.priority,
+            deadline=self._deadline,
             trace=job.trace,
         )
+
+    @property
+    def _deadline(self) -> float | None:
+        """The job's deadline on the engine's clock; a later one that a retry brings is not seen there."""
+        if self.job.deadline_time is None:
+            return None
+        return time.monotonic() + self.job.deadline_time - self._tools.store.clock.now()
 
     async def run(self) -> None:
         """Apply the engine's events, to the end of the claim. Call it once.

@@ -292,6 +292,7 @@ def plan_of(running: dict[str, RunningRequest]) -> StepPlan:
         world_size=4,
         max_step_pixels=NO_LIMIT,
         step_pixels_by_size={},
+        now=0.0,
         snapshot_budget=SnapshotBudget(),
         latest_step_seconds=None,
     )

@@ -88,7 +88,9 @@ type ImageGenClient interface {
 	// Cancelling the call cancels the job at its next step, unless `detached` is set or another call
 	// of `Generate` with the same `request_id` goes on; watching a job does not keep it. With
 	// `reconnect_window` it is cancelled that much later, unless the call has been made again by then. The
-	// call's deadline is the job's: a job is not started after it, and stops when it passes. What cannot end before it is refused at once, where the server has measured enough to know:
+	// call's deadline is the job's: a job is not started after it, and stops when it passes. A running job that
+	// taking turns would make late, and that can still end before its deadline, goes first within its
+	// priority. What cannot end before it is refused at once, where the server has measured enough to know:
 	// a server that has just started accepts everything. With `detached` the deadline is of the call alone.
 	// If the job fails, the call ends with the job's error as its status.
 	//
@@ -415,7 +417,9 @@ type ImageGenServer interface {
 	// Cancelling the call cancels the job at its next step, unless `detached` is set or another call
 	// of `Generate` with the same `request_id` goes on; watching a job does not keep it. With
 	// `reconnect_window` it is cancelled that much later, unless the call has been made again by then. The
-	// call's deadline is the job's: a job is not started after it, and stops when it passes. What cannot end before it is refused at once, where the server has measured enough to know:
+	// call's deadline is the job's: a job is not started after it, and stops when it passes. A running job that
+	// taking turns would make late, and that can still end before its deadline, goes first within its
+	// priority. What cannot end before it is refused at once, where the server has measured enough to know:
 	// a server that has just started accepts everything. With `detached` the deadline is of the call alone.
 	// If the job fails, the call ends with the job's error as its status.
 	//
