@@ -21,7 +21,7 @@ from hidream_grpc.jobs.job import Job, Priority, StoredSnapshot, Submission
 from tests.unit.jobs.service_bench import Bench, submission
 
 ALONE_SECONDS = 3.0
-"""Of a job with the engine to itself: three steps of a second."""
+"""Duration of a job with the engine to itself: three steps of a second."""
 
 
 @dataclass
