@@ -208,6 +208,7 @@ class Controller:
             devices=tuple(rank.device.name for rank in self._group.loaded),
             checkpoint_fingerprint=self._group.checkpoint_fingerprint,
             layout=str(self._group.placement.layout),
+            weights=self._group.weights.transformer,
         )
         await self._step_limit_file.recall(key, self._step_limit)
 

@@ -29,11 +29,13 @@ class StepLimitKey:
         devices: names of the ranks' devices, in rank order.
         checkpoint_fingerprint: fingerprint of the model.
         layout: how the ranks share the work.
+        weights: format of the transformer's weights.
     """
 
     devices: tuple[str, ...]
     checkpoint_fingerprint: str
     layout: str
+    weights: str
 
 
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -87,7 +89,7 @@ def _read(path: Path, key: StepLimitKey) -> Mapping[SampleSize, int]:
         logger.warning("what was learnt of steps is lost, since %s cannot be read: %s", path, error)
         return {}
     if (document.version, document.key) != (VERSION, key):
-        logger.info("%s is of other devices, another model or another layout", path)
+        logger.info("%s is of other devices, another model, layout or weight format", path)
         return {}
     return {SampleSize(b.width, b.height, b.prompt_tokens): b.step_pixels for b in document.budgets}
 

@@ -21,8 +21,8 @@ def deadline_refusal(submissions: Sequence[Submission], estimator: JobEstimator)
         deadline_seconds = submission.deadline_seconds
         if deadline_seconds is None or submission.is_detached:
             continue
-        earliest = estimator.earliest_end(submission)
-        if earliest is None or earliest.seconds <= deadline_seconds:
+        earliest = estimator.late_end(submission, deadline_seconds)
+        if earliest is None:
             continue
         if earliest.alone_seconds > deadline_seconds:
             return DeadlineTooShortError(deadline_seconds, earliest.alone_seconds)

@@ -41,6 +41,7 @@ from hidream_grpc.errors import (
 )
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.model.weight_format import WeightFormats
 
 ROUNDS_PER_IMAGE = 5
 PLACEMENT = Placement.of(Layout(), select_devices(CPU, (0,)), (0,))
@@ -52,7 +53,7 @@ class CountingRanks:
     """Ranks that take `ROUNDS_PER_IMAGE` plans for an image; a step's time depends on the width alone.
 
     Attributes:
-        world_size, checkpoint_fingerprint, loaded, placement: as of a `RankGroup`.
+        world_size, checkpoint_fingerprint, loaded, placement, weights: as of a `RankGroup`.
         on_plan: called with each plan before it is done.
         faults_of: what fails in a plan.
         has_survivor: whether a rank still knows the states after a loss.
@@ -64,6 +65,7 @@ class CountingRanks:
     checkpoint_fingerprint: str = "86637e71f35d8ddd"
     loaded: tuple[Loaded, ...] = ()
     placement: Placement = PLACEMENT
+    weights: WeightFormats = field(default_factory=WeightFormats)
     on_plan: Callable[[StepPlan], None] = lambda _plan: None
     faults_of: Callable[[StepPlan], tuple[JobFault, ...]] = lambda _plan: ()
     has_survivor: bool = True

@@ -150,23 +150,27 @@ class JobEstimator:
         """Seconds until a job ends that runs or waits; None where that is unknown."""
         return self._seconds_until(self._newest(job_id).ends.get(job_id))
 
-    def earliest_end(self, submission: Submission) -> EarliestEnd | None:
-        """When a request would end at the earliest if it were accepted now.
+    def late_end(self, submission: Submission, deadline_seconds: float) -> EarliestEnd | None:
+        """When a request would end at the earliest if it were accepted now and would then be too late.
 
-        None where that is not known well enough: no step of its size was measured, or too few jobs have ended
-        whose estimates show how wrong these are. It costs the event loop two simulations.
+        None where it may be in time, or where that is not known well enough: no step of its size was
+        measured, or too few jobs have ended whose estimates show how wrong these are. What would be in time
+        even behind all that are there costs no simulation of them.
         """
         parameters = submission.parameters
         share = self._accuracy.earliest_share
         if share is None or not self._durations.has_steps_of(parameters.width, parameters.height):
             return None
         work = JobWork(_NEW_JOB, submission.caller, parameters, priority=submission.priority)
-        alone = estimate_jobs(self._durations, self._capacity(), (), (work,))
+        alone_seconds = estimate_jobs(self._durations, self._capacity(), (), (work,)).ends[_NEW_JOB]
+        if share * (max(self._newest().ends.values(), default=0.0) + alone_seconds) <= deadline_seconds:
+            return None
         running = tuple(self._running.values())
         # Jobs behind it hardly matter, and there may be thousands.
         waiting = (*self._in_front_of(work), work)
         behind_others = estimate_jobs(self._durations, self._capacity(), running, waiting)
-        return EarliestEnd(share * behind_others.ends[_NEW_JOB], share * alone.ends[_NEW_JOB])
+        seconds = share * behind_others.ends[_NEW_JOB]
+        return EarliestEnd(seconds, share * alone_seconds) if seconds > deadline_seconds else None
 
     def _in_front_of(self, new: JobWork) -> list[JobWork]:
         """The jobs that wait and start before a new one, if its caller has the first turn of all."""

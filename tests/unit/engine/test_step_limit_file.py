@@ -20,7 +20,7 @@ LEARNT = {
     SampleSize(1024, 768): 1024 * 1024,
     SampleSize(1024, 768, 256): 2 * 1024 * 1024,
 }
-KEY = StepLimitKey(("NVIDIA H200", "NVIDIA H200"), "86637e71f35d8ddd", "tp=2")
+KEY = StepLimitKey(("NVIDIA H200", "NVIDIA H200"), "86637e71f35d8ddd", "tp=2", "bfloat16")
 
 
 @pytest.fixture
@@ -54,10 +54,13 @@ async def test_what_was_learnt_is_there_after_a_restart(path: Path) -> None:
         replace(KEY, devices=("Ascend910B", "Ascend910B")),
         replace(KEY, checkpoint_fingerprint="0123456789abcdef"),
         replace(KEY, layout="cfg=2"),
+        replace(KEY, weights="int8"),
     ],
-    ids=["device", "model", "layout"],
+    ids=["device", "model", "layout", "weights"],
 )
-async def test_another_device_model_or_layout_starts_anew(path: Path, key: StepLimitKey) -> None:
+async def test_another_device_model_layout_or_weight_format_starts_anew(
+    path: Path, key: StepLimitKey
+) -> None:
     await keep(path)
     assert await recalled(path, key) == {}
 

@@ -166,7 +166,11 @@ async def test_a_job_that_cannot_end_in_time_is_not_accepted_and_a_retry_still_f
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     earlier = await bench.submit(submission("earlier"))
-    monkeypatch.setattr(bench.estimator, "earliest_end", lambda _submission: EarliestEnd(9.0, 9.0))
+    monkeypatch.setattr(
+        bench.estimator,
+        "late_end",
+        lambda _submission, deadline_seconds: EarliestEnd(9.0, 9.0) if deadline_seconds < 9.0 else None,
+    )
     with pytest.raises(DeadlineTooShortError):
         await bench.submit(submission("new", deadline_seconds=8.0))
     await bench.submit(submission("patient", deadline_seconds=10.0))
