@@ -92,15 +92,15 @@ def test_a_job_whose_deadline_passes_in_the_queue_is_never_started(narrow_server
 
 
 def test_what_cannot_end_before_its_deadline_is_refused_at_once(narrow_server: NarrowServer) -> None:
-    small, large = ({"width": side, "height": side} for side in (64, 256))
     with narrow_server.live.stub() as stub:
         # The first job is not estimated: nothing was measured before it.
         for seed in range(MIN_OUTCOMES):
-            follow(stub.Generate(request(num_inference_steps=2, seed=seed, **small)))
-        follow(stub.Generate(request(num_inference_steps=2, **large)))
+            follow(stub.Generate(request(num_inference_steps=2, seed=seed, width=64, height=64)))
+        follow(stub.Generate(request(num_inference_steps=2, width=256, height=256)))
         total = narrow_server.live.info().jobs.total
         with pytest.raises(grpc.RpcError) as caught:
-            list(stub.Generate(request(num_inference_steps=150, num_images=8, **large), timeout=5.0))
+            too_much = request(num_inference_steps=150, num_images=8, width=256, height=256)
+            list(stub.Generate(too_much, timeout=5.0))
         assert narrow_server.live.info().jobs.total == total
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     status = rpc_status.from_call(caught.value)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import msgspec
 import pytest
 
-from hidream_grpc.engine.requests import RequestFailed, RequestFinished, StepReport
+from hidream_grpc.engine.requests import Priority, RequestFailed, RequestFinished, StepReport
 from hidream_grpc.errors import (
     DeadlineTooShortError,
     JobInternalError,
@@ -17,7 +17,7 @@ from hidream_grpc.jobs.deadlines import deadline_refusal
 from hidream_grpc.jobs.estimates.accuracy import MIN_OUTCOMES, NUM_OUTCOMES, EstimateAccuracy
 from hidream_grpc.jobs.estimates.estimator import EarliestEnd, JobEstimator
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity
-from hidream_grpc.jobs.job import Job, Priority, StoredSnapshot, Submission
+from hidream_grpc.jobs.job import Job, StoredSnapshot, Submission
 from tests.unit.jobs.service_bench import Bench, submission
 
 ALONE_SECONDS = 3.0
@@ -47,7 +47,7 @@ def end_jobs(estimator: JobEstimator, clock: Clock, share: float, num_jobs: int 
         estimator.note_taken(job(job_id))
         estimated_seconds = estimator.remaining_seconds(job_id)
         assert estimated_seconds == pytest.approx(ALONE_SECONDS)
-        clock.seconds += share * estimated_seconds
+        clock.seconds += share * ALONE_SECONDS
         estimator.observe(job_id, RequestFinished())
 
 
