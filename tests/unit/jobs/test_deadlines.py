@@ -16,7 +16,7 @@ from hidream_grpc.errors import (
 from hidream_grpc.jobs.deadlines import deadline_refusal
 from hidream_grpc.jobs.estimates.accuracy import MIN_OUTCOMES, NUM_OUTCOMES, EstimateAccuracy
 from hidream_grpc.jobs.estimates.estimator import EarliestEnd, JobEstimator
-from hidream_grpc.jobs.estimates.simulation import EngineCapacity
+from hidream_grpc.jobs.estimates.simulation import EngineCapacity, JobWork
 from hidream_grpc.jobs.job import Job, StoredSnapshot, Submission
 from tests.unit.jobs.service_bench import Bench, submission
 
@@ -86,7 +86,7 @@ def test_what_would_be_late_behind_others_is_told_when_it_would_fit(
     estimator: JobEstimator, clock: Clock
 ) -> None:
     estimator.note_taken(job("runs"))
-    estimator.note_waiting([job("waits")])
+    estimator.note_waiting([JobWork.of(job("waits"))])
     deadline_seconds = ALONE_SECONDS + 1.0
     refused = refusal(estimator, deadline_seconds)
     assert isinstance(refused, TooBusyForDeadlineError)
@@ -155,7 +155,7 @@ def test_jobs_without_a_deadline_of_their_own_are_not_refused(estimator: JobEsti
 def test_a_high_request_and_one_of_a_caller_with_fewer_jobs_are_not_behind_all(
     estimator: JobEstimator,
 ) -> None:
-    estimator.note_waiting([job(str(number)) for number in range(4)])
+    estimator.note_waiting([JobWork.of(job(str(number))) for number in range(4)])
     deadline_seconds = 1.5 * ALONE_SECONDS
     assert refusal(estimator, deadline_seconds) is not None
     assert refusal(estimator, deadline_seconds, priority=Priority.HIGH) is None
