@@ -69,16 +69,22 @@ class CompiledRank:
 
     had_group: when it compiled.
     num_compiled: pieces of code that it compiled then.
+    num_compiled_calls: how often these ran in the step for which they were compiled.
     steps: what it did then, by the name of the requests.
     """
 
     had_group: bool
     num_compiled: int
+    num_compiled_calls: int
     steps: dict[str, Step]
 
 
 def _num_compiled() -> int:
     return int(counters["frames"]["ok"])
+
+
+def _num_compiled_calls(profiled: profile) -> int:
+    return sum("Torch-Compiled Region" in event.name for event in profiled.events())
 
 
 def _take_step(model: HiDreamModel, requests: tuple[dict[str, Any], ...]) -> Step:
@@ -91,7 +97,7 @@ def _take_step(model: HiDreamModel, requests: tuple[dict[str, Any], ...]) -> Ste
         expected = model.predict(batch)
     return Step(
         relative_difference=((prediction - expected).abs().max() / expected.abs().max()).item(),
-        num_compiled_calls=sum("Torch-Compiled Region" in event.name for event in profiled.events()),
+        num_compiled_calls=_num_compiled_calls(profiled),
         num_compiled=num_compiled,
     )
 
@@ -103,7 +109,8 @@ def _be_rank(
     torch.set_num_threads(1)
     groups = ParallelGroups(layout, rank)
     model = HiDreamModel.from_pretrained(checkpoint, None, open_device("cpu", 0), groups, weights=weights)
-    model.compile([NAMED])
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        model.compile([NAMED])
     had_group, num_compiled = dist.is_initialized(), _num_compiled()
     others.send("compiled")
     dist.init_process_group(
@@ -111,7 +118,8 @@ def _be_rank(
     )
     groups.connect(_TIMEOUT, _TIMEOUT)
     steps = {name: _take_step(model, requests) for name, requests in _REQUESTS.items()}
-    (folder / f"{rank}.json").write_text(json.dumps(asdict(CompiledRank(had_group, num_compiled, steps))))
+    compiled_rank = CompiledRank(had_group, num_compiled, _num_compiled_calls(profiled), steps)
+    (folder / f"{rank}.json").write_text(json.dumps(asdict(compiled_rank)))
     dist.barrier()
     groups.disconnect()
     dist.destroy_process_group()

@@ -74,8 +74,9 @@ def test_steps_of_a_named_shape_run_compiled_code_and_give_what_they_give_withou
     for rank in compiled_ranks:
         for name in OF_THE_NAMED_SHAPE:
             step = rank.steps[name]
-            # All that was compiled at boot, once for each block: nothing of a block is left out.
-            assert step.num_compiled_calls == NUM_BLOCKS * rank.num_compiled, name
+            # All that ran compiled at boot, in every block: nothing of it is left out.
+            assert step.num_compiled_calls == rank.num_compiled_calls, name
+            assert step.num_compiled_calls >= NUM_BLOCKS, name
             assert step.relative_difference < RELATIVE_TOLERANCE, name
 
 
@@ -92,7 +93,7 @@ def test_steps_with_prompts_of_another_length_run_at_most_what_is_compiled_for_t
     for rank in compiled_ranks:
         for name in OF_OTHER_PROMPTS:
             step = rank.steps[name]
-            assert step.num_compiled_calls < NUM_BLOCKS * rank.num_compiled, name
+            assert step.num_compiled_calls < rank.num_compiled_calls, name
             assert step.relative_difference < RELATIVE_TOLERANCE, name
 
 

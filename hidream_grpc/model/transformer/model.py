@@ -137,7 +137,8 @@ class HiDreamTransformer(nn.Module):
         text = torch.stack([conditioning.t5 for conditioning in rows.conditioning])
         text = torch.cat((text, llama[-1]), dim=1)
         grid = self._grid(rows.latents, text.shape[1], llama.shape[2])
-        text = text[:, grid.text.start : grid.text.stop]
+        # Of the strides that blocks return, so that the first one shares what is compiled for the others.
+        text = text[:, grid.text.start : grid.text.stop].contiguous()
         llama = llama[:, :, grid.llama.start : grid.llama.stop]
 
         first_own = self._groups.expert.index * batch
