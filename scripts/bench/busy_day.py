@@ -146,7 +146,7 @@ class Caller:
 
     def run(self, num_jobs: int) -> None:
         """Have so many jobs run, which go on for longer than the bench."""
-        self.submit_all(num_jobs, width=512, height=512, num_inference_steps=150, num_images=4)
+        self.submit_all(num_jobs, width=256, height=256, num_inference_steps=150, num_images=4)
         running = image_gen_pb2.ListJobsRequest(states=[job_pb2.JOB_STATE_RUNNING])
         while len(self._stub.ListJobs(running).jobs) < num_jobs:
             time.sleep(0.1)

@@ -16,7 +16,9 @@ from hidream_grpc.jobs.store.changes import ROW_KINDS, Change, ChangeKind, Subsc
 from hidream_grpc.jobs.store.store import SqlJobStore
 
 MAX_CHANGES_PER_READ = 100
-FOLLOWERS_PER_TURN = 16
+GATHER_SECONDS = 0.05
+"""For which changes are gathered before they are read: whoever made one has its answer first."""
+FOLLOWERS_PER_TURN = 8
 """Number of followers that are woken before the event loop has its turn: each sends a message then."""
 CLOSE_SECONDS = 0.5
 """How long changes that are being read are waited for when the service goes away."""
@@ -83,7 +85,7 @@ class ChangedJobs:
             self._changes = changes
             for follower in self._followers:
                 follower.read_everything()
-            await keep_doing("read changed jobs", lambda: self._hand_on(changes), changes.wait)
+            await keep_doing("read changed jobs", lambda: self._hand_on(changes), lambda: _gather(changes))
 
     async def _hand_on(self, changes: Subscription) -> None:
         self._is_reading = True
@@ -126,3 +128,9 @@ class ChangedJobs:
     def _end_all(self, error: HiDreamError) -> None:
         for follower in self._followers:
             follower.end(error)
+
+
+async def _gather(changes: Subscription) -> None:
+    """Return a moment after the first change."""
+    await changes.wait()
+    await asyncio.sleep(GATHER_SECONDS)

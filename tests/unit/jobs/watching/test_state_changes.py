@@ -35,6 +35,11 @@ async def store(tmp_path: Path) -> AsyncIterator[SqlJobStore]:
         yield store
 
 
+@pytest.fixture(autouse=True)
+def read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changed_jobs_module, "GATHER_SECONDS", 0.0)
+
+
 @pytest.fixture
 async def changed_jobs(store: SqlJobStore) -> AsyncIterator[ChangedJobs]:
     changed_jobs = ChangedJobs(store)
@@ -231,13 +236,14 @@ async def test_a_store_that_is_lost_ends_its_readers_and_later_ones_are_served(
         raise StoreUnavailableError(1.0)
 
     monkeypatch.setattr(changed_jobs_module, "keep_doing", partial(keep_doing, retry_seconds=0.01))
+    (job,) = await added(store, new_job())
     async with Reader(store, changed_jobs) as reader:
-        waiting = asyncio.ensure_future(reader.next())
+        await reader.told(1)
         with monkeypatch.context() as during:
             during.setattr(store, "get_readable", lost)
-            (job,) = await added(store, new_job())
+            await added(store, new_job(owner="bert"))
             with pytest.raises(StoreUnavailableError):
-                await waiting
+                await reader.next()
     async with Reader(store, changed_jobs) as reader:
         assert await reader.told(1) == [(job.job_id, QUEUED)]
         await cancelled(store, job)
