@@ -23,6 +23,8 @@ BUSY_TIMEOUT_SECONDS = 5.0
 IS_WRITE = "hidream_is_write"
 """The execution option of a connection whose next transaction writes."""
 
+BEGIN, BEGIN_WRITE = "BEGIN", "BEGIN IMMEDIATE"
+
 # SQLite's own limit of 512, less what it appends to the name.
 _MAX_PATH_BYTES = 504
 _ITERATION_ROWS = 64
@@ -125,7 +127,7 @@ def sqlite_engine(path: Path) -> AsyncEngine:
     @sa.event.listens_for(engine.sync_engine, "begin")
     def _begin(connection: sa.Connection) -> None:
         is_write = connection.get_execution_options().get(IS_WRITE, False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
+        connection.exec_driver_sql(BEGIN_WRITE if is_write else BEGIN)
 
     return engine
 
@@ -145,11 +147,16 @@ def _opened(path: Path) -> sqlite3.Connection:
 
 
 class _Connection(aiosqlite.Connection):
-    """Goes to its thread once for a statement and its rows, and not at all where nothing is to be ended.
+    """Goes to its thread once for a statement and its rows, and not at all to begin, or to end nothing.
 
     Each way there and back costs more than most statements: a turn of the event loop, and two threads that
     wait for each other. The driver's own connection goes nine times for a transaction of one statement.
+
+    Attributes:
+        due_begin: begins the transaction of the next statement, with which it goes to the thread.
     """
+
+    due_begin: str | None = None
 
     def cursor(self) -> Any:
         """A cursor, without a visit to the thread."""
@@ -157,11 +164,13 @@ class _Connection(aiosqlite.Connection):
 
     async def commit(self) -> None:
         """Commit the transaction, where there is one."""
+        self.due_begin = None
         if self.in_transaction:
             await super().commit()
 
     async def rollback(self) -> None:
         """Roll the transaction back, where there is one."""
+        self.due_begin = None
         if self.in_transaction:
             await super().rollback()
 
@@ -184,6 +193,9 @@ class _Cursor:
 
     async def execute(self, statement: str, parameters: Any = ()) -> None:
         """Execute a statement, and read its rows."""
+        if statement in (BEGIN, BEGIN_WRITE):
+            self._connection.due_begin = statement
+            return
         await self._in_thread(self._run, sqlite3.Cursor.execute, statement, parameters)
 
     async def executemany(self, statement: str, parameters: Any) -> None:
@@ -201,6 +213,9 @@ class _Cursor:
         """In the thread."""
         cursor = self._connection._conn.cursor()
         try:
+            if (begin := self._connection.due_begin) is not None:
+                self._connection.due_begin = None
+                cursor.execute(begin)
             execute(cursor, statement, parameters)
             self.description = cursor.description
             self._rows = cursor.fetchall() if cursor.description else []

@@ -228,11 +228,12 @@ class QueuePositions:
         number = waiting.order.acceptance_number
         is_newest = number > self._newest_number
         self._newest_number = max(self._newest_number, number)
-        # Jobs that are behind it now have other positions.
-        self._is_outdated = True
         if not is_newest or self._limits.max_running_jobs_of_caller is not None:
+            self._is_outdated = True
             return
         num_before = num_before_newest(order, waiting.order, self._loads.last_turns)
+        # Jobs that are behind it now have other positions.
+        self._is_outdated |= num_before < len(order)
         order.insert(num_before, waiting.order)
         self._positions[job_id] = num_before + FIRST_POSITION
         if waiting.work is not None and waiting.model_fingerprint == self._limits.model_fingerprint:
