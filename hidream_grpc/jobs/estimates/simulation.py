@@ -99,19 +99,17 @@ class JobWork:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """All that `seconds_alone` depends on."""
+        """All that `seconds_alone` depends on: a step's shape, and how many steps and images are left."""
         parameters = self.parameters
         num_steps = parameters.num_inference_steps - self.step
         num_images = parameters.num_images - len(self.finished_images)
-        return parameters.width, parameters.height, parameters.num_samples, num_steps, num_images
+        step_shape = (parameters.width, parameters.height, parameters.num_samples, parameters.prompt_tokens)
+        return *step_shape, num_steps, num_images
 
     def seconds_alone(self, durations: MeasuredDurations) -> float:
         """How long it would take with the engine to itself."""
-        parameters = self.parameters
-        width, height = parameters.width, parameters.height
-        num_steps = parameters.num_inference_steps - self.step
-        num_images = parameters.num_images - len(self.finished_images)
-        step_seconds = durations.step_seconds(width, height, parameters.num_samples, parameters.prompt_tokens)
+        width, height, num_samples, prompt_tokens, num_steps, num_images = self.shape
+        step_seconds = durations.step_seconds(width, height, num_samples, prompt_tokens)
         return num_steps * step_seconds + num_images * durations.image_seconds(width, height)
 
 
