@@ -53,7 +53,7 @@ from hidream_grpc.server.info import VERSIONS, ServerDescription
 from hidream_grpc.server.interceptors import CallInterceptor
 from hidream_grpc.server.lifecycle import drain, end, naming_flag, take_all_devices, until_stopped
 from hidream_grpc.server.listening import bind, grpc_server
-from hidream_grpc.server.memory import return_freed_buffers
+from hidream_grpc.server.memory import exclude_from_collection, return_freed_buffers
 from hidream_grpc.server.metrics import Metrics
 from hidream_grpc.server.model_folders import ModelFolders, model_folders
 from hidream_grpc.server.proxies import TRUSTED_BRIDGES_FLAG, TrustedProxies
@@ -120,7 +120,9 @@ async def serve(settings: Settings) -> None:
     background = BackgroundTasks()
     background.start(reap_adopted_children(), "reaping adopted children")
     try:
-        await run(build(settings), signals)
+        service = build(settings)
+        exclude_from_collection()
+        await run(service, signals)
     except StoppedAtStartError:
         logger.info("stopped before the start was done")
     else:
