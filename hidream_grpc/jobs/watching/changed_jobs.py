@@ -17,7 +17,7 @@ from hidream_grpc.jobs.store.store import SqlJobStore
 
 MAX_CHANGES_PER_READ = 100
 GATHER_SECONDS = 0.05
-"""For which changes are gathered before they are read: whoever made one has its answer first."""
+"""How long changes are gathered before they are read: whoever made one has its answer first."""
 FOLLOWERS_PER_TURN = 8
 """Number of followers that are woken before the event loop has its turn: each sends a message then."""
 CLOSE_SECONDS = 0.5
