@@ -117,7 +117,7 @@ def group_config(settings: Settings, folders: ModelFolders, checkpoint: Checkpoi
         # Proven on gloo; an experiment where the backend holds state in the device.
         replace=settings.replace or ("one" if device_type.backend == "gloo" else "all"),
         threads_per_rank=settings.threads_per_rank or max(1, cores_per_rank),
-        compile_shapes=_compile_shapes(settings, device_type, checkpoint),
+        compile_shapes=compile_shapes(settings, device_type, checkpoint),
         image_metadata=ImageMetadata(
             detail=settings.image_metadata,
             model=checkpoint.name,
@@ -159,9 +159,14 @@ def weight_formats(settings: Settings, device_type: DeviceType) -> WeightFormats
     return formats
 
 
-def _compile_shapes(
+def compile_shapes(
     settings: Settings, device_type: DeviceType, checkpoint: CheckpointDescription
 ) -> tuple[StepShape, ...]:
+    """The steps to compile for; the log says where prompts are allowed whose steps are not among them.
+
+    Raises:
+        ConfigurationError: the setting is no list of shapes, or the devices cannot compile.
+    """
     shapes = choose_compile_shapes(settings.compile_shapes, device_type, checkpoint.size_limits)
     longest = padded_prompt_tokens(max(_prompt_token_limits(settings, checkpoint).values()))
     compiled = {shape.prompt_tokens for shape in shapes}
