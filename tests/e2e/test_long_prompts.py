@@ -39,7 +39,7 @@ def test_long_prompts_are_drawn_whole_and_those_too_long_for_an_encoder_are_refu
         assert info.limits.max_prompt_tokens == 218
 
         # All three at once, with the shortest as the negative prompt of the longest.
-        negative: dict[int, dict[str, str]] = {128: {}, 192: {}, 256: {"negative_prompt": PROMPTS[128]}}
+        negative: dict[int, dict[str, Any]] = {128: {}, 192: {}, 256: {"negative_prompt": PROMPTS[128]}}
         calls = {
             prompt_tokens: stub.Generate(request(prompt, **SPEC, **negative[prompt_tokens]))
             for prompt_tokens, prompt in PROMPTS.items()
