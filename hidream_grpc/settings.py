@@ -267,7 +267,9 @@ class Settings(BaseSettings):
 
     max_queued_jobs: Annotated[int, Help(Group.LIMITS, "jobs that may wait"), Field(ge=1, le=1_000_000)] = 64
     max_running_jobs: Annotated[
-        int, Help(Group.LIMITS, "jobs that may run at the same time"), Field(ge=1, le=1024)
+        int,
+        Help(Group.LIMITS, "jobs of a priority or a higher one that may run at the same time"),
+        Field(ge=1, le=1024),
     ] = 16
     max_step_pixels: Annotated[
         int,

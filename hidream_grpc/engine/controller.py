@@ -38,7 +38,6 @@ class Controller:
         group: not started yet.
         step_limit: lowered when a step does not fit the devices, or is longer than pays.
         step_limit_file: keeps what was learnt of it.
-        max_running_requests: requests that are denoised or decoded at the same time.
         step_observers: called after each denoising step.
         prompt_observers: called when the prompts of new requests are encoded.
 
@@ -51,7 +50,6 @@ class Controller:
         group: RankGroup,
         step_limit: StepLimit,
         step_limit_file: StepLimitFile,
-        max_running_requests: int,
         step_observers: Sequence[Callable[[StepReport], None]],
         prompt_observers: Sequence[Callable[[PromptReport], None]],
     ) -> None:
@@ -59,7 +57,6 @@ class Controller:
         self._group = group
         self._step_limit = step_limit
         self._step_limit_file = step_limit_file
-        self._max_running_requests = max_running_requests
         self._step_observers = step_observers
         self._prompt_observers = prompt_observers
         self._running: dict[str, RunningRequest] = {}
@@ -110,7 +107,7 @@ class Controller:
                 await self._wait_for_work()
             else:
                 answers = await self._group.execute(planned.plan)
-                await self._report(planned, answers, start_time)
+                await self._report(backlog, planned, answers, start_time)
         except RankDiedError as error:
             loss = error
         else:
@@ -118,10 +115,10 @@ class Controller:
         await self._recover(backlog, loss, planned)
 
     def _take_requests(self, backlog: Backlog) -> None:
-        """Take what there is room for from the backlog, unless a suspect runs alone."""
+        """Take all that the backlog has, unless a suspect runs alone."""
         if find_suspect(self._running) is not None:
             return
-        while len(self._running) < self._max_running_requests and (request := backlog.take()) is not None:
+        while (request := backlog.take()) is not None:
             running = RunningRequest.start(request, self._group.checkpoint_fingerprint)
             self._running[request.claim_id] = running
             running.publish(RequestStarted())
@@ -154,7 +151,9 @@ class Controller:
             work.cancel()
             loss.cancel()
 
-    async def _report(self, planned: Round, answers: tuple[PlanDone, ...], start_time: float) -> None:
+    async def _report(
+        self, backlog: Backlog, planned: Round, answers: tuple[PlanDone, ...], start_time: float
+    ) -> None:
         """Report to each request what the round has brought; raises RankDiedError when a rank has died."""
         plan = planned.plan
         self._held = held_after(self._held, plan)
@@ -168,7 +167,7 @@ class Controller:
         for fault in faults.fatal:
             fail_for(self._running, fault)
         if plan.step_claims:
-            self._report_step(planned, answers, faults, start_time)
+            self._report_step(backlog, planned, answers, faults, start_time)
         for claim_id, reason in faults.refused_snapshots.items():
             if request := self._running.get(claim_id):
                 request.refuse_snapshot(reason)
@@ -180,7 +179,12 @@ class Controller:
                 await self._retry_alone(claim_id, planned.at_work)
 
     def _report_step(
-        self, planned: Round, answers: tuple[PlanDone, ...], faults: Faults, start_time: float
+        self,
+        backlog: Backlog,
+        planned: Round,
+        answers: tuple[PlanDone, ...],
+        faults: Faults,
+        start_time: float,
     ) -> None:
         plan = planned.plan
         stepped = [c for c in plan.step_claims if c in self._running and c not in faults.claim_ids]
@@ -190,7 +194,8 @@ class Controller:
         report = report_step(self._running, stepped, answers, self._snapshot_budget, round_seconds)
         if report is not None:
             if len(stepped) == len(plan.step_claims):
-                self._learn(report, is_full=planned.is_full)
+                leaves_out = planned.is_full or report.size in backlog.waiting_sizes
+                self._learn(report, is_full=leaves_out)
             for observe in self._step_observers:
                 observe(report)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Protocol
@@ -201,10 +201,14 @@ class EngineRequest:
 
 
 class Backlog(Protocol):
-    """The queue from which the controller takes a request whenever it has room for one."""
+    """The requests that are to run, which the controller takes before its next round."""
 
     def take(self) -> EngineRequest | None:
         """Remove and return the request that is next, or None when none waits."""
+
+    @property
+    def waiting_sizes(self) -> Collection[SampleSize]:
+        """Sizes in pixels of those that would be there to be taken if a step held more."""
 
     def set_engine_state(self, state: EngineState) -> None:
         """Note whether the rank group can work; called at every change."""

@@ -23,6 +23,7 @@ from hidream_grpc.jobs.artifacts.image_reader import ImageReader
 from hidream_grpc.jobs.artifacts.orphans import OrphanedFiles
 from hidream_grpc.jobs.counts import JobCounts
 from hidream_grpc.jobs.deadlines import deadline_refusal
+from hidream_grpc.jobs.estimates.simulation import EngineCapacity
 from hidream_grpc.jobs.execution.executor import ClaimLimits, Engine, JobExecutor
 from hidream_grpc.jobs.execution.job_tools import JobTools
 from hidream_grpc.jobs.intake import JobIntake
@@ -41,6 +42,7 @@ from hidream_grpc.jobs.watching.events import JobEvent, Queued
 from hidream_grpc.jobs.watching.feeds import JobFeeds
 from hidream_grpc.jobs.watching.queue_positions import QueueDurations, QueuePositions
 from hidream_grpc.jobs.watching.state_changes import StateChanges
+from hidream_grpc.model.parameters import SampleSize
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class JobService:
         observe_retention: Callable[[RetentionReport], None],
         observe_readiness: Callable[[bool], None],
         observe_late_refusal: Callable[[], None],
+        capacity: Callable[[], EngineCapacity],
     ) -> None:
         self._store = tools.store
         self._artifacts = tools.artifacts
@@ -115,6 +118,7 @@ class JobService:
             lambda: self.readiness.may_claim,
             self._on_held,
             self._on_lost,
+            capacity,
         )
         self._closed = asyncio.Event()
         max_lost_calls = limits.max_streams_per_caller or limits.max_streams
@@ -169,6 +173,11 @@ class JobService:
     def retry_after_seconds(self) -> float:
         """Seconds until a place in the queue is likely to be free."""
         return max(MIN_RETRY_SECONDS, self._estimator.next_start_seconds or 0.0)
+
+    @property
+    def waiting_sizes(self) -> Collection[SampleSize]:
+        """Sizes of which a step would hold more jobs if it had room: the engine asks."""
+        return self.executor.waiting_sizes
 
     def take(self) -> EngineRequest | None:
         """Remove and return the request that is next, or None when none waits: the engine asks."""

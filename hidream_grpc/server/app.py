@@ -160,12 +160,12 @@ def build(settings: Settings) -> Service:
     job_spans = JobSpans(record_span)
     store = SqlJobStore(locations.jobs, end_observers=(metrics.observe_end, job_spans.observe_end))
     health = HealthServicer()
-    estimator = JobEstimator(partial(_capacity, limits, group, step_limit))
+    capacity = partial(_capacity, limits, group, step_limit)
+    estimator = JobEstimator(capacity)
     controller = Controller(
         group=group,
         step_limit=step_limit,
         step_limit_file=StepLimitFile(locations.step_limit),
-        max_running_requests=settings.max_running_jobs,
         step_observers=(metrics.observe_step, estimator.observe_step),
         prompt_observers=(metrics.observe_prompts,),
     )
@@ -188,6 +188,7 @@ def build(settings: Settings) -> Service:
         observe_retention=metrics.observe_retention,
         observe_readiness=health.mark_ready,
         observe_late_refusal=metrics.observe_late_refusal,
+        capacity=capacity,
     )
     metrics.describe_build(VERSIONS, checkpoint.name, group.placement.devices.device_type.name)
     metrics.registry.register(Readings(jobs, group, controller, step_limit))

@@ -25,9 +25,11 @@ from hidream_grpc.jobs.job import (
     StoredSnapshot,
     claim_sequence,
 )
-from hidream_grpc.jobs.store.order import CallerLoads, WaitingJob, claim_order
+from hidream_grpc.jobs.store.order import TURNS_PER_OLDEST, CallerLoads, WaitingJob, claim_order
 from hidream_grpc.jobs.store.records import HeldClaim
+from hidream_grpc.jobs.store.step_room import StepDemand, StepRoom
 from hidream_grpc.jobs.store.store import SqlJobStore
+from hidream_grpc.model.parameters import SampleSize
 from tests.support.job_stores import (
     MODEL,
     OWNER,
@@ -102,7 +104,7 @@ async def test_the_order_that_is_told_is_the_order_of_the_claims(store: SqlJobSt
 
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(list(Priority))), max_size=12),
-    st.dictionaries(st.sampled_from("abc"), st.integers(1, 9)),
+    st.dictionaries(st.sampled_from("abc"), st.integers(1, 2 * TURNS_PER_OLDEST)),
 )
 def test_no_caller_gets_a_second_turn_before_another_that_waits_has_had_one(
     waiting: list[tuple[str, Priority]], last_turns: dict[str, int]
@@ -111,13 +113,60 @@ def test_no_caller_gets_a_second_turn_before_another_that_waits_has_had_one(
         str(number): WaitingJob(number, str(number), caller, priority)
         for number, (caller, priority) in enumerate(waiting)
     }
-    order = list(claim_order(jobs.values(), CallerLoads(last_turns)))
+    turns = claim_order(jobs.values(), CallerLoads(last_turns))
+    order = list(turns)
     assert sorted(job.acceptance_number for job in order) == list(range(len(waiting)))
-    assert [job.priority for job in order] == sorted((job.priority for job in order), reverse=True)
-    for earlier, later in itertools.pairwise(order):
-        if earlier.priority == later.priority and earlier.caller == later.caller:
-            rest = order[order.index(later) :]
+    in_turn = [job for job in order if job.job_id not in turns.due]
+    assert [job.priority for job in in_turn] == sorted((job.priority for job in in_turn), reverse=True)
+    for place, (earlier, later) in enumerate(itertools.pairwise(order), start=1):
+        rest = order[place:]
+        if earlier.job_id in turns.due:
+            assert earlier.acceptance_number < min(job.acceptance_number for job in rest)
+        elif later.job_id not in turns.due and (earlier.priority, earlier.caller) == (
+            later.priority,
+            later.caller,
+        ):
             assert {job.caller for job in rest if job.priority == later.priority} == {later.caller}
+
+
+async def test_every_seventeenth_claim_is_of_the_oldest_job_at_whatever_replica(
+    store: SqlJobStore, other: SqlJobStore
+) -> None:
+    low, *_ = await added(
+        store, new_job(priority=Priority.LOW), *(new_job(caller=caller) for caller in 10 * "ab")
+    )
+    told = await queue_order(other)
+    claims: list[str] = []
+    for replica in itertools.islice(itertools.cycle([store, other]), TURNS_PER_OLDEST):
+        claims += ids(await claimed(replica))
+    assert claims == told[:TURNS_PER_OLDEST]
+    assert claims[-1] == low.job_id
+
+
+async def test_as_many_jobs_are_claimed_as_there_is_room_for_and_one_that_is_due_beside_them(
+    store: SqlJobStore,
+) -> None:
+    def full_of_high() -> StepRoom:
+        return StepRoom([StepDemand("z", Priority.HIGH, SampleSize(64, 64), 2**40, 9)], 1, 2**40)
+
+    low, *_ = await added(store, new_job(priority=Priority.LOW), *(new_job() for _ in range(18)))
+    await joined(store, "replica-1")
+    assert await store.claim("replica-1", MODEL, 9, room=full_of_high) == ()
+    assert len(await claimed(store, limit=TURNS_PER_OLDEST - 1)) == TURNS_PER_OLDEST - 1
+    assert ids(await store.claim("replica-1", MODEL, 9, room=full_of_high)) == [low.job_id]
+    assert await store.claim("replica-1", MODEL, 9, room=full_of_high) == ()
+
+
+async def test_turns_are_counted_on_when_the_jobs_of_the_latest_one_are_removed(store: SqlJobStore) -> None:
+    low, _ = await added(store, new_job(caller="a", priority=Priority.LOW), new_job(caller="b"))
+    (running,) = await claimed(store)
+    assert running.submission.caller == "b"
+    for turn in range(2, TURNS_PER_OLDEST + 1):
+        await added(store, new_job(caller="c"))
+        (job,) = await claimed(store)
+        assert (job.job_id == low.job_id) == (turn == TURNS_PER_OLDEST)
+        await finished(store, job)
+        await store.delete(OWNER, job.job_id)
 
 
 async def test_a_caller_at_its_limit_of_running_jobs_is_passed_over(store: SqlJobStore) -> None:

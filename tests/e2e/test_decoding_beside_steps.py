@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
 
 import pytest
@@ -26,7 +26,7 @@ from hidream_grpc.engine.step_limit import StepLimit
 from hidream_grpc.engine.step_limit_file import StepLimitFile
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
 from hidream_grpc.model.decoding.vae import ImageDecoding
-from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.model.parameters import GenerationParameters, SampleSize
 from tests.support.autoencoders import latents_of
 from tests.support.rank_groups import (
     admission,
@@ -159,6 +159,8 @@ class TwoRequests:
         self.large_has_ended = asyncio.Event()
         self._waiting = deque((self._request("large", LARGE), self._request("small", SMALL)))
 
+    waiting_sizes: Collection[SampleSize] = ()
+
     def take(self) -> EngineRequest | None:
         return self._waiting.popleft() if self._waiting else None
 
@@ -181,7 +183,6 @@ async def test_the_controller_keeps_a_request_stepping_while_another_ones_large_
         RankGroup(group_config(1)),
         StepLimit(2**40),
         StepLimitFile(None),
-        max_running_requests=2,
         step_observers=(),
         prompt_observers=(),
     )

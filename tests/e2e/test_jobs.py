@@ -137,7 +137,8 @@ def test_a_running_job_says_how_far_it_is_and_how_long_it_will_take(narrow: Stub
 
 
 def test_jobs_that_wait_say_their_place_and_for_how_long(narrow: Stub) -> None:
-    ahead = running(narrow)
+    # One of a lower priority would not keep those of this one waiting.
+    ahead = running(narrow, priority=job_pb2.PRIORITY_HIGH)
     jobs = [submit(narrow, seed=seed) for seed in (1, 2)]
     urgent = submit(narrow, priority=job_pb2.PRIORITY_HIGH)
     assert [job.queue_position for job in (*jobs, urgent)] == [1, 2, 1]

@@ -9,7 +9,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from hidream.v1 import job_pb2
+from hidream.v1 import image_gen_pb2, job_pb2
 from hidream_grpc.jobs.estimates.accuracy import MIN_OUTCOMES
 from tests.e2e.conftest import NarrowServer
 from tests.support.streams import follow, is_progress, read_until, request
@@ -111,15 +111,20 @@ def test_what_cannot_end_before_its_deadline_is_refused_at_once(narrow_server: N
     assert float(info.metadata["earliest_seconds"]) > 5.0
 
 
-def test_a_job_of_high_priority_goes_before_those_that_waited_longer(narrow_server: NarrowServer) -> None:
+def test_a_job_of_high_priority_is_drawn_beside_one_that_runs_and_before_one_that_waits(
+    narrow_server: NarrowServer,
+) -> None:
     with narrow_server.live.stub() as stub:
         running = stub.Generate(request(num_inference_steps=150))
         read_until(running, is_progress)
         normal = stub.Generate(request(num_inference_steps=1))
         assert next(normal).event.queued.queue_position == 1
         high = stub.Generate(request(num_inference_steps=1, seed=1, priority=job_pb2.PRIORITY_HIGH))
-        assert next(high).event.queued.queue_position == 1
-        assert next(normal).event.queued.queue_position == 2
-        for call in (running, normal, high):
+        assert [response.event.WhichOneof("event") for response in high][-1] == "succeeded"
+        # The one that it came before goes on, and has its place until it ends.
+        read_until(running, is_progress)
+        waiting = stub.ListJobs(image_gen_pb2.ListJobsRequest(states=[job_pb2.JOB_STATE_QUEUED])).jobs
+        assert [job.queue_position for job in waiting] == [1]
+        for call in (running, normal):
             call.cancel()
     narrow_server.live.wait_until_idle()

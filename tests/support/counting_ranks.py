@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,7 @@ from hidream_grpc.errors import (
     RankDiedError,
 )
 from hidream_grpc.model.parallel.layout import Layout
-from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.model.parameters import GenerationParameters, SampleSize
 from hidream_grpc.model.weight_format import WeightFormats
 
 ROUNDS_PER_IMAGE = 5
@@ -148,7 +148,6 @@ class Service:
     def __init__(
         self,
         ranks: CountingRanks,
-        max_running_requests: int = 10,
         max_step_pixels: int = 2**40,
         learnt_path: Path | None = None,
     ) -> None:
@@ -161,10 +160,11 @@ class Service:
             cast(RankGroup, ranks),
             self.step_limit,
             StepLimitFile(learnt_path),
-            max_running_requests,
             step_observers=(),
             prompt_observers=(self.prompts.append,),
         )
+
+    waiting_sizes: Collection[SampleSize] = ()
 
     def take(self) -> EngineRequest | None:
         return self._waiting.popleft() if self._waiting else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
@@ -22,7 +22,7 @@ from hidream_grpc.engine.requests import (
 )
 from hidream_grpc.engine.step_limit import StepLimit
 from hidream_grpc.engine.step_limit_file import StepLimitFile
-from hidream_grpc.model.parameters import GenerationParameters
+from hidream_grpc.model.parameters import GenerationParameters, SampleSize
 
 END_SECONDS = 90.0
 
@@ -45,7 +45,6 @@ class RankEngine:
             group,
             self.step_limit,
             StepLimitFile(None),
-            max_running_requests=8,
             step_observers=(self.reports.append,),
             prompt_observers=(),
         )
@@ -54,6 +53,8 @@ class RankEngine:
         self._events: defaultdict[str, list[EngineEvent]] = defaultdict(list)
         self._waiting: deque[EngineRequest] = deque()
         self._news = asyncio.Event()
+
+    waiting_sizes: Collection[SampleSize] = ()
 
     def take(self) -> EngineRequest | None:
         return self._waiting.popleft() if self._waiting else None

@@ -26,6 +26,7 @@ from hidream_grpc.engine.scheduler import (
 from hidream_grpc.jobs.estimates.durations import MeasuredDurations
 from hidream_grpc.jobs.job import Job
 from hidream_grpc.jobs.store.order import claimable
+from hidream_grpc.jobs.store.step_room import MAX_CONSIDERED_JOBS, StepDemand, StepRoom
 from hidream_grpc.model.parameters import GenerationParameters, SampleSize
 
 MAX_SIMULATED_JOBS = 64
@@ -41,7 +42,7 @@ class EngineCapacity:
     """How much the engine does at the same time.
 
     Attributes:
-        max_running_jobs: jobs that are denoised or decoded.
+        max_running_jobs: jobs of a priority or a higher one that are denoised or decoded.
         max_running_jobs_of_caller: jobs of one caller among these; None for any number.
         max_step_pixels: width × height × samples of one forward; a single job may exceed it.
         num_ranks: ranks, each of which decodes one image at a time.
@@ -105,6 +106,11 @@ class JobWork:
         num_images = parameters.num_images - len(self.finished_images)
         step_shape = (parameters.width, parameters.height, parameters.num_samples, parameters.prompt_tokens)
         return *step_shape, num_steps, num_images
+
+    @property
+    def demand(self) -> StepDemand:
+        """What it asks of the engine's steps."""
+        return StepDemand.of(self.caller, self.priority, self.parameters, self.step)
 
     def seconds_alone(self, durations: MeasuredDurations) -> float:
         """How long it would take with the engine to itself."""
@@ -194,6 +200,7 @@ class Simulation:
         waiting: Sequence[JobWork],
     ) -> None:
         self.waiting = {work.job_id: work for work in waiting}
+        self._due = _due_jobs(waiting)
         self.seconds = 0.0
         self.starts: dict[str, float] = {}
         self.ends: dict[str, float] = {}
@@ -202,7 +209,6 @@ class Simulation:
         self._seconds_between_steps = durations.seconds_between_steps
         self._capacity = capacity
         self._running: dict[str, RunningRequest] = {}
-        self._callers: dict[str, str] = {}
         self._num_running: Counter[str] = Counter()
         # Of those that run, in the same order.
         self._stepping: dict[str, RunningRequest] = {}
@@ -210,6 +216,7 @@ class Simulation:
         # What is left of each image that a rank is decoding, by job and index.
         self._decode_seconds: dict[tuple[str, int], float] = {}
         self._rotation = _Rotation()
+        self._has_room = True
         self._num_rounds = 0
         self._num_coarse_forwards = 0
         for work in running:
@@ -234,28 +241,39 @@ class Simulation:
             self._decode(min(self._decode_seconds.values(), default=0.0))
         for job_id in [job_id for job_id, request in self._denoised.items() if request.is_finished]:
             self.ends[job_id] = self.seconds
-            self._num_running[self._callers.pop(job_id)] -= 1
-            del self._running[job_id], self._denoised[job_id]
+            self._num_running[self._running.pop(job_id).request.caller] -= 1
+            del self._denoised[job_id]
+            self._has_room = True
 
     def _start_next(self) -> None:
         """Start the jobs for which there is room; their prompts are encoded together."""
-        room = self._capacity.max_running_jobs - len(self._running)
-        if room <= 0 or not self.waiting:
-            return
-        may_start = claimable(
-            self.waiting.values(), self._num_running, self._capacity.max_running_jobs_of_caller
-        )
-        if started := tuple(islice(may_start, room)):
+        while self._has_room and self.waiting:
+            started = self._next_to_start()
+            # No other job starts before one has taken its last step or has ended.
+            self._has_room = bool(started)
             for work in started:
                 self.starts[work.job_id] = self.seconds
                 del self.waiting[work.job_id]
                 self._start(work)
-            self.seconds += self._encode_seconds
+            if started:
+                self.seconds += self._encode_seconds
+
+    def _next_to_start(self) -> list[JobWork]:
+        room = StepRoom(
+            map(_demand, self._running.values()),
+            self._capacity.max_running_jobs,
+            self._capacity.max_step_pixels,
+            self._capacity.step_pixels_by_size,
+        )
+        may_start = claimable(
+            self.waiting.values(), self._num_running, self._capacity.max_running_jobs_of_caller
+        )
+        considered = islice(may_start, MAX_CONSIDERED_JOBS)
+        return [work for work in considered if room.take(work.demand, work.job_id in self._due)]
 
     def _start(self, work: JobWork) -> None:
         request = work.running_request()
         self._running[work.job_id] = request
-        self._callers[work.job_id] = work.caller
         self._num_running[work.caller] += 1
         (self._denoised if request.is_denoised else self._stepping)[work.job_id] = request
 
@@ -292,6 +310,7 @@ class Simulation:
                 request.step += num_steps
             left = [request for request in left if not request.is_denoised]
         if len(left) < len(stepping):
+            self._has_room = True
             self._stepping = {job_id: r for job_id, r in self._stepping.items() if not r.is_denoised}
             # In the order of their start.
             self._denoised = {
@@ -361,6 +380,22 @@ class _Rotation:
 
 def _ignore(_: EngineEvent) -> None:
     """Report nothing: the request is not a caller's."""
+
+
+def _demand(running: RunningRequest) -> StepDemand:
+    request = running.request
+    return StepDemand.of(request.caller, request.priority, request.parameters, running.step)
+
+
+def _due_jobs(waiting: Sequence[JobWork]) -> frozenset[str]:
+    """Find the jobs that have the turn of the oldest: they are in front of those of a higher priority."""
+    due: set[str] = set()
+    highest = Priority.LOW
+    for work in reversed(waiting):
+        if work.priority < highest:
+            due.add(work.job_id)
+        highest = max(highest, work.priority)
+    return frozenset(due)
 
 
 def _num_steps_left(request: RunningRequest) -> int:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 from hidream_grpc.background import BackgroundTasks, keep_doing
-from hidream_grpc.engine.requests import EngineRequest
+from hidream_grpc.engine.requests import EngineEvent, EngineRequest, StepFinished
 from hidream_grpc.errors import ClaimLostError
+from hidream_grpc.jobs.estimates.simulation import EngineCapacity
 from hidream_grpc.jobs.execution.job_tools import JobTools
 from hidream_grpc.jobs.execution.running_job import RunningJob
 from hidream_grpc.jobs.job import CancelReason, Job
 from hidream_grpc.jobs.retrying import TRANSIENT_ERRORS, wait_at_most
 from hidream_grpc.jobs.store.records import HeldClaim
+from hidream_grpc.jobs.store.step_room import MAX_CONSIDERED_JOBS, StepRoom
 from hidream_grpc.jobs.watching.feeds import JobFeeds
+from hidream_grpc.model.parameters import SampleSize
 from hidream_grpc.traces import enter_trace
 
 logger = logging.getLogger(__name__)
@@ -40,7 +44,12 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ClaimLimits:
-    """How many jobs are claimed, and of which model."""
+    """How many jobs are claimed, and of which model.
+
+    Attributes:
+        max_running_jobs: jobs of a priority or a higher one; the pixels of a step allow fewer.
+        max_running_jobs_of_caller: jobs of one caller; None for any number.
+    """
 
     max_running_jobs: int
     max_running_jobs_of_caller: int | None
@@ -55,6 +64,7 @@ class JobExecutor:
         may_claim: whether the engine can work.
         on_change: called when a job was claimed or is held no more, with it as it is then.
         on_lost: called when a claim was lost, with its job.
+        capacity: of the engine, as it is now: as many jobs are claimed as a step serves.
     """
 
     def __init__(
@@ -67,7 +77,9 @@ class JobExecutor:
         may_claim: Callable[[], bool],
         on_change: Callable[[Job], None],
         on_lost: Callable[[Job], Coroutine[None, None, None]],
+        capacity: Callable[[], EngineCapacity],
     ) -> None:
+        self._capacity = capacity
         self._engine = engine
         self._feeds = feeds
         self._tools = tools
@@ -84,6 +96,7 @@ class JobExecutor:
         # Of jobs that may be claimed at this moment, and are not yet known here.
         self._early_cancels: dict[str, CancelReason] = {}
         self._is_closed = False
+        self._latest_room = StepRoom((), limits.max_running_jobs, 0)
 
     @property
     def num_held(self) -> int:
@@ -118,6 +131,11 @@ class JobExecutor:
         for running in self._held.values():
             self._lose(running)
 
+    @property
+    def waiting_sizes(self) -> Collection[SampleSize]:
+        """Sizes of jobs for which there was no room (`engine.requests.Backlog`)."""
+        return self._latest_room.refused_sizes
+
     def take(self) -> EngineRequest | None:
         """The engine's next job (`engine.requests.Backlog`)."""
         while self._requests:
@@ -149,21 +167,34 @@ class JobExecutor:
 
     async def _claim(self) -> None:
         self._wake.clear()
-        room = self._limits.max_running_jobs - len(self._held)
-        if self._is_closed or room <= 0 or not self._may_claim():
+        if self._is_closed or not self._may_claim():
             return
         async with self._claiming:
             try:
                 jobs = await self._tools.store.claim(
                     self._replica_id(),
                     self._limits.model_fingerprint,
-                    room,
+                    MAX_CONSIDERED_JOBS,
                     self._limits.max_running_jobs_of_caller,
+                    self._room,
                 )
                 for job in jobs:
                     self._hold(job)
+                if jobs:
+                    # There may be room for those behind them.
+                    self._wake.set()
             finally:
                 self._early_cancels.clear()
+
+    def _room(self) -> StepRoom:
+        capacity = self._capacity()
+        self._latest_room = StepRoom(
+            (running.demand for running in self._held.values()),
+            self._limits.max_running_jobs,
+            capacity.max_step_pixels,
+            capacity.step_pixels_by_size,
+        )
+        return self._latest_room
 
     async def _check_claims(self) -> None:
         """Make up for answers of the store, and for cancellations, that were lost on their way."""
@@ -203,7 +234,8 @@ class JobExecutor:
         with resources:
             try:
                 if request := await running.engine_request():
-                    self._requests.append((running, request))
+                    on_event = partial(self._receive, running)
+                    self._requests.append((running, replace(request, on_event=on_event)))
                     self._engine.notify()
                 await self._run(running)
             finally:
@@ -213,6 +245,12 @@ class JobExecutor:
                     self._tools.estimator.note_gone(job_id)
                 self._on_change(running.job)
                 self._wake.set()
+
+    def _receive(self, running: RunningJob, event: EngineEvent) -> None:
+        running.receive(event)
+        if isinstance(event, StepFinished) and running.demand.num_steps == 0:
+            # While its images are decoded another one may step.
+            self._wake.set()
 
     async def _run(self, running: RunningJob) -> None:
         job = running.job

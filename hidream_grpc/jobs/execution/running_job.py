@@ -30,6 +30,7 @@ from hidream_grpc.jobs.execution.job_spans import StageSpans
 from hidream_grpc.jobs.execution.job_tools import JobTools
 from hidream_grpc.jobs.execution.snapshot_keeper import SnapshotKeeper
 from hidream_grpc.jobs.job import CancelReason, Execution, Job, JobState, Progress
+from hidream_grpc.jobs.store.step_room import StepDemand
 from hidream_grpc.jobs.watching.events import JobFeed, Previewed, Progressed, Restarted
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class RunningJob:
         self._spans = StageSpans(job, tools.record_span)
         self._failure: JobInternalError | None = None
         self._first_attempt = 0 if job.execution is None else job.execution.attempt
+        self._step = 0 if job.snapshot is None else job.snapshot.step
         self._denoise_start: float | None = None
         self._kept_denoise_seconds = job.timings.denoise_seconds if job.snapshot is not None else 0.0
         feed.sync(job)
@@ -82,6 +84,12 @@ class RunningJob:
         """Whether the engine is to go on with the job."""
         return self._state.is_running
 
+    @property
+    def demand(self) -> StepDemand:
+        """What it asks of the engine's steps, as last reported by the engine."""
+        submission = self.job.submission
+        return StepDemand.of(submission.caller, submission.priority, submission.parameters, self._step)
+
     def cancel(self, reason: CancelReason) -> None:
         """Have the job end as CANCELLED, unless the claim is lost or has ended."""
         self._claim.change(self._state.cancelled(reason))
@@ -97,6 +105,10 @@ class RunningJob:
     def receive(self, event: EngineEvent) -> None:
         """Take an event from the engine; in any state, without an effect once the claim is stopped."""
         self._tools.estimator.observe(self.job.job_id, event)
+        if isinstance(event, StepFinished):
+            self._step = event.step
+        elif isinstance(event, RequestRestarted):
+            self._step = event.resumed_from_step
         if isinstance(event, SnapshotTaken):
             self._snapshots.take(event)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 
@@ -16,6 +17,7 @@ from hidream_grpc.jobs.store.database import Lock
 from hidream_grpc.jobs.store.order import CallerLoads, ClaimOrder, WaitingJob, claim_order
 from hidream_grpc.jobs.store.records import HeldClaim
 from hidream_grpc.jobs.store.rows import failed_columns, job_of
+from hidream_grpc.jobs.store.step_room import StepDemand, StepRoom
 
 MAX_CLAIM_ROUNDS = 10
 """How often one call tries again while it only ends jobs and claims none."""
@@ -40,15 +42,25 @@ class JobClaims(StoreBase):
         model_fingerprint: str,
         limit: int,
         max_running_jobs_of_caller: int | None = None,
+        room: Callable[[], StepRoom] | None = None,
     ) -> tuple[Job, ...]:
         """Take jobs of a model to run: those that lost their replica, then in the order of `claim_order`.
+
+        Of the first `limit` jobs those are taken for which there is room: `room` gives what there is, anew
+        for each try. Without it all of them are taken.
 
         Claims of all replicas are made one after another. A claimed job is as it was left, QUEUED or
         RUNNING, with a claim number of its own. Jobs that are to be cancelled, too late, or unreadable end
         here instead: ask again when fewer come than were asked for.
         """
         for _ in range(MAX_CLAIM_ROUNDS):
-            jobs = await self._claim_some(replica_id, model_fingerprint, limit, max_running_jobs_of_caller)
+            jobs = await self._claim_some(
+                replica_id,
+                model_fingerprint,
+                limit,
+                max_running_jobs_of_caller,
+                None if room is None else room(),
+            )
             claimed = tuple(job for job in jobs if not job.state.has_ended)
             if claimed or not jobs:
                 return claimed
@@ -121,13 +133,24 @@ class JobClaims(StoreBase):
         return released
 
     async def _claim_some(
-        self, replica_id: str, model_fingerprint: str, limit: int, max_running_jobs_of_caller: int | None
+        self,
+        replica_id: str,
+        model_fingerprint: str,
+        limit: int,
+        max_running_jobs_of_caller: int | None,
+        room: StepRoom | None,
     ) -> tuple[Job, ...]:
         async with self._database.write() as connection:
             await self._database.lock(connection, Lock.CLAIM)
             order = await _order_to_claim(connection, model_fingerprint, max_running_jobs_of_caller, limit)
             jobs = await _claim_first(
-                connection, replica_id, order, self.clock.cautious_now(), self._database.is_sqlite, limit
+                connection,
+                replica_id,
+                order,
+                self.clock.cautious_now(),
+                self._database.is_sqlite,
+                limit,
+                room,
             )
             changes = [row_changed(job) for job in jobs]
             await self._notify(connection, changes)
@@ -151,13 +174,14 @@ async def _order_to_claim(
 
 
 async def loads_of(connection: AsyncConnection, max_running_jobs_of_caller: int | None) -> CallerLoads:
-    """The turns of callers, and how many of their jobs run where that number is limited."""
+    """The turns of callers, how many of their jobs run where that number is limited, and the newest start."""
     last_turns = {row.caller: row.last_turn for row in await connection.execute(queries.last_turns())}
     num_running: dict[str, int] = {}
     if max_running_jobs_of_caller is not None:
         rows = await connection.execute(queries.num_running_by_caller())
         num_running = {row.caller: row.num_running for row in rows}
-    return CallerLoads(last_turns, num_running, max_running_jobs_of_caller)
+    newest_start = (await connection.execute(queries.newest_start())).scalar_one_or_none()
+    return CallerLoads(last_turns, num_running, max_running_jobs_of_caller, newest_start or 0)
 
 
 async def _claim_first(
@@ -167,14 +191,19 @@ async def _claim_first(
     now: float,
     is_sqlite: bool,
     limit: int,
+    room: StepRoom | None,
 ) -> tuple[Job, ...]:
-    """Claim the first jobs of an order; end those that are to be cancelled, too late or unreadable."""
+    """Claim those of the first jobs of an order for which there is room.
+
+    Those among them that are to be cancelled, too late or unreadable end.
+    """
     chosen = order.claimable[:limit]
     if not chosen:
         return ()
     query = queries.to_claim([waiting.acceptance_number for waiting in chosen])
     rows = {row.acceptance_number: row for row in await connection.execute(query)}
     claimed: list[Job] = []
+    has_passed_over = False
     for number in (waiting.acceptance_number for waiting in chosen if waiting.acceptance_number in rows):
         job = job_of(rows[number])
         if job.is_unreadable:
@@ -183,6 +212,13 @@ async def _claim_first(
         elif (reason := _reason_to_end(job, now)) is not None:
             job = job.cancelled_unclaimed(reason, now)
             await connection.execute(queries.write_ended_unclaimed(number, job))
+        elif room is not None and not room.take(
+            StepDemand.of_waiting(job),
+            # The turn of one behind a job that does not start has not come.
+            is_due=job.job_id in order.due and not has_passed_over,
+        ):
+            has_passed_over = True
+            continue
         else:
             await connection.execute(queries.claim(number, replica_id))
             if job.state is JobState.QUEUED:

@@ -29,6 +29,9 @@ class _OfCaller(Protocol):
     def caller(self) -> str: ...
 
 
+TURNS_PER_OLDEST = 17
+"""Number of jobs that start one after another of which one is that which has waited longest of all."""
+
 _JobOfCaller = TypeVar("_JobOfCaller", bound=_OfCaller)
 
 
@@ -40,11 +43,13 @@ class CallerLoads:
         last_turns: when each caller last had a turn; grows from turn to turn, over all callers.
         num_running: how many jobs of each caller replicas have now.
         max_running_jobs: how many jobs of one caller may run; None for any number.
+        newest_start: acceptance number of the newest job that any replica has taken; 0 for none.
     """
 
     last_turns: Mapping[str, int] = field(default_factory=dict)
     num_running: Mapping[str, int] = field(default_factory=dict)
     max_running_jobs: int | None = None
+    newest_start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +59,12 @@ class ClaimOrder:
     Attributes:
         claimable: those that may be claimed now, the next one first.
         held_back: those behind them, whose callers then run as many jobs as they may.
+        due: job ids of those that have the place of the oldest, which start beside whatever runs.
     """
 
     claimable: tuple[WaitingJob, ...]
     held_back: tuple[WaitingJob, ...]
+    due: frozenset[str] = frozenset()
 
     def __iter__(self) -> Iterator[WaitingJob]:
         yield from self.claimable
@@ -67,12 +74,20 @@ class ClaimOrder:
 def claim_order(waiting: Iterable[WaitingJob], loads: CallerLoads) -> ClaimOrder:
     """Order jobs: begun ones first, then by priority; within it callers take turns.
 
-    The caller whose last turn is longest ago gives its oldest job.
+    The caller whose last turn is longest ago gives its oldest job. Every turn whose number is a multiple of
+    `TURNS_PER_OLDEST` is the oldest job's, whatever its priority and caller, where a later one has started
+    before it. So at most `TURNS_PER_OLDEST` later jobs start before a job, for itself and for each older one
+    that waits.
     """
-    jobs = tuple(_in_turns(sorted(waiting, key=lambda job: job.acceptance_number), loads.last_turns))
+    turns = tuple(_in_turns(sorted(waiting, key=lambda job: job.acceptance_number), loads))
+    jobs = tuple(job for job, _ in turns)
     first = tuple(claimable(jobs, loads.num_running, loads.max_running_jobs))
     first_ids = {job.job_id for job in first}
-    return ClaimOrder(first, tuple(job for job in jobs if job.job_id not in first_ids))
+    return ClaimOrder(
+        first,
+        tuple(job for job in jobs if job.job_id not in first_ids),
+        frozenset(job.job_id for job, is_due in turns if is_due),
+    )
 
 
 def claimable(
@@ -95,29 +110,59 @@ def claimable(
             yield job
 
 
-def _in_turns(jobs: Iterable[WaitingJob], last_turns: Mapping[str, int]) -> Iterator[WaitingJob]:
+def _in_turns(jobs: Iterable[WaitingJob], loads: CallerLoads) -> Iterator[tuple[WaitingJob, bool]]:
+    """Jobs in the order of their turns, and whether each has that of the oldest.
+
+    Args:
+        jobs: by age.
+        loads: when the order is made.
+    """
+    by_age: deque[WaitingJob] = deque()
     by_priority: dict[int, dict[str, deque[WaitingJob]]] = {}
     for job in jobs:
         if job.was_begun:
-            yield job
+            yield job, False
         else:
+            by_age.append(job)
             by_priority.setdefault(job.priority, {}).setdefault(job.caller, deque()).append(job)
-    turns = dict(last_turns)
+    turns = dict(loads.last_turns)
     next_turn = max(turns.values(), default=0) + 1
+    newest_start = loads.newest_start
+    gone: set[str] = set()
     for _, callers in sorted(by_priority.items(), reverse=True):
         heap = [
             (turns.get(caller, 0), of_caller[0].acceptance_number, caller)
             for caller, of_caller in callers.items()
+            if of_caller
         ]
         heapq.heapify(heap)
         while heap:
-            caller = heapq.heappop(heap)[2]
-            of_caller = callers[caller]
-            yield of_caller.popleft()
-            turns[caller] = next_turn
-            if of_caller:
-                heapq.heappush(heap, (next_turn, of_caller[0].acceptance_number, caller))
+            while by_age and by_age[0].job_id in gone:
+                by_age.popleft()
+            is_overtaken = bool(by_age) and by_age[0].acceptance_number < newest_start
+            is_due = is_overtaken and next_turn % TURNS_PER_OLDEST == 0
+            if is_due:
+                job = by_age[0]
+            else:
+                turn, number, caller = heapq.heappop(heap)
+                line = callers[caller]
+                if not line:
+                    continue
+                if (turns.get(caller, 0), line[0].acceptance_number) != (turn, number):
+                    # It had the turn of the oldest meanwhile.
+                    heapq.heappush(heap, (turns.get(caller, 0), line[0].acceptance_number, caller))
+                    continue
+                job = line[0]
+            # The oldest of all is the oldest of its caller, too.
+            line = by_priority[job.priority][job.caller]
+            line.popleft()
+            gone.add(job.job_id)
+            newest_start = max(newest_start, job.acceptance_number)
+            turns[job.caller] = next_turn
+            if line and not is_due:
+                heapq.heappush(heap, (next_turn, line[0].acceptance_number, job.caller))
             next_turn += 1
+            yield job, is_due
 
 
 def num_before_newest(

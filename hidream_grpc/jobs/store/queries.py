@@ -134,6 +134,16 @@ def first_to_claim(model_fingerprint: str, max_jobs: int) -> sa.Select[Any]:
     return sa.select(*columns).where(oldest.c.age <= max_jobs)
 
 
+def newest_start() -> sa.Select[int]:
+    """Select the acceptance number of the newest job that any replica has taken."""
+    return (
+        sa.select(jobs.c.acceptance_number)
+        .where(jobs.c.claim_number > 0)
+        .order_by(jobs.c.acceptance_number.desc())
+        .limit(1)
+    )
+
+
 def last_turns() -> sa.Select[str, int]:
     """Select when each caller last had a turn."""
     return sa.select(turns.c.caller, turns.c.last_turn)
@@ -338,8 +348,12 @@ def delete_ended(job_ids: Collection[str]) -> ReturningDelete[str]:
 
 
 def delete_idle_turns() -> sa.Delete:
-    """Forget the turns of callers without any job."""
-    return sa.delete(turns).where(~sa.exists().where(jobs.c.caller == turns.c.caller))
+    """Forget the turns of callers without any job, but for the newest: turns are counted on from it."""
+    newest = turns.alias()
+    newest_turn = sa.select(sa.func.max(newest.c.last_turn)).scalar_subquery()
+    return sa.delete(turns).where(
+        ~sa.exists().where(jobs.c.caller == turns.c.caller), turns.c.last_turn < newest_turn
+    )
 
 
 def ended(after: tuple[float, int] | None, limit: int) -> sa.Select[Any]:

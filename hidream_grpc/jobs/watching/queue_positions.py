@@ -92,6 +92,7 @@ class QueuePositions:
         self._newest_number = 0
         # As last made, with the jobs that came since; by model.
         self._orders: dict[str, list[WaitingJob]] = {}
+        self._due: set[str] = set()
         self._loads = CallerLoads()
         self._positions: dict[str, int] = {}
         self._is_outdated = False
@@ -231,7 +232,7 @@ class QueuePositions:
         if not is_newest or self._limits.max_running_jobs_of_caller is not None:
             self._is_outdated = True
             return
-        num_before = num_before_newest(order, waiting.order, self._loads.last_turns)
+        num_before = num_before_newest(order, waiting.order, self._loads.last_turns, self._due)
         # Jobs that are behind it now have other positions.
         self._is_outdated |= num_before < len(order)
         order.insert(num_before, waiting.order)
@@ -253,9 +254,11 @@ class QueuePositions:
         by_model: dict[str, list[_Waiting]] = {self._limits.model_fingerprint: []}
         for waiting in self._waiting.values():
             by_model.setdefault(waiting.model_fingerprint, []).append(waiting)
-        self._orders, self._positions = {}, {}
+        self._orders, self._positions, self._due = {}, {}, set()
         for model_fingerprint, jobs in by_model.items():
-            order = list(claim_order((waiting.order for waiting in jobs), self._loads))
+            turns = claim_order((waiting.order for waiting in jobs), self._loads)
+            order = list(turns)
+            self._due |= turns.due
             self._orders[model_fingerprint] = order
             job_ids = [job.job_id for job in order]
             self._positions.update(zip(job_ids, count(FIRST_POSITION), strict=False))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+import pytest
+
 from hidream_grpc.engine.protocol.messages import (
     Decode,
     StepPlan,
@@ -10,9 +14,10 @@ from hidream_grpc.engine.requests import (
     ImageFinished,
     PromptReport,
     RequestFinished,
-    RequestStarted,
     StepFinished,
 )
+from hidream_grpc.engine.step_limit import MIN_WAIT_STEPS
+from hidream_grpc.model.parameters import SampleSize
 from tests.support.counting_ranks import ROUNDS_PER_IMAGE, STEP_SECONDS, CountingRanks, Service
 
 
@@ -57,18 +62,6 @@ async def test_a_round_may_decode_for_one_step_time_of_those_that_step_in_it() -
     assert set(budgets[4:]) == {(("small",), small), ((), small)}
 
 
-async def test_no_more_requests_run_than_allowed_and_an_ended_one_makes_room() -> None:
-    ranks = CountingRanks()
-    service = Service(ranks, max_running_requests=2)
-    for claim_id, num_inference_steps in (("a", 1), ("b", 9), ("c", 1)):
-        service.submit(claim_id, num_inference_steps)
-    await service.run_until_ended("c")
-    admitted = [[a.claim_id for a in plan.admissions] for plan in ranks.plans if plan.admissions]
-    assert admitted == [["a", "b"], ["c"]]
-    kinds = [(claim_id, type(event)) for claim_id, event in service.events]
-    assert kinds.index(("a", RequestFinished)) < kinds.index(("c", RequestStarted))
-
-
 async def test_a_cancelled_request_frees_the_rank_that_decodes_its_image() -> None:
     ranks = CountingRanks()
     service = Service(ranks)
@@ -110,3 +103,17 @@ async def test_prompts_are_counted_once_for_a_plan_and_not_for_every_rank() -> N
         service.submit(claim_id, num_inference_steps=2)
     await service.run_until_ended("first", "second")
     assert service.prompts == [PromptReport(num_cache_hits=2, num_cache_misses=4)]
+
+
+@pytest.mark.parametrize(
+    "waiting_sizes, factor", [((), 1.0), ([SampleSize(64, 64)], 1.25)], ids=["alone", "waited for"]
+)
+async def test_a_lowered_limit_of_a_step_rises_while_others_wait_for_room(
+    waiting_sizes: Collection[SampleSize], factor: float
+) -> None:
+    service = Service(CountingRanks())
+    service.waiting_sizes = waiting_sizes
+    service.step_limit.run_out(2 * 64 * 64)
+    service.submit("runs", num_inference_steps=MIN_WAIT_STEPS)
+    await service.run_until_ended("runs")
+    assert service.step_limit.pixels == factor * 64 * 64

@@ -168,14 +168,16 @@ async def bench_in(
 ) -> AsyncIterator[Bench]:
     """A service on a store in a folder; what was in the folder before is gone on with."""
     engine = DrivenEngine()
+
+    def capacity() -> EngineCapacity:
+        return EngineCapacity(limits.max_running_jobs, limits.max_pixels, num_ranks=1)
+
     store = SqlJobStore(f"sqlite+aiosqlite:///{directory / 'jobs.sqlite'}")
     await store.open()
     tools = JobTools(
         store=store,
         artifacts=artifacts or ArtifactStore(directory / "artifacts"),
-        estimator=JobEstimator(
-            lambda: EngineCapacity(limits.max_running_jobs, limits.max_pixels, num_ranks=1)
-        ),
+        estimator=JobEstimator(capacity),
         describe_execution=lambda: EXECUTION,
         chunk_bytes=limits.chunk_bytes,
         publish_to_replicas=lambda job_id, event: None,
@@ -190,6 +192,7 @@ async def bench_in(
         lambda report: None,
         lambda is_ready: None,
         lambda: None,
+        capacity,
     )
     await service.join()
     service.set_engine_state(EngineState.SERVING)

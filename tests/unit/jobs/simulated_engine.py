@@ -18,6 +18,7 @@ from hidream_grpc.engine.scheduler import (
 )
 from hidream_grpc.jobs.estimates.durations import MeasuredDurations
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity, Estimates, JobWork, estimate_jobs
+from hidream_grpc.jobs.store.step_room import MAX_CONSIDERED_JOBS, StepDemand, StepRoom
 from hidream_grpc.model.parameters import GenerationParameters
 
 SLICE_SECONDS = 0.05
@@ -84,7 +85,8 @@ class SimulatedEngine:
         running = [
             JobWork(
                 job_id=job_id,
-                caller="caller",
+                caller=request.request.caller,
+                priority=request.request.priority,
                 parameters=request.request.parameters,
                 step=request.step,
                 finished_images=frozenset(range(request.request.parameters.num_images)) - request.undecoded,
@@ -137,12 +139,21 @@ class SimulatedEngine:
         self.rests += [Estimate(j, self.seconds, seconds) for j, seconds in estimates.ends.items()]
 
     def _admit(self) -> bool:
-        admitted = self.waiting[: self.capacity.max_running_jobs - len(self.running)]
-        del self.waiting[: len(admitted)]
+        admitted = self._claim()
         for work in admitted:
+            self.waiting.remove(work)
             self.running[work.job_id] = work.running_request()
             self.starts[work.job_id] = self.seconds
         return bool(admitted)
+
+    def _claim(self) -> list[JobWork]:
+        """Choose the jobs that start as a server does, whose queue is in this order."""
+        running = (
+            StepDemand.of(r.request.caller, r.request.priority, r.request.parameters, r.step)
+            for r in self.running.values()
+        )
+        room = StepRoom(running, self.capacity.max_running_jobs, self.capacity.max_step_pixels)
+        return [work for work in self.waiting[:MAX_CONSIDERED_JOBS] if room.take(work.demand)]
 
     def _step(self, stepped: tuple[str, ...]) -> float:
         size = self.running[stepped[0]].size

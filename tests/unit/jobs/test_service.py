@@ -40,6 +40,7 @@ from hidream_grpc.jobs.watching.events import (
     Queued,
     Succeeded,
 )
+from hidream_grpc.model.parameters import SampleSize
 from tests.support.job_stores import eventually
 from tests.unit.jobs.service_bench import (
     DATA,
@@ -49,6 +50,7 @@ from tests.unit.jobs.service_bench import (
     draw,
     kinds,
     submission,
+    until,
 )
 
 
@@ -140,9 +142,9 @@ async def test_each_waiting_job_is_told_when_its_position_changes(bench: Bench) 
         assert (await anext(events)).body == Queued(2)
         await bench.service.cancel(None, second, CancelReason.REQUESTED)
         assert (await anext(events)).body == Queued(1)
-        urgent = await bench.submit(submission("urgent", priority=Priority.HIGH))
+        in_front = await bench.submit(submission("in front", caller="another"))
         assert (await anext(events)).body == Queued(2)
-    assert await position(urgent.job_id) == 1
+    assert await position(in_front.job_id) == 1
 
 
 async def test_a_waiting_job_is_told_how_long_once_a_step_was_measured(bench: Bench) -> None:
@@ -479,3 +481,21 @@ async def test_a_restart_is_told_and_the_estimate_starts_anew(bench: Bench) -> N
     end = await bench.end(job.job_id)
     assert isinstance(end, Succeeded)
     assert end.job.execution == dataclasses.replace(EXECUTION, attempt=2)
+
+
+async def test_jobs_for_which_a_step_has_no_room_wait_and_the_engine_is_told_their_size(bench: Bench) -> None:
+    # One alone fills a step.
+    first = await bench.submit(submission("first", num_images=128))
+    request = await bench.take()
+    second = await bench.submit(submission("second", num_images=128))
+    await until(lambda: list(bench.service.waiting_sizes) == [SampleSize(64, 64)])
+    assert (await bench.service.get(None, second.job_id)).state is JobState.QUEUED
+    await bench.submit(submission("urgent", priority=Priority.HIGH))
+    urgent = await bench.take()
+    assert (urgent.request_id, urgent.priority, urgent.caller) == ("urgent", Priority.HIGH, "caller")
+    draw(urgent)
+    for step in (1, 2, 3):
+        request.on_event(StepFinished(step, 0.1))
+    # The images of the first are still to be decoded.
+    assert (await bench.take()).request_id == "second"
+    assert (await bench.service.get(None, first.job_id)).state is JobState.RUNNING

@@ -11,8 +11,10 @@ import pytest
 
 from hidream.v1 import image_pb2, job_pb2, server_info_pb2
 from hidream_grpc.engine.requests import Priority
+from hidream_grpc.engine.step_order import MAX_TURNS_WAITED
 from hidream_grpc.jobs.job import CancelReason, JobStage, JobState
 from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
+from hidream_grpc.jobs.store.order import TURNS_PER_OLDEST
 from hidream_grpc.model.parameters import GenerationParameters, OutputFormat
 
 PROTOS = Path(__file__).parents[3] / "protos" / "hidream" / "v1"
@@ -75,3 +77,10 @@ def test_states_and_choices_have_the_names_of_the_contract(enum: Any, prefix: st
 def test_an_image_spec_holds_every_parameter_of_the_model_but_previews_and_what_follows() -> None:
     spec = {field.name for field in image_pb2.ImageSpec.DESCRIPTOR.fields}
     assert spec == set(GenerationParameters.__struct_fields__) - {"with_previews", "prompt_tokens"}
+
+
+def test_the_contract_says_how_many_later_jobs_start_before_an_older_one() -> None:
+    comment = Path("protos/hidream/v1/job.proto").read_text().split("enum Priority")[0].rpartition("\n}")[2]
+    assert f"Every {TURNS_PER_OLDEST}th job" in comment
+    assert f"at most {TURNS_PER_OLDEST} later jobs" in comment
+    assert f"at most {MAX_TURNS_WAITED} steps in a row" in comment

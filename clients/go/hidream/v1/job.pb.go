@@ -149,17 +149,24 @@ func (JobStage) EnumDescriptor() ([]byte, []int) {
 	return file_hidream_v1_job_proto_rawDescGZIP(), []int{1}
 }
 
-// Which jobs go first when several wait. Within one priority, the earlier one.
+// Which jobs go first when several wait, and when those that run share steps. Within one priority callers take
+// turns, in starts and in steps, and the jobs of one caller start in the order in which they were accepted; one that
+// is short beside those that run does not wait for their end.
+//
+// No job waits for ever. Every 17th job to start is the one that has waited longest, whatever its priority, where a
+// later one has started before it: so at most 17 later jobs start before a job, for itself and for each older
+// one that waits with it. A job that runs is passed over by those of another priority in at most 16 steps in a row.
 type Priority int32
 
 const (
 	// PRIORITY_NORMAL.
 	Priority_PRIORITY_UNSPECIFIED Priority = 0
-	// After all others.
+	// After all others, but for every 17th start, and one step in 17 of those that run.
 	Priority_PRIORITY_LOW Priority = 1
 	// The default.
 	Priority_PRIORITY_NORMAL Priority = 2
-	// Before all others.
+	// Before all others: it starts beside whatever runs of a lower priority, which goes on later from where it is, and
+	// takes its first step after the one that is being taken.
 	Priority_PRIORITY_HIGH Priority = 3
 )
 

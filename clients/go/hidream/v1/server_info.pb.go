@@ -658,7 +658,8 @@ type RequestLimits struct {
 	MaxNumImages int32 `protobuf:"varint,8,opt,name=max_num_images,json=maxNumImages,proto3" json:"max_num_images,omitempty"`
 	// Jobs that wait, in all: on all servers that share a job store.
 	MaxQueuedJobs int32 `protobuf:"varint,9,opt,name=max_queued_jobs,json=maxQueuedJobs,proto3" json:"max_queued_jobs,omitempty"`
-	// Jobs that this server draws at the same time.
+	// Jobs that this server draws at the same time, at most: of a priority or a higher one, so that one of a higher
+	// priority starts beside as many of a lower. Fewer run where a step has no room for more.
 	MaxRunningJobs int32 `protobuf:"varint,10,opt,name=max_running_jobs,json=maxRunningJobs,proto3" json:"max_running_jobs,omitempty"`
 	// Streams that are open at this server at the same time, of all callers; a further one answers
 	// RESOURCE_EXHAUSTED.

@@ -98,23 +98,34 @@ class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.Val
     PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
     """PRIORITY_NORMAL."""
     PRIORITY_LOW: _Priority.ValueType  # 1
-    """After all others."""
+    """After all others, but for every 17th start, and one step in 17 of those that run."""
     PRIORITY_NORMAL: _Priority.ValueType  # 2
     """The default."""
     PRIORITY_HIGH: _Priority.ValueType  # 3
-    """Before all others."""
+    """Before all others: it starts beside whatever runs of a lower priority, which goes on later from where it is, and
+    takes its first step after the one that is being taken.
+    """
 
 class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
-    """Which jobs go first when several wait. Within one priority, the earlier one."""
+    """Which jobs go first when several wait, and when those that run share steps. Within one priority callers take
+    turns, in starts and in steps, and the jobs of one caller start in the order in which they were accepted; one that
+    is short beside those that run does not wait for their end.
+
+    No job waits for ever. Every 17th job to start is the one that has waited longest, whatever its priority, where a
+    later one has started before it: so at most 17 later jobs start before a job, for itself and for each older
+    one that waits with it. A job that runs is passed over by those of another priority in at most 16 steps in a row.
+    """
 
 PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
 """PRIORITY_NORMAL."""
 PRIORITY_LOW: Priority.ValueType  # 1
-"""After all others."""
+"""After all others, but for every 17th start, and one step in 17 of those that run."""
 PRIORITY_NORMAL: Priority.ValueType  # 2
 """The default."""
 PRIORITY_HIGH: Priority.ValueType  # 3
-"""Before all others."""
+"""Before all others: it starts beside whatever runs of a lower priority, which goes on later from where it is, and
+takes its first step after the one that is being taken.
+"""
 Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
 class _CancelReason:

@@ -422,7 +422,9 @@ class RequestLimits(_message.Message):
     max_queued_jobs: _builtins.int
     """Jobs that wait, in all: on all servers that share a job store."""
     max_running_jobs: _builtins.int
-    """Jobs that this server draws at the same time."""
+    """Jobs that this server draws at the same time, at most: of a priority or a higher one, so that one of a higher
+    priority starts beside as many of a lower. Fewer run where a step has no room for more.
+    """
     max_streams: _builtins.int
     """Streams that are open at this server at the same time, of all callers; a further one answers
     RESOURCE_EXHAUSTED.

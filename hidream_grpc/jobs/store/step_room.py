@@ -1,0 +1,171 @@
+"""Which waiting jobs start beside those that run: those that the next round of steps serves. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Self
+
+from hidream_grpc.engine.requests import Priority
+from hidream_grpc.jobs.job import Job
+from hidream_grpc.model.parameters import GenerationParameters, SampleSize
+
+MAX_CONSIDERED_JOBS = 16
+"""Number of waiting jobs, the next ones first, among which those are found that start."""
+SHORT = 1 / 2
+"""A job is short beside another one if it takes at most this share of what is left of that one."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepDemand:
+    """What a job asks of the engine's steps.
+
+    Attributes:
+        size: only jobs of one size share a forward.
+        step_pixels: width × height × samples, which it adds to a forward.
+        num_steps: denoising steps that it has yet to take; 0 once its images are only to be decoded.
+    """
+
+    caller: str
+    priority: Priority
+    size: SampleSize
+    step_pixels: int
+    num_steps: int
+
+    @classmethod
+    def of(cls, caller: str, priority: Priority, parameters: GenerationParameters, step: int) -> Self:
+        """The demand of a job that has taken some steps."""
+        return cls(
+            caller,
+            priority,
+            parameters.sample_size,
+            parameters.width * parameters.height * parameters.num_samples,
+            parameters.num_inference_steps - step,
+        )
+
+    @classmethod
+    def of_waiting(cls, job: Job) -> Self:
+        """The demand of a job that no replica runs: it goes on from its snapshot, where there is one."""
+        step = 0 if job.snapshot is None else job.snapshot.step
+        submission = job.submission
+        return cls.of(submission.caller, submission.priority, submission.parameters, step)
+
+    @property
+    def work(self) -> int:
+        """Pixels of all steps that are left."""
+        return self.step_pixels * self.num_steps
+
+    def is_short_beside(self, other: StepDemand) -> bool:
+        """Whether it should not wait for the end of the other one."""
+        return self.work <= SHORT * other.work
+
+
+@dataclass(slots=True)
+class _Served:
+    """A job that steps, or waits for its steps before others.
+
+    Attributes:
+        place: how many jobs of its caller and priority are before it.
+    """
+
+    demand: StepDemand
+    place: int
+
+
+class StepRoom:
+    """The running jobs of an engine, and how many more it should start.
+
+    A job starts if a forward of its size has room for it beside those of this size that go before it, and
+    all that go before it, each by its share of a forward of its own size, fill less than one. So what is
+    alike runs one group after another, and the budget of a step decides how many jobs run. Before a job go
+    those that run already, unless
+
+    - its priority is higher, or
+    - they are further down in the line of their caller than it is in that of its own, or
+    - they are as far down, and it is short beside them.
+
+    Those that it displaces in this way keep their state, and take turns with it.
+
+    Args:
+        running: in the order of their start.
+        max_running_jobs: jobs of a priority or a higher one that may run at the same time.
+        max_step_pixels: width × height × samples of one forward; a single job may exceed it.
+        step_pixels_by_size: the same for forwards of these sizes, where it is less.
+
+    Attributes:
+        refused_sizes: sizes of the jobs that did not start.
+    """
+
+    def __init__(
+        self,
+        running: Iterable[StepDemand],
+        max_running_jobs: int,
+        max_step_pixels: int,
+        step_pixels_by_size: Mapping[SampleSize, int] = MappingProxyType({}),
+    ) -> None:
+        self.refused_sizes: set[SampleSize] = set()
+        self._max_running_jobs = max_running_jobs
+        self._max_step_pixels = max_step_pixels
+        self._step_pixels_by_size = step_pixels_by_size
+        self._num_running: Counter[Priority] = Counter()
+        self._served: list[_Served] = []
+        self._lines: Counter[tuple[str, Priority]] = Counter()
+        for demand in running:
+            self._num_running[demand.priority] += 1
+            self._serve(demand)
+
+    def take(self, demand: StepDemand, is_due: bool = False) -> bool:
+        """Decide whether the next one of those that wait starts; one that does not stays before the others.
+
+        Args:
+            is_due: whether it has to start, since so many others have started before it.
+        """
+        is_taken = is_due or (self._may_run(demand.priority) and self._is_served_soon(demand))
+        if is_taken:
+            self._num_running[demand.priority] += 1
+        else:
+            self.refused_sizes.add(demand.size)
+        self._serve(demand)
+        return is_taken
+
+    def _serve(self, demand: StepDemand) -> None:
+        if demand.num_steps > 0:
+            line = demand.caller, demand.priority
+            self._served.append(_Served(demand, self._lines[line]))
+            self._lines[line] += 1
+
+    def _may_run(self, priority: Priority) -> bool:
+        num_running = sum(number for other, number in self._num_running.items() if other >= priority)
+        return num_running < self._max_running_jobs
+
+    def _is_served_soon(self, demand: StepDemand) -> bool:
+        place = self._lines[demand.caller, demand.priority]
+        if place:
+            place -= sum(
+                demand.is_short_beside(served.demand)
+                for served in self._served
+                if (served.demand.caller, served.demand.priority) == (demand.caller, demand.priority)
+            )
+        forwards, pixels_of_size = 0.0, 0
+        for served in self._served:
+            if _goes_before(served, demand, place):
+                forwards += served.demand.step_pixels / self._step_pixels(served.demand.size)
+                if served.demand.size == demand.size:
+                    pixels_of_size += served.demand.step_pixels
+        fits = pixels_of_size + demand.step_pixels <= self._step_pixels(demand.size)
+        # Sums of shares are not exact.
+        return forwards < 1 - 1e-9 and (fits or not pixels_of_size)
+
+    def _step_pixels(self, size: SampleSize) -> int:
+        return min(self._max_step_pixels, self._step_pixels_by_size.get(size, self._max_step_pixels))
+
+
+def _goes_before(served: _Served, demand: StepDemand, place: int) -> bool:
+    """Whether one that is served already goes before another one at a place in the line of its caller."""
+    if served.demand.priority != demand.priority:
+        return served.demand.priority > demand.priority
+    if served.place != place:
+        return served.place < place
+    return not demand.is_short_beside(served.demand)
