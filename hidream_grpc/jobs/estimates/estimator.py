@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from hidream_grpc.engine.requests import (
@@ -135,12 +135,12 @@ class JobEstimator:
     @property
     def next_start_seconds(self) -> float | None:
         """Seconds until a place in the queue is free, since its job starts; None where that is unknown."""
-        return min(self._known_waits(), default=None)
+        return self._seconds_until(min(self._newest().starts.values(), default=None))
 
     @property
     def last_start_seconds(self) -> float | None:
         """Seconds until the last of the jobs that wait starts; None where that is unknown, or none waits."""
-        return max(self._known_waits(), default=None)
+        return self._seconds_until(max(self._newest().starts.values(), default=None))
 
     def wait_seconds(self, job_id: str) -> float | None:
         """Seconds until a waiting job starts; None where that is unknown."""
@@ -186,10 +186,6 @@ class JobEstimator:
                     continue
             in_front.append(work)
         return in_front
-
-    def _known_waits(self) -> Iterator[float]:
-        starts = self._newest().starts.values()
-        return (max(0.0, self._estimate_time + seconds - self._clock()) for seconds in starts)
 
     def _forget(self) -> None:
         self._is_outdated = True
