@@ -211,8 +211,8 @@ def test_the_limits_shown_are_those_of_the_settings(server: LiveServer) -> None:
         for field in limits.DESCRIPTOR.fields
     }
     assert 0 not in shown.values()
-    # The one that the server of these tests is started with.
-    expected = {"max_streams_per_caller": 1000}
+    # What the server of these tests is started with, and what the demo model's tokenizers allow.
+    expected = {"max_streams_per_caller": 1000, "max_prompt_tokens": 64}
     for name in shown.keys() & Settings.model_fields.keys():
         assert shown[name] == expected.get(name, Settings.model_fields[name].default), name
 
