@@ -18,6 +18,7 @@ MAX_POINTS_LOST = 2.0
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_images_of_the_demo_model_are_near_those_of_its_exact_weights_and_show_the_same() -> None:
     checkpoint = describe_checkpoint(demo_checkpoint_path(), None)
     captions = unseen_captions(NUM_CAPTIONS, seed=0)

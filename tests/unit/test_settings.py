@@ -61,6 +61,7 @@ FLAGS = {
     "--max-num-inference-steps",
     "--max-pixel-steps-per-minute-per-caller",
     "--max-prompt-bytes",
+    "--max-prompt-tokens",
     "--max-queued-jobs",
     "--max-queued-jobs-per-caller",
     "--max-receive-message-bytes",
