@@ -18,10 +18,10 @@ from tests.support.streams import Stream, follow, read_until, request
 
 @pytest.fixture(scope="module")
 def mortal_server() -> Iterator[LiveServer]:
-    """A server whose ranks may be killed, and quantize when they load; nothing else relies on it."""
+    """A server whose ranks may be killed, quantize when they load, and divide tokens; only for tests here."""
     quantized = ("--weights", "int8", "--text-encoder-weights", "float8")
     with running_server(
-        "--devices", "0,1", "--grace-seconds", "5", "--metrics-port", "0", *quantized
+        "--layout", "sp=2", "--grace-seconds", "5", "--metrics-port", "0", *quantized
     ) as server:
         yield server
 
@@ -76,7 +76,7 @@ def test_a_rank_killed_in_mid_picture_is_replaced_and_the_image_is_the_same(
         assert after_restart[-1] == 20
 
     after = mortal_server.info()
-    assert (after.layout, after.weights, after.text_encoder_weights) == ("tp=2", "int8", "float8")
+    assert (after.layout, after.weights, after.text_encoder_weights) == ("sp=2", "int8", "float8")
     assert after.generation > before.generation
     assert after.num_rank_restarts == before.num_rank_restarts + 1
     # The other rank kept its process, and so its weights.

@@ -125,10 +125,14 @@ class WithoutTensorsFromTheHost(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def on_meta(folder: Path, device: CpuDevice, groups: ParallelGroups | None = None) -> HiDreamTransformer:
+def on_meta(
+    folder: Path, device: CpuDevice, groups: ParallelGroups | None = None, **changes: Any
+) -> HiDreamTransformer:
     config = msgspec.json.decode((folder / "config.json").read_bytes(), type=TransformerConfig)
     with torch.device("meta"):
-        return HiDreamTransformer(config, groups or ParallelGroups(Layout()), device)
+        return HiDreamTransformer(
+            msgspec.structs.replace(config, **changes), groups or ParallelGroups(Layout()), device
+        )
 
 
 class Inputs:
@@ -264,7 +268,7 @@ def test_one_product_gives_queries_keys_and_values(
 def test_no_step_waits_for_a_result_on_the_device(width: int, folder: Path) -> None:
     # A meta tensor has no values: whoever reads one on the host raises.
     transformer = on_meta(folder, MetaDevice())
-    assert predict_on_meta(transformer, width).shape == (1, 16, 8, width)
+    assert predict_on_meta(transformer, 8, width).shape == (1, 16, 8, width)
 
 
 @torch.inference_mode()
@@ -273,12 +277,21 @@ def test_no_block_with_padded_samples_copies_their_indices_from_the_host(folder:
     transformer = on_meta(folder, MetaDevice(), groups)
     watched = WithoutTensorsFromTheHost([*transformer.double_blocks, *transformer.single_blocks])
     with groups.without_collectives():
-        predict_on_meta(transformer, 8, num_groups=2, unpadded_samples=(0,))
+        predict_on_meta(transformer, 8, 8, num_groups=2, unpadded_samples=(0,))
     assert watched.num_calls > 0
+
+
+@torch.inference_mode()
+def test_a_rank_without_a_token_of_the_image_takes_part_in_a_step(folder: Path) -> None:
+    groups = ParallelGroups(Layout(expert_parallel=2, sequence_parallel=5), rank=4)
+    transformer = on_meta(folder, MetaDevice(), groups, num_attention_heads=5)
+    with groups.without_collectives():
+        assert predict_on_meta(transformer, 2, 2, num_groups=2).shape == (1, 16, 2, 2)
 
 
 def predict_on_meta(
     transformer: HiDreamTransformer,
+    height: int,
     width: int,
     num_groups: int = 1,
     unpadded_samples: tuple[int, ...] | None = None,
@@ -289,7 +302,7 @@ def predict_on_meta(
             torch.empty(dim), torch.empty(T5_TOKENS, dim), torch.empty(blocks, LLAMA_TOKENS, dim)
         )
         rows = RankRows(
-            torch.empty(1, 16, 8, width), torch.empty(num_groups, dim), (conditioning,), unpadded_samples
+            torch.empty(1, 16, height, width), torch.empty(num_groups, dim), (conditioning,), unpadded_samples
         )
         prediction: Tensor = transformer(rows)
         return prediction

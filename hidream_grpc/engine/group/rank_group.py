@@ -61,9 +61,7 @@ class RankGroup:
     def __init__(self, config: GroupConfig) -> None:
         self.num_restarts = 0
         self._config = config
-        self._placement = GroupPlacement(
-            config.devices, config.layout, config.smaller_layouts, config.leaner_layouts
-        )
+        self._placement = GroupPlacement(config.devices, config.layout, config.smaller_layouts)
         self._plan_timeouts = PlanTimeouts(
             config.timeouts.min_plan_seconds, config.timeouts.collective_seconds
         )
@@ -229,15 +227,11 @@ class RankGroup:
                     raise
                 why = failure.reason
             except InsufficientMemoryError as failure:
+                # Without a lost device a smaller layout is no help: each of its ranks needs more memory.
                 if not why:
-                    # What was chosen without knowing the memory gives way, what the operator named does not.
-                    if self.generation or not self._placement.leaner():
-                        raise
-                    logger.warning("layout %s instead: %s", self.placement.layout, failure)
-                    await self._end_ranks(keep_snapshots)
-                    continue
+                    raise
                 await self._end_ranks(keep_snapshots)
-                if not self._placement.later():
+                if not self._placement.smaller():
                     raise InsufficientMemoryError(f"{why}; without it, {failure}") from None
                 logger.error("layout passed over: %s", failure)
                 continue

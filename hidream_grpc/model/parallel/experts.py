@@ -75,6 +75,9 @@ class RoutedExperts(nn.Module):
         Source: DeepSeek-V3's gate as in diffusers 0.42.1 transformer_hidream_image.py, MoEGate and
             moe_infer, without its copy of the counts to the host.
         """
+        if not tokens.numel():
+            # Of few tokens a rank of a long sequence axis has none, and kernels refuse such groups.
+            return tokens
         if self._expert_axis.size == 1:
             return self._route(tokens.flatten(0, 1)).view_as(tokens)
         everywhere = self._expert_axis.all_gather(tokens).flatten(0, 1)
