@@ -12,7 +12,6 @@ from hidream_grpc.model.checkpoint.text_encoders import TextEncoderName
 from hidream_grpc.model.costs.model import ModelCosts, Workload
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import LAYOUT_FLAG, allowed_layouts, plan_layout
-from hidream_grpc.model.prompts.assignment import fits
 
 _GB = 1e9
 
@@ -89,7 +88,7 @@ class MemoryRequirements:
                 fits_total=needed_bytes <= host.total_bytes,
             )
         left_bytes = host.free_bytes - weights_bytes
-        wanted_bytes = len(ranks) * self._wanted_work_bytes(layout)
+        wanted_bytes = len(ranks) * self.reserve_bytes(layout)
         if left_bytes >= wanted_bytes:
             return None
         return (
@@ -139,7 +138,7 @@ class MemoryRequirements:
                 + self._would_fit(layout, devices, list(self._fitting_on_devices(memory, host))),
                 fits_total=host_bytes <= host.total_bytes,
             )
-        left_bytes, wanted_bytes = memory.free_bytes - weights_bytes, self._wanted_work_bytes(layout)
+        left_bytes, wanted_bytes = memory.free_bytes - weights_bytes, self.reserve_bytes(layout)
         if left_bytes >= wanted_bytes:
             return None
         return (
@@ -154,13 +153,13 @@ class MemoryRequirements:
         if self.costs.device_type is CPU:
             return ()
         on_host = []
-        weights_bytes = self.costs.weights_bytes(layout)
+        weights_bytes, reserve_bytes = self.costs.weights_bytes(layout), self.reserve_bytes(layout)
         for rank, encoders in enumerate(self.costs.text_encoders_of(layout)):
             if rank not in devices:
                 continue
             free_bytes = devices[rank].free_bytes - weights_bytes
             for name, size_bytes in encoders.items():
-                if fits(size_bytes, DeviceMemory(devices[rank].total_bytes, free_bytes)):
+                if free_bytes - size_bytes >= reserve_bytes:
                     free_bytes -= size_bytes
                 else:
                     on_host.append(name)
@@ -190,7 +189,8 @@ class MemoryRequirements:
     def _least_work_bytes(self, layout: Layout) -> int:
         return self.costs.work_bytes(layout, self.workload.least).total_bytes
 
-    def _wanted_work_bytes(self, layout: Layout) -> int:
+    def reserve_bytes(self, layout: Layout) -> int:
+        """Memory that stays free of text encoders on a rank's device, for all that the settings allow."""
         return self.costs.work_bytes(layout, self.workload.largest).total_bytes
 
     def _would_fit(self, layout: Layout, ranks: Mapping[int, DeviceMemory], fitting: Sequence[str]) -> str:

@@ -88,6 +88,7 @@ class HiDreamModel:
         groups: ParallelGroups | None = None,
         fingerprint: str | None = None,
         weights: WeightFormats | None = None,
+        reserve_bytes: int = 0,
     ) -> HiDreamModel:
         """Load a rank's share of a checkpoint that `describe_checkpoint` has accepted, from local files.
 
@@ -98,6 +99,7 @@ class HiDreamModel:
             groups: the axes of this rank; None for one rank that has the whole model.
             fingerprint: fingerprint that the checkpoint must have; None for any.
             weights: formats in which the weights are held; None for the dtype of the device.
+            reserve_bytes: memory of the device that stays free of text encoders, to work in.
 
         Raises:
             CheckpointChangedError: it is another checkpoint, or became one while it was read.
@@ -110,7 +112,13 @@ class HiDreamModel:
             fingerprint = fingerprint_of(model_path, extra_model_path)
         with unchanged_checkpoint(model_path, extra_model_path, fingerprint):
             return cls._load(
-                model_path, extra_model_path, device, groups, fingerprint, weights or WeightFormats()
+                model_path,
+                extra_model_path,
+                device,
+                groups,
+                fingerprint,
+                weights or WeightFormats(),
+                reserve_bytes,
             )
 
     @classmethod
@@ -122,6 +130,7 @@ class HiDreamModel:
         groups: ParallelGroups,
         fingerprint: str,
         weights: WeightFormats,
+        reserve_bytes: int,
     ) -> HiDreamModel:
         config = read_json(model_path / "transformer" / "config.json", TransformerConfig, MODEL_PATH_FLAG)
         with loading(model_path / "transformer", MODEL_PATH_FLAG, device):
@@ -146,6 +155,7 @@ class HiDreamModel:
             device,
             groups.world,
             weights.text_encoders,
+            reserve_bytes,
         )
         return cls(
             prompt_encoder=PromptEncoder(text_encoders, transformer, groups.world, device),

@@ -114,6 +114,7 @@ def group_config(settings: Settings, folders: ModelFolders, checkpoint: Checkpoi
         smaller_layouts=smaller_layouts(layout, divisions),
         start_method=device_type.start_method,
         check_memory=requirements.check,
+        reserve_bytes=requirements.reserve_bytes,
         # Proven on gloo; an experiment where the backend holds state in the device.
         replace=settings.replace or ("one" if device_type.backend == "gloo" else "all"),
         threads_per_rank=settings.threads_per_rank or max(1, cores_per_rank),

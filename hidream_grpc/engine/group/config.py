@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,11 @@ from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.weight_format import WeightFormats
+
+
+def _reserve_nothing(_layout: Layout) -> int:
+    """Leave nothing free: the default where the needs of the model are not known."""
+    return 0
 
 
 def _accept_any_memory(*_arguments: object) -> None:
@@ -62,6 +68,7 @@ class GroupConfig:
         replace: which ranks are started again when one died: that one, or all. "one" is proven on gloo.
         threads_per_rank: CPU threads of torch in each rank.
         check_memory: raises where the ranks that start have no room for what they load.
+        reserve_bytes: memory of a device that stays free of text encoders in a layout, to work in.
         compile_shapes: the shapes of steps that each rank compiles for once it has loaded.
         image_metadata: what the files of images say of themselves.
         timeouts: the time limits of everything that the server waits for.
@@ -79,6 +86,7 @@ class GroupConfig:
     replace: Literal["one", "all"] = "one"
     threads_per_rank: int = 1
     check_memory: MemoryCheck = _accept_any_memory
+    reserve_bytes: Callable[[Layout], int] = _reserve_nothing
     compile_shapes: tuple[StepShape, ...] = ()
     image_metadata: ImageMetadata = field(default_factory=ImageMetadata)
     timeouts: GroupTimeouts = field(default_factory=GroupTimeouts)

@@ -199,6 +199,7 @@ class RankProcesses:
                 image_metadata=self._config.image_metadata,
                 counter_path=counter_path,
                 log=self._config.log,
+                reserve_bytes=self._config.reserve_bytes(placement.layout),
             )
 
         load_seconds = self._config.timeouts.load_seconds

@@ -98,7 +98,7 @@ class Load(_Message, frozen=True):
 
     A checkpoint of another fingerprint is refused, since the server has described this one to its callers.
     `counter_path` is the page in which the rank counts its collectives, see
-    `engine/protocol/collective_counter.py`.
+    `engine/protocol/collective_counter.py`; `reserve_bytes` stay free of text encoders on the device.
     """
 
     model_path: Path
@@ -113,6 +113,7 @@ class Load(_Message, frozen=True):
     image_metadata: ImageMetadata
     counter_path: Path
     log: LogConfig
+    reserve_bytes: int = 0
 
 
 class LoadWeights(_Message, frozen=True):

@@ -205,6 +205,7 @@ def _load_and_serve(channel: BlockingChannel[Command], rank: int, load: Load) ->
                 groups,
                 load.checkpoint_fingerprint,
                 load.weights,
+                load.reserve_bytes,
             )
             if load.compile_shapes:
                 work = "--compile-shapes: the transformer cannot be compiled"

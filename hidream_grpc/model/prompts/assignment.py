@@ -1,14 +1,9 @@
-"""Which rank holds which text encoder, and whether the encoder fits the rank's device. Pure."""
+"""Which rank holds which text encoder. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TypeVar
-
-from hidream_grpc.devices.device_types import DeviceMemory
-
-_MIN_RESERVE_BYTES = 4 * 1024**3
-_RESERVE_FRACTION = 8
 
 _Name = TypeVar("_Name", bound=str)
 
@@ -31,13 +26,3 @@ def assign_to_ranks(sizes_bytes: Mapping[_Name, int], world_size: int) -> dict[_
         ranks[name] = min(range(world_size), key=lambda rank: (load_bytes[rank], rank))
         load_bytes[ranks[name]] += sizes_bytes[name]
     return {name: ranks[name] for name in sizes_bytes}
-
-
-def activation_reserve_bytes(memory: DeviceMemory) -> int:
-    """Memory that must stay free of weights on a device, for denoising, decoding and cached prompts."""
-    return max(_MIN_RESERVE_BYTES, memory.total_bytes // _RESERVE_FRACTION)
-
-
-def fits(size_bytes: int, memory: DeviceMemory) -> bool:
-    """Whether the free memory of a device has room for so many bytes of weights and the reserve."""
-    return memory.free_bytes - size_bytes >= activation_reserve_bytes(memory)

@@ -31,7 +31,7 @@ from hidream_grpc.model.checkpoint.text_encoders import TextEncoderFiles, TextEn
 from hidream_grpc.model.loading import load_module, load_tokenizer, loading
 from hidream_grpc.model.parallel.groups import Axis
 from hidream_grpc.model.parameters import PaddedPrompt
-from hidream_grpc.model.prompts.assignment import activation_reserve_bytes, assign_to_ranks, fits
+from hidream_grpc.model.prompts.assignment import assign_to_ranks
 from hidream_grpc.model.weight_format import WeightFormat
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ class TextEncoders:
         device: Device,
         world: Axis,
         weights: WeightFormat = WeightFormat.BFLOAT16,
+        reserve_bytes: int = 0,
     ) -> TextEncoders:
         """Load this rank's encoders of a checkpoint, each onto the device where it has room.
 
@@ -119,6 +120,7 @@ class TextEncoders:
             world: the ranks that share the encoders.
             weights: how to hold the encoders that are on the device. Those on the host of an accelerator have
                 float32, in which it computes fastest.
+            reserve_bytes: memory that stays free on the device, for steps, decoding and cached prompts.
         """
         files = text_encoder_files(model_path, extra_model_path, len(llama_layers))
         sizes_bytes = {name: f.num_parameters * device.dtype.itemsize for name, f in files.items()}
@@ -131,7 +133,7 @@ class TextEncoders:
         where: list[str] = []
         for name in names:
             size_bytes = weights.component_bytes(files[name].shapes, device.dtype.itemsize)
-            encoder_device, reason = _choose_device(size_bytes, device)
+            encoder_device, reason = _choose_device(size_bytes, device, reserve_bytes)
             own_weights = weights if encoder_device is device else WeightFormat.BFLOAT16
             flag = llama_flag(model_path) if name is TextEncoderName.LLAMA else MODEL_PATH_FLAG
             with loading(files[name].folder, flag, device):
@@ -237,7 +239,7 @@ def _load(
             return _LlamaEncoder(files, llama_layers, device, weights)
 
 
-def _choose_device(size_bytes: int, device: Device) -> tuple[Device, str]:
+def _choose_device(size_bytes: int, device: Device, reserve_bytes: int) -> tuple[Device, str]:
     """Choose the device, if it has room beside the needs of denoising and decoding, or else the host's CPU.
 
     The host computes in the dtype of its CPU device, float32. In bfloat16, with half the memory, the same
@@ -247,6 +249,7 @@ def _choose_device(size_bytes: int, device: Device) -> tuple[Device, str]:
     Args:
         size_bytes: size of the encoder's weights on the device.
         device: device of this rank.
+        reserve_bytes: memory that stays free on the device.
 
     Returns:
         The device of the encoder, and the reason, for the log.
@@ -257,10 +260,9 @@ def _choose_device(size_bytes: int, device: Device) -> tuple[Device, str]:
     device.empty_cache()
     memory = device.memory()
     size, free, reserve = (
-        f"{num_bytes / _GB:.3g} GB"
-        for num_bytes in (size_bytes, memory.free_bytes, activation_reserve_bytes(memory))
+        f"{num_bytes / _GB:.3g} GB" for num_bytes in (size_bytes, memory.free_bytes, reserve_bytes)
     )
-    if fits(size_bytes, memory):
+    if memory.free_bytes - size_bytes >= reserve_bytes:
         return device, f"on the device, {size} of {free} free"
     host = open_device(CPU.name, 0)
     reason = f"{size} do not fit into {free} free on the device, less {reserve} for denoising"

@@ -71,11 +71,11 @@ def test_a_device_that_is_too_small_is_told_with_layouts_and_places_of_text_enco
 ) -> None:
     assert refusal(device_type, "tp=1", gigabytes(24, 23), gigabytes(128, 120)) == (
         "--layout: tp=1 needs 36.2 GB of each device (34.4 GB of weights, 1.8 GB to work in), and that of "
-        "rank 0 has 23.0 GB of 24.0 GB free; tp=2 with Llama, T5 and CLIP-L on the host would fit"
+        "rank 0 has 23.0 GB of 24.0 GB free; tp=2 with Llama, T5, CLIP-G and CLIP-L on the host would fit"
     )
     assert refusal(device_type, "tp=1", gigabytes(35), gigabytes(20)).endswith("free; tp=4 would fit")
     assert refusal(device_type, "tp=1", gigabytes(32), gigabytes(128)).endswith(
-        "free; tp=2 with Llama and CLIP-G on the host or tp=4 would fit"
+        "free; tp=2 with Llama and T5 on the host or tp=4 would fit"
     )
 
 
@@ -114,8 +114,10 @@ def test_a_host_that_is_too_small_for_text_encoders_is_told() -> None:
 
 def test_every_rank_counts_towards_the_host_and_only_those_that_start() -> None:
     device, host = gigabytes(24, 23), gigabytes(40)
-    # Llama of rank 0 needs 30 GB there, T5 and CLIP-L of rank 1 need 19.5.
-    assert "leaves no room on the devices for Llama, T5 and CLIP-L" in refusal(CUDA, "tp=2", device, host)
+    # Llama of rank 0 needs 30 GB there, the others of rank 1 need 22.3.
+    assert "leaves no room on the devices for Llama, T5, CLIP-G and CLIP-L" in refusal(
+        CUDA, "tp=2", device, host
+    )
     assert refusal(CUDA, "tp=2", device, host, ranks=(0,)) == ""
     assert refusal(CUDA, "tp=2", device, host, ranks=(1,)) == ""
     # Another layout is no help beside ranks that hold their weights.
@@ -162,3 +164,16 @@ def test_a_refusal_says_whether_memory_that_is_given_back_would_help(
     with pytest.raises(InsufficientMemoryError) as refused:
         warning(device_type, "tp=1", memory, host)
     assert refused.value.fits_total is fits_total
+
+
+def test_text_encoders_leave_room_on_their_device_for_all_that_the_settings_allow() -> None:
+    requirements = requirements_of(CUDA)
+    alone, half = parse_layout("tp=1"), parse_layout("tp=2")
+    # A step of 8 samples of 1024×1024, a decoder, prompts and kernels.
+    assert requirements.reserve_bytes(alone) == 6_506_271_744
+    assert requirements.encoders_on_host(alone, {0: gigabytes(64)}) == (TextEncoderName.T5,)
+    assert requirements.encoders_on_host(half, dict.fromkeys(range(2), gigabytes(64))) == ()
+    llama = requirements.costs.text_encoders_bytes[TextEncoderName.LLAMA]
+    room = requirements.costs.weights_bytes(half) + requirements.reserve_bytes(half) + llama
+    for free_bytes, on_host in ((room, ()), (room - 1, (TextEncoderName.LLAMA,))):
+        assert requirements.encoders_on_host(half, {0: DeviceMemory(room, free_bytes)}) == on_host

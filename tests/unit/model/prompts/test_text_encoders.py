@@ -17,6 +17,7 @@ from hidream_grpc.model.prompts.text_encoders import PromptEmbeds, TextEncoders
 from tests.support.checkpoints import LLAMA_LAYERS_READ
 
 GIB = 1024**3
+RESERVE_BYTES = 4 * GIB
 
 
 class Accelerator(CpuDevice):
@@ -34,7 +35,9 @@ class Accelerator(CpuDevice):
 
 
 def load(checkpoint: Path, device: CpuDevice, world: Axis | None = None) -> TextEncoders:
-    return TextEncoders.from_pretrained(checkpoint, None, LLAMA_LAYERS_READ, device, world or Axis("world"))
+    return TextEncoders.from_pretrained(
+        checkpoint, None, LLAMA_LAYERS_READ, device, world or Axis("world"), reserve_bytes=RESERVE_BYTES
+    )
 
 
 CIRCLE = PaddedPrompt("a red circle")
