@@ -14,11 +14,11 @@ from hidream_grpc.model.checkpoint.description import describe_checkpoint
 from hidream_grpc.model.checkpoint.hidream_i1 import HIDREAM_I1
 from hidream_grpc.model.checkpoint.sizes import ImageSize, SizeLimits
 from hidream_grpc.model.checkpoint.variants import MAX_SCALE_WITHOUT_GUIDANCE
-from hidream_grpc.model.costs.choice import ORDERS, LayoutChooser, LayoutWord, by_latency, unbeaten
+from hidream_grpc.model.costs.choice import ORDERS, LayoutChooser, by_latency, unbeaten
 from hidream_grpc.model.costs.model import ModelCosts, Workload
 from hidream_grpc.model.memory_requirements import MemoryRequirements
 from hidream_grpc.model.parallel.layout import Layout
-from hidream_grpc.model.parallel.planner import plan_layout
+from hidream_grpc.model.parallel.planner import LayoutWord, plan_layout
 from hidream_grpc.model.weight_format import WeightFormat, WeightFormats
 
 _GB = 1e9

@@ -168,6 +168,11 @@ def log_choice(chosen: DeviceType, is_cpu_enough: bool, machine: Machine | None 
     _logger.log(level, "%s auto takes %s%s", DEVICE_TYPE_FLAG, chosen.name, reasons)
 
 
+def all_devices(device_type: DeviceType, machine: Machine | None = None) -> tuple[int, ...]:
+    """The indices of all devices of a counted type that this process may use."""
+    return tuple(range(len((machine or Machine()).visible_devices(device_type))))
+
+
 def select_devices(
     device_type: DeviceType,
     devices: tuple[int, ...],

@@ -41,7 +41,7 @@ from hidream_grpc.server.checks.requests import RequestChecks
 from hidream_grpc.server.configuration import (
     DrainTimes,
     group_config,
-    log_device_choice,
+    log_choices,
     request_defaults,
     request_limits,
     store_locations,
@@ -83,7 +83,7 @@ class Service:
         tls: encrypts what callers and the server say; None for plaintext.
         metrics_port: where Prometheus reads, on the same host; None for no metrics.
         tracing: exports spans; None for no traces.
-        log_device_choice: says what `--device-type auto` chose, once it is known that the server starts.
+        log_choices: says what was chosen of devices and layouts, once it is known that the server starts.
     """
 
     model_name: str
@@ -103,7 +103,7 @@ class Service:
     metrics_port: int | None
     tracing: Tracing | None
     drain_times: DrainTimes
-    log_device_choice: Callable[[], None]
+    log_choices: Callable[[], None]
 
 
 async def serve(settings: Settings) -> None:
@@ -220,7 +220,7 @@ def build(settings: Settings) -> Service:
         metrics_port=settings.metrics_port,
         tracing=tracing,
         drain_times=DrainTimes(settings.drain_delay_seconds, settings.grace_seconds),
-        log_device_choice=partial(log_device_choice, settings, group),
+        log_choices=partial(log_choices, settings, folders, checkpoint, group),
     )
 
 
@@ -265,7 +265,7 @@ def _log_start(service: Service, address: str) -> None:
     if service.tls is not None:
         logger.info("connections need %s", service.tls)
     logger.info("listening on %s, loading model %s, layout %s", address, service.model_name, layout)
-    service.log_device_choice()
+    service.log_choices()
     if idle_devices:
         logger.warning("layout %s leaves devices idle: %s", layout, ", ".join(map(str, idle_devices)))
 

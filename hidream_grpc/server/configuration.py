@@ -10,12 +10,13 @@ from pathlib import Path
 from hidream_grpc.devices.detect import (
     AUTO,
     DeviceSelection,
+    all_devices,
     detect,
     log_choice,
     parse_devices,
     select_devices,
 )
-from hidream_grpc.devices.device_types import CPU, DeviceType
+from hidream_grpc.devices.device_types import CPU, DeviceMemory, DeviceType
 from hidream_grpc.devices.host_memory import host_memory
 from hidream_grpc.engine.group.config import GroupConfig, GroupTimeouts
 from hidream_grpc.engine.group.rank_group import RankGroup
@@ -33,11 +34,12 @@ from hidream_grpc.model.checkpoint.prompt_lengths import PROMPT_TOKEN_BUCKETS, p
 from hidream_grpc.model.checkpoint.sizes import MAX_PREVIEW_SIDE_PIXELS, ImageSize
 from hidream_grpc.model.checkpoint.step_shapes import COMPILE_SHAPES_FLAG, StepShape, choose_compile_shapes
 from hidream_grpc.model.checkpoint.variants import MAX_SCALE_WITHOUT_GUIDANCE
+from hidream_grpc.model.costs.choice import ORDERS, LayoutChooser
 from hidream_grpc.model.costs.model import ModelCosts, Workload
 from hidream_grpc.model.image_metadata import ImageMetadata
 from hidream_grpc.model.memory_requirements import MemoryRequirements
 from hidream_grpc.model.parallel.layout import Layout
-from hidream_grpc.model.parallel.planner import LAYOUT_FLAG, ModelDivisions, choose_layout, smaller_layouts
+from hidream_grpc.model.parallel.planner import LAYOUT_FLAG, LayoutWord, choose_layout, parse_layout
 from hidream_grpc.model.weight_format import WeightFormat, WeightFormats
 from hidream_grpc.server.manifest_certificate import manifest_signer
 from hidream_grpc.server.model_folders import ModelFolders
@@ -50,6 +52,9 @@ MAX_LABELS = 32
 MAX_LABEL_BYTES = 128
 
 DATA_DIR_FLAG = "--data-dir"
+
+_WORTH_TELLING = 1.02
+"""How many times as fast a layout must be for the log to name it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,38 +98,38 @@ def group_config(settings: Settings, folders: ModelFolders, checkpoint: Checkpoi
     Raises:
         StartupError: a device, a layout or a shape that cannot be, or has no room.
     """
-    divisions = ModelDivisions(checkpoint.num_attention_heads, checkpoint.num_routed_experts)
-    devices, layout = _plan(settings, divisions)
-    device_type = devices.device_type
-    weights = weight_formats(settings, device_type)
-    costs = ModelCosts(read_configs(folders.model, folders.extra_model), device_type, weights)
-    requirements = MemoryRequirements(costs, _workload(settings, checkpoint, device_type))
+    device_type = detect(settings.device_type)
+    chooser = layout_chooser(settings, folders, checkpoint, device_type)
+    requirements = chooser.requirements
+    host = host_memory()
+    devices, layouts = _plan(settings, chooser, host)
+    layout, *leaner_layouts = layouts
     if device_type is CPU:
         # The memory of other devices is known when a rank has opened them, before it loads.
-        host = host_memory()
         requirements.check(layout, dict.fromkeys(range(layout.world_size), host), host)
     cores_per_rank = len(os.sched_getaffinity(0)) // layout.world_size
     return GroupConfig(
         model_path=folders.model,
         extra_model_path=folders.extra_model,
         checkpoint_fingerprint=checkpoint.fingerprint,
-        weights=weights,
+        weights=requirements.costs.formats,
         devices=devices,
         layout=layout,
-        smaller_layouts=smaller_layouts(layout, divisions),
+        smaller_layouts=chooser.after_a_loss(layout.world_size - 1, _word(settings)),
+        leaner_layouts=tuple(leaner_layouts),
         start_method=device_type.start_method,
         check_memory=requirements.check,
         reserve_bytes=requirements.reserve_bytes,
         # Proven on gloo; an experiment where the backend holds state in the device.
         replace=settings.replace or ("one" if device_type.backend == "gloo" else "all"),
         threads_per_rank=settings.threads_per_rank or max(1, cores_per_rank),
-        compile_shapes=_compile_shapes(settings, device_type, checkpoint),
+        compile_shapes=compile_shapes(settings, device_type, checkpoint),
         image_metadata=ImageMetadata(
             detail=settings.image_metadata,
             model=checkpoint.name,
             scheduler=checkpoint.scheduler_name,
             shift=checkpoint.shift,
-            weights=weights,
+            weights=requirements.costs.formats,
             signer=manifest_signer(settings.c2pa_certificate, settings.c2pa_key),
         ),
         timeouts=GroupTimeouts(
@@ -135,11 +140,25 @@ def group_config(settings: Settings, folders: ModelFolders, checkpoint: Checkpoi
     )
 
 
-def log_device_choice(settings: Settings, group: RankGroup) -> None:
-    """Say what `--device-type auto` chose and why; nothing where the operator chose."""
+def log_choices(
+    settings: Settings, folders: ModelFolders, checkpoint: CheckpointDescription, group: RankGroup
+) -> None:
+    """Say what `--device-type auto` chose and why, and what `--layout auto` would; nothing where it did."""
+    devices, layout = group.placement.devices, group.placement.layout
     if settings.device_type == AUTO:
-        chosen = group.placement.devices.device_type
-        log_choice(chosen, is_cpu_enough=settings.model_path is None)
+        log_choice(devices.device_type, is_cpu_enough=settings.model_path is None)
+    if _word(settings) in ORDERS:
+        return
+    chooser = layout_chooser(settings, folders, checkpoint, devices.device_type)
+    num_devices = devices.num_ranks + len(devices.idle_devices)
+    now = chooser.rate(layout)
+    best = chooser.rate(_choose(chooser, LayoutWord.AUTO, num_devices, host_memory())[0])
+    if now.image_seconds > _WORTH_TELLING * best.image_seconds:
+        logger.info(
+            "layout %s; --layout auto would take %s, where each device has %.1f GB, and be %.1f times "
+            "as fast for one image",
+            *(layout, best.layout, best.needed_bytes / 1e9, now.image_seconds / best.image_seconds),
+        )
 
 
 def weight_formats(settings: Settings, device_type: DeviceType) -> WeightFormats:
@@ -160,9 +179,14 @@ def weight_formats(settings: Settings, device_type: DeviceType) -> WeightFormats
     return formats
 
 
-def _compile_shapes(
+def compile_shapes(
     settings: Settings, device_type: DeviceType, checkpoint: CheckpointDescription
 ) -> tuple[StepShape, ...]:
+    """The steps to compile for; the log says where prompts are allowed whose steps are not among them.
+
+    Raises:
+        ConfigurationError: the setting is no list of shapes, or the devices cannot compile.
+    """
     shapes = choose_compile_shapes(settings.compile_shapes, device_type, checkpoint.size_limits)
     longest = padded_prompt_tokens(max(_prompt_token_limits(settings, checkpoint).values()))
     compiled = {shape.prompt_tokens for shape in shapes}
@@ -176,19 +200,64 @@ def _compile_shapes(
     return shapes
 
 
-def _plan(settings: Settings, divisions: ModelDivisions) -> tuple[DeviceSelection, Layout]:
-    """The devices that the ranks may use, and how these share the work; the layout may leave some idle."""
-    device_type = detect(settings.device_type)
+def layout_chooser(
+    settings: Settings, folders: ModelFolders, checkpoint: CheckpointDescription, device_type: DeviceType
+) -> LayoutChooser:
+    """What layouts of the checkpoint cost on devices of a type.
+
+    Raises:
+        ConfigurationError: the devices cannot compute with the formats of the weights.
+    """
+    formats = weight_formats(settings, device_type)
+    costs = ModelCosts(read_configs(folders.model, folders.extra_model), device_type, formats)
+    requirements = MemoryRequirements(costs, _workload(settings, checkpoint, device_type))
+    return LayoutChooser(requirements, device_type.speed)
+
+
+def _word(settings: Settings) -> LayoutWord | None:
+    """The word of `--layout`; None where it names the axes."""
+    if settings.layout is None:
+        return LayoutWord.TABLE
+    return LayoutWord(settings.layout) if settings.layout in list(LayoutWord) else None
+
+
+def _plan(
+    settings: Settings, chooser: LayoutChooser, host: DeviceMemory
+) -> tuple[DeviceSelection, tuple[Layout, ...]]:
+    """The devices that the ranks may use, and how these share the work; the layout may leave some idle.
+
+    Returns:
+        The devices, the layout, and those to take instead where there turns out to be no room for it.
+    """
+    device_type = chooser.requirements.costs.device_type
     named = parse_devices(settings.devices) if settings.devices is not None else None
+    word = _word(settings)
+    if word is not None and word in ORDERS:
+        default = parse_layout(device_type.default_layout).world_size
+        chosen_from = named or all_devices(device_type) or tuple(range(default))
+        layouts = _choose(chooser, word, len(chosen_from), host)
+        return select_devices(device_type, chosen_from), layouts
     layout = choose_layout(
-        settings.layout,
+        None if word is LayoutWord.TABLE else settings.layout,
         num_devices=len(named) if named is not None else None,
         default=device_type.default_layout,
-        divisions=divisions,
+        divisions=chooser.requirements.costs.divisions,
     )
     if named is not None:
-        return select_devices(device_type, named), layout
-    return select_devices(device_type, tuple(range(layout.world_size)), LAYOUT_FLAG), layout
+        return select_devices(device_type, named), (layout,)
+    return select_devices(device_type, tuple(range(layout.world_size)), LAYOUT_FLAG), (layout,)
+
+
+def _choose(
+    chooser: LayoutChooser, word: LayoutWord, num_devices: int, host: DeviceMemory
+) -> tuple[Layout, ...]:
+    """The layout that a word chooses, and those to take instead where there is no room for it."""
+    rated = chooser.rated(num_devices)
+    if chooser.requirements.costs.device_type is not CPU:
+        return chooser.by_memory(rated, word)
+    best = chooser.best(rated, word, host, host)
+    # Where nothing has room the check says what is missing.
+    return (best.layout if best is not None else chooser.by_memory(rated, word)[-1],)
 
 
 def _workload(settings: Settings, checkpoint: CheckpointDescription, device_type: DeviceType) -> Workload:

@@ -70,6 +70,7 @@ def _measure(model: HiDreamModel, device: Device, shape: StepShape, rounds: int)
         guidance_scale=4.0 if is_guided else 1.0,
         num_images=shape.num_samples // 2 if is_guided else shape.num_samples,
         seed=0,
+        prompt_tokens=shape.prompt_tokens,
     )
     batch = StepBatch.collect([model.begin(parameters)])
     eager_seconds, compiled_seconds = [], []

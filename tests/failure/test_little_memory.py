@@ -66,6 +66,20 @@ def test_a_checkpoint_that_promises_more_than_the_host_has_is_one_line_before_an
         assert words in line
 
 
+async def test_a_layout_that_was_chosen_by_itself_gives_way_to_one_that_has_room(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    room = Room()
+    group = RankGroup(group_config(2, leaner_layouts=(Layout(),), check_memory=room))
+    room.refused_layouts = {group.full_layout}
+    try:
+        await group.start()
+        assert group.placement.layout == group.full_layout == Layout()
+        assert "layout tp=1 instead: dp=2 needs too much" in caplog.messages
+    finally:
+        await group.stop()
+
+
 @dataclass(frozen=True)
 class Rig:
     """Two ranks on devices that can be broken, which ask for room before they load."""

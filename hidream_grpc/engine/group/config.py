@@ -64,6 +64,8 @@ class GroupConfig:
         devices: the devices that the ranks may use; the first ones are used, the others are spares.
         layout: how the ranks share the work.
         smaller_layouts: layouts to try, in this order, when too few devices work for `layout`.
+        leaner_layouts: layouts to start with, in this order, where there is no room for `layout`; none where
+            the operator named it.
         start_method: how the zygote starts ranks.
         replace: which ranks are started again when one died: that one, or all. "one" is proven on gloo.
         threads_per_rank: CPU threads of torch in each rank.
@@ -82,6 +84,7 @@ class GroupConfig:
     devices: DeviceSelection
     layout: Layout
     smaller_layouts: tuple[Layout, ...] = ()
+    leaner_layouts: tuple[Layout, ...] = ()
     start_method: StartMethod = StartMethod.FORK
     replace: Literal["one", "all"] = "one"
     threads_per_rank: int = 1

@@ -1,7 +1,7 @@
 """Which devices a rank group works on, and in which layout. Pure.
 
 A group starts with the requested layout on the first devices. Devices that fail are skipped; when too few are
-left, the next smaller layout is used, down to one device.
+left, the best layout for those is used, down to one device.
 """
 
 from __future__ import annotations
@@ -32,12 +32,20 @@ class GroupPlacement:
     Args:
         devices: the devices that the group may use.
         layout: the requested layout.
-        smaller_layouts: the layouts to fall back to, largest first.
+        smaller_layouts: the layouts to fall back to, the best first.
+        leaner_layouts: the layouts to start with instead where there is no room, the best first.
     """
 
-    def __init__(self, devices: DeviceSelection, layout: Layout, smaller_layouts: tuple[Layout, ...]) -> None:
+    def __init__(
+        self,
+        devices: DeviceSelection,
+        layout: Layout,
+        smaller_layouts: tuple[Layout, ...],
+        leaner_layouts: tuple[Layout, ...] = (),
+    ) -> None:
         self._devices = devices
         self._layouts = (layout, *smaller_layouts)
+        self._leaner_layouts = leaner_layouts
         self._broken: set[int] = set()
         self._now = Placement.of(layout, devices, devices.devices)
 
@@ -66,13 +74,37 @@ class GroupPlacement:
         return self._use_first_that_fits(self._layouts)
 
     def smaller(self) -> bool:
-        """Change to the next smaller layout; return whether there is one, as `without` does."""
-        return self._use_first_that_fits(self._layouts[self._layouts.index(self._now.layout) + 1 :])
+        """Change to the next layout of fewer ranks; return whether there is one, as `without` does."""
+        num_ranks = self._now.layout.world_size
+        return self._use_first_that_fits(
+            tuple(layout for layout in self._later_layouts() if layout.world_size < num_ranks)
+        )
+
+    def later(self) -> bool:
+        """Change to the next layout, which may need less memory; return whether there is one."""
+        return self._use_first_that_fits(self._later_layouts())
+
+    def leaner(self) -> bool:
+        """Request a layout that needs less memory, in place of the requested one, from now on.
+
+        Returns:
+            Whether there is one. If not, nothing changes.
+        """
+        if not self._leaner_layouts:
+            return False
+        layout, self._leaner_layouts = self._leaner_layouts[0], self._leaner_layouts[1:]
+        smaller = (other for other in self._layouts[1:] if other.world_size < layout.world_size)
+        self._layouts = (layout, *smaller)
+        self.reset()
+        return True
 
     def reset(self) -> None:
         """Count all devices as working again, and return to the requested layout."""
         self._broken.clear()
         self._now = Placement.of(self.full_layout, self._devices, self._devices.devices)
+
+    def _later_layouts(self) -> tuple[Layout, ...]:
+        return self._layouts[self._layouts.index(self._now.layout) + 1 :]
 
     def _use_first_that_fits(self, layouts: tuple[Layout, ...]) -> bool:
         working = [device for device in self._devices.devices if device not in self._broken]

@@ -61,7 +61,9 @@ class RankGroup:
     def __init__(self, config: GroupConfig) -> None:
         self.num_restarts = 0
         self._config = config
-        self._placement = GroupPlacement(config.devices, config.layout, config.smaller_layouts)
+        self._placement = GroupPlacement(
+            config.devices, config.layout, config.smaller_layouts, config.leaner_layouts
+        )
         self._plan_timeouts = PlanTimeouts(
             config.timeouts.min_plan_seconds, config.timeouts.collective_seconds
         )
@@ -227,11 +229,15 @@ class RankGroup:
                     raise
                 why = failure.reason
             except InsufficientMemoryError as failure:
-                # Without a lost device a smaller layout is no help: each of its ranks needs more memory.
                 if not why:
-                    raise
+                    # What was chosen without knowing the memory gives way, what the operator named does not.
+                    if self.generation or not self._placement.leaner():
+                        raise
+                    logger.warning("layout %s instead: %s", self.placement.layout, failure)
+                    await self._end_ranks(keep_snapshots)
+                    continue
                 await self._end_ranks(keep_snapshots)
-                if not self._placement.smaller():
+                if not self._placement.later():
                     raise InsufficientMemoryError(f"{why}; without it, {failure}") from None
                 logger.error("layout passed over: %s", failure)
                 continue

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 
 from hidream_grpc.devices.device_types import DeviceMemory, DeviceSpeed
 from hidream_grpc.model.memory_requirements import MemoryRequirements
 from hidream_grpc.model.parallel.layout import Layout
-from hidream_grpc.model.parallel.planner import allowed_layouts
+from hidream_grpc.model.parallel.planner import LayoutWord, allowed_layouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +65,6 @@ def unbeaten(rated: Iterable[RatedLayout]) -> Iterator[RatedLayout]:
         is_equalled = any(one.costs == other.costs for other in rated[:index])
         if not is_equalled and not any(one.is_beaten_by(other) for other in rated):
             yield one
-
-
-class LayoutWord(StrEnum):
-    """How `--layout` may choose a layout without naming it.
-
-    TABLE is the one of the server that this one replaces. AUTO has the least time for a single caller,
-    THROUGHPUT the most images a second for many.
-    """
-
-    TABLE = "table"
-    AUTO = "auto"
-    THROUGHPUT = "throughput"
 
 
 Order = Callable[[RatedLayout], tuple[float, ...]]
@@ -140,3 +128,31 @@ class LayoutChooser:
                 if self.requirements.fits(one.layout, device, host, step):
                     return one
         return None
+
+    def by_memory(self, rated: Iterable[RatedLayout], word: LayoutWord) -> tuple[Layout, ...]:
+        """The layouts to try one after another where the memory of the devices is not known yet.
+
+        Args:
+            rated: the layouts to choose from.
+            word: AUTO or THROUGHPUT.
+
+        Returns:
+            The best layout, and after each the best of those that need less memory.
+        """
+        layouts: list[Layout] = []
+        least_bytes: float = math.inf
+        for one in sorted(rated, key=ORDERS[word]):
+            if one.needed_bytes < least_bytes:
+                layouts.append(one.layout)
+                least_bytes = one.needed_bytes
+        return tuple(layouts)
+
+    def after_a_loss(self, num_devices: int, word: LayoutWord | None) -> tuple[Layout, ...]:
+        """The layouts to fall back to when so many devices are left at most, the best first.
+
+        They are those that no other one beats, one for a single device among them: a slower one needs
+        fewer devices or less memory.
+        """
+        order = by_throughput if word is LayoutWord.THROUGHPUT else by_latency
+        rated = unbeaten(self.rated(num_devices)) if num_devices else ()
+        return tuple(one.layout for one in sorted(rated, key=order))

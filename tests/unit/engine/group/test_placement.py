@@ -62,3 +62,27 @@ def test_an_operator_gets_all_devices_back(placement: GroupPlacement) -> None:
     placement.without((0, 1))
     placement.reset()
     assert state(placement) == (FOUR, (0, 1, 2, 3), (4,))
+
+
+def test_what_has_no_room_gives_way_to_the_next_layout_of_as_many_ranks() -> None:
+    divided = Layout(expert_parallel=2)
+    placement = GroupPlacement(select_devices(CPU, (0, 1, 2, 3)), FOUR, (TWO, divided, ONE))
+    assert placement.without((3,))
+    assert placement.now.layout == TWO
+    assert placement.later()
+    assert placement.now.layout == divided
+    # What cannot join may be any of its devices' fault.
+    assert placement.smaller()
+    assert placement.now.layout == ONE
+
+
+def test_a_layout_that_was_chosen_gives_way_for_good_where_it_has_no_room() -> None:
+    placement = GroupPlacement(select_devices(CPU, (0, 1, 2, 3)), FOUR, (TWO, ONE), (TWO,))
+    assert placement.leaner()
+    assert placement.is_full
+    assert state(placement) == (TWO, (0, 1), (2, 3))
+    assert not placement.leaner()
+    assert placement.without((0,))
+    assert state(placement) == (TWO, (1, 2), (0, 3))
+    placement.reset()
+    assert placement.full_layout == TWO

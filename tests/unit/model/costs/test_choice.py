@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from hidream_grpc.devices.device_types import CUDA, DeviceMemory
 from hidream_grpc.model.checkpoint.hidream_i1 import HIDREAM_I1
 from hidream_grpc.model.checkpoint.sizes import ImageSize, SizeLimits
-from hidream_grpc.model.costs.choice import LayoutChooser, LayoutWord, RatedLayout, unbeaten
+from hidream_grpc.model.costs.choice import LayoutChooser, RatedLayout, unbeaten
 from hidream_grpc.model.costs.model import ModelCosts, Workload
 from hidream_grpc.model.memory_requirements import MemoryRequirements
 from hidream_grpc.model.parallel.layout import Layout
-from hidream_grpc.model.parallel.planner import plan_layout
+from hidream_grpc.model.parallel.planner import LayoutWord, ModelDivisions, check_layout, plan_layout
 
 LARGE = DeviceMemory(10**12, 10**12)
 
@@ -84,3 +84,35 @@ def test_for_every_layout_one_is_left_that_is_as_good_in_everything_and_none_twi
         )
     for one in left:
         assert not any(one.is_beaten_by(other) for other in rated)
+
+
+@pytest.mark.parametrize("word", [LayoutWord.AUTO, LayoutWord.THROUGHPUT])
+def test_where_the_memory_is_not_known_each_layout_to_try_needs_less_than_the_one_before(
+    word: LayoutWord,
+) -> None:
+    of_model = chooser()
+    rated = {one.layout: one for one in of_model.rated(4)}
+    layouts = of_model.by_memory(rated.values(), word)
+    needed = [rated[layout].needed_bytes for layout in layouts]
+    assert needed == sorted(set(needed), reverse=True)
+    assert needed[-1] == min(one.needed_bytes for one in rated.values())
+    best = of_model.best(rated.values(), word, LARGE, LARGE)
+    assert best is not None
+    assert layouts[0] == best.layout
+
+
+@pytest.mark.parametrize("num_devices", [1, 3, 7, 8])
+def test_whatever_is_lost_some_layout_serves_that_the_model_allows(num_devices: int) -> None:
+    of_model = chooser()
+    layouts = of_model.after_a_loss(num_devices, LayoutWord.TABLE)
+    assert Layout() in layouts
+    for layout in layouts:
+        check_layout(layout, num_devices, ModelDivisions(20, 4))
+    seconds = [of_model.rate(layout).image_seconds for layout in layouts]
+    assert seconds == sorted(seconds)
+
+
+def test_after_a_loss_many_callers_keep_whole_models_and_one_keeps_the_fastest() -> None:
+    assert str(chooser().after_a_loss(3, LayoutWord.THROUGHPUT)[0]) == "dp=3"
+    assert str(chooser().after_a_loss(7, LayoutWord.AUTO)[0]) == "sp=5"
+    assert chooser().after_a_loss(0, LayoutWord.AUTO) == ()

@@ -13,7 +13,6 @@ from hidream_grpc.model.parallel.planner import (
     choose_layout,
     parse_layout,
     plan_layout,
-    smaller_layouts,
 )
 
 REAL_MODEL = ModelDivisions(num_attention_heads=20, num_routed_experts=4)
@@ -220,35 +219,3 @@ def test_two_ranks_on_a_cpu_divide_the_guidance_unless_devices_are_named() -> No
     cpu = DEVICE_TYPES["cpu"]
     assert str(choose_layout(None, None, cpu.default_layout, DEMO_MODEL)) == "cfg=2"
     assert str(choose_layout(None, 2, cpu.default_layout, DEMO_MODEL)) == "tp=2"
-
-
-@pytest.mark.parametrize(
-    ("full", "divisions", "smaller"),
-    [
-        ("tp=4,ep=2", REAL_MODEL, ["tp=5", "tp=4", "tp=2", "tp=1"]),
-        ("tp=4", DEMO_MODEL, ["tp=2", "tp=1"]),
-        # The memory of each rank stays the same.
-        ("dp=4", DEMO_MODEL, ["dp=3", "dp=2", "tp=1"]),
-        ("tp=2,cfg=2", REAL_MODEL, ["tp=2", "tp=1"]),
-        ("cfg=2", REAL_MODEL, ["tp=1"]),
-        ("cfg=2,sp=4", REAL_MODEL, ["tp=5", "sp=4", "sp=2", "tp=1"]),
-        ("tp=1", REAL_MODEL, []),
-    ],
-)
-def test_with_fewer_devices_a_layout_shrinks_as_little_as_it_can(
-    full: str, divisions: ModelDivisions, smaller: list[str]
-) -> None:
-    assert [str(layout) for layout in smaller_layouts(parse_layout(full), divisions)] == smaller
-
-
-@given(st.integers(1, 16), st.sampled_from([REAL_MODEL, DEMO_MODEL, INDIVISIBLE_MODEL]))
-def test_whatever_is_lost_some_layout_serves_that_the_model_allows(
-    num_devices: int, divisions: ModelDivisions
-) -> None:
-    full = plan_layout(num_devices, divisions)
-    layouts = smaller_layouts(full, divisions)
-    sizes = [full.world_size, *(layout.world_size for layout in layouts)]
-    assert sizes == sorted(set(sizes), reverse=True)
-    assert sizes[-1] == 1
-    for layout in layouts:
-        check_layout(layout, layout.world_size, divisions)
