@@ -17,7 +17,7 @@ PAUSE_SECONDS = 0.5
 
 
 class JobCounts:
-    """Numbers of jobs in the store by state, as last counted."""
+    """Numbers of jobs in the store that have not ended, by state, as last counted."""
 
     def __init__(self, store: SqlJobStore) -> None:
         self._store = store

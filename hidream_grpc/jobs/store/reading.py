@@ -99,11 +99,10 @@ class JobReading(StoreBase):
         return Page(tuple(map(job_of, shown)), next_page_token)
 
     @uninterrupted
-    async def counts(self, owner: str | None = None) -> Counter[JobState]:
-        """Count the jobs by state; of one owner only those that have not ended."""
-        query = queries.counts() if owner is None else queries.counts_of_owner(owner)
+    async def counts(self) -> Counter[JobState]:
+        """Count the jobs that have not ended by state."""
         async with self._database.read() as connection:
-            rows = (await connection.execute(query)).all()
+            rows = (await connection.execute(queries.counts())).all()
         # Another version of the service may know more states.
         return Counter({JobState(state): count for state, count in rows if state in _STATES})
 

@@ -22,11 +22,11 @@ class CountedStore(SqlJobStore):
     num_counts = 0
     is_lost = False
 
-    async def counts(self, owner: str | None = None) -> Counter[JobState]:
+    async def counts(self) -> Counter[JobState]:
         self.num_counts += 1
         if self.is_lost:
             raise StoreUnavailableError(1.0)
-        return await super().counts(owner)
+        return await super().counts()
 
 
 async def test_many_changes_at_once_are_one_count_and_a_lost_store_leaves_the_old_numbers(
