@@ -69,7 +69,7 @@ OTHER_LAYOUTS = [
 ]
 
 _SQUARE = {"prompt": "a red circle", "width": 64, "height": 64, "num_inference_steps": 3, "seed": 7}
-_WIDE = _SQUARE | {"width": 96, "prompt": "two blue squares", "seed": 8}
+_WIDE = _SQUARE | {"width": 96, "prompt": "two blue squares", "seed": 8, "prompt_tokens": 192}
 CASES = (
     Case("guided square", (_SQUARE | {"guidance_scale": 4.0},)),
     Case("unguided square", (_SQUARE | {"guidance_scale": 0.0},)),
