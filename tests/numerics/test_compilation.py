@@ -26,8 +26,8 @@ WAYS_TO_COMPILE = [
     ("eager", "sp=2", "bfloat16"),
     *(pytest.param(("eager", "tp=2", weights), marks=pytest.mark.long) for weights in ("bfloat16", "int8")),
     *(
-        pytest.param(("inductor", "sp=2,tp=2", weights), marks=[pytest.mark.long, needs_compiler])
-        for weights in ("bfloat16", "int8", "float8")
+        pytest.param(("inductor", layout, weights), marks=[pytest.mark.long, needs_compiler])
+        for layout, weights in (("sp=2,tp=2", "bfloat16"), ("tp=1", "int8"), ("tp=1", "float8"))
     ),
 ]
 
