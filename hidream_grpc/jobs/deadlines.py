@@ -9,6 +9,7 @@ from hidream_grpc.jobs.estimates.estimator import JobEstimator
 from hidream_grpc.jobs.job import Submission
 
 MIN_RETRY_SECONDS = 1.0
+"""The least delay that a refused caller is told, whatever the estimates say."""
 
 
 def deadline_refusal(submissions: Sequence[Submission], estimator: JobEstimator) -> RequestError | None:

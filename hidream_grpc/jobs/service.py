@@ -22,7 +22,7 @@ from hidream_grpc.errors import (
 from hidream_grpc.jobs.artifacts.image_reader import ImageReader
 from hidream_grpc.jobs.artifacts.orphans import OrphanedFiles
 from hidream_grpc.jobs.counts import JobCounts
-from hidream_grpc.jobs.deadlines import deadline_refusal
+from hidream_grpc.jobs.deadlines import MIN_RETRY_SECONDS, deadline_refusal
 from hidream_grpc.jobs.estimates.simulation import EngineCapacity
 from hidream_grpc.jobs.execution.executor import ClaimLimits, Engine, JobExecutor
 from hidream_grpc.jobs.execution.job_tools import JobTools
@@ -48,7 +48,6 @@ logger = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 1.0
 """Seconds that a call of the store which has begun still gets when the server ends."""
-MIN_RETRY_SECONDS = 1.0
 MAX_RESUMED_COUNTER = 2**31
 """A reader may say that it has seen so many events of a claim; there is room for as many more."""
 
