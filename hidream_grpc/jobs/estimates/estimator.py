@@ -19,6 +19,7 @@ from hidream_grpc.engine.requests import (
 )
 from hidream_grpc.jobs.estimates.accuracy import EstimateAccuracy
 from hidream_grpc.jobs.estimates.durations import MeasuredDurations
+from hidream_grpc.jobs.estimates.overtaking import Overtaking
 from hidream_grpc.jobs.estimates.simulation import (
     MAX_SIMULATED_JOBS,
     EngineCapacity,
@@ -71,6 +72,7 @@ class JobEstimator:
         self._accuracy = EstimateAccuracy()
         self._running: dict[str, JobWork] = {}
         self._waiting: list[JobWork] = []
+        self._overtaking = Overtaking()
         self._estimates: Estimates | None = None
         self._estimate_time = 0.0
         self._estimate_seconds = 0.0
@@ -112,7 +114,16 @@ class JobEstimator:
 
     def note_taken(self, job: Job) -> None:
         """Record that the engine has a job, and has just begun it."""
-        self._running[job.job_id] = JobWork.of(job)
+        taken = JobWork.of(job)
+        self._running[job.job_id] = taken
+        self._overtaking.forget(job.job_id)
+        # Those further behind are overtaken by jobs that wait already, too.
+        overtaken = (
+            work.job_id
+            for work in self._waiting[:MAX_SIMULATED_JOBS]
+            if work.priority < taken.priority and work.create_time < taken.create_time
+        )
+        self._overtaking.note_start(overtaken, self._clock())
         self._forget()
 
     def note_gone(self, job_id: str) -> None:
@@ -144,11 +155,17 @@ class JobEstimator:
 
     def wait_seconds(self, job_id: str) -> float | None:
         """Seconds until a waiting job starts; None where that is unknown."""
-        return self._seconds_until(self._newest(job_id).starts.get(job_id))
+        seconds = self._seconds_until(self._newest(job_id).starts.get(job_id))
+        return None if seconds is None else max(seconds, self._overtaking.seconds_to_come(job_id))
 
     def remaining_seconds(self, job_id: str) -> float | None:
         """Seconds until a job ends that runs or waits; None where that is unknown."""
-        return self._seconds_until(self._newest(job_id).ends.get(job_id))
+        estimates = self._newest(job_id)
+        seconds = self._seconds_until(estimates.ends.get(job_id))
+        if seconds is None or job_id not in estimates.starts:
+            return seconds
+        own_seconds = estimates.ends[job_id] - estimates.starts[job_id]
+        return max(seconds, self._overtaking.seconds_to_come(job_id) + own_seconds)
 
     def late_end(self, submission: Submission, deadline_seconds: float) -> EarliestEnd | None:
         """When a request would end at the earliest if it were accepted now and would then be too late.

@@ -63,6 +63,7 @@ class JobWork:
     Attributes:
         step: denoising steps that it has taken.
         finished_images: indices of its images that are decoded.
+        create_time: of its acceptance, in seconds.
     """
 
     job_id: str
@@ -71,6 +72,7 @@ class JobWork:
     step: int = 0
     finished_images: frozenset[int] = frozenset()
     priority: Priority = Priority.NORMAL
+    create_time: float = 0.0
 
     @classmethod
     def of(cls, job: Job) -> Self:
@@ -82,6 +84,7 @@ class JobWork:
             step=0 if job.snapshot is None else job.snapshot.step,
             finished_images=frozenset(image.index for image in job.images),
             priority=job.submission.priority,
+            create_time=job.create_time,
         )
 
     def running_request(self) -> RunningRequest:

@@ -8,6 +8,7 @@ import pytest
 
 from hidream_grpc.engine.requests import (
     ImageFinished,
+    Priority,
     PromptsEncoded,
     RequestFinished,
     RequestRestarted,
@@ -17,6 +18,7 @@ from hidream_grpc.engine.requests import (
 from hidream_grpc.jobs.estimates.estimator import KEPT_SECONDS, JobEstimator
 from hidream_grpc.jobs.estimates.simulation import MAX_SIMULATED_JOBS, EngineCapacity, JobWork
 from hidream_grpc.jobs.job import Job, StoredSnapshot
+from hidream_grpc.jobs.store.order import TURNS_PER_OLDEST
 from tests.unit.jobs.service_bench import submission
 
 STEPS = 3
@@ -155,3 +157,23 @@ def test_a_job_that_comes_last_is_estimated_from_the_one_before_it_as_with_all_o
     estimated = [estimator.wait_seconds("75"), estimator.remaining_seconds("76")]
     estimator.note_waiting([work(str(number)) for number in range(len(waiting) + 3)])
     assert estimated == pytest.approx([estimator.wait_seconds("75"), estimator.remaining_seconds("76")])
+
+
+def test_a_job_that_later_ones_overtake_is_told_how_long_they_may_go_on(
+    estimator: JobEstimator, clock: Clock
+) -> None:
+    low = Job("low", submission(priority=Priority.LOW), create_time=1.0)
+    estimator.note_waiting([JobWork.of(low)])
+    own_seconds = 0.25 + STEPS * 1.0 + 0.5
+    assert estimator.wait_seconds("low") == 0.0
+    assert estimator.remaining_seconds("low") == pytest.approx(own_seconds)
+    # The first one was accepted earlier: it is in its turn.
+    for number, create_time in enumerate([0.5, 2.0, 3.0, 4.0]):
+        clock.seconds += 4.0
+        estimator.note_taken(Job(f"normal {number}", submission(), create_time=create_time))
+        estimator.observe(f"normal {number}", RequestFinished())
+    to_come = (TURNS_PER_OLDEST - 3) * 4.0
+    assert estimator.wait_seconds("low") == pytest.approx(to_come)
+    assert estimator.remaining_seconds("low") == pytest.approx(to_come + own_seconds)
+    estimator.note_taken(low)
+    assert estimator.remaining_seconds("low") == pytest.approx(STEPS * 1.0 + 0.5)
