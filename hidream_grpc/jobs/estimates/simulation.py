@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import Self
 
 from hidream_grpc.engine.requests import EngineEvent, EngineRequest, Priority
@@ -204,6 +204,7 @@ class Simulation:
     ) -> None:
         self.waiting = {work.job_id: work for work in waiting}
         self._due = _due_jobs(waiting)
+        self._demands = {work.job_id: work.demand for work in waiting}
         self.seconds = 0.0
         self.starts: dict[str, float] = {}
         self.ends: dict[str, float] = {}
@@ -242,24 +243,29 @@ class Simulation:
             self._decode(self._take_steps(forward.claim_ids))
         else:
             self._decode(min(self._decode_seconds.values(), default=0.0))
+        is_limited = (
+            self._capacity.max_running_jobs_of_caller is not None
+            or len(self._running) >= self._capacity.max_running_jobs
+        )
         for job_id in [job_id for job_id, request in self._denoised.items() if request.is_finished]:
             self.ends[job_id] = self.seconds
             self._num_running[self._running.pop(job_id).request.caller] -= 1
             del self._denoised[job_id]
-            self._has_room = True
+            # Of a step it has made room at its last one.
+            self._has_room |= is_limited
 
     def _start_next(self) -> None:
         """Start the jobs for which there is room; their prompts are encoded together."""
-        while self._has_room and self.waiting:
-            started = self._next_to_start()
-            # No other job starts before one has taken its last step or has ended.
-            self._has_room = bool(started)
+        if not (self._has_room and self.waiting):
+            return
+        # No other job starts before one has taken its last step or has ended.
+        self._has_room = False
+        if started := self._next_to_start():
             for work in started:
                 self.starts[work.job_id] = self.seconds
                 del self.waiting[work.job_id]
                 self._start(work)
-            if started:
-                self.seconds += self._encode_seconds
+            self.seconds += self._encode_seconds
 
     def _next_to_start(self) -> list[JobWork]:
         room = StepRoom(
@@ -271,8 +277,13 @@ class Simulation:
         may_start = claimable(
             self.waiting.values(), self._num_running, self._capacity.max_running_jobs_of_caller
         )
-        considered = islice(may_start, MAX_CONSIDERED_JOBS)
-        return [work for work in considered if room.take(work.demand, work.job_id in self._due)]
+        started: list[JobWork] = []
+        for number, work in enumerate(may_start):
+            if number - len(started) == MAX_CONSIDERED_JOBS:
+                break
+            if room.take(self._demands[work.job_id], work.job_id in self._due):
+                started.append(work)
+        return started
 
     def _start(self, work: JobWork) -> None:
         request = work.running_request()
