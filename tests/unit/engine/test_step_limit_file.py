@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hidream_grpc.engine.step_limit import StepLimit
-from hidream_grpc.engine.step_limit_file import StepLimitFile, StepLimitKey
+from hidream_grpc.engine.step_limit_file import MAX_KEYS, StepLimitFile, StepLimitKey
 from hidream_grpc.model.parameters import SampleSize
 from tests.support.counting_ranks import CountingRanks, Service
 
@@ -21,6 +23,9 @@ LEARNT = {
     SampleSize(1024, 768, 256): 2 * 1024 * 1024,
 }
 KEY = StepLimitKey(("NVIDIA H200", "NVIDIA H200"), "86637e71f35d8ddd", "tp=2", "bfloat16")
+DEGRADED = replace(KEY, devices=("NVIDIA H200",), layout="tp=1")
+LEARNT_DEGRADED = {SampleSize(512, 512): 2 * 1024 * 1024}
+TIMEOUT_SECONDS = 60
 
 
 @pytest.fixture
@@ -28,10 +33,10 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "step_limit.json"
 
 
-async def keep(path: Path) -> None:
+async def keep(path: Path, key: StepLimitKey = KEY, learnt: Mapping[SampleSize, int] = LEARNT) -> None:
     file, limit = StepLimitFile(path), StepLimit(MAX_PIXELS)
-    await file.recall(KEY, limit)
-    limit.begin(LEARNT)
+    await file.recall(key, limit)
+    limit.begin(learnt)
     await file.keep(limit)
 
 
@@ -63,6 +68,60 @@ async def test_another_device_model_layout_or_weight_format_starts_anew(
 ) -> None:
     await keep(path)
     assert await recalled(path, key) == {}
+
+
+async def test_the_full_layout_is_known_again_after_a_degradation(path: Path) -> None:
+    await keep(path)
+    await keep(path, DEGRADED, LEARNT_DEGRADED)
+    assert await recalled(path) == LEARNT
+    assert await recalled(path, DEGRADED) == LEARNT_DEGRADED
+
+
+async def test_what_was_kept_longest_ago_makes_room(path: Path) -> None:
+    keys = [replace(KEY, checkpoint_fingerprint=f"{number:016x}") for number in range(MAX_KEYS)]
+    for key in (*keys, keys[0], KEY):
+        await keep(path, key)
+    assert [await recalled(path, key) for key in (keys[0], keys[1], keys[2], KEY)] == [
+        LEARNT,
+        {},
+        LEARNT,
+        LEARNT,
+    ]
+
+
+async def test_a_write_that_meets_a_change_of_layout_stays_with_the_layout_it_learnt_on(path: Path) -> None:
+    file, limit = StepLimitFile(path), StepLimit(MAX_PIXELS)
+    await file.recall(KEY, limit)
+    limit.begin(LEARNT)
+    await asyncio.gather(file.recall(DEGRADED, limit), file.keep(limit))
+    assert limit.learnt == {}
+    assert await recalled(path, DEGRADED) == {}
+    assert await recalled(path) == LEARNT
+
+
+async def test_servers_on_one_folder_add_to_what_each_other_has_learnt(path: Path) -> None:
+    await keep(path, learnt=LEARNT)
+    known_to_both, new = SampleSize(512, 512), SampleSize(256, 256)
+    await keep(path, learnt={known_to_both: 1024 * 1024, new: 1024 * 1024})
+    assert await recalled(path) == LEARNT | {known_to_both: 1024 * 1024, new: 1024 * 1024}
+
+
+async def test_two_servers_that_write_at_once_leave_a_whole_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    both_have_written = threading.Barrier(2, timeout=TIMEOUT_SECONDS)
+    replace_file = Path.replace
+
+    def replace_when_both_have_written(unfinished: Path, target: Path) -> Path:
+        both_have_written.wait()
+        return replace_file(unfinished, target)
+
+    monkeypatch.setattr(Path, "replace", replace_when_both_have_written)
+    # In containers, both are process 1: here, too, they have one process number.
+    await asyncio.gather(keep(path), keep(path))
+    assert not [message for message in caplog.messages if "cannot be kept" in message]
+    assert await recalled(path) == LEARNT
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize(
