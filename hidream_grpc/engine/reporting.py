@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hidream_grpc.engine.protocol.messages import JobFault, PlanDone, StepPlan
@@ -71,7 +71,7 @@ def report_prompts(
 
 def report_step(
     running: Mapping[str, RunningRequest],
-    stepped: Collection[str],
+    stepped: Sequence[str],
     answers: Sequence[PlanDone],
     snapshot_budget: SnapshotBudget,
     round_seconds: float | None,

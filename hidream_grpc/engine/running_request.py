@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 from hidream_grpc.engine.protocol.messages import Admission
-from hidream_grpc.engine.requests import EngineEvent, EngineRequest, RequestRestarted, SnapshotTaken
+from hidream_grpc.engine.requests import EngineEvent, EngineRequest, Priority, RequestRestarted, SnapshotTaken
 from hidream_grpc.errors import SnapshotError
 from hidream_grpc.model.parameters import SampleSize
 from hidream_grpc.model.snapshot_format import SnapshotIdentity, unpack
@@ -33,6 +33,8 @@ class RunningRequest:
         request: what was asked for.
         step: steps that it has taken.
         turns_waited: forwards of others since its latest step; infinite after a restart.
+        caller_turns_waited: forwards since its line's latest step, of those that it has seen.
+        turns_in_order: forwards since one that the longest waiting request led, of those that it has seen.
         undecoded: indices of the images that are not finished.
         decoding: image index to the rank that is decoding it.
         is_admitted: whether the ranks have started it since its latest restart.
@@ -50,6 +52,8 @@ class RunningRequest:
     request: EngineRequest
     step: int = 0
     turns_waited: float = 1
+    caller_turns_waited: int = 1
+    turns_in_order: int = 0
     undecoded: set[int] = field(init=False)
     decoding: dict[int, int] = field(default_factory=dict)
     is_admitted: bool = False
@@ -88,6 +92,11 @@ class RunningRequest:
         trace = self.request.trace
         ids = {"job_id": self.request.job_id, "request_id": self.request.request_id}
         return ids if trace is None else ids | trace.log_fields
+
+    @property
+    def line(self) -> tuple[Priority, str]:
+        """Its priority and caller: requests of which these are the same share their turns."""
+        return self.request.priority, self.request.caller
 
     @property
     def resume_step(self) -> int:

@@ -11,7 +11,7 @@ All but the first serve made-up time too: estimates run them with durations inst
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from hidream_grpc.engine.admissions import next_admissions, next_releases
 from hidream_grpc.engine.protocol.messages import Decode, StepPlan
 from hidream_grpc.engine.running_request import RunningRequest
 from hidream_grpc.engine.snapshot_schedule import SnapshotBudget, next_snapshot
-from hidream_grpc.engine.step_order import step_order
+from hidream_grpc.engine.step_order import longest_waiting, step_order
 from hidream_grpc.engine.suspects import find_suspect
 from hidream_grpc.model.parameters import SampleSize
 
@@ -141,10 +141,22 @@ def next_forward(
 
 
 def note_forward(
-    running: Mapping[str, RunningRequest], claim_ids: Container[str], step_seconds: float
+    running: Mapping[str, RunningRequest], claim_ids: Sequence[str], step_seconds: float
 ) -> None:
-    """Record a forward: these requests have taken a step in it, all others have waited for one more."""
+    """Record a forward: these requests have taken a step in it, all others have waited for one more.
+
+    Args:
+        running: all requests, in the order of their start.
+        claim_ids: in the order of the forward.
+        step_seconds: duration of the step.
+    """
+    oldest = longest_waiting(request for request in running.values() if not request.is_denoised)
+    leader = running.get(claim_ids[0]) if claim_ids else None
+    was_oldest = oldest is not None and leader is not None and leader.turns_waited == oldest.turns_waited
+    stepped = {running[claim_id].line for claim_id in claim_ids if claim_id in running}
     for claim_id, request in running.items():
+        request.turns_in_order = 0 if was_oldest else request.turns_in_order + 1
+        request.caller_turns_waited = 0 if request.line in stepped else request.caller_turns_waited + 1
         if claim_id in claim_ids:
             request.take_step(step_seconds)
         else:

@@ -2,7 +2,7 @@
 
 Within a priority callers take turns: the one whose latest step is longest ago comes first, with the request
 that has waited longest. Before them goes what turns would make late, while it can still end before its
-deadline. What is passed over for too long goes before all others, for one step.
+deadline. Now and then a forward is led by what has waited longest of all: nothing waits for ever.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from hidream_grpc.engine.requests import Priority
 from hidream_grpc.engine.running_request import RunningRequest
 
 MAX_TURNS_WAITED = 16
-"""Forwards for which a request waits before it goes before those of another priority."""
+"""Forwards in the order of priorities and callers before one that the longest waiting request leads."""
+MAX_TURNS_DEFERRED = 2 * MAX_TURNS_WAITED
+"""Forwards after which that request goes even before the first step of one of HIGH priority."""
 
 URGENT_FACTOR = 3.0
 """A request is urgent once less than so many times the time of its remaining steps is left."""
@@ -27,13 +29,18 @@ StepKey = tuple[float, ...]
 def step_order(requests: Iterable[RunningRequest], now: float = 0.0) -> list[RunningRequest]:
     """Order requests for the next forward.
 
-    1. Those that have waited for `MAX_TURNS_WAITED` forwards or more, longest waiting first. The first step
-       of a request of HIGH priority counts as having waited for twice as many when it comes.
-    2. By priority.
-    3. Urgent ones that can still end before their deadlines, the earliest deadline first: with more left than
+    1. The first steps of requests of HIGH priority.
+    2. The one that has waited longest, if that is for `MAX_TURNS_WAITED` forwards or more, and none of these
+       went to such a one. It goes before all others once both are `MAX_TURNS_DEFERRED` or more.
+    3. By priority.
+    4. Urgent ones that can still end before their deadlines, the earliest deadline first: with more left than
        `URGENT_FACTOR` says, taking turns is early enough.
-    4. The one of each caller that has waited longest, then the second of each, and so on; among these the
+    5. The one of each caller that has waited longest, then the second of each, and so on; among these the
        caller first whose latest step is longest ago.
+
+    So beside n requests one takes a step in any (n + 1) × (`MAX_TURNS_WAITED` + 1) forwards in a row, and in
+    any (n + 1) × (`MAX_TURNS_DEFERRED` + 1) where first steps of HIGH priority keep coming. Those of a higher
+    priority, and each caller beside equal ones, lose at most one forward in `MAX_TURNS_WAITED` + 1.
 
     Args:
         requests: those that may take a step, in the order of their start, which decides between equals.
@@ -44,17 +51,37 @@ def step_order(requests: Iterable[RunningRequest], now: float = 0.0) -> list[Run
     typical_seconds = median(known) if known else 0.0
     lines: dict[tuple[Priority, str], list[tuple[int, RunningRequest]]] = {}
     for number, request in enumerate(requests):
-        line = lines.setdefault((request.request.priority, request.request.caller), [])
+        line = lines.setdefault(request.line, [])
         line.append((number, request))
+    oldest = longest_waiting(requests)
+    # The first ones to start have seen the most forwards.
+    turns_in_order = requests[0].turns_in_order if requests else 0
     keyed: list[tuple[StepKey, int, RunningRequest]] = []
     for line in lines.values():
+        caller_waited = line[0][1].caller_turns_waited
         line.sort(key=lambda numbered: -numbered[1].turns_waited)
-        caller_waited = line[-1][1].turns_waited
         for place, (number, request) in enumerate(line):
+            class_ = _class(request, is_oldest=request is oldest, turns_in_order=turns_in_order)
             urgency = _urgency(request, now, typical_seconds)
-            keyed.append((_step_key(request, place, caller_waited, urgency), number, request))
+            key = class_, -request.request.priority, urgency, place, -caller_waited, -request.turns_waited
+            keyed.append((key, number, request))
     keyed.sort()
     return [request for *_, request in keyed]
+
+
+def longest_waiting(requests: Iterable[RunningRequest]) -> RunningRequest | None:
+    """Find the request that has waited longest for a step, if that is for `MAX_TURNS_WAITED` or more."""
+    oldest = max(requests, key=lambda request: request.turns_waited, default=None)
+    return oldest if oldest is not None and oldest.turns_waited >= MAX_TURNS_WAITED else None
+
+
+def _class(request: RunningRequest, *, is_oldest: bool, turns_in_order: int) -> int:
+    """What comes before priorities; the smallest goes first."""
+    if is_oldest and min(request.turns_waited, turns_in_order) >= MAX_TURNS_DEFERRED:
+        return 0
+    if request.request.priority is Priority.HIGH and request.step_seconds is None:
+        return 1
+    return 2 if is_oldest and turns_in_order >= MAX_TURNS_WAITED else 3
 
 
 def _urgency(request: RunningRequest, now: float, typical_seconds: float) -> float:
@@ -65,12 +92,3 @@ def _urgency(request: RunningRequest, now: float, typical_seconds: float) -> flo
     num_steps = request.request.parameters.num_inference_steps - request.step
     seconds = num_steps * (typical_seconds if request.step_seconds is None else request.step_seconds)
     return deadline if seconds <= deadline - now < URGENT_FACTOR * seconds else math.inf
-
-
-def _step_key(request: RunningRequest, place: int, caller_waited: float, urgency: float) -> StepKey:
-    """The key of a request at a place in the line of its caller, whose latest step was some forwards ago."""
-    priority, waited = request.request.priority, request.turns_waited
-    if priority is Priority.HIGH and request.step_seconds is None:
-        waited += 2 * MAX_TURNS_WAITED
-    overdue = waited if waited >= MAX_TURNS_WAITED else -math.inf
-    return -overdue, -priority, urgency, place, -caller_waited, -waited

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from hidream_grpc.engine.requests import Priority
 from hidream_grpc.engine.running_request import RunningRequest
 from hidream_grpc.engine.scheduler import next_forward, note_forward
-from hidream_grpc.engine.step_order import MAX_TURNS_WAITED
+from hidream_grpc.engine.step_order import MAX_TURNS_DEFERRED, MAX_TURNS_WAITED
 from tests.support.running_requests import PARAMETERS, running_request
 
 PIXELS = 64 * 64
@@ -91,6 +91,64 @@ def test_a_lower_priority_steps_beside_a_higher_one_every_seventeenth_time() -> 
     assert Counter(steps) == {"normal": 5 * MAX_TURNS_WAITED, "low": 5}
 
 
+@pytest.mark.parametrize("num_others", [15, 30])
+@pytest.mark.parametrize("others", [Priority.LOW, Priority.NORMAL])
+def test_many_requests_that_wait_take_one_step_in_seventeen_from_a_higher_priority(
+    others: Priority, num_others: int
+) -> None:
+    running = Running()
+    for number in range(num_others):
+        running.start(f"other {number}", caller=f"caller {number}", priority=others)
+    running.start("high", priority=Priority.HIGH)
+    steps = Counter(claim_id for _ in range(10 * (MAX_TURNS_WAITED + 1)) for claim_id in running.step())
+    assert steps["high"] == 10 * MAX_TURNS_WAITED
+
+
+@pytest.mark.parametrize("num_others", [15, 30])
+def test_many_requests_of_a_caller_that_wait_take_one_step_in_seventeen_from_another_caller(
+    num_others: int,
+) -> None:
+    running = Running()
+    for number in range(num_others):
+        running.start(f"greedy {number}", caller="greedy")
+    running.start("modest", caller="modest")
+    steps = Counter(claim_id for _ in range(10 * (MAX_TURNS_WAITED + 1)) for claim_id in running.step())
+    assert steps["modest"] >= 10 * MAX_TURNS_WAITED // 2
+
+
+def test_a_caller_that_goes_on_starting_requests_keeps_its_turn() -> None:
+    running = Running()
+    for caller in "abc":
+        running.start(caller, caller=caller)
+    steps: Counter[str] = Counter()
+    for number in range(30):
+        running.start(f"a{number}", caller="a")
+        steps.update(claim_id[0] for claim_id in running.step())
+    # But for the one step of the longest waiting request.
+    assert all(abs(steps[caller] - 10) <= 1 for caller in "abc")
+
+
+def test_a_caller_whose_request_has_just_ended_has_had_its_turn() -> None:
+    running = Running()
+    running.start("a", caller="a")
+    running.start("b", caller="b")
+    steps: Counter[str] = Counter()
+    for number in range(30):
+        running.start(f"a{number}", caller="a", num_steps=1)
+        steps.update(claim_id[0] for claim_id in running.step())
+    assert steps == {"a": 15, "b": 15}
+
+
+def test_first_steps_of_high_priority_pass_over_a_request_for_a_bounded_number_of_forwards() -> None:
+    running = Running()
+    running.start("low", priority=Priority.LOW)
+    low_steps = []
+    for number in range(5 * (MAX_TURNS_DEFERRED + 1)):
+        running.start(f"high {number}", priority=Priority.HIGH, num_steps=1)
+        low_steps += [number] if running.step() == ("low",) else []
+    assert low_steps == [MAX_TURNS_DEFERRED + n * (MAX_TURNS_DEFERRED + 1) for n in range(5)]
+
+
 @dataclass(frozen=True)
 class Arrival:
     caller: str
@@ -120,6 +178,8 @@ def test_no_request_waits_for_more_than_a_bounded_number_of_forwards(
 ) -> None:
     running = Running()
     waits: dict[str, int] = {}
+    # Of these, those that a first step of HIGH priority led.
+    passed: dict[str, int] = {}
     coming = list(enumerate(arrivals))
     pause = 0
     while coming or running:
@@ -128,13 +188,25 @@ def test_no_request_waits_for_more_than_a_bounded_number_of_forwards(
             running.start(str(number), arrival.caller, arrival.priority, arrival.side, arrival.num_steps)
             pause = 0
         before = dict(running)
+        first_of_high = [
+            request
+            for request in running.values()
+            if request.request.priority is Priority.HIGH and not request.step
+        ]
         claim_ids = running.step(num_requests)
         # The ranks are never idle while a request has steps to take.
         assert claim_ids or not before
         pause += 1
+        leader = before.get(claim_ids[0]) if claim_ids else None
+        is_first_of_high = leader in first_of_high
         for claim_id, request in before.items():
-            waits[claim_id] = 0 if claim_id in claim_ids else waits.get(claim_id, 0) + 1
-            is_first_of_high = request.request.priority is Priority.HIGH and request.step == 0
-            # Of those that have waited equally long each goes before it once at most.
-            limit = 0 if is_first_of_high else 2 * MAX_TURNS_WAITED
-            assert waits[claim_id] <= limit + MAX_RUNNING
+            if claim_id in claim_ids:
+                waits[claim_id] = passed[claim_id] = 0
+                continue
+            waits[claim_id] = waits.get(claim_id, 0) + 1
+            passed[claim_id] = passed.get(claim_id, 0) + is_first_of_high
+            num_others = MAX_RUNNING - 1
+            assert waits[claim_id] - passed[claim_id] <= (num_others + 1) * (MAX_TURNS_WAITED + 1)
+            assert waits[claim_id] <= (num_others + 1) * (MAX_TURNS_DEFERRED + 1)
+            if request in first_of_high:
+                assert waits[claim_id] <= MAX_RUNNING

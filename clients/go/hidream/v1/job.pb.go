@@ -155,18 +155,21 @@ func (JobStage) EnumDescriptor() ([]byte, []int) {
 //
 // No job waits for ever. Every 17th job to start is the one that has waited longest, whatever its priority, where a
 // later one has started before it: so at most 17 later jobs start before a job, for itself and for each older
-// one that waits with it. A job that runs is passed over by those of another priority in at most 16 steps in a row.
+// one that waits with it. So it is with the steps of those that run: every 17th is led by the job that has waited
+// longest for one, if that is for 16 or more. So a job that runs beside n others takes one in any 17 × (n + 1) steps;
+// in any 33 × (n + 1) while first steps of jobs of high priority keep coming.
 type Priority int32
 
 const (
 	// PRIORITY_NORMAL.
 	Priority_PRIORITY_UNSPECIFIED Priority = 0
-	// After all others, but for every 17th start, and one step in 17 of those that run.
+	// After all others, but for every 17th start, and every 17th step of those that run.
 	Priority_PRIORITY_LOW Priority = 1
 	// The default.
 	Priority_PRIORITY_NORMAL Priority = 2
 	// Before all others: it starts beside whatever runs of a lower priority, which goes on later from where it is, and
-	// takes its first step after the one that is being taken.
+	// takes its first step after the one that is being taken, or after such first steps of others. After 16 of these in
+	// a row the job that has waited longest may take one between.
 	Priority_PRIORITY_HIGH Priority = 3
 )
 

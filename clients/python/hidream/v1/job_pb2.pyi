@@ -98,12 +98,13 @@ class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.Val
     PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
     """PRIORITY_NORMAL."""
     PRIORITY_LOW: _Priority.ValueType  # 1
-    """After all others, but for every 17th start, and one step in 17 of those that run."""
+    """After all others, but for every 17th start, and every 17th step of those that run."""
     PRIORITY_NORMAL: _Priority.ValueType  # 2
     """The default."""
     PRIORITY_HIGH: _Priority.ValueType  # 3
     """Before all others: it starts beside whatever runs of a lower priority, which goes on later from where it is, and
-    takes its first step after the one that is being taken.
+    takes its first step after the one that is being taken, or after such first steps of others. After 16 of these in
+    a row the job that has waited longest may take one between.
     """
 
 class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
@@ -113,18 +114,21 @@ class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
 
     No job waits for ever. Every 17th job to start is the one that has waited longest, whatever its priority, where a
     later one has started before it: so at most 17 later jobs start before a job, for itself and for each older
-    one that waits with it. A job that runs is passed over by those of another priority in at most 16 steps in a row.
+    one that waits with it. So it is with the steps of those that run: every 17th is led by the job that has waited
+    longest for one, if that is for 16 or more. So a job that runs beside n others takes one in any 17 × (n + 1) steps;
+    in any 33 × (n + 1) while first steps of jobs of high priority keep coming.
     """
 
 PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
 """PRIORITY_NORMAL."""
 PRIORITY_LOW: Priority.ValueType  # 1
-"""After all others, but for every 17th start, and one step in 17 of those that run."""
+"""After all others, but for every 17th start, and every 17th step of those that run."""
 PRIORITY_NORMAL: Priority.ValueType  # 2
 """The default."""
 PRIORITY_HIGH: Priority.ValueType  # 3
 """Before all others: it starts beside whatever runs of a lower priority, which goes on later from where it is, and
-takes its first step after the one that is being taken.
+takes its first step after the one that is being taken, or after such first steps of others. After 16 of these in
+a row the job that has waited longest may take one between.
 """
 Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
