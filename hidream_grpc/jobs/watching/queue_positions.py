@@ -93,6 +93,8 @@ class QueuePositions:
         # As last made, with the jobs that came since; by model.
         self._orders: dict[str, list[WaitingJob]] = {}
         self._due: set[str] = set()
+        # Those in the orders whose rows cannot be read.
+        self._unreadable: set[str] = set()
         self._loads = CallerLoads()
         self._positions: dict[str, int] = {}
         self._is_outdated = False
@@ -237,8 +239,12 @@ class QueuePositions:
         self._is_outdated |= num_before < len(order)
         order.insert(num_before, waiting.order)
         self._positions[job_id] = num_before + FIRST_POSITION
-        if waiting.work is not None and waiting.model_fingerprint == self._limits.model_fingerprint:
-            self._estimator.note_newest(waiting.work, num_before)
+        if waiting.work is None:
+            self._unreadable.add(job_id)
+        elif waiting.model_fingerprint == self._limits.model_fingerprint:
+            # The estimator does not know the others.
+            num_unreadable = sum(job.job_id in self._unreadable for job in order[:num_before])
+            self._estimator.note_newest(waiting.work, num_before - num_unreadable)
 
     # --- their order ------------------------------------------------------------------------------
 
@@ -255,6 +261,7 @@ class QueuePositions:
         for waiting in self._waiting.values():
             by_model.setdefault(waiting.model_fingerprint, []).append(waiting)
         self._orders, self._positions, self._due = {}, {}, set()
+        self._unreadable = {job_id for job_id, waiting in self._waiting.items() if waiting.work is None}
         for model_fingerprint, jobs in by_model.items():
             turns = claim_order((waiting.order for waiting in jobs), self._loads)
             order = list(turns)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import pytest
 
-from hidream_grpc.engine.requests import Priority
+from hidream_grpc.engine.requests import Priority, StepReport
 from hidream_grpc.errors import StoreUnavailableError
 from hidream_grpc.jobs.estimates.estimator import JobEstimator
-from hidream_grpc.jobs.estimates.simulation import EngineCapacity
+from hidream_grpc.jobs.estimates.simulation import MAX_SIMULATED_JOBS, EngineCapacity
 from hidream_grpc.jobs.execution.executor import ClaimLimits
 from hidream_grpc.jobs.job import CancelReason
 from hidream_grpc.jobs.store.order import CallerLoads
@@ -104,6 +105,26 @@ async def test_any_number_of_askers_read_the_queue_twice_at_most(
     # The second is for those who asked while the first was being read; each ends with an empty page.
     assert store.num_reads <= 4
     assert store.num_jobs_read <= 60
+
+
+async def test_a_row_that_cannot_be_read_leaves_the_newest_job_its_position_and_its_estimate(
+    store: CountingStore, feeds: JobFeeds, tmp_path: Path
+) -> None:
+    estimator = JobEstimator(lambda: EngineCapacity(1, 1 << 20, num_ranks=1))
+    estimator.observe_step(StepReport(1.0, 64, 64, 2))
+    positions = QueuePositions(store, feeds, estimator, ClaimLimits(1, None, MODEL))
+    jobs = await added(store, *(new_job() for _ in range(MAX_SIMULATED_JOBS + 3)))
+    with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as database, database:
+        database.execute("UPDATE jobs SET submission = '{' WHERE job_id = ?", [jobs[-1].job_id])
+    async with followed(positions):
+        await positions.of([jobs[0].job_id])
+        before = estimator.wait_seconds(jobs[-2].job_id)
+        (newest,) = await added(store, new_job())
+        (position,) = await positions.of([newest.job_id])
+        assert position is not None
+        assert position.queue_position == len(jobs) + 1
+        assert before is not None and position.estimated_wait_seconds is not None
+        assert position.estimated_wait_seconds > before
 
 
 async def test_a_job_that_waits_is_read_once_and_a_queue_at_rest_not_at_all(
