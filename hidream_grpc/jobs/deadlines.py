@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from hidream_grpc.errors import DeadlineTooShortError, RequestError, TooBusyForDeadlineError
 from hidream_grpc.jobs.estimates.estimator import JobEstimator
+from hidream_grpc.jobs.estimates.simulation import JobWork
 from hidream_grpc.jobs.job import Submission
 
 MIN_RETRY_SECONDS = 1.0
@@ -16,12 +17,19 @@ def deadline_refusal(submissions: Sequence[Submission], estimator: JobEstimator)
     """Why a request cannot end before its caller's deadline; None where it may, or where nothing is known.
 
     An estimate counts only with its known error: a request is refused that would be too late even if it took
-    as small a share of the estimate as hardly any job before it.
+    as small a share of the estimate as hardly any job before it. Those of a batch that are alike are judged
+    once.
     """
+    judged: set[tuple[object, ...]] = set()
     for submission in submissions:
         deadline_seconds = submission.deadline_seconds
         if deadline_seconds is None or submission.is_detached:
             continue
+        shape = JobWork("", submission.caller, submission.parameters).shape
+        kind = submission.caller, submission.priority, deadline_seconds, *shape
+        if kind in judged:
+            continue
+        judged.add(kind)
         earliest = estimator.late_end(submission, deadline_seconds)
         if earliest is None:
             continue

@@ -321,7 +321,7 @@ class JobService:
         """
         self.readiness.check()
         call = AttachedCall(call_id, self._membership.replica_id) if call_id else None
-        refusal = refusal or self.readiness.refusal or deadline_refusal(submissions, self._estimator)
+        refusal = refusal or self.readiness.refusal or self._deadline_refusal(submissions)
         accepting = self._intake.accept(submissions, owner, self.retry_after_seconds, call, refusal)
         try:
             accepted = await self._calls.finish(accepting, if_left=partial(self._detach_early, call_id))
@@ -425,6 +425,14 @@ class JobService:
         return ImageReader(job_id, self._store, self._artifacts)
 
     # --- the rest ---------------------------------------------------------------------------------
+
+    def _deadline_refusal(self, submissions: Sequence[Submission]) -> RequestError | None:
+        """Why a request cannot end in time; None where another server may run it, which may be faster."""
+        if self._membership.shares_queue:
+            return None
+        own = self._membership.own_model.identity.fingerprint
+        judged = [s for s in submissions if s.model is None or s.model.fingerprint == own]
+        return deadline_refusal(judged, self._estimator)
 
     def _detach_early(self, call_id: str, jobs: Sequence[Job]) -> None:
         for job in jobs:

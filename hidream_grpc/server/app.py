@@ -277,6 +277,7 @@ def _capacity(limits: RequestLimits, group: RankGroup, step_limit: StepLimit) ->
         step_pixels_by_size=step_limit.by_size,
         num_ranks=group.world_size,
         max_running_jobs_of_caller=limits.max_running_jobs_per_caller,
+        layout=str(group.placement.layout),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import fmean, linear_regression
 from typing import Generic, TypeVar
 
@@ -13,6 +13,10 @@ from hidream_grpc.model.checkpoint.prompt_lengths import TRAINED_PROMPT_TOKENS
 
 NUM_KEPT = 16
 """Number of newest durations of each kind that count: a change of the load shows within as many steps."""
+MAX_AGE_SECONDS = 300.0
+"""What is older gives way to the first new measurement of its size, and nothing is refused by it."""
+MIN_RECENT_STEPS = 4
+"""Steps of a shape within that age by which requests may be refused: the first of them may compile."""
 MAX_SHAPES = 256
 """Callers choose sizes: what was seen longest ago is forgotten."""
 
@@ -30,10 +34,18 @@ class _Recent:
     """The newest values of one kind."""
 
     def __init__(self) -> None:
-        self._values: deque[float] = deque(maxlen=NUM_KEPT)
+        # When each was measured, and what.
+        self._values: deque[tuple[float, float]] = deque(maxlen=NUM_KEPT)
 
-    def add(self, seconds: float) -> None:
-        self._values.append(seconds)
+    def add(self, seconds: float, now: float) -> None:
+        """Add the newest one; those that are old by now are forgotten."""
+        while self._values and self._values[0][0] < now - MAX_AGE_SECONDS:
+            self._values.popleft()
+        self._values.append((now, seconds))
+
+    def num_since(self, time: float) -> int:
+        """Count those that were measured since then."""
+        return sum(measured >= time for measured, _ in self._values)
 
     @property
     def mean_seconds(self) -> float:
@@ -44,7 +56,7 @@ class _Recent:
         if not self._values:
             return 0.0
         cut = len(self._values) // 4
-        return fmean(sorted(self._values)[cut : len(self._values) - cut])
+        return fmean(sorted(seconds for _, seconds in self._values)[cut : len(self._values) - cut])
 
 
 class _Scaled(Generic[Key]):
@@ -55,17 +67,23 @@ class _Scaled(Generic[Key]):
         self._known: dict[Key, float] = {}
         self._points: list[tuple[int, float]] = []
 
-    def add(self, key: Key, work: int, seconds: float) -> None:
+    def add(self, key: Key, work: int, seconds: float, now: float) -> None:
         _, recent = self._measured.setdefault(key, (work, _Recent()))
-        recent.add(max(seconds, MIN_SECONDS))
+        recent.add(max(seconds, MIN_SECONDS), now)
         self._measured.move_to_end(key)
         if len(self._measured) > MAX_SHAPES:
             self._measured.popitem(last=False)
         self._known.clear()
 
-    def has(self, is_wanted: Callable[[Key], bool]) -> bool:
-        """Whether any such shape was measured."""
-        return any(map(is_wanted, self._measured))
+    def num_since(self, is_wanted: Callable[[Key], bool], time: float) -> dict[Key, int]:
+        """Count what was measured since then of each such shape that was ever measured."""
+        return {key: recent.num_since(time) for key, (_, recent) in self._measured.items() if is_wanted(key)}
+
+    def forget(self, keys: Iterable[Key]) -> None:
+        """Forget what was measured of these shapes."""
+        for key in keys:
+            del self._measured[key]
+        self._known.clear()
 
     def get(self, key: Key, work: int) -> float:
         """Seconds for a shape; 0 while nothing is measured."""
@@ -92,7 +110,9 @@ def _scale(points: list[tuple[int, float]], work: int) -> float:
 
 
 class MeasuredDurations:
-    """The times of steps, prompts and images since the start of the server.
+    """The times of steps, prompts and images since the start of the server, or of another layout.
+
+    `now` is in seconds from any start, and never goes back.
 
     Attributes:
         has_steps: whether a step was measured, without which nothing can be estimated.
@@ -105,22 +125,24 @@ class MeasuredDurations:
         self._prompts = _Recent()
         self.has_steps = False
 
-    def note_step(self, report: StepReport) -> None:
+    def note_step(self, report: StepReport, now: float = 0.0) -> None:
         """Learn from a denoising step."""
         self.has_steps = True
         kind = (report.width, report.height, report.num_samples, report.prompt_tokens)
         work = report.width * report.height * report.num_samples
-        self._steps.add(kind, work, report.step_seconds)
+        self._steps.add(kind, work, report.step_seconds, now)
+        of_size = self._steps.num_since(lambda kind: kind[:2] == report.size[:2], now - MAX_AGE_SECONDS)
+        self._steps.forget([kind for kind, num_recent in of_size.items() if num_recent == 0])
         if report.round_seconds is not None:
-            self._between_steps.add(max(0.0, report.round_seconds - report.step_seconds))
+            self._between_steps.add(max(0.0, report.round_seconds - report.step_seconds), now)
 
-    def note_prompts(self, encode_seconds: float) -> None:
+    def note_prompts(self, encode_seconds: float, now: float = 0.0) -> None:
         """Learn from the prompts of requests that started together."""
-        self._prompts.add(encode_seconds)
+        self._prompts.add(encode_seconds, now)
 
-    def note_image(self, width: int, height: int, decode_seconds: float) -> None:
+    def note_image(self, width: int, height: int, decode_seconds: float, now: float = 0.0) -> None:
         """Learn from an image that was decoded."""
-        self._images.add((width, height), width * height, decode_seconds)
+        self._images.add((width, height), width * height, decode_seconds, now)
 
     def step_seconds(
         self, width: int, height: int, num_samples: int, prompt_tokens: int = TRAINED_PROMPT_TOKENS
@@ -135,9 +157,15 @@ class MeasuredDurations:
         kind = (width, height, num_samples, prompt_tokens)
         return self._steps.get(kind, width * height * num_samples)
 
-    def has_steps_of(self, width: int, height: int) -> bool:
-        """Whether a step of this size was measured, so that its time is not scaled from others."""
-        return self._steps.has(lambda kind: kind[:2] == (width, height))
+    def has_recent_steps(
+        self, width: int, height: int, num_samples: int, prompt_tokens: int, now: float
+    ) -> bool:
+        """Whether steps of this shape were measured lately, or, if none ever was, others of its size."""
+        of_size = self._steps.num_since(lambda kind: kind[:2] == (width, height), now - MAX_AGE_SECONDS)
+        own = of_size.get((width, height, num_samples, prompt_tokens))
+        return (
+            max(of_size.values(), default=0) >= MIN_RECENT_STEPS if own is None else own >= MIN_RECENT_STEPS
+        )
 
     def image_seconds(self, width: int, height: int) -> float:
         """Decoding one image on one rank, scaled by its pixels; 0 while none was measured."""

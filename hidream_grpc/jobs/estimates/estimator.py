@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +18,7 @@ from hidream_grpc.engine.requests import (
 )
 from hidream_grpc.jobs.estimates.accuracy import EstimateAccuracy
 from hidream_grpc.jobs.estimates.durations import MeasuredDurations
+from hidream_grpc.jobs.estimates.newcomer import newcomer_slowdown, newcomer_start
 from hidream_grpc.jobs.estimates.overtaking import Overtaking
 from hidream_grpc.jobs.estimates.simulation import (
     MAX_SIMULATED_JOBS,
@@ -70,6 +70,8 @@ class JobEstimator:
         self._clock = clock
         self._durations = MeasuredDurations()
         self._accuracy = EstimateAccuracy()
+        # Of the steps that were measured.
+        self._layout = ""
         self._running: dict[str, JobWork] = {}
         self._waiting: list[JobWork] = []
         self._overtaking = Overtaking()
@@ -79,11 +81,14 @@ class JobEstimator:
         self._is_outdated = False
 
     def observe_step(self, report: StepReport) -> None:
-        """Measure a denoising step."""
+        """Measure a denoising step; the first one of another layout takes the place of all before it."""
+        layout = self._capacity().layout
+        if layout != self._layout:
+            self._layout, self._durations, self._accuracy = layout, MeasuredDurations(), EstimateAccuracy()
         if not self._durations.has_steps:
             # From now on there is something to estimate by.
             self._forget()
-        self._durations.note_step(report)
+        self._durations.note_step(report, self._clock())
 
     def observe(self, job_id: str, event: EngineEvent) -> None:
         """Measure what the engine reports of a job that it has, and how far that is."""
@@ -92,14 +97,15 @@ class JobEstimator:
             return
         match event:
             case PromptsEncoded(encode_seconds):
-                self._durations.note_prompts(encode_seconds)
+                self._durations.note_prompts(encode_seconds, self._clock())
             case StepFinished(step):
                 self._running[job_id] = replace(work, step=step)
                 if step == work.parameters.num_inference_steps:
                     self._forget()
             case ImageFinished(image_index):
                 parameters = work.parameters
-                self._durations.note_image(parameters.width, parameters.height, event.decode_seconds)
+                size = parameters.width, parameters.height
+                self._durations.note_image(*size, event.decode_seconds, self._clock())
                 self._running[job_id] = replace(work, finished_images=work.finished_images | {image_index})
             case RequestRestarted():
                 self._running[job_id] = replace(work, step=event.resumed_from_step)
@@ -138,7 +144,7 @@ class JobEstimator:
         self._forget()
 
     def note_newest(self, work: JobWork, num_before: int) -> None:
-        """Record a job that has just begun to wait behind so many others."""
+        """Record a job that has just begun to wait behind so many of those that were recorded."""
         self._waiting.insert(num_before, work)
         if self._estimates is None or not self._estimates.add(self._durations, self._waiting, num_before):
             self._forget()
@@ -170,39 +176,30 @@ class JobEstimator:
     def late_end(self, submission: Submission, deadline_seconds: float) -> EarliestEnd | None:
         """When a request would end at the earliest if it were accepted now and would then be too late.
 
-        None where it may be in time, or where that is not known well enough: no step of its size was
-        measured, or too few jobs have ended whose estimates show how wrong these are. What would be in time
-        even behind all that are there costs no simulation of them.
+        None where it may be in time, or where that is not known well enough: not enough steps of its shape
+        were measured lately and on the layout of now, or too few jobs have ended whose estimates show how
+        wrong these are. Where nothing runs, only what takes too long alone is too late. The estimates that
+        are there are used; only the job itself is simulated.
         """
-        parameters = submission.parameters
-        share = self._accuracy.earliest_share
-        if share is None or not self._durations.has_steps_of(parameters.width, parameters.height):
+        work = JobWork(_NEW_JOB, submission.caller, submission.parameters, priority=submission.priority)
+        share, capacity = self._accuracy.earliest_share, self._capacity()
+        if share is None or capacity.layout != self._layout or not self._has_recent_steps(work):
             return None
-        work = JobWork(_NEW_JOB, submission.caller, parameters, priority=submission.priority)
-        alone_seconds = estimate_jobs(self._durations, self._capacity(), (), (work,)).ends[_NEW_JOB]
-        if share * (max(self._newest().ends.values(), default=0.0) + alone_seconds) <= deadline_seconds:
-            return None
-        running = tuple(self._running.values())
-        # Jobs behind it hardly matter, and there may be thousands.
-        waiting = (*self._in_front_of(work), work)
-        behind_others = estimate_jobs(self._durations, self._capacity(), running, waiting)
-        seconds = share * behind_others.ends[_NEW_JOB]
-        return EarliestEnd(seconds, share * alone_seconds) if seconds > deadline_seconds else None
+        alone_seconds = estimate_jobs(self._durations, capacity, (), (work,)).ends[_NEW_JOB]
+        seconds = alone_seconds
+        if self._running and share * alone_seconds <= deadline_seconds:
+            estimates, waiting = self._newest(), self._waiting
+            start_seconds = newcomer_start(work, estimates, capacity, self._running, waiting)
+            slowdown = newcomer_slowdown(estimates, self._durations, self._running.values(), waiting)
+            own_seconds = max(alone_seconds, slowdown * work.seconds_alone(self._durations))
+            seconds = (self._seconds_until(start_seconds) or 0.0) + own_seconds
+        is_late = share * seconds > deadline_seconds
+        return EarliestEnd(share * seconds, share * alone_seconds) if is_late else None
 
-    def _in_front_of(self, new: JobWork) -> list[JobWork]:
-        """The jobs that wait and start before a new one, if its caller has the first turn of all."""
-        num_own = sum((work.caller, work.priority) == (new.caller, new.priority) for work in self._waiting)
-        num_of_caller: Counter[str] = Counter()
-        in_front: list[JobWork] = []
-        for work in self._waiting:
-            if work.job_id in self._running or work.priority < new.priority:
-                continue
-            if work.priority == new.priority:
-                num_of_caller[work.caller] += 1
-                if num_of_caller[work.caller] > num_own:
-                    continue
-            in_front.append(work)
-        return in_front
+    def _has_recent_steps(self, work: JobWork) -> bool:
+        parameters = work.parameters
+        shape = parameters.width, parameters.height, parameters.num_samples, parameters.prompt_tokens
+        return self._durations.has_recent_steps(*shape, self._clock())
 
     def _forget(self) -> None:
         self._is_outdated = True

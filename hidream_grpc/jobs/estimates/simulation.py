@@ -47,6 +47,7 @@ class EngineCapacity:
         max_step_pixels: width × height × samples of one forward; a single job may exceed it.
         num_ranks: ranks, each of which decodes one image at a time.
         step_pixels_by_size: `max_step_pixels` of these sizes, where it is less.
+        layout: of the ranks; what was measured on another one says little.
     """
 
     max_running_jobs: int
@@ -54,6 +55,7 @@ class EngineCapacity:
     num_ranks: int
     max_running_jobs_of_caller: int | None = None
     step_pixels_by_size: Mapping[SampleSize, int] = field(default_factory=dict)
+    layout: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,7 +430,7 @@ def _with_later_jobs(
     """
     if len(waiting) <= MAX_SIMULATED_JOBS:
         return Estimates(starts, ends)
-    amounts = _seconds_alone(durations, waiting)
+    amounts = seconds_alone(durations, waiting)
     half = MAX_SIMULATED_JOBS // 2
     last_start = max(starts[work.job_id] for work in waiting[:MAX_SIMULATED_JOBS])
     middle_start = max(starts[work.job_id] for work in waiting[:half])
@@ -446,7 +448,7 @@ def _with_later_jobs(
     return Estimates(starts, ends, pace, slowdown)
 
 
-def _seconds_alone(durations: MeasuredDurations, works: Sequence[JobWork]) -> list[float]:
+def seconds_alone(durations: MeasuredDurations, works: Sequence[JobWork]) -> list[float]:
     """How long each would take alone; most of many are alike."""
     known: dict[tuple[int, ...], float] = {}
     amounts = []

@@ -100,6 +100,7 @@ class Membership:
         self._beat_seconds = lease_seconds / BEATS_PER_LEASE
         self._observer = SilenceObserver(lease_seconds, 1.5 * self._beat_seconds)
         self._models: tuple[LiveModel, ...] = (model,)
+        self._num_sharing = 0
         self._has_joined = False
         # `leave` waits for a beat that may join again.
         self._joining = asyncio.Lock()
@@ -111,6 +112,14 @@ class Membership:
     def live_models(self) -> tuple[LiveModel, ...]:
         """Models of all live replicas, this one's first, as of the last heartbeat."""
         return self._models
+
+    @property
+    def shares_queue(self) -> bool:
+        """Whether another live replica may run the jobs of this one's model, as of the last heartbeat.
+
+        One of another version, whose model cannot be read, may.
+        """
+        return self._num_sharing > 0
 
     async def model(self, name: str | None) -> LiveModel:
         """The model of a name; None is for this replica's own.
@@ -178,14 +187,19 @@ class Membership:
 
     def _note_models(self, records: Iterable[ReplicaRecord]) -> None:
         models = {self.own_model.identity: self.own_model}
+        num_sharing = 0
         for record in records:
+            is_other = record.replica_id != self.replica_id
             try:
                 model = _decoder.decode(record.model)
             except msgspec.MsgspecError as error:
                 logger.debug("a replica of another version: %s", error)
+                num_sharing += is_other
             else:
                 models.setdefault(model.identity, model)
-        self._models = tuple(models.values())
+                is_same = model.identity.fingerprint == self.own_model.identity.fingerprint
+                num_sharing += is_other and is_same
+        self._models, self._num_sharing = tuple(models.values()), num_sharing
 
 
 _decoder = msgspec.json.Decoder(LiveModel)

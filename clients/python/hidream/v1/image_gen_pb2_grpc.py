@@ -185,8 +185,11 @@ class ImageGenServicer:
         `reconnect_window` it is cancelled that much later, unless the call has been made again by then. The
         call's deadline is the job's: a job is not started after it, and stops when it passes. A running job that
         taking turns would make late, and that can still end before its deadline, goes first within its
-        priority. What cannot end before it is refused at once, where the server has measured enough to know:
-        a server that has just started accepts everything. With `detached` the deadline is of the call alone.
+        priority; the place of a job in the queue does not depend on its deadline. What cannot end before it is
+        refused at once, where the server has measured enough, within the last minutes and with the ranks that it
+        has now: what is accepted may still be late. A server that has just started accepts everything, and so does
+        one that shares its queue with others of its model, which may be faster. With `detached` the deadline is of
+        the call alone.
         If the job fails, the call ends with the job's error as its status.
 
         Status codes, besides those of the service:
@@ -197,8 +200,8 @@ class ImageGenServicer:
         open, or the caller has used up its share (the violation's subject is then the caller).
         Nothing was accepted; retry after the delay.
         - `RESOURCE_EXHAUSTED` (`QuotaFailure` with the subject `deadline`, `RetryInfo`): behind the jobs that
-        are there this one could not end before its deadline. Nothing was accepted; after the delay, with as
-        long a deadline, it would, if nothing else came.
+        are there this one is not expected to end before its deadline. Nothing was accepted; after the delay,
+        with as long a deadline, it is, if nothing else comes.
         - `RESOURCE_EXHAUSTED` (`QuotaFailure`): the job does not fit the device's memory even alone, or
         the images do not fit the server's storage. Retrying the same request rarely helps.
         - `FAILED_PRECONDITION` (`PreconditionFailure` of the type `MODEL`; its subject is the model asked
@@ -209,8 +212,8 @@ class ImageGenServicer:
         not retry: ask again with the same seed and another `request_id`.
         - `DEADLINE_EXCEEDED`: the deadline passed before the job ended; the job was stopped.
         - `DEADLINE_EXCEEDED` (`ErrorInfo` with reason `DEADLINE_TOO_SHORT` and `earliest_seconds` in its
-        metadata): the job would not end before its deadline even if it were the only one. Nothing was
-        accepted. Retry with a longer deadline only.
+        metadata): the job is not expected to end before its deadline even if it were the only one. Nothing
+        was accepted. Retry with a longer deadline.
         - `CANCELLED`: the caller went away, or the job was cancelled by `CancelJob`.
         - `UNAVAILABLE` (`RetryInfo`) after the first event: the server went away before the job ended.
         Retry after the delay, on any server; with the same `request_id` it follows the same job.

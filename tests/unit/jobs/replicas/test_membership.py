@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hidream_grpc.jobs.replicas.membership import SilenceObserver
+from hidream_grpc.jobs.replicas.membership import LiveModel, Membership, SilenceObserver
 from hidream_grpc.jobs.store.records import ReplicaRecord
+from hidream_grpc.jobs.store.store import SqlJobStore
+from tests.unit.jobs.service_bench import DEFAULTS, EXECUTION, LIMITS, MODEL_IDENTITY, TOKENIZERS
 
 LEASE_SECONDS = 15.0
 GAP_SECONDS = 10.0
@@ -52,3 +57,34 @@ def test_no_replica_is_dead_at_the_first_look_whatever_its_heartbeat(gaps: list[
     for number, gap in enumerate(gaps):
         now += gap
         assert observer.dead(records({f"replica {number}": 5}), now) == []
+
+
+OWN_MODEL = LiveModel(MODEL_IDENTITY, TOKENIZERS, EXECUTION.scheduler, EXECUTION.shift, LIMITS, DEFAULTS)
+OTHER_MODEL = replace(OWN_MODEL, identity=replace(MODEL_IDENTITY, fingerprint="ffff"))
+
+
+@pytest.mark.parametrize(
+    ("others", "shares_queue"),
+    [
+        pytest.param([], False, id="alone"),
+        pytest.param([msgspec.json.encode(OTHER_MODEL).decode()], False, id="beside another model"),
+        pytest.param([msgspec.json.encode(OWN_MODEL).decode()], True, id="beside its own model"),
+        pytest.param(["{}"], True, id="beside a version that it cannot read"),
+    ],
+)
+async def test_a_replica_shares_its_queue_with_those_that_may_run_its_jobs(
+    tmp_path: Path, others: Sequence[str], shares_queue: bool
+) -> None:
+    store = SqlJobStore(f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}")
+    await store.open()
+    membership = Membership(store, OWN_MODEL, LEASE_SECONDS, on_removed=lambda: None)
+    await membership.join()
+    for number, model in enumerate(others):
+        await store.join(f"other {number}", model, None)
+    await membership.beat()
+    assert membership.shares_queue is shares_queue
+    for number in range(len(others)):
+        await store.remove_replica(f"other {number}")
+    await membership.beat()
+    assert not membership.shares_queue
+    await store.close()
