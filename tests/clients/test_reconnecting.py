@@ -7,9 +7,17 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf import duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from hidream.downloads import part_path
-from hidream.errors import InternalError, ServerError, StreamError, UnavailableError
+from hidream.errors import (
+    InternalError,
+    ServerError,
+    StreamError,
+    TooBusyForDeadlineError,
+    UnavailableError,
+)
 from hidream.events import ImageFinished, Progress, Succeeded
 from hidream.reconnecting import ReconnectPolicy
 from hidream.v1 import job_pb2
@@ -95,6 +103,19 @@ def test_an_error_that_another_call_would_meet_again_ends_the_watch(
     with pytest.raises(InternalError):
         either.items("watch", JOB_ID)
     assert server[0].starts == [0]
+
+
+def test_a_call_that_is_refused_for_its_deadline_is_not_made_again_with_a_shorter_one(
+    server: tuple[BreakingImageGen, str], either: EitherClient
+) -> None:
+    refused = status_pb2.Status(code=code_pb2.RESOURCE_EXHAUSTED, message="too many jobs are in front")
+    violation = error_details_pb2.QuotaFailure.Violation(subject="deadline")
+    refused.details.add().Pack(error_details_pb2.QuotaFailure(violations=[violation]))
+    refused.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(nanos=10**6)))
+    server[0].breaks, server[0].status = [2], refused
+    with pytest.raises(TooBusyForDeadlineError):
+        either.items("generate", "a")
+    assert len(server[0].generated) == 1
 
 
 def test_watching_all_jobs_tells_each_change_once_however_often_it_breaks(

@@ -11,6 +11,7 @@ from grpc_status import rpc_status
 
 from hidream.v1 import image_gen_pb2, job_pb2
 from hidream_grpc.jobs.estimates.accuracy import MIN_OUTCOMES
+from hidream_grpc.jobs.estimates.durations import MIN_RECENT_STEPS
 from tests.e2e.conftest import NarrowServer
 from tests.support.streams import follow, is_progress, read_until, request
 
@@ -96,7 +97,7 @@ def test_what_cannot_end_before_its_deadline_is_refused_at_once(narrow_server: N
         # The first job is not estimated: nothing was measured before it.
         for seed in range(MIN_OUTCOMES):
             follow(stub.Generate(request(num_inference_steps=2, seed=seed, width=64, height=64)))
-        follow(stub.Generate(request(num_inference_steps=2, width=256, height=256)))
+        follow(stub.Generate(request(num_inference_steps=MIN_RECENT_STEPS, width=256, height=256)))
         total = narrow_server.live.info().jobs.total
         with pytest.raises(grpc.RpcError) as caught:
             too_much = request(num_inference_steps=150, num_images=8, width=256, height=256)

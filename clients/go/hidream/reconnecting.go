@@ -177,10 +177,24 @@ func isPassing(err error) bool {
 	case codes.Unavailable:
 		return true
 	case codes.ResourceExhausted:
-		return retryDelay(err) > 0 // too many streams; without a delay it is something else
+		// Too many streams; without a delay it is something else, and a deadline that is too near comes nearer.
+		return retryDelay(err) > 0 && !isTooLate(err)
 	default:
 		return false
 	}
+}
+
+func isTooLate(err error) bool {
+	for _, detail := range status.Convert(err).Details() {
+		if quota, isQuota := detail.(*errdetails.QuotaFailure); isQuota {
+			for _, violation := range quota.GetViolations() {
+				if violation.GetSubject() == "deadline" {
+					return true
+				}
+			}
+		}
+	}
+	return false
 }
 
 func retryDelay(err error) time.Duration {

@@ -36,6 +36,8 @@ type breakingServer struct {
 	code   codes.Code // with which a call breaks off
 	starts []int64    // after_sequence or offset of each call
 	damage damage     // what becomes of the pieces of the image on their way; may be nil
+	// With which a call breaks off in place of code, where a test wants details.
+	refusal error
 
 	generated []*hidreamv1.GenerateRequest
 	submitted []string // request ids
@@ -91,6 +93,9 @@ func sendUntilBreak[Response any](s *breakingServer, responses []*Response, send
 		}
 	}
 	if numSent < len(responses) {
+		if s.refusal != nil {
+			return s.refusal
+		}
 		return status.Error(s.code, "the server is going away")
 	}
 	return nil
@@ -250,6 +255,21 @@ func TestAnErrorThatAnotherCallWouldMeetAgainEndsTheWatch(t *testing.T) {
 				t.Errorf("got %v after %d calls", err, len(service.starts))
 			}
 		})
+	}
+}
+
+func TestACallThatIsRefusedForItsDeadlineIsNotMadeAgain(t *testing.T) {
+	violation := &errdetails.QuotaFailure_Violation{Subject: "deadline"}
+	refusal, err := status.New(codes.ResourceExhausted, "too many jobs are in front").WithDetails(
+		&errdetails.QuotaFailure{Violations: []*errdetails.QuotaFailure_Violation{violation}},
+		&errdetails.RetryInfo{RetryDelay: durationpb.New(time.Millisecond)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	service := &breakingServer{breaks: []int{1}, refusal: refusal.Err()}
+	_, err = clientOf(t, service).Watch(t.Context(), jobID, ReconnectPolicy{}, nil)
+	if status.Code(err) != codes.ResourceExhausted || len(service.starts) != 1 {
+		t.Errorf("got %v after %d calls", err, len(service.starts))
 	}
 }
 

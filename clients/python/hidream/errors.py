@@ -9,9 +9,10 @@
     │   ├── AlreadyExistsError          the request id was used with another request
     │   ├── FailedPreconditionError     not in this state
     │   ├── ResourceExhaustedError      too much was asked for: `violations`
-    │   │   └── QueueFullError          nothing was accepted; try again after `retry_after_seconds`
+    │   │   ├── QueueFullError          nothing was accepted; try again after `retry_after_seconds`
+    │   │   └── TooBusyForDeadlineError the same, with as long a deadline then as now, or with a longer one
     │   ├── UnavailableError            unreachable, starting or draining: `retry_after_seconds`
-    │   ├── DeadlineExceededError       the deadline passed before the job ended
+    │   ├── DeadlineExceededError       the deadline passed, or is too short for the job
     │   ├── CancelledError              the job was cancelled
     │   ├── UnimplementedError          this version of the server cannot do that
     │   ├── DataLossError               a stored image is damaged: `job_id`, `image_index`
@@ -38,6 +39,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 _MessageT = TypeVar("_MessageT", bound=Message)
 _STATUS_DETAILS_KEY = "grpc-status-details-bin"
+_DEADLINE_SUBJECT = "deadline"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -167,12 +169,22 @@ class QueueFullError(ResourceExhaustedError):
     """
 
 
+class TooBusyForDeadlineError(ResourceExhaustedError):
+    """Too many jobs are in front for the images to come before the deadline of the call.
+
+    Nothing was accepted: try again later with as long a deadline, or with a longer one.
+    """
+
+
 class UnavailableError(ServerError):
     """No server answers at the address, or it is starting, recovering or draining."""
 
 
 class DeadlineExceededError(ServerError):
-    """The caller's deadline passed before the job ended; the job was stopped."""
+    """The caller's deadline passed before the job ended; the job was stopped.
+
+    Or it is too short for the job even alone, by the server's measured times: then nothing was accepted.
+    """
 
 
 class CancelledError(ServerError):
@@ -288,7 +300,9 @@ def error_from_status(details: status_pb2.Status) -> ServerError:
     """The exception for a status other than OK."""
     kind = _ERRORS.get(details.code, ServerError)
     if kind is ResourceExhaustedError and _detail(details, error_details_pb2.RetryInfo):
-        kind = QueueFullError
+        quota = _detail(details, error_details_pb2.QuotaFailure) or error_details_pb2.QuotaFailure()
+        is_late = any(violation.subject == _DEADLINE_SUBJECT for violation in quota.violations)
+        kind = TooBusyForDeadlineError if is_late else QueueFullError
     return kind(details)
 
 

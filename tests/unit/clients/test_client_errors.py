@@ -32,6 +32,9 @@ def subclasses(kind: type[Exception]) -> set[type[Exception]]:
     return {kind}.union(*(subclasses(child) for child in kind.__subclasses__()))
 
 
+TOO_LATE = error_details_pb2.QuotaFailure(
+    violations=[error_details_pb2.QuotaFailure.Violation(subject="deadline", description="is in 2 s")]
+)
 IN_THREE_SECONDS = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=3))
 
 
@@ -54,6 +57,12 @@ def test_a_full_queue_says_which_limit_and_when_to_try_again() -> None:
     error = error_from_status(status_of(code_pb2.RESOURCE_EXHAUSTED, quota, IN_THREE_SECONDS))
     assert isinstance(error, errors.QueueFullError)
     assert error.violations == (errors.QuotaViolation("max_queued_jobs", "is 8"),)
+    assert error.retry_after_seconds == 3.0
+
+
+def test_a_deadline_that_cannot_be_met_is_no_full_queue() -> None:
+    error = error_from_status(status_of(code_pb2.RESOURCE_EXHAUSTED, TOO_LATE, IN_THREE_SECONDS))
+    assert type(error) is errors.TooBusyForDeadlineError
     assert error.retry_after_seconds == 3.0
 
 
@@ -115,12 +124,14 @@ def test_every_status_code_becomes_an_error_that_knows_it(code: grpc.StatusCode)
 def test_every_error_class_is_raised_for_some_status() -> None:
     statuses = [status_of(code) for code in code_pb2.Code.values() if code != code_pb2.OK]
     statuses.append(status_of(code_pb2.RESOURCE_EXHAUSTED, IN_THREE_SECONDS))
+    statuses.append(status_of(code_pb2.RESOURCE_EXHAUSTED, TOO_LATE, IN_THREE_SECONDS))
     assert {type(error_from_status(status)) for status in statuses} == subclasses(errors.ServerError)
 
 
 EXAMPLES: tuple[HiDreamError, ...] = (
     *(error_from_status(status_of(code)) for code in code_pb2.Code.values() if code != code_pb2.OK),
     error_from_status(status_of(code_pb2.RESOURCE_EXHAUSTED, IN_THREE_SECONDS)),
+    error_from_status(status_of(code_pb2.RESOURCE_EXHAUSTED, TOO_LATE, IN_THREE_SECONDS)),
     errors.NotServingError(5.0, "NOT_SERVING"),
     errors.AddressError("a:0", "is none"),
     errors.EventLoopError(),
