@@ -400,7 +400,9 @@ def _ignore(_: EngineEvent) -> None:
 
 def _demand(running: RunningRequest) -> StepDemand:
     request = running.request
-    return StepDemand.of(request.caller, request.priority, request.parameters, running.step)
+    return StepDemand(
+        request.caller, request.priority, running.size, running.step_pixels, _num_steps_left(running)
+    )
 
 
 def _due_jobs(waiting: Sequence[JobWork]) -> frozenset[str]:

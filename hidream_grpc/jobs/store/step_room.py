@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from bisect import bisect_left, insort
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -68,10 +69,12 @@ class _Served:
 
     Attributes:
         place: how many jobs of its caller and priority are before it.
+        forwards: its share of a forward of its size.
     """
 
     demand: StepDemand
     place: int
+    forwards: float
 
 
 class StepRoom:
@@ -110,8 +113,11 @@ class StepRoom:
         self._max_step_pixels = max_step_pixels
         self._step_pixels_by_size = step_pixels_by_size
         self._num_running: Counter[Priority] = Counter()
-        self._served: list[_Served] = []
-        self._lines: Counter[tuple[str, Priority]] = Counter()
+        self._served: defaultdict[Priority, list[_Served]] = defaultdict(list)
+        # What these add up to, and the work of those of each caller, the least first.
+        self._forwards: defaultdict[Priority, float] = defaultdict(float)
+        self._pixels: Counter[tuple[Priority, SampleSize]] = Counter()
+        self._lines: defaultdict[tuple[str, Priority], list[int]] = defaultdict(list)
         for demand in running:
             self._num_running[demand.priority] += 1
             self._serve(demand)
@@ -132,40 +138,51 @@ class StepRoom:
 
     def _serve(self, demand: StepDemand) -> None:
         if demand.num_steps > 0:
-            line = demand.caller, demand.priority
-            self._served.append(_Served(demand, self._lines[line]))
-            self._lines[line] += 1
+            priority, size = demand.priority, demand.size
+            line = self._lines[demand.caller, priority]
+            forwards = demand.step_pixels / self._step_pixels(size)
+            self._served[priority].append(_Served(demand, len(line), forwards))
+            self._forwards[priority] += forwards
+            self._pixels[priority, size] += demand.step_pixels
+            insort(line, demand.work)
 
     def _may_run(self, priority: Priority) -> bool:
         num_running = sum(number for other, number in self._num_running.items() if other >= priority)
         return num_running < self._max_running_jobs
 
     def _is_served_soon(self, demand: StepDemand) -> bool:
-        place = self._lines[demand.caller, demand.priority]
-        if place:
-            place -= sum(
-                demand.is_short_beside(served.demand)
-                for served in self._served
-                if (served.demand.caller, served.demand.priority) == (demand.caller, demand.priority)
-            )
+        # In its line it is behind those beside which it is not short.
+        place = bisect_left(self._lines[demand.caller, demand.priority], demand.work / SHORT)
+        room_pixels = self._step_pixels(demand.size) - demand.step_pixels
         forwards, pixels_of_size = 0.0, 0
-        for served in self._served:
+        for priority in self._served:
+            if priority > demand.priority:
+                forwards += self._forwards[priority]
+                pixels_of_size += self._pixels[priority, demand.size]
+        # One that goes before it can only add to these.
+        if not _has_room(forwards, pixels_of_size, room_pixels):
+            return False
+        for served in self._served[demand.priority]:
             if _goes_before(served, demand, place):
-                forwards += served.demand.step_pixels / self._step_pixels(served.demand.size)
+                forwards += served.forwards
                 if served.demand.size == demand.size:
                     pixels_of_size += served.demand.step_pixels
-        fits = pixels_of_size + demand.step_pixels <= self._step_pixels(demand.size)
-        # Sums of shares are not exact.
-        return forwards < 1 - 1e-9 and (fits or not pixels_of_size)
+                if not _has_room(forwards, pixels_of_size, room_pixels):
+                    return False
+        return True
 
     def _step_pixels(self, size: SampleSize) -> int:
         return min(self._max_step_pixels, self._step_pixels_by_size.get(size, self._max_step_pixels))
 
 
+def _has_room(forwards: float, pixels_of_size: int, room_pixels: int) -> bool:
+    """Whether a job is served soon behind so many forwards, of which its own size has so many pixels."""
+    # Sums of shares are not exact.
+    return forwards < 1 - 1e-9 and (pixels_of_size <= room_pixels or not pixels_of_size)
+
+
 def _goes_before(served: _Served, demand: StepDemand, place: int) -> bool:
-    """Whether one that is served already goes before another one at a place in the line of its caller."""
-    if served.demand.priority != demand.priority:
-        return served.demand.priority > demand.priority
+    """Whether one of its priority goes before a job that is at a place in the line of its caller."""
     if served.place != place:
         return served.place < place
     return not demand.is_short_beside(served.demand)
