@@ -27,6 +27,7 @@ from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
 from hidream_grpc.jobs.replicas.membership import LiveModel
 from hidream_grpc.jobs.retention.retention import RetentionLimits
 from hidream_grpc.jobs.service import JobService, StorePolicy
+from hidream_grpc.jobs.store.clock import StoreClock
 from hidream_grpc.jobs.store.store import SqlJobStore
 from hidream_grpc.jobs.watching.events import (
     Body,
@@ -34,6 +35,7 @@ from hidream_grpc.jobs.watching.events import (
 )
 from hidream_grpc.model.parameters import GenerationParameters
 from tests.support.job_stores import MODEL, eventually
+from tests.support.passing_clock import PassingClock
 from tests.support.snapshots import CHECKPOINT_FINGERPRINT
 
 LIMITS = RequestLimits(
@@ -84,8 +86,16 @@ class DrivenEngine:
 class Bench:
     """A service that runs, its engine and its stores."""
 
-    def __init__(self, service: JobService, engine: DrivenEngine, tools: JobTools, directory: Path) -> None:
+    def __init__(
+        self,
+        service: JobService,
+        engine: DrivenEngine,
+        tools: JobTools,
+        clock: PassingClock,
+        directory: Path,
+    ) -> None:
         self.service = service
+        self.clock = clock
         self.engine = engine
         self.store = tools.store
         self.artifacts = tools.artifacts
@@ -173,6 +183,8 @@ async def bench_in(
         return EngineCapacity(limits.max_running_jobs, limits.max_pixels, num_ranks=1)
 
     store = SqlJobStore(f"sqlite+aiosqlite:///{directory / 'jobs.sqlite'}")
+    clock = PassingClock()
+    store.clock = StoreClock(clock)
     await store.open()
     tools = JobTools(
         store=store,
@@ -198,7 +210,7 @@ async def bench_in(
     service.set_engine_state(EngineState.SERVING)
     work = asyncio.create_task(service.run())
     try:
-        yield Bench(service, engine, tools, directory)
+        yield Bench(service, engine, tools, clock, directory)
     finally:
         await service.drain(0)
         work.cancel()
