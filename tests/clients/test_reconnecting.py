@@ -84,7 +84,8 @@ def test_a_watch_gives_up_when_it_gets_no_answer_for_too_long(
     server[0].breaks = [2, *[0] * 1000]
     with pytest.raises(UnavailableError, match="the server is going away"):
         either.items("watch", JOB_ID, ReconnectPolicy(reconnect_seconds=0.3))
-    assert len(server[0].starts) > 2
+    # One attempt more at least, however long the process stood still in between.
+    assert 2 <= len(server[0].starts) < 1000
 
 
 def test_a_first_call_that_is_not_answered_is_not_repeated(

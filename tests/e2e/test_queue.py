@@ -13,6 +13,7 @@ from hidream.v1 import image_gen_pb2, job_pb2
 from hidream_grpc.jobs.estimates.accuracy import MIN_OUTCOMES
 from hidream_grpc.jobs.estimates.durations import MIN_RECENT_STEPS
 from tests.e2e.conftest import NarrowServer
+from tests.support.job_calls import begun, read_stream
 from tests.support.streams import follow, is_progress, read_until, request
 
 
@@ -78,16 +79,14 @@ def test_a_caller_that_leaves_the_queue_makes_room_for_those_behind_it(narrow_se
 
 def test_a_job_whose_deadline_passes_in_the_queue_is_never_started(narrow_server: NarrowServer) -> None:
     with narrow_server.live.stub() as stub:
-        running = stub.Generate(request(num_inference_steps=150))
+        running = stub.Generate(request(num_inference_steps=150, width=512, height=512))
         read_until(running, is_progress)
         # Of a size that was never measured: otherwise it may be refused at once.
-        waiting = stub.Generate(request(num_inference_steps=1, width=80), timeout=0.5)
-        kinds = []
-        with pytest.raises(grpc.RpcError) as caught:
-            for response in waiting:
-                kinds.append(response.event.WhichOneof("event"))
-        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        assert set(kinds) == {"queued"}
+        message = request(num_inference_steps=1, width=80)
+        waiting, first = begun(lambda seconds: stub.Generate(message, timeout=seconds))
+        responses, code = read_stream(waiting)
+        assert code == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert {response.event.WhichOneof("event") for response in (first, *responses)} == {"queued"}
         running.cancel()
     narrow_server.live.wait_until_idle()
 

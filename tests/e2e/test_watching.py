@@ -15,6 +15,7 @@ from tests.e2e.conftest import NarrowServer
 from tests.support.job_calls import (
     LONG_STEPS,
     Stub,
+    begun,
     cancel,
     delete,
     drawn,
@@ -176,10 +177,9 @@ def test_closing_a_watch_does_not_touch_the_job(narrow: Stub) -> None:
 
 
 def test_a_deadline_ends_a_watch_and_not_the_job(narrow: Stub) -> None:
-    job_id = running(narrow)
-    responses, code = read_stream(watch(narrow, job_id, timeout=0.5))
-    assert code == grpc.StatusCode.DEADLINE_EXCEEDED
-    assert responses
+    job_id = running(narrow, width=512, height=512)
+    call, _ = begun(lambda seconds: watch(narrow, job_id, timeout=seconds))
+    assert read_stream(call)[1] == grpc.StatusCode.DEADLINE_EXCEEDED
     assert get(narrow, job_id).state == RUNNING
 
 
@@ -220,8 +220,9 @@ def test_a_caller_of_the_same_request_keeps_the_job_of_one_that_leaves(narrow: S
 
 def test_a_watcher_is_told_that_the_deadline_of_the_caller_has_passed(narrow: Stub) -> None:
     # Of a size that was never measured: otherwise it may be refused at once.
-    call = narrow.Generate(request(num_inference_steps=LONG_STEPS, width=272, height=256), timeout=1.0)
-    watcher = watch(narrow, next(call).job_id)
+    message = request(num_inference_steps=LONG_STEPS, width=528, height=512)
+    call, first = begun(lambda seconds: narrow.Generate(message, timeout=seconds))
+    watcher = watch(narrow, first.job_id)
     assert read_stream(call)[1] == grpc.StatusCode.DEADLINE_EXCEEDED
     responses, code = read_stream(watcher)
     assert code == grpc.StatusCode.OK

@@ -16,6 +16,8 @@ from tests.support.live_server import wait_until
 
 LONG_STEPS = 150
 WAIT_SECONDS = 60.0
+DEADLINES_SECONDS = (0.5, 4.0, 32.0)
+"""Deadlines that shall pass while a job runs, not before it is accepted: the first that does so."""
 
 Stub = image_gen_pb2_grpc.ImageGenStub
 
@@ -124,6 +126,25 @@ def read_stream(call: Iterator[Any]) -> tuple[list[Any], grpc.StatusCode]:
         assert isinstance(error, grpc.Call)
         return messages, error.code()
     return messages, grpc.StatusCode.OK
+
+
+def begun(call_with: Callable[[float], Any]) -> tuple[Any, Any]:
+    """A call whose deadline has not passed before its first message, and that message.
+
+    On a busy machine a deadline may pass before the server has read the request: then the call is made again
+    with more time.
+
+    Args:
+        call_with: makes the call, with a deadline in so many seconds.
+    """
+    for seconds in DEADLINES_SECONDS:
+        call = call_with(seconds)
+        try:
+            return call, next(call)
+        except grpc.RpcError as error:
+            assert isinstance(error, grpc.Call)
+            assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    raise AssertionError(f"no message within {DEADLINES_SECONDS[-1]:g} s")
 
 
 def details_of(error: grpc.RpcError, code: grpc.StatusCode, *messages: Message) -> tuple[Any, ...]:
