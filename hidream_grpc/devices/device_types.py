@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 MAX_DEQUANTIZED_WEIGHTS = 2**26
-"""Most weights of a linear layer that are dequantized at a time: 128 MiB in bfloat16."""
+"""Most weights of a linear layer that are dequantized at a time: 128 MiB in bfloat16. Experts may be more."""
 
 
 class StartMethod(StrEnum):

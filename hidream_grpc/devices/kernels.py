@@ -80,7 +80,7 @@ def dequantize(weights: Tensor, scales: Tensor) -> Tensor:
 
 def quantized_linear(inputs: Tensor, weights: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """See `Device.quantized_linear`; the matrix is dequantized in parts that are not too large."""
-    max_outputs = max(1, MAX_DEQUANTIZED_WEIGHTS // weights.shape[1])
+    max_outputs = max(1, MAX_DEQUANTIZED_WEIGHTS // max(1, weights.shape[1]))
     if len(weights) <= max_outputs:
         return functional.linear(inputs, dequantize(weights, scales), bias)
     parts = [slice(start, start + max_outputs) for start in range(0, len(weights), max_outputs)]

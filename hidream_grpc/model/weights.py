@@ -108,7 +108,7 @@ def _load_quantized(
     start = 0
     for part in parts[:num_quantized]:
         rows, num_columns = _rows_of(files, part), files.tensors[part.name].shape[1]
-        columns = part.columns or range(num_columns)
+        columns = range(num_columns) if part.columns is None else part.columns
         if len(columns) != shape[-1]:
             raise ValueError(f"tensors do not fit into {path}: {len(columns)} columns of {part.name}")
         for band in bands(len(rows), num_columns):

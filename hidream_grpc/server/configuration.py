@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from hidream_grpc.devices.detect import (
@@ -102,11 +103,15 @@ def group_config(settings: Settings, folders: ModelFolders, checkpoint: Checkpoi
     chooser = layout_chooser(settings, folders, checkpoint, device_type)
     requirements = chooser.requirements
     host = host_memory()
-    devices, layouts = _plan(settings, chooser, host)
-    layout, *leaner_layouts = layouts
+    word = _word(settings)
+    devices, layout = _plan(settings, chooser, host)
+    layout_instead = None
     if device_type is CPU:
         # The memory of other devices is known when a rank has opened them, before it loads.
         requirements.check(layout, dict.fromkeys(range(layout.world_size), host), host)
+    elif word is not None and word in ORDERS:
+        num_devices = devices.num_ranks + len(devices.idle_devices)
+        layout_instead = partial(chooser.instead_of, chooser.rated(num_devices), word)
     cores_per_rank = len(os.sched_getaffinity(0)) // layout.world_size
     return GroupConfig(
         model_path=folders.model,
@@ -115,8 +120,8 @@ def group_config(settings: Settings, folders: ModelFolders, checkpoint: Checkpoi
         weights=requirements.costs.formats,
         devices=devices,
         layout=layout,
-        smaller_layouts=chooser.after_a_loss(layout.world_size - 1, _word(settings)),
-        leaner_layouts=tuple(leaner_layouts),
+        smaller_layouts=chooser.after_a_loss(layout.world_size - 1, word),
+        layout_instead=layout_instead,
         start_method=device_type.start_method,
         check_memory=requirements.check,
         reserve_bytes=requirements.reserve_bytes,
@@ -152,12 +157,13 @@ def log_choices(
     chooser = layout_chooser(settings, folders, checkpoint, devices.device_type)
     num_devices = devices.num_ranks + len(devices.idle_devices)
     now = chooser.rate(layout)
-    best = chooser.rate(_choose(chooser, LayoutWord.AUTO, num_devices, host_memory())[0])
+    best = chooser.rate(_choose(chooser, LayoutWord.AUTO, num_devices, host_memory()))
     if now.image_seconds > _WORTH_TELLING * best.image_seconds:
         logger.info(
             "layout %s; --layout auto would take %s, where each device has %.1f GB, and be %.1f times "
             "as fast for one image",
-            *(layout, best.layout, best.needed_bytes / 1e9, now.image_seconds / best.image_seconds),
+            *(layout, best.layout, chooser.needed_bytes(best.layout, LayoutWord.AUTO) / 1e9),
+            now.image_seconds / best.image_seconds,
         )
 
 
@@ -221,22 +227,16 @@ def _word(settings: Settings) -> LayoutWord | None:
     return LayoutWord(settings.layout) if settings.layout in list(LayoutWord) else None
 
 
-def _plan(
-    settings: Settings, chooser: LayoutChooser, host: DeviceMemory
-) -> tuple[DeviceSelection, tuple[Layout, ...]]:
-    """The devices that the ranks may use, and how these share the work; the layout may leave some idle.
-
-    Returns:
-        The devices, the layout, and those to take instead where there turns out to be no room for it.
-    """
+def _plan(settings: Settings, chooser: LayoutChooser, host: DeviceMemory) -> tuple[DeviceSelection, Layout]:
+    """The devices that the ranks may use, and how these share the work; the layout may leave some idle."""
     device_type = chooser.requirements.costs.device_type
     named = parse_devices(settings.devices) if settings.devices is not None else None
     word = _word(settings)
     if word is not None and word in ORDERS:
         default = parse_layout(device_type.default_layout).world_size
         chosen_from = named or all_devices(device_type) or tuple(range(default))
-        layouts = _choose(chooser, word, len(chosen_from), host)
-        return select_devices(device_type, chosen_from), layouts
+        layout = _choose(chooser, word, len(chosen_from), host)
+        return select_devices(device_type, chosen_from), layout
     layout = choose_layout(
         None if word is LayoutWord.TABLE else settings.layout,
         num_devices=len(named) if named is not None else None,
@@ -244,20 +244,16 @@ def _plan(
         divisions=chooser.requirements.costs.divisions,
     )
     if named is not None:
-        return select_devices(device_type, named), (layout,)
-    return select_devices(device_type, tuple(range(layout.world_size)), LAYOUT_FLAG), (layout,)
+        return select_devices(device_type, named), layout
+    return select_devices(device_type, tuple(range(layout.world_size)), LAYOUT_FLAG), layout
 
 
-def _choose(
-    chooser: LayoutChooser, word: LayoutWord, num_devices: int, host: DeviceMemory
-) -> tuple[Layout, ...]:
-    """The layout that a word chooses, and those to take instead where there is no room for it."""
+def _choose(chooser: LayoutChooser, word: LayoutWord, num_devices: int, host: DeviceMemory) -> Layout:
+    """The layout that a word chooses: on devices of unknown memory, as if they had enough."""
     rated = chooser.rated(num_devices)
     if chooser.requirements.costs.device_type is not CPU:
-        return chooser.by_memory(rated, word)
-    best = chooser.best(rated, word, host, host)
-    # Where nothing has room the check says what is missing.
-    return (best.layout if best is not None else chooser.by_memory(rated, word)[-1],)
+        return min(rated, key=ORDERS[word]).layout
+    return chooser.best_or_leanest(rated, word, host, host).layout
 
 
 def _workload(settings: Settings, checkpoint: CheckpointDescription, device_type: DeviceType) -> Workload:

@@ -69,13 +69,23 @@ def test_a_checkpoint_that_promises_more_than_the_host_has_is_one_line_before_an
 async def test_a_layout_that_was_chosen_by_itself_gives_way_to_one_that_has_room(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    room = Room()
-    group = RankGroup(group_config(2, leaner_layouts=(Layout(),), check_memory=room))
-    room.refused_layouts = {group.full_layout}
+    asked: list[tuple[str, bool]] = []
+
+    def choose(layout: Layout, device: DeviceMemory, host: DeviceMemory) -> Layout:
+        asked.append((str(layout), 0 < device.free_bytes < device.total_bytes))
+        return Layout()
+
+    group = RankGroup(group_config(2, layout_instead=choose, check_memory=Room()))
     try:
         await group.start()
         assert group.placement.layout == group.full_layout == Layout()
-        assert "layout tp=1 instead: dp=2 needs too much" in caplog.messages
+        assert any(line.startswith("layout tp=1 instead: dp=2 is not ") for line in caplog.messages)
+        # Once for the memory that is free and once for all that there is; what serves is not changed later.
+        assert asked == [("dp=2", True), ("dp=2", False), ("tp=1", True)]
+        send(group, signal.SIGKILL, 0)
+        await group.wait_for_loss()
+        await group.recover()
+        assert len(asked) == 3
     finally:
         await group.stop()
 

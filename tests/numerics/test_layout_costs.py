@@ -11,21 +11,26 @@ import msgspec
 import pytest
 import torch
 
+from hidream_grpc.devices.device_types import CUDA
 from hidream_grpc.model.checkpoint.files import TransformerConfig
 from hidream_grpc.model.checkpoint.hidream_i1 import HIDREAM_I1
+from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.costs.activations import decode_bytes, step_bytes
+from hidream_grpc.model.costs.model import ModelCosts
 from hidream_grpc.model.costs.ranks import RankPlace
 from hidream_grpc.model.costs.steps import Sample
 from hidream_grpc.model.costs.steps import step_costs as planned_step_costs
 from hidream_grpc.model.costs.weights import transformer_bytes
 from hidream_grpc.model.decoding.vae import decode_in_slices
+from hidream_grpc.model.parallel.experts import RoutedExperts
 from hidream_grpc.model.parallel.planner import parse_layout
-from hidream_grpc.model.weight_format import WeightFormat
+from hidream_grpc.model.weight_format import WeightFormat, WeightFormats
 from scripts.bench.counting import counted_peak_bytes
 from scripts.bench.flops import HIDREAM_I1_CONFIG
 from scripts.bench.forwards import fill_at_random, library_transformer
 from tests.numerics.counted_ranks import NUM_ROWS, SAMPLE
 from tests.numerics.rank_costs import RankCosts, costs_without_memory
+from tests.numerics.test_shares import transformer_of
 
 LAYOUTS = ["tp=2,ep=2", "cfg=2,sp=2"]
 OTHER_LAYOUTS = ["tp=2", "ep=2", "tp=4", "cfg=2,tp=2", "sp=2,tp=2"]
@@ -207,3 +212,22 @@ def test_sequence_parallel_divides_all_operations_and_sends_a_fifth_of_what_tens
     assert sequence_parallel.bytes_sent <= 0.2 * tensor_parallel.bytes_sent
     # The first rank has most tokens: one more of each stream that does not divide.
     assert sequence_parallel.flops <= 1.002 * alone.flops / parse_layout(layout_text).world_size
+
+
+@pytest.mark.parametrize("layout", ["tp=1", "tp=2", "ep=4", "tp=4,ep=2"])
+def test_the_experts_that_are_dequantized_at_a_time_have_room(layout: str) -> None:
+    blocks = {"num_layers": 1, "num_single_layers": 1, "llama_layers": (0, 1)}
+    config = msgspec.structs.replace(HIDREAM_I1.transformer, **blocks)
+    formats = WeightFormats(transformer=WeightFormat.INT8)
+    needed = [
+        # A kernel for all groups takes the matrices of all, while those of the product before are cached.
+        2 * (part.gate_and_up.weight.numel() + part.down.weight.numel())
+        for part in transformer_of(config, layout, 0).modules()
+        if isinstance(part, RoutedExperts)
+    ]
+    work = [
+        ModelCosts(HIDREAM_I1, CUDA, each).work_bytes(parse_layout(layout), StepShape(512, 512, 1))
+        for each in (formats, WeightFormats())
+    ]
+    assert max(needed) > 10**7
+    assert work[0].runtime_bytes - work[1].runtime_bytes >= max(needed)

@@ -10,14 +10,14 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hidream_grpc.devices import kernels
 from hidream_grpc.devices.cpu import CpuDevice
 from hidream_grpc.model import quantization
 from hidream_grpc.model.checkpoint.files import TransformerConfig
 from hidream_grpc.model.parallel.matrix import Matrix
-from hidream_grpc.model.parallel.shards import parameter_slices
+from hidream_grpc.model.parallel.shards import TensorSlice, parameter_slices
 from hidream_grpc.model.transformer.model import AttentionWeights, DoubleBlock, HiDreamTransformer
 from hidream_grpc.model.weight_format import WeightFormat, is_quantized_tensor
 from hidream_grpc.model.weights import load_share
@@ -117,6 +117,29 @@ def test_products_are_those_of_the_dequantized_matrices(weights: WeightFormat, t
         quantized.project_captions(t5, llama), exact.project_captions(t5, llama), strict=True
     ):
         assert_close(mine, expected)
+
+
+@in_each_format
+def test_a_rank_without_hidden_units_loads_and_adds_nothing(
+    weights: WeightFormat, tiny_checkpoint: Path
+) -> None:
+    """A model with few hidden units leaves some ranks of a long tensor axis none."""
+    experts = [f"double_stream_blocks.0.block.ff_i.experts.{expert}" for expert in range(2)]
+    none, width = range(64, 64), 32
+    share = nn.Module()
+    share.up = Matrix([TensorSlice(f"{name}.w1.weight", rows=none) for name in experts], 2, 0, width)
+    share.down = Matrix([TensorSlice(f"{name}.w2.weight", columns=none) for name in experts], 2, width, 0)
+    share.linear_down = Matrix([TensorSlice(f"{experts[0]}.w2.weight", columns=none)], width, 0)
+    share.to("meta")
+    load_share(share, tiny_checkpoint / "transformer", CpuDevice(), weights)
+    rows, ends = torch.randn(5, width), torch.tensor([2, 5], dtype=torch.int32)
+    hidden = share.up.grouped_linear(rows, ends, kernels.grouped_linear)
+    assert hidden.shape == (5, 0)
+    for outputs in (
+        share.down.grouped_linear(hidden, ends, kernels.grouped_linear),
+        share.linear_down.linear(hidden),
+    ):
+        assert torch.equal(outputs, torch.zeros(5, width))
 
 
 def assert_close(mine: Tensor, expected: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from hidream_grpc.devices.detect import DeviceSelection
 from hidream_grpc.devices.device_types import StartMethod
-from hidream_grpc.engine.group.memory_gate import MemoryCheck
+from hidream_grpc.engine.group.memory_gate import LayoutChoice, MemoryCheck
 from hidream_grpc.logs import LogConfig
 from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.image_metadata import ImageMetadata
@@ -64,8 +64,8 @@ class GroupConfig:
         devices: the devices that the ranks may use; the first ones are used, the others are spares.
         layout: how the ranks share the work.
         smaller_layouts: layouts to try, in this order, when too few devices work for `layout`.
-        leaner_layouts: layouts to start with, in this order, where there is no room for `layout`; none where
-            the operator named it.
+        layout_instead: chooses the layout again, once the memory of its devices is known; None where the
+            operator named it.
         start_method: how the zygote starts ranks.
         replace: which ranks are started again when one died: that one, or all. "one" is proven on gloo.
         threads_per_rank: CPU threads of torch in each rank.
@@ -84,7 +84,7 @@ class GroupConfig:
     devices: DeviceSelection
     layout: Layout
     smaller_layouts: tuple[Layout, ...] = ()
-    leaner_layouts: tuple[Layout, ...] = ()
+    layout_instead: LayoutChoice | None = None
     start_method: StartMethod = StartMethod.FORK
     replace: Literal["one", "all"] = "one"
     threads_per_rank: int = 1

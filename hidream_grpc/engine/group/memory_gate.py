@@ -13,6 +13,10 @@ MemoryCheck = Callable[[Layout, Mapping[int, DeviceMemory], DeviceMemory], str |
 """Called with a layout, the memory of its ranks' devices and that of the host. Raises InsufficientMemoryError
 where the ranks have no room; returns a line for the log where they have little."""
 
+LayoutChoice = Callable[[Layout, DeviceMemory, DeviceMemory], Layout]
+"""Called with the layout that a start has begun with, the least memory of its ranks' devices and that of the
+host; returns the layout to start with."""
+
 
 class MemoryGate:
     """Opens once every starting rank has opened its device, or failed to; none has loaded by then.

@@ -33,7 +33,6 @@ class GroupPlacement:
         devices: the devices that the group may use.
         layout: the requested layout.
         smaller_layouts: the layouts to fall back to, the best first.
-        leaner_layouts: the layouts to start with instead where there is no room, the best first.
     """
 
     def __init__(
@@ -41,11 +40,9 @@ class GroupPlacement:
         devices: DeviceSelection,
         layout: Layout,
         smaller_layouts: tuple[Layout, ...],
-        leaner_layouts: tuple[Layout, ...] = (),
     ) -> None:
         self._devices = devices
         self._layouts = (layout, *smaller_layouts)
-        self._leaner_layouts = leaner_layouts
         self._broken: set[int] = set()
         self._now = Placement.of(layout, devices, devices.devices)
 
@@ -58,6 +55,11 @@ class GroupPlacement:
     def full_layout(self) -> Layout:
         """The requested layout."""
         return self._layouts[0]
+
+    @property
+    def has_lost_devices(self) -> bool:
+        """Whether any of the devices has failed."""
+        return bool(self._broken)
 
     @property
     def is_full(self) -> bool:
@@ -84,19 +86,11 @@ class GroupPlacement:
         """Change to the next layout, which may need less memory; return whether there is one."""
         return self._use_first_that_fits(self._later_layouts())
 
-    def leaner(self) -> bool:
-        """Request a layout that needs less memory, in place of the requested one, from now on.
-
-        Returns:
-            Whether there is one. If not, nothing changes.
-        """
-        if not self._leaner_layouts:
-            return False
-        layout, self._leaner_layouts = self._leaner_layouts[0], self._leaner_layouts[1:]
+    def request(self, layout: Layout) -> None:
+        """Request another layout in place of the requested one, from now on."""
         smaller = (other for other in self._layouts[1:] if other.world_size < layout.world_size)
         self._layouts = (layout, *smaller)
         self.reset()
-        return True
 
     def reset(self) -> None:
         """Count all devices as working again, and return to the requested layout."""

@@ -12,9 +12,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 
+from hidream_grpc.devices.device_types import DeviceMemory
+from hidream_grpc.devices.host_memory import host_memory
 from hidream_grpc.engine.group.config import GroupConfig
 from hidream_grpc.engine.group.hang_detection import HangDetector
 from hidream_grpc.engine.group.placement import GroupPlacement, Placement
@@ -61,9 +63,8 @@ class RankGroup:
     def __init__(self, config: GroupConfig) -> None:
         self.num_restarts = 0
         self._config = config
-        self._placement = GroupPlacement(
-            config.devices, config.layout, config.smaller_layouts, config.leaner_layouts
-        )
+        self._placement = GroupPlacement(config.devices, config.layout, config.smaller_layouts)
+        self._layout_instead: Layout | None = None
         self._plan_timeouts = PlanTimeouts(
             config.timeouts.min_plan_seconds, config.timeouts.collective_seconds
         )
@@ -231,8 +232,9 @@ class RankGroup:
             except InsufficientMemoryError as failure:
                 if not why:
                     # What was chosen without knowing the memory gives way, what the operator named does not.
-                    if self.generation or not self._placement.leaner():
+                    if self._layout_instead is None:
                         raise
+                    self._placement.request(self._layout_instead)
                     logger.warning("layout %s instead: %s", self.placement.layout, failure)
                     await self._end_ranks(keep_snapshots)
                     continue
@@ -267,7 +269,7 @@ class RankGroup:
         were_lost = False
         for tries_left in reversed(range(MAX_RECOVERY_TRIES)):
             try:
-                await self._processes.start_missing(self.placement)
+                await self._processes.start_missing(self.placement, self._check_memory)
                 await self._processes.join_next_generation(self._plan_timeouts.longest_seconds)
             except DeviceFailedError as error:
                 if tries_left == 0 or error.took_too_long:
@@ -297,6 +299,31 @@ class RankGroup:
         logger.info(
             "%d ranks joined generation %d, layout %s",
             *(self.world_size, self.generation, self.placement.layout),
+        )
+
+    def _check_memory(self, devices: Mapping[int, DeviceMemory]) -> None:
+        """Raise InsufficientMemoryError where ranks that start have no room, or another layout is chosen."""
+        layout, host = self.placement.layout, host_memory()
+        self._layout_instead = None
+        if self.generation == 0 and not self._placement.has_lost_devices:
+            self._choose_again(layout, devices, host)
+        if warning := self._config.check_memory(layout, devices, host):
+            logger.warning("little memory: %s", warning)
+
+    def _choose_again(self, layout: Layout, devices: Mapping[int, DeviceMemory], host: DeviceMemory) -> None:
+        if (choose := self._config.layout_instead) is None:
+            return
+        scarce = min(devices, key=lambda rank: devices[rank].free_bytes)
+        memory = devices[scarce]
+        chosen = choose(layout, memory, host)
+        if chosen == layout:
+            return
+        self._layout_instead = chosen
+        empty = DeviceMemory(memory.total_bytes, memory.total_bytes)
+        raise InsufficientMemoryError(
+            f"{layout} is not what to choose with {memory.free_bytes / 1e9:,.1f} of "
+            f"{memory.total_bytes / 1e9:,.1f} GB free on the device of rank {scarce}",
+            fits_total=choose(layout, empty, host) == layout,
         )
 
     def _loss_error(self) -> RankDiedError:

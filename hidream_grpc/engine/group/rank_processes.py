@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hidream_grpc.devices.device_types import DeviceMemory
-from hidream_grpc.devices.host_memory import host_memory
 from hidream_grpc.engine.group.config import GroupConfig
 from hidream_grpc.engine.group.hang_detection import HangDetector
 from hidream_grpc.engine.group.listener import RankListener
@@ -22,7 +21,6 @@ from hidream_grpc.engine.group.rank_link import RankLink
 from hidream_grpc.engine.group.zygote_link import ChildProcess, ZygoteLink
 from hidream_grpc.engine.protocol.messages import JoinGroup, Load, PrepareZygote
 from hidream_grpc.errors import DeviceFailedError, InsufficientMemoryError, RankDiedError, StartupError
-from hidream_grpc.model.parallel.layout import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +62,14 @@ class RankProcesses:
         """Start to accept connections of ranks; raise ConfigurationError where that is impossible."""
         await self._listener.start()
 
-    async def start_missing(self, placement: Placement) -> None:
+    async def start_missing(
+        self, placement: Placement, check_memory: Callable[[Mapping[int, DeviceMemory]], None]
+    ) -> None:
         """Start what is missing, and replace what is lost; `loss` is set for later losses only.
+
+        Args:
+            placement: the layout of the ranks, and their devices.
+            check_memory: raises InsufficientMemoryError, given the devices of the ranks that start.
 
         Raises:
             DeviceFailedError: devices cannot be opened or loaded onto.
@@ -85,7 +89,7 @@ class RankProcesses:
         # No await between the loop above and this: a loss after it must set the event.
         self.loss.clear()
         missing = sorted(set(range(placement.layout.world_size)) - set(self._ranks))
-        gate = MemoryGate(missing, partial(self._check_memory, placement.layout))
+        gate = MemoryGate(missing, check_memory)
         starting = (self._start_rank(rank, placement, zygote, gate) for rank in missing)
         failures = list(filter(None, await _all_of(starting)))
         if of_devices := [failure for failure in failures if isinstance(failure, DeviceFailedError)]:
@@ -161,10 +165,6 @@ class RankProcesses:
         if self.store is not None and self.store.exited.done():
             return RankDiedError((), f"the store was lost: {self.store.end}")
         return None
-
-    def _check_memory(self, layout: Layout, devices: Mapping[int, DeviceMemory]) -> None:
-        if warning := self._config.check_memory(layout, devices, host_memory()):
-            logger.warning("little memory: %s", warning)
 
     async def _living_zygote(self, placement: Placement) -> ZygoteLink:
         prepare = PrepareZygote(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from hidream_grpc.devices.device_types import DeviceMemory, DeviceSpeed
+from hidream_grpc.model.checkpoint.step_shapes import StepShape
 from hidream_grpc.model.memory_requirements import MemoryRequirements
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import LayoutWord, allowed_layouts
@@ -120,32 +120,53 @@ class LayoutChooser:
         Returns:
             None where no layout has room.
         """
-        workload = self.requirements.workload
-        wanted = workload.image if word is LayoutWord.AUTO else workload.full
         ordered = sorted(rated, key=ORDERS[word])
-        for step in (wanted, workload.least):
+        for step in (self._wanted_step(word), self.requirements.workload.least):
             for one in ordered:
                 if self.requirements.fits(one.layout, device, host, step):
                     return one
         return None
 
-    def by_memory(self, rated: Iterable[RatedLayout], word: LayoutWord) -> tuple[Layout, ...]:
-        """The layouts to try one after another where the memory of the devices is not known yet.
+    def needed_bytes(self, layout: Layout, word: LayoutWord) -> int:
+        """Memory of a device, text encoders apart, with which a layout has room for what the word wants."""
+        costs = self.requirements.costs
+        return costs.weights_bytes(layout) + costs.work_bytes(layout, self._wanted_step(word)).total_bytes
+
+    def _wanted_step(self, word: LayoutWord) -> StepShape:
+        workload = self.requirements.workload
+        return workload.image if word is LayoutWord.AUTO else workload.full
+
+    def best_or_leanest(
+        self, rated: Collection[RatedLayout], word: LayoutWord, device: DeviceMemory, host: DeviceMemory
+    ) -> RatedLayout:
+        """What `best` chooses; where nothing has room, the one that needs least."""
+        best = self.best(rated, word, device, host)
+        return min(rated, key=lambda one: one.needed_bytes) if best is None else best
+
+    def instead_of(
+        self,
+        rated: Collection[RatedLayout],
+        word: LayoutWord,
+        layout: Layout,
+        device: DeviceMemory,
+        host: DeviceMemory,
+    ) -> Layout:
+        """The layout to take where one was begun with before the memory of its devices was known.
 
         Args:
             rated: the layouts to choose from.
             word: AUTO or THROUGHPUT.
+            layout: the one that was begun with, or taken instead before; among the rated.
+            device: memory of each device.
+            host: memory of the host.
 
         Returns:
-            The best layout, and after each the best of those that need less memory.
+            That layout, or one that comes after it in the order of the word: so to ask again ends.
         """
-        layouts: list[Layout] = []
-        least_bytes: float = math.inf
-        for one in sorted(rated, key=ORDERS[word]):
-            if one.needed_bytes < least_bytes:
-                layouts.append(one.layout)
-                least_bytes = one.needed_bytes
-        return tuple(layouts)
+        order = ORDERS[word]
+        begun = next(order(one) for one in rated if one.layout == layout)
+        left = [one for one in rated if order(one) >= begun]
+        return self.best_or_leanest(left, word, device, host).layout
 
     def after_a_loss(self, num_devices: int, word: LayoutWord | None) -> tuple[Layout, ...]:
         """The layouts to fall back to when so many devices are left at most, the best first.

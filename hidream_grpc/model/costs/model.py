@@ -16,7 +16,7 @@ from hidream_grpc.model.checkpoint.weights.vae import vae_tensors
 from hidream_grpc.model.costs.activations import decode_bytes, prompts_bytes, step_bytes
 from hidream_grpc.model.costs.ranks import RankPlace
 from hidream_grpc.model.costs.steps import Sample, StepCosts, step_costs
-from hidream_grpc.model.costs.weights import text_encoder_tensors, transformer_bytes
+from hidream_grpc.model.costs.weights import grouped_weights, text_encoder_tensors, transformer_bytes
 from hidream_grpc.model.parallel.layout import Layout
 from hidream_grpc.model.parallel.planner import ModelDivisions
 from hidream_grpc.model.prompts.assignment import assign_to_ranks
@@ -167,15 +167,18 @@ class ModelCosts:
             step_bytes=step_bytes(transformer, RankPlace.of(layout, 0), sample, shape.num_samples, size),
             decode_bytes=decode_bytes(self.configs.vae, shape.width, shape.height, size),
             prompts_bytes=prompts_bytes(transformer, sample, size),
-            runtime_bytes=self.device_type.runtime_bytes + self._dequantized_bytes,
+            runtime_bytes=self.device_type.runtime_bytes + self._dequantized_bytes(layout),
         )
 
-    @property
-    def _dequantized_bytes(self) -> int:
-        """The part of a matrix that a product is computed with, and the one before it."""
+    def _dequantized_bytes(self, layout: Layout) -> int:
+        """What a product is computed with, which is a part of a matrix or experts, and the one before it."""
         if not self.formats.transformer.is_quantized:
             return 0
-        return 2 * MAX_DEQUANTIZED_WEIGHTS * self.device_type.bytes_per_weight
+        num_weights = 2 * MAX_DEQUANTIZED_WEIGHTS
+        if self.device_type is not CPU:
+            # One kernel takes the matrices of all experts: the first two of each, and then the third.
+            num_weights = max(num_weights, grouped_weights(self.configs.transformer, RankPlace.of(layout, 0)))
+        return num_weights * self.device_type.bytes_per_weight
 
     def _sample(self, shape: StepShape) -> Sample:
         scale = 2 ** (len(self.configs.vae.block_out_channels) - 1)

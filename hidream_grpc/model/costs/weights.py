@@ -118,6 +118,13 @@ def _swiglus(
     yield HeldMatrix(count, config.width, num_units, is_layer=True)
 
 
+def grouped_weights(config: TransformerConfig, place: RankPlace) -> int:
+    """Weights of the routed experts of one block that a rank holds."""
+    num_experts = len(place.expert_share(config.num_routed_experts))
+    swiglus = _swiglus(num_experts, 4 * config.width, config, place)
+    return sum(held.count * held.num_outputs * held.num_inputs for held in swiglus)
+
+
 def text_encoder_tensors(configs: CheckpointConfigs) -> Mapping[TextEncoderName, Shapes]:
     """The tensors of each text encoder, which one rank holds whole."""
     return {

@@ -51,7 +51,8 @@ class Matrix(nn.Module):
             exact: all other rows; None where there are none.
             device: the device, whose kernels are used.
         """
-        shape = (*self.weight.shape[:-2], -1, self.weight.shape[-1])
+        groups = self.weight.shape[:-2]
+        shape = (*groups, len(weights) // groups.numel(), self.weight.shape[-1])
         self.weight = nn.Parameter(weights.view(shape), requires_grad=False)
         self.scales = nn.Parameter(scales.view(self.weight.shape[:-1]), requires_grad=False)
         self.exact = None if exact is None else nn.Parameter(exact, requires_grad=False)

@@ -77,11 +77,10 @@ def test_what_has_no_room_gives_way_to_the_next_layout_of_as_many_ranks() -> Non
 
 
 def test_a_layout_that_was_chosen_gives_way_for_good_where_it_has_no_room() -> None:
-    placement = GroupPlacement(select_devices(CPU, (0, 1, 2, 3)), FOUR, (TWO, ONE), (TWO,))
-    assert placement.leaner()
+    placement = GroupPlacement(select_devices(CPU, (0, 1, 2, 3)), FOUR, (TWO, ONE))
+    placement.request(TWO)
     assert placement.is_full
     assert state(placement) == (TWO, (0, 1), (2, 3))
-    assert not placement.leaner()
     assert placement.without((0,))
     assert state(placement) == (TWO, (1, 2), (0, 3))
     placement.reset()

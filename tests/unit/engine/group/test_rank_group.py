@@ -26,7 +26,7 @@ class StandInProcesses:
     async def listen(self) -> None:
         pass
 
-    async def start_missing(self, _placement: object) -> None:
+    async def start_missing(self, _placement: object, _check_memory: object) -> None:
         self.num_starts += 1
         if self.num_starts <= self._num_refusals:
             raise InsufficientMemoryError("dp=2 needs too much", fits_total=self._fits_total)

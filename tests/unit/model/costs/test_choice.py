@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hidream_grpc.devices.device_types import CUDA, DeviceMemory
 from hidream_grpc.model.checkpoint.hidream_i1 import HIDREAM_I1
 from hidream_grpc.model.checkpoint.sizes import ImageSize, SizeLimits
-from hidream_grpc.model.costs.choice import LayoutChooser, RatedLayout, unbeaten
+from hidream_grpc.model.costs.choice import ORDERS, LayoutChooser, RatedLayout, unbeaten
 from hidream_grpc.model.costs.model import ModelCosts, Workload
 from hidream_grpc.model.memory_requirements import MemoryRequirements
 from hidream_grpc.model.parallel.layout import Layout
@@ -87,18 +87,28 @@ def test_for_every_layout_one_is_left_that_is_as_good_in_everything_and_none_twi
 
 
 @pytest.mark.parametrize("word", [LayoutWord.AUTO, LayoutWord.THROUGHPUT])
-def test_where_the_memory_is_not_known_each_layout_to_try_needs_less_than_the_one_before(
-    word: LayoutWord,
+@pytest.mark.parametrize("num_devices", [2, 4])
+def test_a_start_that_learns_the_memory_late_ends_with_what_is_planned_for_it(
+    word: LayoutWord, num_devices: int
 ) -> None:
     of_model = chooser()
-    rated = {one.layout: one for one in of_model.rated(4)}
-    layouts = of_model.by_memory(rated.values(), word)
-    needed = [rated[layout].needed_bytes for layout in layouts]
-    assert needed == sorted(set(needed), reverse=True)
-    assert needed[-1] == min(one.needed_bytes for one in rated.values())
-    best = of_model.best(rated.values(), word, LARGE, LARGE)
-    assert best is not None
-    assert layouts[0] == best.layout
+    rated = of_model.rated(num_devices)
+    begun = min(rated, key=ORDERS[word]).layout
+    for gigabytes in (*range(3, 60, 3), 36.8, 37.0):
+        device = DeviceMemory(int(gigabytes * 1e9), int(gigabytes * 1e9))
+        layout = of_model.instead_of(rated, word, begun, device, LARGE)
+        assert layout == of_model.best_or_leanest(rated, word, device, LARGE).layout
+        assert of_model.instead_of(rated, word, layout, device, LARGE) == layout
+
+
+def test_a_layout_that_gave_way_is_not_taken_again_when_its_devices_turn_out_to_have_more() -> None:
+    of_model, word = chooser(), LayoutWord.AUTO
+    rated = of_model.rated(2)
+    device = DeviceMemory(48 * 10**9, 37 * 10**9)
+    begun = min(rated, key=ORDERS[word]).layout
+    layout = of_model.instead_of(rated, word, begun, device, LARGE)
+    assert (str(begun), str(layout)) == ("cfg=2", "ep=2")
+    assert of_model.instead_of(rated, word, layout, LARGE, LARGE) == layout
 
 
 @pytest.mark.parametrize("num_devices", [1, 3, 7, 8])
