@@ -21,6 +21,7 @@ from hidream_grpc.devices.device_types import CUDA, DEVICE_TYPES, DeviceMemory, 
 from hidream_grpc.errors import ConfigurationError, HiDreamError, StartupError
 from hidream_grpc.layout_table import PlannedDevices, PlannedModel
 from hidream_grpc.logs import LogConfig, configure_logging, log_unforeseen, one_line, place_of
+from hidream_grpc.model.checkpoint.prompt_lengths import MAX_PROMPT_TOKENS, TRAINED_PROMPT_TOKENS
 from hidream_grpc.server.app import serve
 from hidream_grpc.settings import Settings, describe_unknown_variables, flag_name, load_settings
 from hidream_grpc.settings_help import help_of, help_words, type_words
@@ -168,6 +169,9 @@ def _plan_command(
     max_step_pixels: Annotated[
         int, typer.Option(min=4096, help="width × height × samples of one forward of the transformer")
     ] = Settings.model_fields["max_step_pixels"].default,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(min=TRAINED_PROMPT_TOKENS, max=MAX_PROMPT_TOKENS, help="most tokens of a prompt")
+    ] = Settings.model_fields["max_prompt_tokens"].default,
     teraflops: Annotated[
         float | None, typer.Option(min=0.001, help="TFLOP/s of a device [default: that of the type]")
     ] = None,
@@ -210,6 +214,7 @@ def _plan_command(
             speed.bytes_per_second if gigabytes_per_second is None else gigabytes_per_second * 1e9,
         ),
         max_step_pixels=max_step_pixels,
+        max_prompt_tokens=max_prompt_tokens,
     )
     model = replace(model, has_guidance=model.has_guidance and not no_guidance)
     rows = layout_table.layout_rows(model, devices)

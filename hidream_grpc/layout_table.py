@@ -12,6 +12,7 @@ from hidream_grpc.devices.device_types import DeviceMemory, DeviceSpeed, DeviceT
 from hidream_grpc.model.checkpoint.configs import CheckpointConfigs, read_configs
 from hidream_grpc.model.checkpoint.description import describe_checkpoint
 from hidream_grpc.model.checkpoint.hidream_i1 import HIDREAM_I1
+from hidream_grpc.model.checkpoint.prompt_lengths import TRAINED_PROMPT_TOKENS
 from hidream_grpc.model.checkpoint.sizes import ImageSize, SizeLimits
 from hidream_grpc.model.checkpoint.variants import MAX_SCALE_WITHOUT_GUIDANCE
 from hidream_grpc.model.costs.choice import ORDERS, LayoutChooser, by_latency, unbeaten
@@ -84,6 +85,7 @@ class PlannedDevices:
         host_memory: memory of the host.
         speed: how fast they compute, and send to each other.
         max_step_pixels: width × height × samples that a step may hold.
+        max_prompt_tokens: most tokens of a prompt.
     """
 
     device_type: DeviceType
@@ -92,6 +94,7 @@ class PlannedDevices:
     host_memory: DeviceMemory
     speed: DeviceSpeed
     max_step_pixels: int
+    max_prompt_tokens: int = TRAINED_PROMPT_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +151,7 @@ def layout_rows(
         devices.max_step_pixels,
         devices.device_type,
         has_guidance=model.has_guidance,
+        max_prompt_tokens=devices.max_prompt_tokens,
     )
     for weights in formats:
         if weights is WeightFormat.FLOAT8 and not devices.device_type.has_float8:

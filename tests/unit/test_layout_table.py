@@ -82,6 +82,19 @@ def test_a_faster_link_makes_what_sends_much_worth_it() -> None:
     assert time_of_table("--teraflops", "1e6") > 100
 
 
+def test_longer_prompts_need_what_the_start_counts_for_them() -> None:
+    def work_bytes(*flags: str) -> int:
+        (row, *_) = planned(*flags)["rows"]
+        return int(row["step_bytes"] + row["prompts_bytes"])
+
+    limits = SizeLimits(16, 1024 * 1024)
+    workload = Workload.new(
+        *(ImageSize(1024, 1024), limits, 8 * 1024 * 1024, CUDA), has_guidance=True, max_prompt_tokens=256
+    )
+    work = ModelCosts(HIDREAM_I1, CUDA).work_bytes(parse_layout("tp=1"), workload.largest)
+    assert work_bytes("--max-prompt-tokens", "256") == work.step_bytes + work.prompts_bytes > work_bytes()
+
+
 def test_the_table_is_a_line_a_layout_under_its_headings() -> None:
     result = CliRunner().invoke(app, ["plan", "--device-memory", "48"])
     headings, *lines = result.stdout.splitlines()

@@ -60,10 +60,11 @@ def _simplicity(rated: RatedLayout) -> tuple[float, ...]:
 
 def unbeaten(rated: Iterable[RatedLayout]) -> Iterator[RatedLayout]:
     """Yield the layouts that no other one beats in time, throughput, number of devices and memory at once."""
-    rated = sorted(rated, key=by_latency)
-    for index, one in enumerate(rated):
-        is_equalled = any(one.costs == other.costs for other in rated[:index])
-        if not is_equalled and not any(one.is_beaten_by(other) for other in rated):
+    left: list[RatedLayout] = []
+    # What beats another one comes before it, and is left or beaten by one that is.
+    for one in sorted(rated, key=lambda each: (each.costs, each.layout.data_parallel)):
+        if not any(one.costs == other.costs or one.is_beaten_by(other) for other in left):
+            left.append(one)
             yield one
 
 
