@@ -26,9 +26,10 @@ class StepBudget:
     """The budget of the steps of one size: the least one times a power of two, its level.
 
     From one level the next higher or lower one is tried for `NUM_MEASURED` steps, and kept where it is the
-    better one; then the next one beyond it is tried at once. A trial that fails is followed by one on the
-    other side, after twice as many steps as the one before it. Only steps that the budget holds back are
-    counted: where all requests fit, there is nothing to choose.
+    better one; then the next one beyond it is tried at once. A trial that fails, or that
+    `MIN_HOLD_STEPS` steps do not fill, is followed by one on the other side, after twice as many steps as the
+    one before it. Only steps that the budget holds back are counted: where all requests fit, there is nothing
+    to choose.
 
     Args:
         image_pixels: width × height of the size; one sample is never too much.
@@ -41,6 +42,8 @@ class StepBudget:
         self._trial: int | None = None
         self._direction = 1
         self._num_steps = 0
+        # Of a trial: full ones that hold less than it allows.
+        self._num_unfilled_steps = 0
         self._hold_steps = NUM_MEASURED
         # Seconds for a pixel of the latest steps of each level.
         self._rates: defaultdict[int, deque[float]] = defaultdict(partial(deque[float], maxlen=NUM_MEASURED))
@@ -81,6 +84,11 @@ class StepBudget:
                 self._count(top_level)
         elif level == self._trial and (is_full or self._trial > self._level):
             self._count(top_level)
+        elif self._level <= level < self._trial and is_full:
+            self._num_unfilled_steps += 1
+            if self._num_unfilled_steps >= MIN_HOLD_STEPS:
+                # What waits does not fill it.
+                self._end_trial(is_better=False)
         elif self._trial < self._level <= level:
             # Each request alone is larger than what is tried.
             self._end_trial(is_better=False)
@@ -101,6 +109,7 @@ class StepBudget:
 
     def _try_neighbour(self, top_level: int) -> None:
         self._num_steps = 0
+        self._num_unfilled_steps = 0
         for direction in (self._direction, -self._direction):
             level = self._level + direction
             if 0 <= level <= top_level:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from hidream_grpc.engine.step_budget import StepBudget
 from hidream_grpc.model.parameters import SampleSize
@@ -18,6 +19,33 @@ RETRY_FACTOR = 64
 """How many times as long it stays just below what did not fit, before that is tried again."""
 MAX_SIZES = 256
 """Callers choose sizes: what was learnt of those that were seen longest ago is forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPixels(Mapping[SampleSize, int]):
+    """What a step of each size may hold at one moment; of one that has not run, by the size most like it.
+
+    Attributes:
+        max_pixels: what one step of any size may hold.
+        known: the budget in pixels of each size that has run.
+        learnt: the budget in pixels of each of these that has proven the best.
+    """
+
+    max_pixels: int
+    known: Mapping[SampleSize, int]
+    learnt: Mapping[SampleSize, int]
+
+    def __getitem__(self, size: SampleSize) -> int:
+        pixels = self.known.get(size)
+        if pixels is None:
+            pixels = StepBudget(size.width * size.height, _learnt_of_nearest(self.learnt, size)).pixels
+        return min(self.max_pixels, pixels)
+
+    def __iter__(self) -> Iterator[SampleSize]:
+        return iter(self.known)
+
+    def __len__(self) -> int:
+        return len(self.known)
 
 
 class StepLimit:
@@ -49,8 +77,9 @@ class StepLimit:
 
     @property
     def by_size(self) -> Mapping[SampleSize, int]:
-        """What a step of each known size may hold now; less than `pixels` where more does not pay."""
-        return {size: min(self._pixels, budget.pixels) for size, budget in self._budgets.items()}
+        """What a step of each size may hold now; less than `pixels` where more does not pay."""
+        known = {size: budget.pixels for size, budget in self._budgets.items()}
+        return StepPixels(self._pixels, known, self.learnt)
 
     @property
     def learnt(self) -> Mapping[SampleSize, int]:
@@ -67,7 +96,7 @@ class StepLimit:
         """Have a budget for each of these sizes; a new one begins with that of the size most like it."""
         for size in sizes:
             if size not in self._budgets:
-                self._add(size, self._budget_of_nearest(size))
+                self._add(size, _learnt_of_nearest(self.learnt, size))
             self._budgets.move_to_end(size)
         while len(self._budgets) > MAX_SIZES:
             self._budgets.popitem(last=False)
@@ -125,14 +154,6 @@ class StepLimit:
     def _add(self, size: SampleSize, pixels: int) -> None:
         self._budgets[size] = StepBudget(size.width * size.height, pixels)
 
-    def _budget_of_nearest(self, size: SampleSize) -> int:
-        def unlikeness(known: SampleSize) -> float:
-            pixels, known_pixels = size.width * size.height, known.width * known.height
-            return max(pixels, known_pixels) / min(pixels, known_pixels)
-
-        nearest = min(self._budgets, key=unlikeness, default=None)
-        return 0 if nearest is None else self._budgets[nearest].learnt_pixels
-
     def _note_full_step(self) -> None:
         """Count a step that would have held more without the limit."""
         if self._pixels == self._max_pixels:
@@ -150,3 +171,14 @@ class StepLimit:
             logger.info("a step may hold %d pixels again", pixels)
         self._pixels = pixels
         self._num_full_steps = 0
+
+
+def _learnt_of_nearest(learnt: Mapping[SampleSize, int], size: SampleSize) -> int:
+    """The budget in pixels of the size most like another one; 0 where none is known."""
+
+    def unlikeness(known: SampleSize) -> float:
+        pixels, known_pixels = size.width * size.height, known.width * known.height
+        return max(pixels, known_pixels) / min(pixels, known_pixels)
+
+    nearest = min(learnt, key=unlikeness, default=None)
+    return 0 if nearest is None else learnt[nearest]

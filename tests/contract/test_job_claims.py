@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -147,7 +148,7 @@ async def test_as_many_jobs_are_claimed_as_there_is_room_for_and_one_that_is_due
     store: SqlJobStore,
 ) -> None:
     def full_of_high() -> StepRoom:
-        return StepRoom([StepDemand("z", Priority.HIGH, SampleSize(64, 64), 2**40, 9)], 1, 2**40)
+        return full_of(Priority.HIGH, max_running_jobs=2)
 
     low, *_ = await added(store, new_job(priority=Priority.LOW), *(new_job() for _ in range(18)))
     await joined(store, "replica-1")
@@ -155,6 +156,53 @@ async def test_as_many_jobs_are_claimed_as_there_is_room_for_and_one_that_is_due
     assert len(await claimed(store, limit=TURNS_PER_OLDEST - 1)) == TURNS_PER_OLDEST - 1
     assert ids(await store.claim("replica-1", MODEL, 9, room=full_of_high)) == [low.job_id]
     assert await store.claim("replica-1", MODEL, 9, room=full_of_high) == ()
+
+
+def full_of(priority: Priority, max_running_jobs: int) -> StepRoom:
+    """One job runs, which fills a step."""
+    return StepRoom([StepDemand("z", priority, SampleSize(64, 64), 2**40, 9)], max_running_jobs, 2**40)
+
+
+async def test_a_job_that_is_due_keeps_its_turn_until_fewer_run_than_may(store: SqlJobStore) -> None:
+    low, *_ = await added(store, new_job(priority=Priority.LOW), *(new_job() for _ in range(18)))
+    await claimed(store, limit=TURNS_PER_OLDEST - 1)
+    for _ in range(3):
+        (high,) = await added(store, new_job(priority=Priority.HIGH))
+        room = partial(full_of, Priority.NORMAL, max_running_jobs=1)
+        assert ids(await store.claim("replica-1", MODEL, 9, room=room)) == [high.job_id]
+    room = partial(full_of, Priority.NORMAL, max_running_jobs=2)
+    assert ids(await store.claim("replica-1", MODEL, 1, room=room)) == [low.job_id]
+
+
+class RoomForNormal(StepRoom):
+    """There is room for jobs of normal priority, and for what is due."""
+
+    def take(self, demand: StepDemand, is_due: bool = False) -> bool:
+        return is_due or demand.priority is Priority.NORMAL
+
+
+async def test_jobs_that_start_past_another_leave_the_oldest_its_turn(store: SqlJobStore) -> None:
+    low, *_ = await added(store, new_job(priority=Priority.LOW), *(new_job() for _ in range(14)))
+    await claimed(store, limit=TURNS_PER_OLDEST - 3)
+    await added(store, new_job(priority=Priority.HIGH))
+    normal = await added(store, *(new_job(caller=caller) for caller in "abcde"))
+    started: list[str] = []
+    while jobs := await store.claim("replica-1", MODEL, 9, room=lambda: RoomForNormal((), 16, 1)):
+        started += ids(jobs)
+    assert started == [*ids(normal[:2]), low.job_id, *ids(normal[2:])]
+
+
+async def test_starts_of_another_model_overtake_none(store: SqlJobStore) -> None:
+    def of_another(job: Job) -> Job:
+        model = ModelIdentity("HiDream-I1-Dev", "dev", "fedcba9876543210")
+        return replace(job, submission=replace(job.submission, model=model))
+
+    await added(store, new_job(priority=Priority.LOW))
+    await added(store, of_another(new_job()))
+    await joined(store, "replica-2")
+    assert len(await store.claim("replica-2", "fedcba9876543210", 1)) == 1
+    assert (await store.caller_loads(MODEL)).newest_start == 0
+    assert (await store.caller_loads("fedcba9876543210")).newest_start > 0
 
 
 async def test_turns_are_counted_on_when_the_jobs_of_the_latest_one_are_removed(store: SqlJobStore) -> None:

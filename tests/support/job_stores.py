@@ -72,7 +72,7 @@ async def queue_order(store: SqlJobStore, max_running_jobs_of_caller: int | None
     """Ids of the jobs that wait for the model, in the order in which they will be claimed."""
     queued_jobs = await store.waiting_after(0, 1_000)
     waiting = [queued.waiting for queued in queued_jobs if queued.job.model_fingerprint in (MODEL, "")]
-    loads = await store.caller_loads(max_running_jobs_of_caller)
+    loads = await store.caller_loads(MODEL, max_running_jobs_of_caller)
     return [job.job_id for job in claim_order(waiting, loads)]
 
 

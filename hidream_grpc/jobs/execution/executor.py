@@ -109,8 +109,13 @@ class JobExecutor:
         return None if running is None else running.job
 
     def notify(self) -> None:
-        """Say that there may be something to claim."""
+        """Say that a job may wait that did not before."""
         self._wake.set()
+
+    def notify_changed(self, job_id: str) -> None:
+        """Say that a job was written. Where it ended at another replica, its caller may run another one."""
+        if self._limits.max_running_jobs_of_caller is not None and job_id not in self._held:
+            self._wake.set()
 
     def cancel(self, job_id: str, reason: CancelReason) -> None:
         """Stop a job, where it is claimed here."""

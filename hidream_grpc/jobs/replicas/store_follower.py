@@ -59,7 +59,6 @@ class StoreFollower:
             case ChangeKind.PUBLISHED:
                 if (relayed := decode(change.payload)) and (event := relayed.event()):
                     self._relay(job_id, event)
-                return
             case ChangeKind.CANCEL_REQUESTED:
                 # Its reason is in the row; it may be claimed here at this moment, without a feed.
                 self._read_again(job_id)
@@ -68,11 +67,16 @@ class StoreFollower:
                     feed.close(JobNotFoundError(job_id))
             case ChangeKind.ANYTHING:
                 self._everything_changed()
+                self._executor.notify()
             case ChangeKind.ADDED | ChangeKind.CHANGED:
                 self._executor.note_claim(job_id, change.claim_number)
                 if self._executor.job(job_id) is None:
                     self.outdate(job_id)
-        self._executor.notify()
+                # A claim takes a lock and ranks the queue: not for each image of each job.
+                if change.kind is ChangeKind.ADDED:
+                    self._executor.notify()
+                else:
+                    self._executor.notify_changed(job_id)
 
     def _everything_changed(self) -> None:
         for job_id in self._feeds.job_ids:

@@ -34,8 +34,9 @@ class ChangeKind(StrEnum):
     """The kinds of changes."""
 
     ADDED = "ADDED"
+    """A job waits for a replica: a new one, or one that was given back."""
     CHANGED = "CHANGED"
-    """A job's row was written: claimed, started, an image, released, ended."""
+    """A job's row was written otherwise: claimed, started, an image, ended."""
     CANCEL_REQUESTED = "CANCEL_REQUESTED"
     """The replica that has the job is to stop it."""
     DELETED = "DELETED"
@@ -65,6 +66,11 @@ _decoder = msgspec.json.Decoder(Change)
 def row_changed(job: Job) -> Change:
     """The change that the row of a job was written."""
     return Change(ChangeKind.CHANGED, job.job_id, claim_number=job.claim_number)
+
+
+def given_back(job_id: str, claim_number: int) -> Change:
+    """The change that a job waits for a replica again."""
+    return Change(ChangeKind.ADDED, job_id, claim_number=claim_number)
 
 
 ALL_KINDS = frozenset(ChangeKind)

@@ -12,9 +12,9 @@ from hidream_grpc.errors import ClaimLostError, JobInternalError
 from hidream_grpc.jobs.job import CancelReason, Job, JobState
 from hidream_grpc.jobs.store import queries
 from hidream_grpc.jobs.store.base import StoreBase, uninterrupted
-from hidream_grpc.jobs.store.changes import Change, ChangeKind, row_changed
+from hidream_grpc.jobs.store.changes import given_back, row_changed
 from hidream_grpc.jobs.store.database import Lock
-from hidream_grpc.jobs.store.order import CallerLoads, ClaimOrder, WaitingJob, claim_order
+from hidream_grpc.jobs.store.order import TURNS_PER_OLDEST, CallerLoads, ClaimOrder, WaitingJob, claim_order
 from hidream_grpc.jobs.store.records import HeldClaim
 from hidream_grpc.jobs.store.rows import failed_columns, job_of
 from hidream_grpc.jobs.store.step_room import StepDemand, StepRoom
@@ -83,7 +83,7 @@ class JobClaims(StoreBase):
     @uninterrupted
     async def abandon(self, replica_id: str, claim: HeldClaim) -> None:
         """Give back a job that its replica does not know; nothing happens if the replica has it no more."""
-        change = Change(ChangeKind.CHANGED, claim.job_id, claim_number=claim.claim_number)
+        change = given_back(claim.job_id, claim.claim_number)
         async with self._database.write() as connection:
             query = queries.abandon(replica_id, claim.job_id, claim.claim_number)
             if (await connection.execute(query)).rowcount:
@@ -125,7 +125,7 @@ class JobClaims(StoreBase):
         Raises:
             ClaimLostError: as `save`.
         """
-        change = row_changed(job)
+        change = given_back(job.job_id, job.claim_number)
         async with self._database.write() as connection:
             released = await _release(connection, job, self.clock.now())
             await self._notify(connection, [change])
@@ -170,17 +170,19 @@ async def _order_to_claim(
     waiting = [WaitingJob(*row) for row in await connection.execute(query)]
     if not waiting:
         return ClaimOrder((), ())
-    return claim_order(waiting, await loads_of(connection, max_running_jobs_of_caller))
+    return claim_order(waiting, await loads_of(connection, model_fingerprint, max_running_jobs_of_caller))
 
 
-async def loads_of(connection: AsyncConnection, max_running_jobs_of_caller: int | None) -> CallerLoads:
-    """The turns of callers, how many of their jobs run where that number is limited, and the newest start."""
+async def loads_of(
+    connection: AsyncConnection, model_fingerprint: str, max_running_jobs_of_caller: int | None
+) -> CallerLoads:
+    """The turns of callers, how many of their jobs run where that is limited, and a model's newest start."""
     last_turns = {row.caller: row.last_turn for row in await connection.execute(queries.last_turns())}
     num_running: dict[str, int] = {}
     if max_running_jobs_of_caller is not None:
         rows = await connection.execute(queries.num_running_by_caller())
         num_running = {row.caller: row.num_running for row in rows}
-    newest_start = (await connection.execute(queries.newest_start())).scalar_one_or_none()
+    newest_start = (await connection.execute(queries.newest_start(model_fingerprint))).scalar_one_or_none()
     return CallerLoads(last_turns, num_running, max_running_jobs_of_caller, newest_start or 0)
 
 
@@ -203,7 +205,8 @@ async def _claim_first(
     query = queries.to_claim([waiting.acceptance_number for waiting in chosen])
     rows = {row.acceptance_number: row for row in await connection.execute(query)}
     claimed: list[Job] = []
-    has_passed_over = False
+    has_passed_over = is_due_held_back = False
+    next_turn = order.next_turn
     for number in (waiting.acceptance_number for waiting in chosen if waiting.acceptance_number in rows):
         job = job_of(rows[number])
         if job.is_unreadable:
@@ -212,17 +215,22 @@ async def _claim_first(
         elif (reason := _reason_to_end(job, now)) is not None:
             job = job.cancelled_unclaimed(reason, now)
             await connection.execute(queries.write_ended_unclaimed(number, job))
-        elif room is not None and not room.take(
-            StepDemand.of_waiting(job),
-            # The turn of one behind a job that does not start has not come.
-            is_due=job.job_id in order.due and not has_passed_over,
-        ):
-            has_passed_over = True
-            continue
         else:
+            # The turn of one behind a job that does not start has not come.
+            is_due = job.job_id in order.due and not has_passed_over
+            takes_turn = job.state is JobState.QUEUED and not is_due_held_back
+            if has_passed_over and takes_turn and claimed and next_turn % TURNS_PER_OLDEST == 0:
+                # It is the turn of the oldest, by a new order.
+                break
+            if room is not None and not room.take(StepDemand.of_waiting(job), is_due=is_due):
+                has_passed_over = True
+                # It keeps its turn until as many jobs run as may.
+                is_due_held_back |= is_due
+                continue
             await connection.execute(queries.claim(number, replica_id))
-            if job.state is JobState.QUEUED:
+            if takes_turn:
                 await connection.execute(queries.take_turn(job.submission.caller, is_sqlite))
+                next_turn += 1
             job = replace(job, claim_number=job.claim_number + 1)
         claimed.append(job)
     return tuple(claimed)

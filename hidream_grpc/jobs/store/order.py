@@ -43,13 +43,18 @@ class CallerLoads:
         last_turns: when each caller last had a turn; grows from turn to turn, over all callers.
         num_running: how many jobs of each caller replicas have now.
         max_running_jobs: how many jobs of one caller may run; None for any number.
-        newest_start: acceptance number of the newest job that any replica has taken; 0 for none.
+        newest_start: acceptance number of the newest job of the model that a replica has taken; 0 for none.
     """
 
     last_turns: Mapping[str, int] = field(default_factory=dict)
     num_running: Mapping[str, int] = field(default_factory=dict)
     max_running_jobs: int | None = None
     newest_start: int = 0
+
+    @property
+    def next_turn(self) -> int:
+        """Number of the turn that comes next."""
+        return max(self.last_turns.values(), default=0) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +64,14 @@ class ClaimOrder:
     Attributes:
         claimable: those that may be claimed now, the next one first.
         held_back: those behind them, whose callers then run as many jobs as they may.
-        due: job ids of those that have the place of the oldest, which start beside whatever runs.
+        due: job ids of those that have the place of the oldest, which start whatever the steps hold.
+        next_turn: number of the turn that the next start is, over all callers.
     """
 
     claimable: tuple[WaitingJob, ...]
     held_back: tuple[WaitingJob, ...]
     due: frozenset[str] = frozenset()
+    next_turn: int = 1
 
     def __iter__(self) -> Iterator[WaitingJob]:
         yield from self.claimable
@@ -87,6 +94,7 @@ def claim_order(waiting: Iterable[WaitingJob], loads: CallerLoads) -> ClaimOrder
         first,
         tuple(job for job in jobs if job.job_id not in first_ids),
         frozenset(job.job_id for job, is_due in turns if is_due),
+        loads.next_turn,
     )
 
 
@@ -126,7 +134,7 @@ def _in_turns(jobs: Iterable[WaitingJob], loads: CallerLoads) -> Iterator[tuple[
             by_age.append(job)
             by_priority.setdefault(job.priority, {}).setdefault(job.caller, deque()).append(job)
     turns = dict(loads.last_turns)
-    next_turn = max(turns.values(), default=0) + 1
+    next_turn = loads.next_turn
     newest_start = loads.newest_start
     gone: set[str] = set()
     for _, callers in sorted(by_priority.items(), reverse=True):

@@ -129,11 +129,11 @@ def first_to_claim(model_fingerprint: str, max_jobs: int) -> sa.Select[Any]:
     return sa.select(*columns).where(oldest.c.age <= max_jobs)
 
 
-def newest_start() -> sa.Select[int]:
-    """Select the acceptance number of the newest job that any replica has taken."""
+def newest_start(model_fingerprint: str) -> sa.Select[int]:
+    """Select the acceptance number of the newest job of a model that any replica has taken."""
     return (
         sa.select(jobs.c.acceptance_number)
-        .where(jobs.c.claim_number > 0)
+        .where(jobs.c.claim_number > 0, _is_of_model(model_fingerprint))
         .order_by(jobs.c.acceptance_number.desc())
         .limit(1)
     )

@@ -123,10 +123,12 @@ class JobReading(StoreBase):
             return tuple(map(_queued_job, await connection.execute(query)))
 
     @uninterrupted
-    async def caller_loads(self, max_running_jobs_of_caller: int | None = None) -> CallerLoads:
+    async def caller_loads(
+        self, model_fingerprint: str, max_running_jobs_of_caller: int | None = None
+    ) -> CallerLoads:
         """Read when each caller last had a turn, and how many of its jobs run where that is limited."""
         async with self._database.read() as connection:
-            return await loads_of(connection, max_running_jobs_of_caller)
+            return await loads_of(connection, model_fingerprint, max_running_jobs_of_caller)
 
     @uninterrupted
     async def overdue(self, limit: int = 100) -> tuple[str, ...]:

@@ -98,7 +98,7 @@ class StepRoom:
         step_pixels_by_size: the same for forwards of these sizes, where it is less.
 
     Attributes:
-        refused_sizes: sizes of the jobs that did not start.
+        refused_sizes: sizes of the jobs that would have started if a step held more.
     """
 
     def __init__(
@@ -126,15 +126,16 @@ class StepRoom:
         """Decide whether the next one of those that wait starts; one that does not stays before the others.
 
         Args:
-            is_due: whether it has to start, since so many others have started before it.
+            is_due: whether it starts though the steps have no room, since so many others started before it.
         """
-        is_taken = is_due or (self._may_run(demand.priority) and self._is_served_soon(demand))
-        if is_taken:
+        may_run = self._may_run(demand.priority)
+        is_served = is_due or self._is_served_soon(demand)
+        if may_run and is_served:
             self._num_running[demand.priority] += 1
-        else:
+        elif may_run:
             self.refused_sizes.add(demand.size)
         self._serve(demand)
-        return is_taken
+        return may_run and is_served
 
     def _serve(self, demand: StepDemand) -> None:
         if demand.num_steps > 0:

@@ -235,8 +235,8 @@ class QueuePositions:
             self._is_outdated = True
             return
         num_before = num_before_newest(order, waiting.order, self._loads.last_turns, self._due)
-        # Jobs that are behind it now have other positions.
-        self._is_outdated |= num_before < len(order)
+        # Jobs that are behind it now have other positions, and which turn is the oldest's may change.
+        self._is_outdated |= num_before < len(order) or bool(self._due)
         order.insert(num_before, waiting.order)
         self._positions[job_id] = num_before + FIRST_POSITION
         if waiting.work is None:
@@ -254,7 +254,11 @@ class QueuePositions:
         return is_small or time.monotonic() - self._order_end >= self._order_seconds / MAX_SHARE
 
     async def _order(self) -> None:
-        self._loads = await self._store.caller_loads(self._limits.max_running_jobs_of_caller)
+        own_model = self._limits.model_fingerprint
+        models = {own_model, *(waiting.model_fingerprint for waiting in self._waiting.values())}
+        max_running_jobs = self._limits.max_running_jobs_of_caller
+        loads = {model: await self._store.caller_loads(model, max_running_jobs) for model in models}
+        self._loads = loads[own_model]
         start = time.monotonic()
         self._is_outdated = False
         by_model: dict[str, list[_Waiting]] = {self._limits.model_fingerprint: []}
@@ -263,7 +267,9 @@ class QueuePositions:
         self._orders, self._positions, self._due = {}, {}, set()
         self._unreadable = {job_id for job_id, waiting in self._waiting.items() if waiting.work is None}
         for model_fingerprint, jobs in by_model.items():
-            turns = claim_order((waiting.order for waiting in jobs), self._loads)
+            turns = claim_order(
+                (waiting.order for waiting in jobs), loads.get(model_fingerprint, self._loads)
+            )
             order = list(turns)
             self._due |= turns.due
             self._orders[model_fingerprint] = order

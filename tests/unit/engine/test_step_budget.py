@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hidream_grpc.engine.scheduler import next_forward, note_forward, step_pixels
-from hidream_grpc.engine.step_budget import LEAST_PIXELS, MIN_GAIN, NUM_MEASURED
+from hidream_grpc.engine.step_budget import LEAST_PIXELS, MIN_GAIN, MIN_HOLD_STEPS, NUM_MEASURED
 from hidream_grpc.engine.step_limit import MAX_SIZES, MIN_WAIT_STEPS, RETRY_FACTOR, StepLimit
 from hidream_grpc.model.parameters import GenerationParameters, SampleSize
 from tests.support.running_requests import running_request
@@ -147,6 +147,16 @@ def test_a_step_that_compiles_spoils_no_trial() -> None:
     device = Device(compiling)
     device.steps(5 * NUM_MEASURED)
     assert device.learnt == MAX_PIXELS
+
+
+def test_a_trial_that_what_waits_does_not_fill_ends() -> None:
+    limit = StepLimit(MAX_PIXELS)
+    num_steps = 0
+    for _ in range(2 * MIN_HOLD_STEPS):
+        limit.observe(SIZE, LEAST_PIXELS, flat(LEAST_PIXELS), is_full=True)
+        num_steps += limit.by_size[SIZE] > LEAST_PIXELS
+    assert limit.by_size[SIZE] == LEAST_PIXELS
+    assert num_steps == MIN_HOLD_STEPS
 
 
 def test_a_budget_follows_a_device_that_changes() -> None:

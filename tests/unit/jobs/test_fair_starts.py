@@ -34,6 +34,7 @@ class Turns:
         arrivals: job ids in the order of their acceptance.
         starts: job ids in the order of their starts.
         num_older: jobs that waited when a job was accepted.
+        started_beside: jobs that started while as many ran as may and one that was due waited.
         first_steps, ends: of jobs, in turns.
         num_steps: that each caller's jobs have taken.
     """
@@ -50,6 +51,7 @@ class Turns:
     running: dict[str, RunningRequest] = field(default_factory=dict)
     last_turns: dict[str, int] = field(default_factory=dict)
     newest_start: int = -1
+    started_beside: set[str] = field(default_factory=set)
 
     def accept(self, work: JobWork) -> None:
         self.arrivals.append(work.job_id)
@@ -93,24 +95,36 @@ class Turns:
             for r in self.running.values()
         )
         room = StepRoom(running, self.max_running_jobs, BUDGET)
-        num_started, has_passed_over = 0, False
+        num_started, has_passed_over, is_due_held_back = 0, False, False
+        next_turn = order.next_turn
         for job in order.claimable[:MAX_CONSIDERED_JOBS]:
             work = self.waiting[job.job_id]
-            if not room.take(work.demand, job.job_id in order.due and not has_passed_over):
+            is_due = job.job_id in order.due and not has_passed_over
+            takes_turn = not is_due_held_back
+            if has_passed_over and takes_turn and num_started and next_turn % TURNS_PER_OLDEST == 0:
+                break
+            if not room.take(work.demand, is_due):
                 has_passed_over = True
+                is_due_held_back |= is_due
                 continue
             num_started += 1
-            self.last_turns[job.caller] = max(self.last_turns.values(), default=0) + 1
+            if takes_turn:
+                self.last_turns[job.caller] = next_turn
+                next_turn += 1
+            else:
+                self.started_beside.add(job.job_id)
             self.starts.append(job.job_id)
             self.newest_start = max(self.newest_start, job.acceptance_number)
             self.running[job.job_id] = self.waiting.pop(job.job_id).running_request()
         return bool(num_started)
 
     def num_later_started_before(self, job_id: str) -> int:
-        """Jobs that were accepted later than this one and have started before it."""
+        """Jobs that were accepted later than this one and have started before it in turns of their own."""
         accepted = self.arrivals.index(job_id)
         started = self.starts[: self.starts.index(job_id)] if job_id in self.starts else self.starts
-        return sum(self.arrivals.index(other) > accepted for other in started)
+        return sum(
+            self.arrivals.index(other) > accepted and other not in self.started_beside for other in started
+        )
 
 
 def guided(

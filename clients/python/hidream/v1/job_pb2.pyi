@@ -114,9 +114,13 @@ class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
 
     No job waits for ever. Every 17th job to start is the one that has waited longest, whatever its priority, where a
     later one has started before it: so at most 17 later jobs start before a job, for itself and for each older
-    one that waits with it. So it is with the steps of those that run: every 17th is led by the job that has waited
-    longest for one, if that is for 16 or more. So a job that runs beside n others takes one in any 17 × (n + 1) steps;
-    in any 33 × (n + 1) while first steps of jobs of high priority keep coming.
+    one that waits with it. Where `max_running_jobs` run, such a job starts once fewer do; meanwhile only jobs of a
+    higher priority start, which are not counted. Where servers of several models share a store, a start of another
+    model may take such a turn.
+
+    So it is with the steps of those that run: every 17th is led by the job that has waited longest for one, if that is
+    for 16 or more. A job that runs beside n others takes one in any 17 × (n + 1) steps, and in any 33 × (n + 1) while
+    first steps of jobs of high priority keep coming.
     """
 
 PRIORITY_UNSPECIFIED: Priority.ValueType  # 0

@@ -52,6 +52,7 @@ class NotedExecutor:
 
     def __init__(self) -> None:
         self.held: dict[str, Job] = {}
+        self.num_notices = 0
         self.cancelled: list[tuple[str, CancelReason]] = []
         self.claims: list[tuple[str, int]] = []
 
@@ -59,6 +60,9 @@ class NotedExecutor:
         return self.held.get(job_id)
 
     def notify(self) -> None:
+        self.num_notices += 1
+
+    def notify_changed(self, job_id: str) -> None:
         pass
 
     def note_claim(self, job_id: str, claim_number: int) -> None:
@@ -227,3 +231,21 @@ async def test_what_only_another_version_says_is_passed_over(here: Here) -> None
         (claim,) = await claimed(here.store, "another")
         await here.store.save(started(claim))
         assert isinstance((await events(feed, 1))[0].body, Started)
+
+
+async def test_a_claim_is_tried_for_jobs_that_wait_and_for_no_other_change(here: Here) -> None:
+    jobs = await added(here.store, *(new_job() for _ in range(3)))
+    claims = await claimed(here.store, "another", limit=3)
+    for claim in claims:
+        await here.store.save(started(claim))
+    await finished(here.store, claims[0])
+    await here.store.request_cancel(None, claims[1].job_id, CancelReason.REQUESTED)
+    await here.store.delete(OWNER, claims[0].job_id)
+    await here.store.release(claims[2])
+    (last,) = await added(here.store, new_job())
+
+    async def has_received_all() -> bool:
+        return (last.job_id, 0) in here.executor.claims
+
+    await eventually(has_received_all)
+    assert here.executor.num_notices == len([*jobs, claims[2], last])

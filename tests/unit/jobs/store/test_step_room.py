@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from hidream_grpc.engine.requests import Priority
+from hidream_grpc.engine.step_limit import StepLimit
 from hidream_grpc.jobs.store.step_room import StepDemand, StepRoom
 from hidream_grpc.model.parameters import SampleSize
 
@@ -85,10 +86,27 @@ def test_short_jobs_are_no_more_than_fill_a_step() -> None:
     assert taken([demand()] * 4, *[demand(num_steps=8)] * 8) == [0, 1, 2, 3]
 
 
-def test_what_is_due_starts_whatever_runs() -> None:
-    room = StepRoom([demand(priority=HIGH)] * 16, 16, BUDGET)
+def test_what_is_due_starts_whatever_the_steps_hold_while_fewer_run_than_may() -> None:
+    room = StepRoom([demand(priority=HIGH)] * 15, 16, BUDGET)
     assert not room.take(demand(priority=LOW))
     assert room.take(demand(priority=LOW), is_due=True)
+    assert not room.take(demand(priority=LOW), is_due=True)
+
+
+def test_a_job_that_only_the_number_of_jobs_holds_back_asks_for_no_longer_steps() -> None:
+    room = StepRoom([demand()], 1, BUDGET)
+    assert not room.take(demand())
+    assert not room.take(demand(num_images=8))
+    assert room.refused_sizes == set()
+
+
+def test_a_size_that_has_not_run_has_the_budget_of_the_size_most_like_it() -> None:
+    limit = StepLimit(2 * BUDGET)
+    room = StepRoom([], 16, limit.pixels, limit.by_size)
+    assert [room.take(demand(num_images=2)) for _ in range(4)] == [True, False, False, False]
+    limit.begin({SampleSize(512, 512): 4 * IMAGE, SampleSize(2048, 2048): 8 * IMAGE})
+    room = StepRoom([], 16, limit.pixels, limit.by_size)
+    assert [room.take(demand(side=768)) for _ in range(9)].count(True) == 4 * IMAGE // 768**2
 
 
 def test_a_size_may_have_a_budget_of_its_own() -> None:

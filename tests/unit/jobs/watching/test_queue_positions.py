@@ -36,9 +36,11 @@ class CountingStore(SqlJobStore):
     num_loads_read = 0
     is_lost = False
 
-    async def caller_loads(self, max_running_jobs_of_caller: int | None = None) -> CallerLoads:
+    async def caller_loads(
+        self, model_fingerprint: str, max_running_jobs_of_caller: int | None = None
+    ) -> CallerLoads:
         self.num_loads_read += 1
-        return await super().caller_loads(max_running_jobs_of_caller)
+        return await super().caller_loads(model_fingerprint, max_running_jobs_of_caller)
 
     async def waiting_among(self, job_ids: Collection[str]) -> tuple[QueuedJob, ...]:
         return self._note(await super().waiting_among(job_ids))
