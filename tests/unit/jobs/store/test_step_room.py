@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hidream_grpc.engine.requests import Priority
 from hidream_grpc.engine.step_limit import StepLimit
@@ -114,3 +117,44 @@ def test_a_size_may_have_a_budget_of_its_own() -> None:
     waiting = [demand(side=512), demand(side=512), demand(), demand(), demand(side=768)]
     assert [room.take(waits) for waits in waiting] == [True, True, True, False, False]
     assert room.refused_sizes == {SampleSize(1024, 1024), SampleSize(768, 768)}
+
+
+DEMANDS = st.builds(
+    demand,
+    st.sampled_from("ab"),
+    st.sampled_from([NORMAL, HIGH]),
+    st.sampled_from([1, 1, 5]),
+    st.integers(1, 50),
+    st.sampled_from([512, 768]),
+)
+
+
+@given(running=st.lists(DEMANDS, max_size=8), waiting=st.lists(DEMANDS, min_size=1, max_size=4))
+def test_a_job_starts_if_those_before_it_leave_room(
+    running: list[StepDemand], waiting: list[StepDemand]
+) -> None:
+    room = StepRoom(running, 100, BUDGET)
+    served = list(running)
+    for waits in waiting:
+        assert room.take(waits) == is_served_soon(served, waits)
+        served.append(waits)
+
+
+def is_served_soon(served: list[StepDemand], waits: StepDemand) -> bool:
+    """What `StepRoom` promises, by exact shares and without a sum that is kept."""
+    own = [other for other in served if is_of_line(other, waits)]
+    place = sum(not waits.is_short_beside(other) for other in own)
+    before: list[StepDemand] = []
+    for number, other in enumerate(served):
+        other_place = sum(is_of_line(earlier, other) for earlier in served[:number])
+        is_as_far = other_place == place and not waits.is_short_beside(other)
+        is_alike = other.priority == waits.priority
+        if other.priority > waits.priority or (is_alike and (other_place < place or is_as_far)):
+            before.append(other)
+    pixels = sum(other.step_pixels for other in before if other.size == waits.size)
+    fits = not pixels or pixels + waits.step_pixels <= BUDGET
+    return fits and sum(Fraction(other.step_pixels, BUDGET) for other in before) < 1
+
+
+def is_of_line(one: StepDemand, other: StepDemand) -> bool:
+    return (one.caller, one.priority) == (other.caller, other.priority)
