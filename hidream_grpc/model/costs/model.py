@@ -139,9 +139,14 @@ class ModelCosts:
         """Bytes of each text encoder on the host of an accelerator."""
         return self._text_encoders_bytes(WeightFormat.BFLOAT16, CPU)
 
+    @cached_property
+    def _exact_text_encoders_bytes(self) -> Mapping[TextEncoderName, int]:
+        """Bytes of each text encoder that is not quantized, by which they are spread over the ranks."""
+        return self._text_encoders_bytes(WeightFormat.BFLOAT16, self.device_type)
+
     def text_encoders_of(self, layout: Layout) -> list[dict[TextEncoderName, int]]:
         """The text encoders of each rank with their bytes on a device, the largest first."""
-        exact = self._text_encoders_bytes(WeightFormat.BFLOAT16, self.device_type)
+        exact = self._exact_text_encoders_bytes
         owners = assign_to_ranks(exact, layout.world_size)
         names = sorted(owners, key=lambda name: -exact[name])
         return [
