@@ -54,7 +54,7 @@ async def test_a_bucket_without_room_is_told_as_a_full_disk_is(
 ) -> None:
     with answering(status, f"<Error><Code>{code}</Code></Error>") as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        store = ArtifactStore(s3_location, ArtifactTimeouts(request_seconds=0.5))
+        store = ArtifactStore(s3_location)
         with pytest.raises(StorageFullError):
             await store.write("job", CLAIM, 0, PARAMETERS, DATA)
 
@@ -62,11 +62,11 @@ async def test_a_bucket_without_room_is_told_as_a_full_disk_is(
 async def test_a_bucket_whose_server_was_killed_is_unavailable_and_heals_with_it(
     s3_server: S3Server, s3_location: str
 ) -> None:
-    store = ArtifactStore(s3_location, SHORT)
+    store = ArtifactStore(s3_location)
     await store.write("job", CLAIM, 0, PARAMETERS, DATA)
     s3_server.kill()
     try:
-        await all_calls_are_unavailable(store)
+        await all_calls_are_unavailable(ArtifactStore(s3_location, SHORT))
     finally:
         s3_server.start()
     await store.write("job", CLAIM, 0, PARAMETERS, DATA)
@@ -76,8 +76,8 @@ async def test_a_bucket_whose_server_was_killed_is_unavailable_and_heals_with_it
 async def test_a_bucket_that_does_not_answer_is_unavailable_in_time_for_any_number_of_calls(
     s3_server: S3Server, s3_location: str
 ) -> None:
+    await ArtifactStore(s3_location).write("job", CLAIM, 0, PARAMETERS, DATA)
     store = ArtifactStore(s3_location, SHORT)
-    await store.write("job", CLAIM, 0, PARAMETERS, DATA)
     s3_server.freeze()
     try:
         calls = [store.read("job", image(0), 0, 10) for _ in range(3 * MAX_CALLS_AT_ONCE)]
@@ -117,7 +117,7 @@ async def test_a_bucket_that_refuses_us_is_unavailable_and_the_operator_is_told_
 ) -> None:
     with answering(status, "<Error><Code>SomeReason</Code></Error>") as url:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        store = ArtifactStore(s3_location, ArtifactTimeouts(request_seconds=0.5))
+        store = ArtifactStore(s3_location)
         with pytest.raises(ArtifactUnavailableError) as refused:
             await store.write("job", CLAIM, 0, PARAMETERS, DATA)
     assert str(refused.value) == "the artifact store is not available"
