@@ -88,3 +88,11 @@ def test_every_variable_that_ranks_on_npus_get_is_documented_with_its_value() ->
     num_ranks = 4
     documented = {name: value.strip("`").replace("number of ranks", str(num_ranks)) for name, value in rows}
     assert documented == NPU.environment(num_ranks)
+
+
+def test_each_decision_has_a_number_of_its_own_which_its_title_repeats() -> None:
+    decisions = sorted((REPOSITORY / "docs/decisions").glob("*.md"))
+    numbers = [int(path.name[:4]) for path in decisions]
+    assert numbers == list(range(1, len(decisions) + 1))
+    for number, path in zip(numbers, decisions, strict=True):
+        assert path.read_text(encoding="utf-8").startswith(f"# {number}. "), path.name
