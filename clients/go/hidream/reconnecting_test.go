@@ -239,7 +239,7 @@ func TestAWatchGivesUpWhenItGetsNoAnswerForTooLong(t *testing.T) {
 	numLost := 0
 	policy := ReconnectPolicy{ReconnectTime: 300 * time.Millisecond, OnConnectionLost: func(error) { numLost++ }}
 	_, err := clientOf(t, service).Watch(t.Context(), jobID, policy, nil)
-	if status.Code(err) != codes.Unavailable || numLost < 2 {
+	if status.Code(err) != codes.Unavailable || numLost < 1 || numLost >= 1000 {
 		t.Errorf("got %v after %d attempts", err, numLost)
 	}
 }
