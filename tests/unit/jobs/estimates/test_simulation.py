@@ -112,7 +112,8 @@ def test_every_job_has_an_estimate_and_none_starts_before_a_shorter_one_in_front
     assert list(starts) == [w.job_id for w in waiting]
     for front, behind in itertools.combinations(waiting, 2):
         if starts[front.job_id] > starts[behind.job_id]:
-            assert front.demand.work > behind.demand.work
+            # Of two with equal work one of another size may fit before.
+            assert front.demand.work >= behind.demand.work
     assert set(ends) == {w.job_id for w in work}
     assert all(starts[w.job_id] < ends[w.job_id] for w in waiting)
     assert all(seconds >= 0 for seconds in (*starts.values(), *ends.values()))
