@@ -79,13 +79,8 @@ def change_of(kind: str, postgres: PostgresServer, role: str, url: str) -> Itera
         postgres.execute(back, url)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "a changed password",
-        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("a revoked right", "a renamed table")),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["a changed password", "a revoked right", "a renamed table"])
 def test_a_server_that_the_database_keeps_out_says_so_and_goes_on_when_it_may(
     kind: str, guarded: PostgresServer, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hidream_grpc.model.parallel.groups import ParallelGroups
 from hidream_grpc.model.parallel.layout import Layout
 
-SIZES = st.integers(min_value=1, max_value=6)
+SIZES = st.integers(min_value=1, max_value=4)
 LAYOUTS = st.builds(
     Layout,
     cfg_parallel=st.integers(min_value=1, max_value=2),
