@@ -35,7 +35,7 @@ async def test_every_replica_hears_of_every_change(store: SqlJobStore, other: Sq
             await other.request_cancel(OWNER, job.job_id, CancelReason.REQUESTED)
             await until(heard_by_holder, ChangeKind.CANCEL_REQUESTED, job.job_id)
         await store.release(mine)
-        await until(heard, ChangeKind.CHANGED, job.job_id)
+        await until(heard, ChangeKind.ADDED, job.job_id)
         await store.delete(OWNER, job.job_id)
         await until(heard, ChangeKind.DELETED, job.job_id)
 

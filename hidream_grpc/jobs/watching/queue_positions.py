@@ -146,15 +146,15 @@ class QueuePositions:
     async def _pause(self) -> None:
         assert self._changes is not None
         await asyncio.sleep(PAUSE_SECONDS)
-        pause_seconds = None
-        if self._waiting:
-            is_followed = any(job_id in self._waiting for job_id in self._feeds.job_ids)
-            pause_seconds = REFRESH_SECONDS if is_followed else DURATIONS_SECONDS
-        try:
-            async with asyncio.timeout(pause_seconds):
-                await self._changes.wait()
-        except TimeoutError:
-            pass
+        # Calls take changes, too: a wait for changes alone might not end.
+        for _ in range(round(DURATIONS_SECONDS / REFRESH_SECONDS)):
+            try:
+                async with asyncio.timeout(REFRESH_SECONDS):
+                    await self._changes.wait()
+                return
+            except TimeoutError:
+                if any(job_id in self._waiting for job_id in self._feeds.job_ids):
+                    return
 
     async def _refresh(self) -> None:
         async with self._reading:

@@ -11,7 +11,7 @@ import pytest
 
 from hidream.v1 import image_pb2, job_pb2, server_info_pb2
 from hidream_grpc.engine.requests import Priority
-from hidream_grpc.engine.step_order import MAX_TURNS_WAITED
+from hidream_grpc.engine.step_order import MAX_TURNS_DEFERRED, MAX_TURNS_WAITED
 from hidream_grpc.jobs.job import CancelReason, JobStage, JobState
 from hidream_grpc.jobs.limits import RequestDefaults, RequestLimits
 from hidream_grpc.jobs.store.order import TURNS_PER_OLDEST
@@ -80,7 +80,11 @@ def test_an_image_spec_holds_every_parameter_of_the_model_but_previews_and_what_
 
 
 def test_the_contract_says_how_many_later_jobs_start_before_an_older_one() -> None:
-    comment = Path("protos/hidream/v1/job.proto").read_text().split("enum Priority")[0].rpartition("\n}")[2]
+    comment = (PROTOS / "job.proto").read_text().split("enum Priority")[0].rpartition("\n}")[2]
     assert f"Every {TURNS_PER_OLDEST}th job" in comment
     assert f"at most {TURNS_PER_OLDEST} later jobs" in comment
-    assert f"at most {MAX_TURNS_WAITED} steps in a row" in comment
+    assert f"for {MAX_TURNS_WAITED} or more" in comment
+    assert (
+        f"any {MAX_TURNS_WAITED + 1} × (n + 1) steps, and in any {MAX_TURNS_DEFERRED + 1} × (n + 1)"
+        in comment
+    )
