@@ -16,11 +16,8 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
-import re
 import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -35,10 +32,9 @@ import grpc.aio
 import psutil
 import typer
 
-from hidream.client import Client
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, image_pb2, job_pb2
 from hidream_grpc.model.checkpoint.demo import demo_checkpoint_path
-from scripts.bench.images import PROMPT, START_TIMEOUT_SECONDS
+from scripts.bench.images import PROMPT, serving
 from scripts.bench.report import percentile, report, say
 
 WATCHED = {"bench": "watched"}
@@ -100,28 +96,13 @@ def probed_service(store: str | None, waiting: int, watchers: int, running: int)
         limits = ["--max-queued-jobs", str(waiting + 10_000), "--max-running-jobs", str(running)]
         streams = ["--max-streams", str(watchers + 10), "--max-streams-per-caller", str(watchers + 10)]
         words = [*command, *where, *model, *ranks, *limits, *streams]
-        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stderr is not None
-            log = []
-            for line in process.stderr:
-                log.append(line)
-                if match := re.search(r"listening on (\S+:\d+)", line):
-                    break
-            else:
-                raise SystemExit(f"the service did not start:\n{''.join(log)}")
-            # A full pipe would stop the service.
-            reader = threading.Thread(target=process.stderr.read)
-            reader.start()
+        with serving(words) as (process, address):
             try:
-                with Client(match[1]) as client:
-                    client.wait_until_serving(START_TIMEOUT_SECONDS)
-                yield ProbedService(process.pid, match[1], figures)
+                yield ProbedService(process.pid, address, figures)
             finally:
-                # The second signal ends the grace of the jobs that run.
+                # The second signal, which follows, ends the grace of the jobs that run.
                 process.send_signal(signal.SIGTERM)
                 time.sleep(0.5)
-                process.send_signal(signal.SIGTERM)
-                reader.join()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -70,17 +70,19 @@ class GenerationTimes:
 @contextmanager
 def running_service() -> Iterator[str]:
     """The service with its demo model; yields its address."""
-    with TemporaryDirectory(prefix="hidream-bench-") as data_dir, _running(data_dir) as address:
-        yield address
+    with TemporaryDirectory(prefix="hidream-bench-") as data_dir:
+        command = [sys.executable, "-m", "hidream_grpc", "serve"]
+        where = ["--listen", "127.0.0.1:0", "--data-dir", data_dir]
+        model = ["--model-path", str(demo_checkpoint_path())]
+        ranks = ["--device-type", "cpu", "--layout", LAYOUT, "--threads-per-rank", "1"]
+        with serving([*command, *where, *model, *ranks]) as (_, address):
+            yield address
 
 
 @contextmanager
-def _running(data_dir: str) -> Iterator[str]:
-    command = [sys.executable, "-m", "hidream_grpc", "serve"]
-    where = ["--listen", "127.0.0.1:0", "--data-dir", data_dir]
-    model = ["--model-path", str(demo_checkpoint_path())]
-    ranks = ["--device-type", "cpu", "--layout", LAYOUT, "--threads-per-rank", "1"]
-    with subprocess.Popen([*command, *where, *model, *ranks], stderr=subprocess.PIPE, text=True) as process:
+def serving(words: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A service with this command line, and its address, once it serves."""
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         log = []
         for line in process.stderr:
@@ -95,7 +97,7 @@ def _running(data_dir: str) -> Iterator[str]:
         try:
             with Client(match[1]) as client:
                 client.wait_until_serving(START_TIMEOUT_SECONDS)
-            yield match[1]
+            yield process, match[1]
         finally:
             process.terminate()
             reader.join()
