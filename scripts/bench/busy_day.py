@@ -67,8 +67,12 @@ class ProbedService:
         for process in self._process.children(recursive=True):
             process.nice(LOWEST_PRIORITY)
 
+    def start_probe(self) -> None:
+        """Measure from now on; what the probe itself takes is not to be counted at rest."""
+        self._process.send_signal(signal.SIGUSR1)
+
     def loop_figures(self) -> dict[str, float]:
-        """What the probe has measured since it was asked before, in milliseconds."""
+        """What the probe has measured since it was started, in milliseconds; it stops."""
         self._process.send_signal(signal.SIGUSR2)
         self._num_reports += 1
         while True:
@@ -127,7 +131,8 @@ class Caller:
 
     def run(self, num_jobs: int) -> None:
         """Have so many jobs run, which go on for longer than the bench."""
-        self.submit_all(num_jobs, width=256, height=256, num_inference_steps=150, num_images=4)
+        # All of them fit the least budget of a step: of larger ones fewer would run at the same time.
+        self.submit_all(num_jobs, width=256, height=256, num_inference_steps=150)
         running = image_gen_pb2.ListJobsRequest(states=[job_pb2.JOB_STATE_RUNNING])
         while len(self._stub.ListJobs(running).jobs) < num_jobs:
             time.sleep(0.1)
@@ -258,19 +263,21 @@ def main(
         cores_with_empty_queue = service.cores_at_rest(rest_seconds)
         say(f"submit to an empty queue: {_milliseconds(empty, 50)} ms; fills the queue")
         caller.submit_all(waiting)
-        service.loop_figures()
         cores_at_rest = service.cores_at_rest(rest_seconds)
+        service.start_probe()
+        time.sleep(rest_seconds)
         rest = service.loop_figures()
         say(f"at rest: {cores_at_rest:.3f} of a core, empty {cores_with_empty_queue:.3f}; {rest}")
         caller.submit(1)
         readers = Watchers(service.address, watchers)
-        service.loop_figures()
+        service.start_probe()
         used = service.cpu_seconds
         paced = caller.submit(submits, NOW_AND_THEN_SECONDS)
         heard = readers.heard_times(1 + submits)[1:]
         paced_cpu_seconds = service.cpu_seconds - used
         paced_loop = service.loop_figures()
         say(f"now and then: submit {_milliseconds(paced, 50)} ms; {paced_loop}")
+        service.start_probe()
         used, start = service.cpu_seconds, time.monotonic()
         burst = caller.submit(submits)
         burst_heard = readers.heard_times(1 + 2 * submits)[1 + submits :]

@@ -2,7 +2,7 @@
 
     python -m scripts.bench.probed_server FILE serve [FLAGS]
 
-At each SIGUSR2 it appends a line of JSON to the file: what was measured since the one before.
+It measures from each SIGUSR1 to the next SIGUSR2, and then appends a line of JSON to the file.
 """
 
 from __future__ import annotations
@@ -29,24 +29,26 @@ class LoopProbe:
     On a machine that is busy with other work the lag is the machine's too; the CPU time is the loop's alone.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: Any) -> None:
+        self._loop = loop
         self._lags: list[float] = []
         self._turns: list[float] = []
         self._longest_turn = 0.0
-        self._measure_turns(loop)
+        self._sampling: asyncio.Task[None] | None = None
 
-    def _measure_turns(self, loop: Any) -> None:
-        run_once = loop._run_once
+    def start(self) -> None:
+        """Sample until the report."""
+        run_once = self._loop._run_once
 
         def measured() -> None:
             start = time.thread_time()
             run_once()
             self._longest_turn = max(self._longest_turn, time.thread_time() - start)
 
-        loop._run_once = measured
+        self._loop._run_once = measured
+        self._sampling = asyncio.create_task(self._sample())
 
-    async def run(self) -> None:
-        """Sample until cancelled."""
+    async def _sample(self) -> None:
         while True:
             due = time.perf_counter() + INTERVAL_SECONDS
             await asyncio.sleep(INTERVAL_SECONDS)
@@ -55,7 +57,10 @@ class LoopProbe:
             self._longest_turn = 0.0
 
     def report(self, path: Path) -> None:
-        """Append what was measured since the last report, in milliseconds."""
+        """Append what was measured since the start, in milliseconds, and stop."""
+        if self._sampling is not None:
+            self._sampling.cancel()
+            del self._loop._run_once
         samples = {"lag": self._lags or [0.0], "turn_cpu": self._turns or [0.0]}
         figures = {
             f"{name}_{label}_ms": round(1e3 * percentile(values, percent), 2)
@@ -64,7 +69,7 @@ class LoopProbe:
         }
         with path.open("a") as file:
             file.write(json.dumps(figures) + "\n")
-        self._lags, self._turns = [], []
+        self._lags, self._turns, self._longest_turn = [], [], 0.0
 
 
 def main() -> None:
@@ -74,12 +79,9 @@ def main() -> None:
     async def probed(settings: Settings) -> None:
         loop = asyncio.get_running_loop()
         probe = LoopProbe(loop)
+        loop.add_signal_handler(signal.SIGUSR1, probe.start)
         loop.add_signal_handler(signal.SIGUSR2, probe.report, path)
-        sampling = asyncio.create_task(probe.run())
-        try:
-            await serve(settings)
-        finally:
-            sampling.cancel()
+        await serve(settings)
 
     vars(cli)["serve"] = probed
     cli.run_command()

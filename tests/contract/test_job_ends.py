@@ -178,7 +178,7 @@ async def test_retention_removes_what_has_ended_and_nothing_else(
     with other.subscribe() as changes:
         everything = ids((await store.list(OWNER)).jobs)
         await store.delete_ended([*everything, "deleted meanwhile"])
-        await store.publish("the end", b"")
+        await store.publish([("the end", b"")])
         told: list[str] = []
         async with asyncio.timeout(20.0):
             async for change in changes:

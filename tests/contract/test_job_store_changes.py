@@ -53,11 +53,11 @@ async def test_what_is_published_reaches_every_replica_as_it_is(
 ) -> None:
     payload = random.Random(1).randbytes(MAX_PAYLOAD_BYTES)
     with other.subscribe() as heard, store.subscribe() as heard_by_itself:
-        await store.publish("job-1", payload)
+        await store.publish([("job-1", payload)])
         assert (await until(heard, ChangeKind.PUBLISHED, "job-1")).payload == payload
         assert (await until(heard_by_itself, ChangeKind.PUBLISHED, "job-1")).payload == payload
     with pytest.raises(ValueError, match="at most 5500 bytes, is 5501"):
-        await store.publish("job-1", payload + b"x")
+        await store.publish([("job-1", payload + b"x")])
 
 
 async def test_what_failed_is_not_told(store: SqlJobStore, other: SqlJobStore) -> None:
@@ -65,7 +65,7 @@ async def test_what_failed_is_not_told(store: SqlJobStore, other: SqlJobStore) -
         (job,) = await added(store, new_job(request_id="r1"))
         with pytest.raises(HiDreamError):
             await added(store, new_job(), new_job(request_id="r1", prompt="something else"))
-        await store.publish("the end", b"")
+        await store.publish([("the end", b"")])
         async with asyncio.timeout(20.0):
             changes = [await anext(heard) for _ in range(2)]
     assert [change.job_id for change in changes] == [job.job_id, "the end"]
@@ -77,7 +77,7 @@ async def test_a_reader_that_is_far_behind_is_told_to_read_everything_again(
     monkeypatch.setattr(store_changes, "MAX_PENDING_CHANGES", 3)
     with store.subscribe() as slow, store.subscribe() as quick:
         for index in range(5):
-            await store.publish(str(index), b"")
+            await store.publish([(str(index), b"")])
             await until(quick, ChangeKind.PUBLISHED, str(index))
         assert await anext(slow) == Change(ChangeKind.ANYTHING)
         assert (await anext(slow)).job_id == "4"
@@ -90,11 +90,11 @@ async def test_a_subscription_of_some_kinds_is_woken_by_no_other(store: SqlJobSt
         begun = started(claim)
         await store.save(begun)
         for _ in range(10):
-            await store.publish(job.job_id, b"progress")
+            await store.publish([(job.job_id, b"progress")])
         await store.request_cancel(OWNER, job.job_id, CancelReason.REQUESTED)
         # What only the next claim reads is news to nobody.
         await store.save(replace(begun, snapshot=StoredSnapshot(1, step=3)), is_news=False)
-        await store.publish("the end", b"")
+        await store.publish([("the end", b"")])
         await until(of_all, ChangeKind.PUBLISHED, "the end")
         assert [change.kind for change in of_rows.take_pending()] == [
             ChangeKind.ADDED,

@@ -47,7 +47,7 @@ async def test_a_lost_database_is_told_and_heals(
                 for attempt in (
                     store.get(None, job.job_id),
                     added(store, new_job()),
-                    store.publish("x", b""),
+                    store.publish([("x", b"")]),
                 ):
                     with pytest.raises(StoreUnavailableError) as caught:
                         await attempt

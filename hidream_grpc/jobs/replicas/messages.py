@@ -57,13 +57,16 @@ def decode(payload: bytes) -> RelayedEvent | None:
 class ReplicaPublisher:
     """Publishes progress, now and then, and every restart to other replicas, where there can be any.
 
-    It does not wait for the store: what is published during an outage is lost.
+    It does not wait for the store: what is published during an outage is lost. Jobs that step together tell
+    it at once, and what comes while the store is busy goes out together.
     """
 
     def __init__(self, store: SqlJobStore) -> None:
         self._store = store
         self._tasks = BackgroundTasks()
         self._publish_times: dict[str, float] = {}
+        self._unsent: list[tuple[str, bytes]] = []
+        self._is_sending = False
 
     def publish(self, job_id: str, event: JobEvent) -> None:
         """Pass an event on, unless progress was passed on just now."""
@@ -73,18 +76,21 @@ class ReplicaPublisher:
         is_progress = isinstance(event.body, Progressed)
         if is_progress and now - self._publish_times.get(job_id, -math.inf) < PUBLISH_INTERVAL_SECONDS:
             return
-        self._publish_times = {
-            other: then
-            for other, then in self._publish_times.items()
-            if now - then < PUBLISH_INTERVAL_SECONDS
-        }
         self._publish_times[job_id] = now
-        self._tasks.start(
-            self._send(job_id, msgspec.json.encode(RelayedEvent.of(event))), "publish to other replicas"
-        )
+        self._unsent.append((job_id, msgspec.json.encode(RelayedEvent.of(event))))
+        if not self._is_sending:
+            self._is_sending = True
+            self._tasks.start(self._send(), "publish to other replicas")
 
-    async def _send(self, job_id: str, payload: bytes) -> None:
+    async def _send(self) -> None:
         try:
-            await self._store.publish(job_id, payload)
-        except HiDreamError as error:
-            logger.debug("an event did not reach other replicas: %s", error)
+            while self._unsent:
+                least = time.monotonic() - PUBLISH_INTERVAL_SECONDS
+                self._publish_times = {j: then for j, then in self._publish_times.items() if then > least}
+                unsent, self._unsent = self._unsent, []
+                try:
+                    await self._store.publish(unsent)
+                except HiDreamError as error:
+                    logger.debug("events did not reach other replicas: %s", error)
+        finally:
+            self._is_sending = False

@@ -132,7 +132,6 @@ async def _try_out(connection: AsyncConnection, replica_id: str, is_sqlite: bool
     submission = Submission(NOTHING_KNOWN, unused_id, unused_id, labels={"": ""})
     job = Job(unused_id, submission, create_time=0.0, owner=unused_id)
     await connection.execute(queries.by_request_ids(job.owner, [submission.request_id]))
-    await connection.execute(queries.num_waiting(job.model_fingerprint))
     await _insert(connection, [job])
     await _attach(connection, job, AttachedCall(unused_id, replica_id))
     row = (await connection.execute(queries.by_job_id(None, job.job_id))).one()

@@ -19,6 +19,7 @@ metadata = sa.MetaData(
 
 _HAS_ENDED = sa.text("end_time IS NOT NULL")
 _HAS_NOT_ENDED = sa.text("end_time IS NULL")
+_HAS_DEADLINE = sa.text("end_time IS NULL AND deadline_time IS NOT NULL")
 _HOLDS_ITS_REQUEST_ID = sa.text("state NOT IN ('FAILED', 'CANCELLED')")
 
 jobs = sa.Table(
@@ -64,6 +65,12 @@ jobs = sa.Table(
         "acceptance_number",
         sqlite_where=_HAS_NOT_ENDED,
         postgresql_where=_HAS_NOT_ENDED,
+    ),
+    sa.Index(
+        "ix_jobs_deadline_time",
+        "deadline_time",
+        sqlite_where=_HAS_DEADLINE,
+        postgresql_where=_HAS_DEADLINE,
     ),
     sa.Index("ix_jobs_end_time", "end_time", sqlite_where=_HAS_ENDED, postgresql_where=_HAS_ENDED),
     sqlite_autoincrement=True,

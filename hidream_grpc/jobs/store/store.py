@@ -93,17 +93,17 @@ class SqlJobStore(JobAcceptance, JobReading, JobCancellation, JobClaims, Replica
         return self._hub.subscribe(kinds)
 
     @uninterrupted
-    async def publish(self, job_id: str, payload: bytes) -> None:
-        """Send all subscribers, of all replicas, a payload that is kept nowhere.
+    async def publish(self, payloads: Sequence[tuple[str, bytes]]) -> None:
+        """Send all subscribers, of all replicas, payloads that are kept nowhere.
 
         Args:
-            job_id: the job that it is about.
-            payload: at most `changes.MAX_PAYLOAD_BYTES`.
+            payloads: the job that each is about, and at most `changes.MAX_PAYLOAD_BYTES`.
         """
-        if len(payload) > MAX_PAYLOAD_BYTES:
-            raise ValueError(f"payload: must be at most {MAX_PAYLOAD_BYTES} bytes, is {len(payload)}")
-        change = Change(ChangeKind.PUBLISHED, job_id, payload)
+        for _, payload in payloads:
+            if len(payload) > MAX_PAYLOAD_BYTES:
+                raise ValueError(f"payload: must be at most {MAX_PAYLOAD_BYTES} bytes, is {len(payload)}")
+        changes = [Change(ChangeKind.PUBLISHED, job_id, payload) for job_id, payload in payloads]
         if not self._database.is_sqlite:
             async with self._database.write() as connection:
-                await self._notify(connection, [change])
-        self._committed([change])
+                await self._notify(connection, changes)
+        self._committed(changes)

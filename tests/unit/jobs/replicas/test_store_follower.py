@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -34,10 +34,15 @@ class SharedStore(SqlJobStore):
         self.may_read = asyncio.Event()
         self.may_read.set()
         self.num_failures = 0
+        self.num_published: list[int] = []
 
     @property
     def is_shared(self) -> bool:
         return True
+
+    async def publish(self, payloads: Sequence[tuple[str, bytes]]) -> None:
+        self.num_published.append(len(payloads))
+        await super().publish(payloads)
 
     async def get(self, owner: str | None, job_id: str) -> Job:
         await self.may_read.wait()
@@ -159,6 +164,20 @@ async def test_progress_is_told_now_and_then_and_every_restart(
     assert [change.job_id for change in told] == [job.job_id] * 3 + ["another"]
 
 
+async def test_jobs_that_step_together_are_told_of_in_one_transaction(here: Here) -> None:
+    jobs = await added(here.store, *(new_job() for _ in range(16)))
+    publisher = ReplicaPublisher(here.store)
+    with here.store.subscribe() as changes:
+        for job in jobs:
+            publisher.publish(job.job_id, progressed(job, 1, 1))
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            told = [await anext(changes) for _ in jobs]
+            publisher.publish(jobs[0].job_id, JobEvent(2, time.time(), Restarted(2, "lost", 1)))
+            told.append(await anext(changes))
+    assert [change.job_id for change in told] == [job.job_id for job in (*jobs, jobs[0])]
+    assert here.store.num_published == [16, 1]
+
+
 async def test_a_row_that_cannot_be_read_is_read_when_the_store_is_back(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,7 +246,7 @@ async def test_what_only_another_version_says_is_passed_over(here: Here) -> None
             b"not even JSON",
             b'{"type":"relayed","sequence":1,"time":2}',
         ):
-            await here.store.publish(job.job_id, payload)
+            await here.store.publish([(job.job_id, payload)])
         (claim,) = await claimed(here.store, "another")
         await here.store.save(started(claim))
         assert isinstance((await events(feed, 1))[0].body, Started)
