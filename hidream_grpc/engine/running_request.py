@@ -45,6 +45,7 @@ class RunningRequest:
         unsaved_seconds: duration of its steps since the latest snapshot that was handed up.
         cleared_above: a suspect is cleared once its progress is more than this; None for no suspect.
         has_failed_alone: whether work went wrong in which no other request had a part.
+        line: its priority and caller; requests of which these are the same share their turns.
         size: what it adds to a forward for each sample; only requests of one size share a forward.
         step_pixels: width × height × samples, which it adds to a forward.
     """
@@ -64,12 +65,14 @@ class RunningRequest:
     unsaved_seconds: float = 0.0
     cleared_above: int | None = None
     has_failed_alone: bool = False
+    line: tuple[Priority, str] = field(init=False)
     size: SampleSize = field(init=False)
     step_pixels: int = field(init=False)
 
     def __post_init__(self) -> None:
         parameters = self.request.parameters
         self.undecoded = set(range(parameters.num_images)) - self.request.finished_images
+        self.line = self.request.priority, self.request.caller
         self.size = parameters.sample_size
         self.step_pixels = parameters.width * parameters.height * parameters.num_samples
 
@@ -92,11 +95,6 @@ class RunningRequest:
         trace = self.request.trace
         ids = {"job_id": self.request.job_id, "request_id": self.request.request_id}
         return ids if trace is None else ids | trace.log_fields
-
-    @property
-    def line(self) -> tuple[Priority, str]:
-        """Its priority and caller: requests of which these are the same share their turns."""
-        return self.request.priority, self.request.caller
 
     @property
     def resume_step(self) -> int:

@@ -153,11 +153,12 @@ def note_forward(
     oldest = longest_waiting(request for request in running.values() if not request.is_denoised)
     leader = running.get(claim_ids[0]) if claim_ids else None
     was_oldest = oldest is not None and leader is not None and leader.turns_waited == oldest.turns_waited
+    stepping = frozenset(claim_ids)
     stepped = {running[claim_id].line for claim_id in claim_ids if claim_id in running}
     for claim_id, request in running.items():
         request.turns_in_order = 0 if was_oldest else request.turns_in_order + 1
         request.caller_turns_waited = 0 if request.line in stepped else request.caller_turns_waited + 1
-        if claim_id in claim_ids:
+        if claim_id in stepping:
             request.take_step(step_seconds)
         else:
             request.turns_waited += 1

@@ -8,7 +8,8 @@ deadline. Now and then a forward is led by what has waited longest of all: nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from statistics import median
 
 from hidream_grpc.engine.requests import Priority
@@ -47,23 +48,22 @@ def step_order(requests: Iterable[RunningRequest], now: float = 0.0) -> list[Run
         now: on the clock of the requests' deadlines, in seconds.
     """
     requests = list(requests)
-    known = [request.step_seconds for request in requests if request.step_seconds is not None]
-    typical_seconds = median(known) if known else 0.0
     lines: dict[tuple[Priority, str], list[tuple[int, RunningRequest]]] = {}
     for number, request in enumerate(requests):
-        line = lines.setdefault(request.line, [])
-        line.append((number, request))
+        lines.setdefault(request.line, []).append((number, request))
     oldest = longest_waiting(requests)
     # The first ones to start have seen the most forwards.
     turns_in_order = requests[0].turns_in_order if requests else 0
+    urgencies = _urgencies(requests, now)
     keyed: list[tuple[StepKey, int, RunningRequest]] = []
-    for line in lines.values():
+    for (priority, _), line in lines.items():
         caller_waited = line[0][1].caller_turns_waited
-        line.sort(key=lambda numbered: -numbered[1].turns_waited)
+        if len(line) > 1:
+            line.sort(key=_least_turns)
         for place, (number, request) in enumerate(line):
             class_ = _class(request, is_oldest=request is oldest, turns_in_order=turns_in_order)
-            urgency = _urgency(request, now, typical_seconds)
-            key = class_, -request.request.priority, urgency, place, -caller_waited, -request.turns_waited
+            urgency = urgencies.get(number, math.inf)
+            key = class_, -priority, urgency, place, -caller_waited, -request.turns_waited
             keyed.append((key, number, request))
     keyed.sort()
     return [request for *_, request in keyed]
@@ -71,7 +71,7 @@ def step_order(requests: Iterable[RunningRequest], now: float = 0.0) -> list[Run
 
 def longest_waiting(requests: Iterable[RunningRequest]) -> RunningRequest | None:
     """Find the request that has waited longest for a step, if that is for `MAX_TURNS_WAITED` or more."""
-    oldest = max(requests, key=lambda request: request.turns_waited, default=None)
+    oldest = max(requests, key=attrgetter("turns_waited"), default=None)
     return oldest if oldest is not None and oldest.turns_waited >= MAX_TURNS_WAITED else None
 
 
@@ -84,11 +84,26 @@ def _class(request: RunningRequest, *, is_oldest: bool, turns_in_order: int) -> 
     return 2 if is_oldest and turns_in_order >= MAX_TURNS_WAITED else 3
 
 
-def _urgency(request: RunningRequest, now: float, typical_seconds: float) -> float:
-    """The deadline of an urgent request; infinite for one that is early enough, too late, or has none."""
-    deadline = request.request.deadline
-    if deadline is None:
-        return math.inf
-    num_steps = request.request.parameters.num_inference_steps - request.step
-    seconds = num_steps * (typical_seconds if request.step_seconds is None else request.step_seconds)
-    return deadline if seconds <= deadline - now < URGENT_FACTOR * seconds else math.inf
+def _least_turns(numbered: tuple[int, RunningRequest]) -> float:
+    return -numbered[1].turns_waited
+
+
+def _urgencies(requests: Sequence[RunningRequest], now: float) -> dict[int, float]:
+    """The deadlines of urgent requests by number; not of one that is early enough, too late, or has none."""
+    deadlines = {
+        number: deadline
+        for number, request in enumerate(requests)
+        if (deadline := request.request.deadline) is not None
+    }
+    if not deadlines:
+        return {}
+    known = [request.step_seconds for request in requests if request.step_seconds is not None]
+    typical_seconds = median(known) if known else 0.0
+    urgencies = {}
+    for number, deadline in deadlines.items():
+        request = requests[number]
+        num_steps = request.request.parameters.num_inference_steps - request.step
+        seconds = num_steps * (typical_seconds if request.step_seconds is None else request.step_seconds)
+        if seconds <= deadline - now < URGENT_FACTOR * seconds:
+            urgencies[number] = deadline
+    return urgencies

@@ -5,9 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Self
+from typing import NamedTuple, Self
 
 from hidream_grpc.engine.requests import Priority
 from hidream_grpc.jobs.job import Job
@@ -19,8 +18,7 @@ SHORT = 1 / 2
 """A job is short beside another one if it takes at most this share of what is left of that one."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepDemand:
+class StepDemand(NamedTuple):
     """What a job asks of the engine's steps.
 
     Attributes:
@@ -58,13 +56,8 @@ class StepDemand:
         """Pixels of all steps that are left."""
         return self.step_pixels * self.num_steps
 
-    def is_short_beside(self, other: StepDemand) -> bool:
-        """Whether it should not wait for the end of the other one."""
-        return self.work <= SHORT * other.work
 
-
-@dataclass(slots=True)
-class _Served:
+class _Served(NamedTuple):
     """A job that steps, or waits for its steps before others.
 
     Attributes:
@@ -72,8 +65,10 @@ class _Served:
         forwards: its share of a forward of its size.
     """
 
-    demand: StepDemand
     place: int
+    work: int
+    size: SampleSize
+    step_pixels: int
     forwards: float
 
 
@@ -138,36 +133,41 @@ class StepRoom:
         return may_run and is_served
 
     def _serve(self, demand: StepDemand) -> None:
-        if demand.num_steps > 0:
-            priority, size = demand.priority, demand.size
-            line = self._lines[demand.caller, priority]
-            forwards = demand.step_pixels / self._step_pixels(size)
-            self._served[priority].append(_Served(demand, len(line), forwards))
+        caller, priority, size, step_pixels, num_steps = demand
+        if num_steps > 0:
+            line, work = self._lines[caller, priority], demand.work
+            forwards = step_pixels / self._step_pixels(size)
+            self._served[priority].append(_Served(len(line), work, size, step_pixels, forwards))
             self._forwards[priority] += forwards
-            self._pixels[priority, size] += demand.step_pixels
-            insort(line, demand.work)
+            self._pixels[priority, size] += step_pixels
+            insort(line, work)
 
     def _may_run(self, priority: Priority) -> bool:
+        if self._num_running.total() < self._max_running_jobs:
+            return True
         num_running = sum(number for other, number in self._num_running.items() if other >= priority)
         return num_running < self._max_running_jobs
 
     def _is_served_soon(self, demand: StepDemand) -> bool:
+        caller, own_priority, own_size, own_pixels, _ = demand
+        # Beside jobs of this work or more it is short.
+        long_work = demand.work / SHORT
         # In its line it is behind those beside which it is not short.
-        place = bisect_left(self._lines[demand.caller, demand.priority], demand.work / SHORT)
-        room_pixels = self._step_pixels(demand.size) - demand.step_pixels
+        own_place = bisect_left(self._lines[caller, own_priority], long_work)
+        room_pixels = self._step_pixels(own_size) - own_pixels
         forwards, pixels_of_size = 0.0, 0
         for priority in self._served:
-            if priority > demand.priority:
+            if priority > own_priority:
                 forwards += self._forwards[priority]
-                pixels_of_size += self._pixels[priority, demand.size]
+                pixels_of_size += self._pixels[priority, own_size]
         # One that goes before it can only add to these.
         if not _has_room(forwards, pixels_of_size, room_pixels):
             return False
-        for served in self._served[demand.priority]:
-            if _goes_before(served, demand, place):
-                forwards += served.forwards
-                if served.demand.size == demand.size:
-                    pixels_of_size += served.demand.step_pixels
+        for place, work, size, step_pixels, share in self._served[own_priority]:
+            if place < own_place or (place == own_place and work < long_work):
+                forwards += share
+                if size == own_size:
+                    pixels_of_size += step_pixels
                 if not _has_room(forwards, pixels_of_size, room_pixels):
                     return False
         return True
@@ -180,10 +180,3 @@ def _has_room(forwards: float, pixels_of_size: int, room_pixels: int) -> bool:
     """Whether a job is served soon behind so many forwards, of which its own size has so many pixels."""
     # Sums of shares are not exact.
     return forwards < 1 - 1e-9 and (pixels_of_size <= room_pixels or not pixels_of_size)
-
-
-def _goes_before(served: _Served, demand: StepDemand, place: int) -> bool:
-    """Whether one of its priority goes before a job that is at a place in the line of its caller."""
-    if served.place != place:
-        return served.place < place
-    return not demand.is_short_beside(served.demand)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hidream_grpc.engine.requests import Priority
 from hidream_grpc.engine.step_limit import StepLimit
-from hidream_grpc.jobs.store.step_room import StepDemand, StepRoom
+from hidream_grpc.jobs.store.step_room import SHORT, StepDemand, StepRoom
 from hidream_grpc.model.parameters import SampleSize
 
 IMAGE = 1024 * 1024
@@ -143,17 +143,21 @@ def test_a_job_starts_if_those_before_it_leave_room(
 def is_served_soon(served: list[StepDemand], waits: StepDemand) -> bool:
     """What `StepRoom` promises, by exact shares and without a sum that is kept."""
     own = [other for other in served if is_of_line(other, waits)]
-    place = sum(not waits.is_short_beside(other) for other in own)
+    place = sum(not is_short_beside(waits, other) for other in own)
     before: list[StepDemand] = []
     for number, other in enumerate(served):
         other_place = sum(is_of_line(earlier, other) for earlier in served[:number])
-        is_as_far = other_place == place and not waits.is_short_beside(other)
+        is_as_far = other_place == place and not is_short_beside(waits, other)
         is_alike = other.priority == waits.priority
         if other.priority > waits.priority or (is_alike and (other_place < place or is_as_far)):
             before.append(other)
     pixels = sum(other.step_pixels for other in before if other.size == waits.size)
     fits = not pixels or pixels + waits.step_pixels <= BUDGET
     return fits and sum(Fraction(other.step_pixels, BUDGET) for other in before) < 1
+
+
+def is_short_beside(one: StepDemand, other: StepDemand) -> bool:
+    return one.work <= SHORT * other.work
 
 
 def is_of_line(one: StepDemand, other: StepDemand) -> bool:
