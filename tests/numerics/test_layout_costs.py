@@ -117,18 +117,27 @@ def test_planned_costs_are_those_of_real_ranks(
 
 
 # Each expert gets equally many tokens, so the rows of a rank's experts are a multiple of their number.
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+# Numbers of 2 and of 4 bytes, each in layouts of every axis.
 @pytest.mark.parametrize(
-    ("config", "layout_text", "sample", "num_rows"),
+    ("config", "layout_text", "sample", "num_rows", "dtype"),
     [
-        pytest.param(CONFIG, "tp=1", WIDE, 4, id="one device"),
-        pytest.param(CONFIG, "ep=4", SAMPLE, 6, id="ep=4"),
-        pytest.param(CONFIG, "cfg=2,dp=2", SAMPLE, 6, id="cfg=2,dp=2"),
-        pytest.param(CONFIG, "cfg=2,tp=4,ep=2", WIDE, 4, id="cfg=2,tp=4,ep=2"),
-        pytest.param(OTHER_CONFIG, "tp=3,ep=2", SAMPLE, 4, id="tp=3,ep=2"),
-        pytest.param(OTHER_CONFIG, "tp=6", WIDE, 2, id="tp=6"),
-        pytest.param(OTHER_CONFIG, "sp=3,tp=2", SAMPLE, 2, id="sp=3,tp=2"),
-        pytest.param(CONFIG, "ep=2,sp=4", WIDE, 8, id="ep=2,sp=4"),
+        pytest.param(
+            *case,
+            dtype,
+            id=f"{case[1]}-{dtype}".replace("torch.", ""),
+            marks=[] if dtype is usual_dtype else pytest.mark.long,
+        )
+        for case, usual_dtype in (
+            ((CONFIG, "tp=1", WIDE, 4), torch.bfloat16),
+            ((CONFIG, "ep=4", SAMPLE, 6), None),
+            ((CONFIG, "cfg=2,dp=2", SAMPLE, 6), torch.bfloat16),
+            ((CONFIG, "cfg=2,tp=4,ep=2", WIDE, 4), torch.float32),
+            ((OTHER_CONFIG, "tp=3,ep=2", SAMPLE, 4), torch.bfloat16),
+            ((OTHER_CONFIG, "tp=6", WIDE, 2), None),
+            ((OTHER_CONFIG, "sp=3,tp=2", SAMPLE, 2), torch.float32),
+            ((CONFIG, "ep=2,sp=4", WIDE, 8), torch.bfloat16),
+        )
+        for dtype in (torch.bfloat16, torch.float32)
     ],
 )
 @torch.inference_mode()
@@ -148,11 +157,11 @@ def test_planned_costs_are_those_of_the_modules_of_any_rank(
     ("layout_text", "num_rows", "width"),
     [
         ("tp=1", 1, 128),
-        ("tp=1", 4, 96),
-        ("tp=4", 2, 128),
-        ("tp=20", 1, 128),
+        pytest.param("tp=1", 4, 96, marks=pytest.mark.long),
+        pytest.param("tp=4", 2, 128, marks=pytest.mark.long),
+        pytest.param("tp=20", 1, 128, marks=pytest.mark.long),
         ("tp=4,ep=2", 2, 128),
-        ("cfg=2,sp=2", 2, 128),
+        pytest.param("cfg=2,sp=2", 2, 128, marks=pytest.mark.long),
         ("cfg=2,sp=4", 2, 96),
     ],
 )
@@ -169,7 +178,9 @@ def test_no_tensors_of_a_step_of_the_real_model_take_more_than_is_planned(
     assert counted.activation_bytes <= least <= 1.1 * counted.activation_bytes
 
 
-@pytest.mark.parametrize(("width", "height"), [(1024, 1024), (1360, 768), (512, 512)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(1360, 768), (512, 512), pytest.param(1024, 1024, marks=pytest.mark.long)]
+)
 @torch.inference_mode()
 def test_no_tensors_of_the_real_decoder_take_more_than_is_planned(width: int, height: int) -> None:
     from diffusers import AutoencoderKL

@@ -60,7 +60,7 @@ def noisy_times(noise: random.Random) -> Times:
     )
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 @pytest.mark.parametrize("load", LOADS)
 def test_the_median_error_on_a_steady_load_is_under_a_quarter(load: str, seed: int) -> None:
     capacity, make = LOADS[load]
@@ -71,15 +71,28 @@ def test_the_median_error_on_a_steady_load_is_under_a_quarter(load: str, seed: i
     assert median_error(engine.rest_errors) < MAX_MEDIAN_ERROR
 
 
-JOBS = st.lists(
-    st.tuples(st.sampled_from([256, 512, 1024]), st.integers(1, 40), st.integers(1, 3)),
-    min_size=1,
-    max_size=12,
-)
+def jobs_of(max_jobs: int, max_steps: int) -> st.SearchStrategy[list[tuple[int, int, int]]]:
+    """Lists of jobs: the side of the image, the steps and the number of images of each."""
+    job = st.tuples(st.sampled_from([256, 512, 1024]), st.integers(1, max_steps), st.integers(1, 3))
+    return st.lists(job, min_size=1, max_size=max_jobs)
 
 
-@given(jobs=JOBS, max_running=st.integers(1, 12))
+@given(jobs=jobs_of(max_jobs=6, max_steps=12), max_running=st.integers(1, 6))
 def test_without_noise_jobs_start_and_end_within_two_turns_of_their_estimates(
+    jobs: list[tuple[int, int, int]], max_running: int
+) -> None:
+    assert_starts_and_ends_within_two_turns_of_their_estimates(jobs, max_running)
+
+
+@pytest.mark.long
+@given(jobs=jobs_of(max_jobs=12, max_steps=40), max_running=st.integers(1, 12))
+def test_without_noise_many_long_jobs_start_and_end_within_two_turns_of_their_estimates(
+    jobs: list[tuple[int, int, int]], max_running: int
+) -> None:
+    assert_starts_and_ends_within_two_turns_of_their_estimates(jobs, max_running)
+
+
+def assert_starts_and_ends_within_two_turns_of_their_estimates(
     jobs: list[tuple[int, int, int]], max_running: int
 ) -> None:
     # In proportion to the work, so that what is not measured yet is scaled exactly; a rank for each image.
@@ -99,7 +112,7 @@ def test_without_noise_jobs_start_and_end_within_two_turns_of_their_estimates(
         assert abs(rest.at_seconds + rest.in_seconds - engine.ends[rest.job_id]) <= 2 * turn_seconds
 
 
-@given(jobs=JOBS, max_running=st.integers(1, 4), num_running=st.integers(0, 4))
+@given(jobs=jobs_of(max_jobs=12, max_steps=40), max_running=st.integers(1, 4), num_running=st.integers(0, 4))
 def test_every_job_has_an_estimate_and_none_starts_before_a_shorter_one_in_front_of_it(
     jobs: list[tuple[int, int, int]], max_running: int, num_running: int
 ) -> None:
