@@ -24,18 +24,21 @@ TOLERANCE = 1e-5
 
 LAYOUTS = {
     "cfg=2": Layout(cfg_parallel=2),
-    "tp=2": Layout(tensor_parallel=2),
     "ep=2,tp=2": Layout(expert_parallel=2, tensor_parallel=2),
 }
+OTHER_LAYOUTS = {"tp=2": Layout(tensor_parallel=2)}
 
 Stages = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def ranks_of(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stages]:
+def ranks_of(
+    request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Stages]:
     """What each rank of each layout saw at each stage."""
     folder = tmp_path_factory.mktemp("ranks")
-    layouts = json.dumps([asdict(layout) for layout in LAYOUTS.values()])
+    all_layouts = LAYOUTS | (OTHER_LAYOUTS if request.config.getoption("--long") else {})
+    layouts = json.dumps([asdict(layout) for layout in all_layouts.values()])
     done = subprocess.run(
         [sys.executable, "-m", "tests.numerics.prompt_ranks", str(tiny_checkpoint), str(folder), layouts],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -49,11 +52,11 @@ def ranks_of(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
             torch.load(folder / str(index) / f"{rank}.pt", weights_only=False)
             for rank in range(layout.world_size)
         ]
-        for index, (name, layout) in enumerate(LAYOUTS.items())
+        for index, (name, layout) in enumerate(all_layouts.items())
     }
 
 
-@pytest.fixture(params=LAYOUTS)
+@pytest.fixture(params=[*LAYOUTS, *(pytest.param(name, marks=pytest.mark.long) for name in OTHER_LAYOUTS)])
 def ranks(request: pytest.FixtureRequest, ranks_of: dict[str, Stages]) -> Stages:
     return ranks_of[request.param]
 
