@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -75,6 +76,28 @@ def node_example() -> Path:
     if not (folder / "node_modules").exists():
         pytest.skip(installed.stdout.strip())
     return folder / "generate.mjs"
+
+
+# Of the small image that programs of the documentation ask for here: what follows their seed there.
+STEPS = 4
+SMALL: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": STEPS}
+
+
+def changed(program: str, old: str, new: str) -> str:
+    """A program with another text at one place, which it has."""
+    assert program.count(old) == 1
+    return program.replace(old, new)
+
+
+def small_node_program(program: Path, folder: Path) -> Path:
+    """A copy of a program of clients/node that asks for a small image, beside packages and contract."""
+    copy = folder / "clients" / "node" / program.name
+    copy.parent.mkdir(parents=True)
+    (copy.parent / "node_modules").symlink_to(program.parent / "node_modules")
+    (folder / "protos").symlink_to(PROJECT / "protos")
+    small = f"width: 64, height: 64, numInferenceSteps: {STEPS}"
+    copy.write_text(changed(program.read_text(), "spec: { prompt:", f"spec: {{ {small}, prompt:"))
+    return copy
 
 
 class HealthOnlyServer:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import json
 import runpy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import pytest
+from google.protobuf.message import Message
 
+from hidream import requests
 from hidream.images import Image
 from tests.support.live_server import LiveServer
 
@@ -30,6 +33,19 @@ def folder(server: LiveServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("HIDREAM_ADDRESS", server.address)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _small_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an example leaves to the server, its size and its steps, is small."""
+    small = {"width": 64, "height": 64, "num_inference_steps": 4}
+    fill = requests._filled
+
+    def filled(request: Message, arguments: Mapping[str, Any]) -> Message:
+        left_out = {name: value for name, value in small.items() if arguments.get(name, "unknown") is None}
+        return fill(request, {**arguments, **left_out})
+
+    monkeypatch.setattr(requests, "_filled", filled)
 
 
 def shown_by_cells(notebook: Path) -> list[Any]:

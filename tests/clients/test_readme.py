@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hidream.client import Client
-from tests.clients.conftest import PROJECT, GoTools, run_script
+from tests.clients.conftest import PROJECT, SMALL, STEPS, GoTools, changed, run_script, small_node_program
 from tests.support.live_server import LiveServer
 
 # The first run builds the Go programs and installs the packages of Node.
@@ -43,7 +43,7 @@ def without_texts(program: str) -> str:
 def circle(server: LiveServer) -> bytes:
     """The image that every one of the programs asks for."""
     with Client(server.address) as client:
-        [image] = client.draw("a red circle on a blue background", seed=7)
+        [image] = client.draw("a red circle on a blue background", seed=7, **SMALL)
     return image.data
 
 
@@ -51,14 +51,16 @@ def check_program(folder: Path, circle: bytes, *command: str | Path) -> None:
     """Run a program in a folder: it tells its steps, and writes the image there."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == "step 24 of 24"
+    assert done.stdout.splitlines()[-1] == f"step {STEPS} of {STEPS}"
     assert (folder / "circle.png").read_bytes() == circle
 
 
 def test_the_ten_lines_of_the_readme_generate_an_image(
     server: LiveServer, circle: bytes, tmp_path: Path
 ) -> None:
-    program = program_of("README.md").replace(ADDRESS, server.address)
+    program = changed(program_of("README.md"), ADDRESS, server.address)
+    small = ", ".join(f"{name}={value}" for name, value in SMALL.items())
+    program = changed(program, "seed=7", f"seed=7, {small}")
     check_program(tmp_path, circle, sys.executable, "-c", program)
 
 
@@ -70,7 +72,8 @@ def test_other_pages_have_the_same_ten_lines(page: str) -> None:
 def test_the_node_program_generates_an_image(
     server: LiveServer, circle: bytes, node_example: Path, tmp_path: Path
 ) -> None:
-    check_program(tmp_path, circle, "node", node_example, server.address)
+    program = small_node_program(node_example, tmp_path)
+    check_program(tmp_path, circle, "node", program, server.address)
 
 
 def test_the_page_shows_the_node_program() -> None:
@@ -81,8 +84,12 @@ def test_the_go_program_of_the_page_generates_an_image(
     server: LiveServer, circle: bytes, go_tools: GoTools, tmp_path: Path
 ) -> None:
     source, binary = tmp_path / "main.go", tmp_path / "circle"
-    source.write_text(program_of(PAGE, "go").replace(ADDRESS, server.address))
+    program = changed(program_of(PAGE, "go"), ADDRESS, server.address)
+    small = f"side, steps := int32(64), int32({STEPS})"
+    fields = "spec.Width, spec.Height, spec.NumInferenceSteps = &side, &side, &steps"
+    source.write_text(changed(program, "\trequest :=", f"\t{small}\n\t{fields}\n\trequest :="))
     module = PROJECT / "clients" / "go"
-    built = run_script("go.sh", "-C", str(module), "build", "-trimpath", "-o", str(binary), str(source))
+    flags = ("-trimpath", "-ldflags=-s -w", "-o", str(binary))
+    built = run_script("go.sh", "-C", str(module), "build", *flags, str(source))
     assert built.returncode == 0, built.stdout
     check_program(tmp_path, circle, binary)
