@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 
 from hidream_http.transcoding.methods import http_methods
 from hidream_http.transcoding.routes import SERVICE
-from tests.http.visitors import visiting
+from tests.http.visitors import new_context, visiting
 from tests.support.chromium import running_chromium
 from tests.support.live_bridge import LiveBridge
 
@@ -67,17 +67,17 @@ def test_the_page_of_the_routes_and_its_files_come_from_the_bridge_alone(http: h
 
 
 def test_a_person_tries_a_route_on_the_page_and_nothing_is_loaded_from_elsewhere(bridge: LiveBridge) -> None:
-    with running_chromium() as browser, visiting(browser, f"{bridge.url}/docs") as visitor:
-        page = visitor.page
-        asked: list[str] = []
-        page.on("request", lambda request: asked.append(request.url))
-        page.reload()
-        expect(page.locator(".opblock")).to_have_count(len(list(http_methods(SERVICE))))
-        server = page.locator(".opblock", has_text="/v1/server")
-        server.locator(".opblock-summary").click()
-        server.get_by_role("button", name="Try it out").click()
-        server.get_by_role("button", name="Execute").click()
-        expect(server.locator(".live-responses-table tbody")).to_contain_text("maxNumImages")
+    asked: list[str] = []
+    with running_chromium() as browser, new_context(browser) as context:
+        context.on("request", lambda request: asked.append(request.url))
+        with visiting(context, f"{bridge.url}/docs") as visitor:
+            page = visitor.page
+            expect(page.locator(".opblock")).to_have_count(len(list(http_methods(SERVICE))))
+            server = page.locator(".opblock", has_text="/v1/server")
+            server.locator(".opblock-summary").click()
+            server.get_by_role("button", name="Try it out").click()
+            server.get_by_role("button", name="Execute").click()
+            expect(server.locator(".live-responses-table tbody")).to_contain_text("maxNumImages")
     assert f"{bridge.url}/v1/server" in asked
     elsewhere = [url for url in asked if not url.startswith((f"{bridge.url}/", "data:"))]
     assert elsewhere == []

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Locator, expect
+from playwright.sync_api import Browser, BrowserContext, Locator, expect
 
-from tests.http.visitors import Visitor, visiting
+from tests.http.visitors import Visitor, new_context, visiting
 from tests.support.chromium import running_chromium
 from tests.support.live_bridge import LiveBridge, running_bridge
-from tests.support.live_server import running_server, wait_until
+from tests.support.live_server import LiveServer, running_server, wait_until
 from tests.support.unused_ports import unused_port
 
 CIRCLE = "a red circle on a blue background"
@@ -33,6 +33,7 @@ CALLERS = (
     "chinese",
     "many",
     "wrong",
+    "kills",
 )
 LONG_STEPS = 150
 PAGE_SIZE = 12
@@ -63,20 +64,66 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
+class GuardedServer:
+    """A server that asks for tokens, which can be killed, and then starts again with its jobs."""
+
+    def __init__(self, folder: Path) -> None:
+        tokens = folder / "tokens"
+        tokens.write_text("".join(f"{caller} {token_of(caller)}\n" for caller in CALLERS), encoding="utf-8")
+        self.address = f"127.0.0.1:{unused_port()}"
+        self._flags = (
+            *("--tokens-file", str(tokens), "--max-running-jobs-per-caller", "1"),
+            *("--data-dir", str(folder / "data"), "--listen", self.address),
+        )
+        self._running = ExitStack()
+        self._server = self._start()
+
+    @contextmanager
+    def killed(self) -> Iterator[None]:
+        """Kill it, and start it again after the block."""
+        self._server.process.kill()
+        self.end()
+        try:
+            yield
+        finally:
+            self._server = self._start()
+
+    def end(self) -> None:
+        self._running.close()
+
+    def _start(self) -> LiveServer:
+        return self._running.enter_context(running_server(*self._flags))
+
+
 @pytest.fixture(scope="module")
-def guarded_bridge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveBridge]:
+def guarded_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedServer]:
+    server = GuardedServer(tmp_path_factory.mktemp("guarded"))
+    yield server
+    server.end()
+
+
+@pytest.fixture(scope="module")
+def guarded_bridge(guarded_server: GuardedServer) -> Iterator[LiveBridge]:
     """A bridge to a server that asks for tokens."""
-    path = tmp_path_factory.mktemp("secret") / "tokens"
-    path.write_text("".join(f"{caller} {token_of(caller)}\n" for caller in CALLERS), encoding="utf-8")
-    flags = ("--tokens-file", str(path), "--max-running-jobs-per-caller", "1")
-    with running_server(*flags) as server, running_bridge(server.address) as bridge:
+    with running_bridge(guarded_server.address) as bridge:
         yield bridge
 
 
+@pytest.fixture(scope="module")
+def context(browser: Browser, guarded_bridge: LiveBridge) -> Iterator[BrowserContext]:
+    """A profile whose tabs know nothing of each other, and share the process that an idle one keeps."""
+    with new_context(browser) as context:
+        context.new_page().goto(f"{guarded_bridge.url}/healthz")
+        yield context
+
+
 @pytest.fixture
-def open_page(browser: Browser, guarded_bridge: LiveBridge) -> Open:
-    def open_as(caller: str, **options: Any) -> AbstractContextManager[Visitor]:
-        return visiting(browser, guarded_bridge.url, token_of(caller), **options)
+def open_page(browser: Browser, context: BrowserContext, guarded_bridge: LiveBridge) -> Open:
+    @contextmanager
+    def open_as(caller: str, **options: Any) -> Iterator[Visitor]:
+        with ExitStack() as stack:
+            own = stack.enter_context(new_context(browser, **options)) if options else context
+            yield stack.enter_context(visiting(own, guarded_bridge.url, token_of(caller)))
 
     return open_as
 
@@ -96,12 +143,12 @@ def call(bridge: LiveBridge, caller: str, method: str, path: str, **options: Any
 def test_a_person_sees_each_preview_and_then_the_image(open_page: Open) -> None:
     with open_page("draws") as visitor:
         expect(visitor.page.locator("#state")).to_have_text("Ready")
-        card = visitor.draw(CIRCLE, numInferenceSteps=8, seed=7, numImages=2)
+        card = visitor.draw(CIRCLE, numInferenceSteps=5, seed=7, numImages=2)
         expect(card.locator(".status")).to_have_text("Done")
         assert len(visitor.seen("preview")) > 1
-        assert any(re.fullmatch(r"Step \d of 8 · .* left", line) for line in visitor.seen("status"))
+        assert any(re.fullmatch(r"Step \d of 5 · .* left", line) for line in visitor.seen("status"))
         expect(card.get_by_alt_text(f"Image 2 of: {CIRCLE}")).to_have_js_property("naturalWidth", 256)
-        expect(card.locator(".facts")).to_contain_text("Seed 7 · 256 × 256 · Steps: 8")
+        expect(card.locator(".facts")).to_contain_text("Seed 7 · 256 × 256 · Steps: 5")
         expect(visitor.page.locator("#facts")).to_contain_text("tp=1")
 
         with visitor.page.expect_download() as download:
@@ -257,9 +304,9 @@ def test_scrolling_brings_older_jobs(open_page: Open, guarded_bridge: LiveBridge
 
 
 def test_a_token_is_asked_for_and_kept_for_the_tab_alone(
-    browser: Browser, guarded_bridge: LiveBridge
+    context: BrowserContext, guarded_bridge: LiveBridge
 ) -> None:
-    with visiting(browser, guarded_bridge.url, "not-a-token-of-anybody") as visitor:
+    with visiting(context, guarded_bridge.url, "not-a-token-of-anybody") as visitor:
         dialog = visitor.page.get_by_role("dialog")
         expect(dialog).to_contain_text("does not know this token")
         dialog.get_by_label("Token").fill(token_of("wrong"))
@@ -268,35 +315,27 @@ def test_a_token_is_asked_for_and_kept_for_the_tab_alone(
         visitor.page.reload()
         expect(visitor.page.locator("#state")).to_have_text("Ready")
         assert visitor.page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
-        other_tab = visitor.page.context.new_page()
-        other_tab.goto(guarded_bridge.url)
-        expect(other_tab.get_by_role("dialog")).to_be_visible()
+        with visiting(context, guarded_bridge.url) as other:
+            expect(other.page.get_by_role("dialog")).to_be_visible()
         visitor.page.get_by_role("button", name="Forget token").click()
         expect(dialog).to_be_visible()
 
 
 def test_a_killed_server_goes_on_with_the_job_before_the_persons_eyes(
-    browser: Browser, tmp_path: Path
+    open_page: Open, guarded_server: GuardedServer
 ) -> None:
-    flags = ("--data-dir", str(tmp_path), "--listen", f"127.0.0.1:{unused_port()}")
-    with (
-        running_server(*flags) as first,
-        running_bridge(first.address) as bridge,
-        visiting(browser, bridge.url) as visitor,
-    ):
+    with open_page("kills") as visitor:
         card = visitor.draw(CIRCLE, numInferenceSteps=30)
         expect(card.locator(".status")).to_contain_text(re.compile(r"Step ([3-9]|1\d) of 30"))
-        first.process.kill()
-        first.process.wait()
-        expect(visitor.page.locator("#state")).to_have_text("Reconnecting…")
-        # It is sent until the server answers, and drawn once.
-        visitor.describe(STAR, numInferenceSteps=1)
-        visitor.page.locator("#draw").click()
-        expect(visitor.page.get_by_role("alert")).to_contain_text("Trying again")
-        with running_server(*flags):
-            expect(visitor.card(STAR).locator(".status")).to_have_text("Done")
-            expect(visitor.page.locator("#state")).to_have_text("Ready")
-            expect(card.locator(".status")).to_have_text("Done")
-            picture = card.get_by_alt_text(f"Image 1 of: {CIRCLE}")
-            expect(picture).to_have_js_property("naturalWidth", 256)
-            expect(visitor.page.locator("#gallery > li")).to_have_count(2)
+        with guarded_server.killed():
+            expect(visitor.page.locator("#state")).to_have_text("Reconnecting…")
+            # It is sent until the server answers, and drawn once.
+            visitor.describe(STAR, numInferenceSteps=1)
+            visitor.page.locator("#draw").click()
+            expect(visitor.page.get_by_role("alert")).to_contain_text("Trying again")
+        expect(visitor.card(STAR).locator(".status")).to_have_text("Done")
+        expect(visitor.page.locator("#state")).to_have_text("Ready")
+        expect(card.locator(".status")).to_have_text("Done")
+        picture = card.get_by_alt_text(f"Image 1 of: {CIRCLE}")
+        expect(picture).to_have_js_property("naturalWidth", 256)
+        expect(visitor.page.locator("#gallery > li")).to_have_count(2)

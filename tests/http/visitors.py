@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, expect
 
 # What the browser says of every answer that is an error, and of a server that is away.
 _REFUSED = re.compile(r"^Failed to load resource")
@@ -63,33 +63,36 @@ class Visitor:
         return card.get_by_role("button", name=name, exact=True)
 
 
+def new_context(browser: Browser, **options: Any) -> BrowserContext:
+    """A profile of the browser: English, and without motion, unless the options say otherwise."""
+    return browser.new_context(**{"locale": "en-GB", "reduced_motion": "reduce", **options})
+
+
 @contextmanager
-def visiting(browser: Browser, url: str, token: str | None = None, **options: Any) -> Iterator[Visitor]:
-    """A visitor who has opened the page, and at whose end nothing was wrong.
+def visiting(context: BrowserContext, url: str, token: str | None = None) -> Iterator[Visitor]:
+    """A visitor who has opened the page in a new tab, and at whose end nothing was wrong.
 
     Args:
-        browser: in which.
+        context: of the browser.
         url: of the bridge.
         token: was given before in this tab.
-        options: of the context, such as the language.
     """
-    options = {"locale": "en-GB", "reduced_motion": "reduce", **options}
-    context = browser.new_context(**options)
+    page = context.new_page()
     try:
-        visitor = Visitor(context.new_page())
+        visitor = Visitor(page)
 
         def note(message: ConsoleMessage) -> None:
             if message.type in ("error", "warning") and not _REFUSED.match(message.text):
                 visitor.complaints.append(message.text)
 
-        visitor.page.on("console", note)
-        visitor.page.on("pageerror", lambda error: visitor.complaints.append(str(error)))
-        visitor.page.add_init_script(_WITNESS)
-        visitor.page.goto(url)
+        page.on("console", note)
+        page.on("pageerror", lambda error: visitor.complaints.append(str(error)))
+        page.add_init_script(_WITNESS)
+        page.goto(url)
         if token is not None:
-            visitor.page.locator("#token input").fill(token)
-            visitor.page.locator("#token button").click()
+            page.locator("#token input").fill(token)
+            page.locator("#token button").click()
         yield visitor
         assert visitor.complaints == []
     finally:
-        context.close()
+        page.close()

@@ -12,8 +12,13 @@ from playwright.sync_api import Browser, sync_playwright
 
 FOLDER = Path(__file__).parents[2] / ".cache" / "chromium"
 PROGRAM = FOLDER / "usr" / "lib" / "chromium" / "chromium"
-# Small pages on few cores: no process for drawing, and nothing that asks the network.
-FLAGS = ("--disable-gpu", "--disable-software-rasterizer", "--disable-background-networking")
+# Small pages on few cores: no process for drawing, one for all tabs, and nothing that asks the network.
+FLAGS = (
+    "--disable-gpu",
+    "--disable-software-rasterizer",
+    "--disable-background-networking",
+    "--renderer-process-limit=1",
+)
 
 
 @contextmanager
