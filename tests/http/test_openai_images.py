@@ -32,7 +32,7 @@ def client(server: LiveServer) -> Iterator[Client]:
         yield client
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ai(bridge: LiveBridge) -> Iterator[openai.OpenAI]:
     """The real client of OpenAI's API."""
     with openai.OpenAI(base_url=f"{bridge.url}/v1", api_key="none is asked for", max_retries=0) as ai:
