@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -13,22 +14,40 @@ from tests.support.postgres import PostgresServer
 from tests.support.s3_server import BUCKET, S3Server, running_s3_server
 
 
-@pytest.fixture
-def sqlite_database(tmp_path: Path) -> StoreDatabase:
-    """An empty file."""
-    return StoreDatabase(f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}", is_file=True)
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with the newest schema and no jobs, to be copied."""
+    path = tmp_path_factory.mktemp("migrated") / "jobs.sqlite"
+    async with StoreDatabase(f"sqlite+aiosqlite:///{path}", is_file=True).opened():
+        return path
 
 
-@pytest.fixture
-def postgres_database(postgres: PostgresServer) -> Iterator[StoreDatabase]:
-    """An empty database of the running server."""
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def migrated_url(postgres: PostgresServer) -> AsyncIterator[str]:
+    """A PostgreSQL database with the newest schema and no jobs, to be copied."""
     with postgres.database() as url:
+        async with StoreDatabase(url, is_file=False).opened():
+            pass
+        yield url
+
+
+@pytest.fixture
+def sqlite_database(tmp_path: Path, migrated_file: Path) -> StoreDatabase:
+    """A file without jobs."""
+    path = shutil.copy(migrated_file, tmp_path / "jobs.sqlite")
+    return StoreDatabase(f"sqlite+aiosqlite:///{path}", is_file=True)
+
+
+@pytest.fixture
+def postgres_database(postgres: PostgresServer, migrated_url: str) -> Iterator[StoreDatabase]:
+    """A database of the running server without jobs."""
+    with postgres.database(copied_from=migrated_url) as url:
         yield StoreDatabase(url, is_file=False)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def database(request: pytest.FixtureRequest) -> StoreDatabase:
-    """An empty database of each kind."""
+    """A database without jobs, of each kind."""
     database: StoreDatabase = request.getfixturevalue(f"{request.param}_database")
     return database
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,20 @@ from tests.support.job_stores import (
     connected,
     told,
 )
+from tests.support.postgres import PostgresServer
+
+
+@pytest.fixture
+def sqlite_database(tmp_path: Path) -> StoreDatabase:
+    """A file that is not there yet."""
+    return StoreDatabase(f"sqlite+aiosqlite:///{tmp_path / 'jobs.sqlite'}", is_file=True)
+
+
+@pytest.fixture
+def postgres_database(postgres: PostgresServer) -> Iterator[StoreDatabase]:
+    """An empty database of the running server."""
+    with postgres.database() as url:
+        yield StoreDatabase(url, is_file=False)
 
 
 async def test_the_migrations_make_the_tables_that_the_code_describes(database: StoreDatabase) -> None:

@@ -123,21 +123,30 @@ class PostgresServer:
 
     def query(self, statement: str, url: str | None = None) -> list[list[str]]:
         """The rows that SQL gives to the superuser, as text."""
-        name = "" if url is None else url.partition("?")[0].rpartition("/")[2]
-        connect = f"\\connect {name}\n" if name else ""
+        connect = "" if url is None else f"\\connect {_name_in(url)}\n"
         # Values alone, one row a line.
         answer = self._server.psql(f"{PSQL_SETTINGS}{connect}{statement}")
         return [line.split("\t") for line in answer.splitlines() if line]
 
     @contextmanager
-    def database(self) -> Iterator[str]:
-        """The URL of an empty database, which is dropped at the end whoever is connected."""
+    def database(self, copied_from: str | None = None) -> Iterator[str]:
+        """The URL of a database, which is dropped at the end whoever is connected.
+
+        Args:
+            copied_from: the URL of a database that nobody is connected to; None for an empty one.
+        """
         name = f"test_{next(self._numbers)}"
-        self.execute(f"CREATE DATABASE {name};")
+        template = "template1" if copied_from is None else _name_in(copied_from)
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template};")
         try:
             yield self._server.get_uri(database=name).replace("postgresql:", "postgresql+asyncpg:")
         finally:
             self.execute(f"DROP DATABASE {name} WITH (FORCE);")
+
+
+def _name_in(url: str) -> str:
+    """The name of the database of a URL."""
+    return url.partition("?")[0].rpartition("/")[2]
 
 
 @contextmanager
