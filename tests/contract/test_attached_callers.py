@@ -130,7 +130,7 @@ async def test_a_job_that_nobody_waits_for_is_not_stopped_by_callers_of_another(
     "runs", [pytest.param(False, id="waits", marks=pytest.mark.long), pytest.param(True, id="runs")]
 )
 async def test_a_retry_that_comes_while_the_caller_before_it_leaves_is_never_lost(
-    runs: bool, store: SqlJobStore, other: SqlJobStore
+    runs: bool, store: SqlJobStore, other: SqlJobStore, is_long: bool
 ) -> None:
     generator = random.Random(3)
     for replica_id in ("replica-1", "replica-2"):
@@ -139,7 +139,7 @@ async def test_a_retry_that_comes_while_the_caller_before_it_leaves_is_never_los
     async def after_a_moment() -> None:
         await asyncio.sleep(generator.uniform(0.0, 0.004))
 
-    for number in range(60):
+    for number in range(60 if is_long else 20):
         before = AttachedCall(f"before {number}", "replica-1")
         retry = AttachedCall(f"retry {number}", "replica-2")
         job = await attached(store, before, f"r{number}")

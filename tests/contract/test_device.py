@@ -51,7 +51,7 @@ def test_memory_is_in_bytes_and_free_is_a_part_of_the_total(device: Device) -> N
 def free_memory_falls_while_a_tensor_is_held(device: Device) -> bool:
     before_bytes = device.memory().free_bytes
     # Far more than the machine's other processes take and give back meanwhile.
-    tensor_bytes = min(2**31, before_bytes // 4)
+    tensor_bytes = min(2**29, before_bytes // 4)
     held = torch.ones(tensor_bytes, dtype=torch.uint8, device=device.torch_device)
     device.synchronize()
     during_bytes = device.memory().free_bytes

@@ -85,7 +85,7 @@ async def test_jobs_are_claimed_by_priority_then_in_turns_then_by_age(store: Sql
     assert order == ["b high", "a1", "b1", "a2", "a3", "a low"]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 async def test_the_order_that_is_told_is_the_order_of_the_claims(store: SqlJobStore, seed: int) -> None:
     generator = random.Random(seed)
 
@@ -234,11 +234,11 @@ async def test_the_order_that_is_told_keeps_to_the_limit_of_a_caller(store: SqlJ
 
 
 async def test_limits_and_turns_of_callers_hold_when_replicas_claim_at_once(
-    store: SqlJobStore, other: SqlJobStore
+    store: SqlJobStore, other: SqlJobStore, is_long: bool
 ) -> None:
     for replica_id in ("replica-1", "replica-2"):
         await joined(store, replica_id)
-    for _ in range(20):
+    for _ in range(20 if is_long else 8):
         jobs = await added(store, *(new_job(caller=caller) for caller in "aaabbb"))
         both = await asyncio.gather(
             store.claim("replica-1", MODEL, 1, 1), other.claim("replica-2", MODEL, 1, 1)
