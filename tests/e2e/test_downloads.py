@@ -33,15 +33,8 @@ from tests.support.job_calls import (
 )
 from tests.support.live_server import LiveServer
 
-CONNECTION_BYTES = 160 * 1024
-"""What the cutter lets through before it cuts a connection: more than a piece, less than two."""
-
-
-@pytest.fixture(scope="module")
-def large_job(server: LiveServer) -> job_pb2.Job:
-    """A job with an image of 1024×1024."""
-    with server.stub() as stub:
-        return drawn(stub, width=1024, height=1024, num_inference_steps=1, guidance_scale=1.0)
+CONNECTION_BYTES = 8 * 1024
+"""What the cutter lets through before it cuts a connection: some pieces of the narrow server."""
 
 
 def test_the_pieces_of_an_image_follow_each_other_and_each_says_of_what_it_is_one(
@@ -115,9 +108,9 @@ def test_an_image_that_is_not_finished_is_to_be_watched(narrow: Stub) -> None:
     not_found(lambda: download(narrow, runs))
 
 
-def test_a_plain_stub_receives_an_image_of_1024_by_1024(
-    stub: Stub, server: LiveServer, large_job: job_pb2.Job
-) -> None:
+@pytest.mark.long
+def test_a_plain_stub_receives_an_image_of_1024_by_1024(stub: Stub, server: LiveServer) -> None:
+    large_job = drawn(stub, width=1024, height=1024, num_inference_steps=1, guidance_scale=1.0)
     chunks = download(stub, large_job.job_id)
     assert max(len(chunk.data) for chunk in chunks) == server.info().limits.chunk_bytes
     data = b"".join(chunk.data for chunk in chunks)
@@ -193,11 +186,15 @@ def cutter(address: str) -> Iterator[Cutter]:
 
 
 def test_a_download_goes_on_from_the_bytes_received_however_often_its_connection_breaks(
-    server: LiveServer, large_job: job_pb2.Job
+    narrow: Stub, narrow_server: NarrowServer
 ) -> None:
+    large_job = drawn(narrow, width=512, height=512, num_inference_steps=1, guidance_scale=1.0)
     (image,) = large_job.images
     received = b""
-    with cutter(server.address) as connection, grpc.insecure_channel(connection.address) as channel:
+    with (
+        cutter(narrow_server.live.address) as connection,
+        grpc.insecure_channel(connection.address) as channel,
+    ):
         stub = image_gen_pb2_grpc.ImageGenStub(channel)
         while len(received) < image.size_bytes:
             message = image_gen_pb2.DownloadImageRequest(job_id=large_job.job_id, offset=len(received))

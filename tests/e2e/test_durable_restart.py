@@ -37,7 +37,7 @@ from tests.support.live_server import LiveServer, running_server, wait_until
 from tests.support.prometheus_samples import scrape
 
 LABEL = {"life": "first"}
-LONG_ENOUGH_STEPS = 80
+LONG_ENOUGH_STEPS = 60
 """To be drawn still when the calls of this test are made, and to end within the grace period."""
 GRACE_SECONDS = 60.0
 RETENTION_SECONDS = 3.0
@@ -93,7 +93,7 @@ def begun(stub: Stub, data_dir: Path) -> FirstLife:
     cancel(stub, cancelled.job_id)
     (*_, last) = events(stub, cancelled.job_id)
     assert last.HasField("cancelled")
-    running_id = running(stub, labels=LABEL, num_inference_steps=LONG_ENOUGH_STEPS)
+    running_id = running(stub, labels=LABEL, num_inference_steps=LONG_ENOUGH_STEPS, width=128, height=128)
     return FirstLife(
         data_dir,
         ended,
@@ -263,7 +263,7 @@ def test_a_dry_run_of_retention_tells_what_would_go_and_keeps_it(
 
 
 def test_jobs_go_with_their_images_when_they_are_too_old_and_when_they_are_too_much(tmp_path: Path) -> None:
-    max_bytes = 20_000
+    max_bytes = 10_000
     more = ("--retention-seconds", str(RETENTION_SECONDS), "--max-retained-bytes", str(max_bytes))
     with running_server(*flags(tmp_path, *more, "--metrics-port", "0")) as server, server.stub() as stub:
 
@@ -282,7 +282,7 @@ def test_jobs_go_with_their_images_when_they_are_too_old_and_when_they_are_too_m
             read_stream(stub.DownloadImage(image_gen_pb2.DownloadImageRequest(job_id=job.job_id)))
             return removed("age") == 1
 
-        large = ended(width=512, height=512, num_inference_steps=1)
+        large = ended(width=256, height=256, num_inference_steps=1)
         assert large.images[0].size_bytes > max_bytes
         wait_until(lambda: removed("bytes") == 1, WAIT_SECONDS, "it was too much")
         small = ended()

@@ -38,10 +38,10 @@ def test_a_stream_tells_every_stage_in_order_and_ends_with_the_image(
 def test_progress_counts_every_step_with_its_measured_duration(
     stub: image_gen_pb2_grpc.ImageGenStub,
 ) -> None:
-    stream = follow(stub.Generate(request(num_inference_steps=20)))
-    assert grow_to(stream.steps, 20)
+    stream = follow(stub.Generate(request(num_inference_steps=10)))
+    assert grow_to(stream.steps, 10)
     progress = [event.progress for event in stream.of_kind("progress")]
-    assert {p.total_steps for p in progress} == {20}
+    assert {p.total_steps for p in progress} == {10}
     assert all(p.step_duration.ToNanoseconds() > 0 for p in progress)
     # The first step of a server is the first that it measures.
     remaining = [
@@ -163,7 +163,9 @@ def test_the_negative_prompt_and_the_guidance_scale_change_the_image(
     stub: image_gen_pb2_grpc.ImageGenStub,
 ) -> None:
     plain, negative, strong, unguided = (
-        follow(stub.Generate(request("a red circle", num_inference_steps=3, **changes))).images[0]
+        follow(
+            stub.Generate(request("a red circle", width=64, height=64, num_inference_steps=2, **changes))
+        ).images[0]
         for changes in ({}, {"negative_prompt": "blue"}, {"guidance_scale": 7.0}, {"guidance_scale": 1.0})
     )
     assert len({plain, negative, strong, unguided}) == 4
@@ -213,7 +215,7 @@ def test_a_cancelled_call_stops_its_job_at_the_next_step(
 def test_a_detached_job_goes_on_when_its_caller_leaves(
     stub: image_gen_pb2_grpc.ImageGenStub, server: LiveServer
 ) -> None:
-    call = stub.Generate(request(num_inference_steps=20, detached=True))
+    call = stub.Generate(request(num_inference_steps=10, detached=True))
     job_id = read_until(call, lambda event: event.HasField("started"))[-1].job_id
     call.cancel()
     wait_for_state(stub, job_id, job_pb2.JOB_STATE_SUCCEEDED)

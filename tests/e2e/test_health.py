@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import grpc
+import psutil
 import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -15,7 +18,6 @@ from grpc_status import rpc_status
 from hidream.v1 import image_gen_pb2, server_info_pb2
 from tests.support.live_server import LiveServer, check_health, running_server, wait_until
 from tests.support.streams import follow, request
-from tests.support.warm_zygotes.starts import COLD
 
 Status = health_pb2.HealthCheckResponse.ServingStatus
 READINESS = ("", "hidream.v1.ImageGen")
@@ -49,10 +51,32 @@ def test_reflection_describes_the_service_without_a_proto_file(server: LiveServe
     assert methods == {m.name for m in image_gen_pb2.DESCRIPTOR.services_by_name["ImageGen"].methods}
 
 
+@contextmanager
+def loading_stopped(server: LiveServer) -> Iterator[Callable[[], None]]:
+    """Stop the processes that load the model; a function that lets them go on."""
+    stopped: list[psutil.Process] = []
+
+    def go_on() -> None:
+        for process in stopped:
+            process.resume()
+        stopped.clear()
+
+    # One that has not been stopped yet may just have started another.
+    while started := [process for process in server.descendants() if process not in stopped]:
+        for process in started:
+            process.suspend()
+        stopped += started
+    try:
+        yield go_on
+    finally:
+        go_on()
+
+
 def test_a_loading_server_answers_but_takes_no_request() -> None:
     limits = ("--max-num-inference-steps", "5", "--max-guidance-scale", "2.5")
     with (
-        running_server("--devices", "0", *limits, wait=False, environment=COLD) as server,
+        running_server("--devices", "0", *limits, wait=False) as server,
+        loading_stopped(server) as go_on,
         grpc.insecure_channel(server.address) as channel,
         server.stub() as stub,
     ):
@@ -72,6 +96,7 @@ def test_a_loading_server_answers_but_takes_no_request() -> None:
         assert status is not None
         assert status.details[0].Unpack(retry)
         assert retry.retry_delay.ToTimedelta().total_seconds() > 0
+        go_on()
         # Watch tells the change by itself.
         assert next(watch).status == Status.SERVING
         watch.cancel()
@@ -80,7 +105,7 @@ def test_a_loading_server_answers_but_takes_no_request() -> None:
 def test_sigterm_lets_a_running_job_end_refuses_new_ones_and_exits_0() -> None:
     with running_server("--grace-seconds", "60") as server:
         with server.stub() as stub, ThreadPoolExecutor() as threads:
-            running = stub.Generate(request(num_inference_steps=100))
+            running = stub.Generate(request(num_inference_steps=40))
             assert any(response.event.HasField("progress") for response in running)
             rest = threads.submit(follow, running)
             server.process.send_signal(signal.SIGTERM)

@@ -136,7 +136,7 @@ def test_two_hundred_stalled_readers_cost_at_most_a_megabyte_each_and_give_it_ba
 def test_a_reader_that_stalls_misses_nothing_when_it_reads_on(
     server: LiveServer, stub: image_gen_pb2_grpc.ImageGenStub
 ) -> None:
-    message = detached_job("stalled-2", num_images=1, steps=3, side=512)
+    message = detached_job("stalled-2", num_images=1, steps=1, side=512)
     slow = stub.Generate(message)
     assert next(slow).event.HasField("queued")
     whole = follow(stub.Generate(message))
@@ -150,7 +150,7 @@ def test_a_reader_that_stalls_misses_nothing_when_it_reads_on(
 def test_a_caller_who_tries_again_keeps_the_job_that_its_lost_call_had(
     server: LiveServer, stub: image_gen_pb2_grpc.ImageGenStub
 ) -> None:
-    message = request(num_inference_steps=20, request_id="retried")
+    message = request(num_inference_steps=8, request_id="retried")
     lost = stub.Generate(message)
     job_id = next(lost).job_id
     retry = stub.Generate(message)
@@ -164,9 +164,9 @@ def test_a_caller_who_tries_again_keeps_the_job_that_its_lost_call_had(
 def test_two_hundred_readers_that_stall_before_the_first_step_do_not_hold_up_their_job(
     server: LiveServer, stub: image_gen_pb2_grpc.ImageGenStub
 ) -> None:
-    message = detached_job("stalled-3", num_images=1, steps=12, side=256)
+    message = detached_job("stalled-3", num_images=1, steps=6, side=128)
     message.preview = True
     with stalled_readers(server, message, num_chunks=0):
         stream = follow(stub.Generate(message))
-    assert stream.of_kind("progress")[-1].progress.step == 12
+    assert stream.of_kind("progress")[-1].progress.step == 6
     assert stream.job.execution.attempt == 1

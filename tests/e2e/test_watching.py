@@ -139,7 +139,7 @@ def test_a_watcher_that_comes_back_misses_no_byte_and_gets_nothing_twice(narrow:
 
 
 def test_a_watcher_that_comes_back_while_the_job_runs_goes_on_where_it_was(narrow: Stub) -> None:
-    job_id = submit(narrow, num_inference_steps=60, num_images=2).job_id
+    job_id = submit(narrow, num_inference_steps=20, num_images=2).job_id
     told: list[job_pb2.JobEvent] = []
     while not told or not told[-1].HasField("succeeded"):
         call = watch(narrow, job_id, told[-1].sequence if told else 0)
@@ -210,7 +210,7 @@ def test_who_watches_does_not_keep_the_job_of_a_caller_that_leaves(narrow: Stub)
 
 
 def test_a_caller_of_the_same_request_keeps_the_job_of_one_that_leaves(narrow: Stub) -> None:
-    message = request(num_inference_steps=60, request_id="two-callers")
+    message = request(num_inference_steps=20, request_id="two-callers")
     first, second = narrow.Generate(message), narrow.Generate(message)
     job_ids = {read_until(call, is_progress)[-1].job_id for call in (first, second)}
     assert len(job_ids) == 1
