@@ -169,6 +169,19 @@ async def until(condition: Callable[[], bool]) -> None:
     await eventually(holds)
 
 
+_empty_stores: list[bytes] = []
+
+
+async def _write_empty_store(path: Path) -> None:
+    """Write a store of the newest schema, whose migrations run once for all tests of this process."""
+    if not _empty_stores:
+        store = SqlJobStore(f"sqlite+aiosqlite:///{path}")
+        await store.open()
+        await store.close()
+        _empty_stores.append(await asyncio.to_thread(path.read_bytes))
+    await asyncio.to_thread(path.write_bytes, _empty_stores[0])
+
+
 @asynccontextmanager
 async def bench_in(
     directory: Path,
@@ -182,7 +195,10 @@ async def bench_in(
     def capacity() -> EngineCapacity:
         return EngineCapacity(limits.max_running_jobs, limits.max_pixels, num_ranks=1)
 
-    store = SqlJobStore(f"sqlite+aiosqlite:///{directory / 'jobs.sqlite'}")
+    path = directory / "jobs.sqlite"
+    if not path.exists():
+        await _write_empty_store(path)
+    store = SqlJobStore(f"sqlite+aiosqlite:///{path}")
     clock = PassingClock()
     store.clock = StoreClock(clock)
     await store.open()
