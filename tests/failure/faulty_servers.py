@@ -24,15 +24,21 @@ class FaultyServer:
     """One server, the way to its database, and its clock.
 
     Attributes:
+        stepped_clock: of a server that was started with one.
         proxy: in front of PostgreSQL; None on SQLite.
         role: which PostgreSQL knows its connections by.
     """
 
     name: str
     live: LiveServer
-    clock: SteppedClock
+    stepped_clock: SteppedClock | None = None
     proxy: TcpProxy | None = None
     role: str = ""
+
+    @property
+    def clock(self) -> SteppedClock:
+        assert self.stepped_clock is not None, "the server was started without has_clock"
+        return self.stepped_clock
 
     @property
     def store(self) -> TcpProxy:
@@ -72,6 +78,7 @@ def server_on_postgres(
     *flags: str,
     environment: Mapping[str, str] | None = None,
     password: str = "",
+    has_clock: bool = False,
 ) -> Iterator[FaultyServer]:
     """A server whose connections to a database go through a proxy, and belong to a role of its own.
 
@@ -80,6 +87,7 @@ def server_on_postgres(
         folder: where all servers of a test keep their images, unless flags say otherwise.
         name: of this server, and of its role.
         password: of the role, which then owns the database and is no superuser.
+        has_clock: whether the test steps its clock; such a server takes seconds of a core longer to start.
     """
     database = url.partition("?")[0].rpartition("/")[2]
     role = f"{database}_{name}"
@@ -96,9 +104,8 @@ def server_on_postgres(
         store = f"postgresql+asyncpg://{user}@127.0.0.1:{proxy.port}/{database}"
         artifacts = () if "--artifacts" in flags else ("--artifacts", (folder / "artifacts").as_uri())
         lease = () if "--lease-seconds" in flags else ("--lease-seconds", str(LEASE_SECONDS))
-        clock = SteppedClock(folder / f"clock-{name}")
-        stack.callback(clock.close)
-        variables = {**clock.environment, **(environment or {})}
+        clock = stack.enter_context(_stepped_clock(folder / f"clock-{name}")) if has_clock else None
+        variables = {**(clock.environment if clock else {}), **(environment or {})}
         words = ("--store", store, *artifacts, *lease, *ONE_THREAD, *flags)
         live = stack.enter_context(running_server(*words, environment=variables))
         # A server that a test left paused could not end.
@@ -109,28 +116,36 @@ def server_on_postgres(
 
 @contextmanager
 def servers_on_postgres(
-    postgres: PostgresServer, folder: Path, names: Sequence[str], *flags: str
+    postgres: PostgresServer, folder: Path, names: Sequence[str], *flags: str, has_clock: bool = False
 ) -> Iterator[list[FaultyServer]]:
     """Replicas of one database of their own."""
     with ExitStack() as stack:
         url = stack.enter_context(postgres.database())
-        yield [stack.enter_context(server_on_postgres(postgres, url, folder, name, *flags)) for name in names]
+        yield [
+            stack.enter_context(server_on_postgres(postgres, url, folder, name, *flags, has_clock=has_clock))
+            for name in names
+        ]
 
 
 @contextmanager
 def server_on_sqlite(
-    folder: Path, *flags: str, environment: Mapping[str, str] | None = None
+    folder: Path, *flags: str, environment: Mapping[str, str] | None = None, has_clock: bool = False
 ) -> Iterator[FaultyServer]:
     """A server with its jobs in a file."""
-    clock = SteppedClock(folder / "clock")
     words = ("--data-dir", str(folder / "data"), *ONE_THREAD, *flags)
+    with ExitStack() as stack:
+        clock = stack.enter_context(_stepped_clock(folder / "clock")) if has_clock else None
+        variables = {**(clock.environment if clock else {}), **(environment or {})}
+        live = stack.enter_context(running_server(*words, environment=variables))
+        stack.callback(_wake, live)
+        yield FaultyServer("only", live, clock)
+
+
+@contextmanager
+def _stepped_clock(path: Path) -> Iterator[SteppedClock]:
+    clock = SteppedClock(path)
     try:
-        variables = {**clock.environment, **(environment or {})}
-        with running_server(*words, environment=variables) as live:
-            try:
-                yield FaultyServer("only", live, clock)
-            finally:
-                _wake(live)
+        yield clock
     finally:
         clock.close()
 

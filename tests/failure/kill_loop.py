@@ -101,10 +101,19 @@ class Watcher:
 class KillLoop:
     """One run of the loop; what is drawn, and when the server dies, comes from the seed."""
 
-    def __init__(self, seed: int, num_kills: int, flags: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        seed: int,
+        num_kills: int,
+        flags: tuple[str, ...],
+        long_steps: int = LONG_STEPS,
+        max_seconds_to_kill: float = MAX_SECONDS_TO_KILL,
+    ) -> None:
         self._random = random.Random(seed)
         self._num_kills = num_kills
         self._flags = flags
+        self._long_steps = long_steps
+        self._max_seconds_to_kill = max_seconds_to_kill
         self._acknowledged: dict[str, str] = {}
         self._requests: dict[str, image_gen_pb2.SubmitJobRequest] = {}
         self.counts = Counts()
@@ -125,7 +134,7 @@ class KillLoop:
         return watcher
 
     def _submit_long(self, server: LiveServer) -> str:
-        request = job_request("long", 1, LONG_STEPS, side=128)
+        request = job_request("long", 1, self._long_steps, side=128)
         with server.stub() as stub:
             job_id = stub.SubmitJob(request).job_id
         self._note(request, job_id)
@@ -137,7 +146,7 @@ class KillLoop:
         self.counts.acknowledged += 1
 
     def _submit_until_killed(self, server: LiveServer, watcher: Watcher, number: int) -> None:
-        killer = threading.Timer(self._random.uniform(0.3, MAX_SECONDS_TO_KILL), server.process.kill)
+        killer = threading.Timer(self._random.uniform(0.3, self._max_seconds_to_kill), server.process.kill)
         reader = threading.Thread(target=watcher.watch, args=(server,))
         killer.start()
         reader.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -28,10 +28,17 @@ from tests.support.streams import Stream, follow, read_until, request
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
+@pytest.fixture(scope="module")
+def shared_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "checkpoint"
+    return Path(shutil.copytree(demo_checkpoint_path(), folder))
+
+
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    """A copy of the demo checkpoint whose files may be exchanged."""
-    return Path(shutil.copytree(demo_checkpoint_path(), tmp_path / "checkpoint"))
+def checkpoint(shared_checkpoint: Path) -> Iterator[Path]:
+    """A copy of the demo checkpoint whose files may be exchanged; they are put back after each test."""
+    yield shared_checkpoint
+    restore(shared_checkpoint)
 
 
 def retrain(weights: Path) -> None:
@@ -46,14 +53,14 @@ def restore(checkpoint: Path) -> None:
     shutil.copytree(demo_checkpoint_path(), checkpoint, dirs_exist_ok=True)
 
 
-@pytest_asyncio.fixture
-async def group(checkpoint: Path) -> AsyncIterator[RankGroup]:
-    """Two ranks that load the copy, and may go on with one."""
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def group(shared_checkpoint: Path) -> AsyncIterator[RankGroup]:
+    """Two ranks that load the copy, and may go on with one; each test leaves them whole."""
     group = RankGroup(
         group_config(
             2,
-            model_path=checkpoint,
-            checkpoint_fingerprint=fingerprint_of(checkpoint, None),
+            model_path=shared_checkpoint,
+            checkpoint_fingerprint=fingerprint_of(shared_checkpoint, None),
             smaller_layouts=(Layout(),),
             timeouts=GroupTimeouts(load_seconds=120.0, init_seconds=1.0),
         )
@@ -63,6 +70,7 @@ async def group(checkpoint: Path) -> AsyncIterator[RankGroup]:
     await group.stop()
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -94,6 +102,7 @@ async def test_a_rank_joins_again_only_with_the_weights_that_the_others_have(
     assert await draw(group, picture()) == undisturbed
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_group_without_a_survivor_takes_no_other_weights_than_those_it_started_with(
     group: RankGroup, checkpoint: Path
 ) -> None:
@@ -108,6 +117,7 @@ async def test_a_group_without_a_survivor_takes_no_other_weights_than_those_it_s
     assert await draw(group, picture()) == undisturbed
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_living_rank_keeps_its_weights_when_its_files_are_written_to(
     group: RankGroup, checkpoint: Path
 ) -> None:

@@ -26,7 +26,7 @@ def one_replica(
     """One replica of a database, which keeps few jobs that have ended."""
     folder, flags = tmp_path_factory.mktemp("images"), ("--max-retained-jobs", str(NUM_RETAINED_JOBS))
     with (
-        servers_on_postgres(postgres, folder, ("one",), *flags) as (server,),
+        servers_on_postgres(postgres, folder, ("one",), *flags, has_clock=True) as (server,),
         server.live.stub() as stub,
     ):
         yield server, stub
@@ -50,7 +50,7 @@ def wait_until_swept(stub: Stub, *job_ids: str) -> None:
 def server_on_file(tmp_path: Path) -> Iterator[tuple[FaultyServer, Stub]]:
     """One server with its jobs in a file."""
     flags = ("--max-retained-jobs", str(NUM_RETAINED_JOBS))
-    with server_on_sqlite(tmp_path, *flags) as server, server.live.stub() as stub:
+    with server_on_sqlite(tmp_path, *flags, has_clock=True) as server, server.live.stub() as stub:
         yield server, stub
 
 
@@ -121,7 +121,7 @@ def test_times_of_a_job_follow_one_another_when_the_clock_is_set_under_it(
 ) -> None:
     server, stub = server_and_stub
     with readers() as streams:
-        stream = streams.generate(stub, width=64, height=64, num_inference_steps=60)
+        stream = streams.generate(stub, width=64, height=64, num_inference_steps=30)
         stream.wait_for("started")
         server.clock.step_to(-HOUR_SECONDS)
         stream.wait_for("progress")
@@ -143,8 +143,12 @@ def seconds_of(timings: job_pb2.JobTimings) -> list[float]:
 
 
 def test_a_running_job_in_a_file_does_not_notice_that_the_clock_is_set(tmp_path: Path) -> None:
-    with server_on_sqlite(tmp_path) as server, server.live.stub() as stub, readers() as streams:
-        stream = streams.generate(stub, width=64, height=64, num_inference_steps=60)
+    with (
+        server_on_sqlite(tmp_path, has_clock=True) as server,
+        server.live.stub() as stub,
+        readers() as streams,
+    ):
+        stream = streams.generate(stub, width=64, height=64, num_inference_steps=40)
         stream.wait_for("progress")
         for seconds in (30.0, -30.0):
             server.clock.step_to(seconds)

@@ -34,7 +34,7 @@ from tests.support.small_disks import fill, small_disk
 from tests.support.streams import read_until
 
 DISK_BYTES = 8 << 20
-NUM_STEPS = 100
+NUM_STEPS = 60
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from tests.support.rank_groups import (
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 NUM_RANKS = 3
-LONG_STEP = picture(width=256, height=256, num_images=3, num_inference_steps=20)
+LONG_STEP = picture(width=256, height=256, num_images=2, num_inference_steps=20)
 MIN_PLAN_SECONDS = 2.0
 TIMEOUTS = GroupTimeouts(load_seconds=240.0, init_seconds=1.0, min_plan_seconds=MIN_PLAN_SECONDS)
 MARGIN_SECONDS = 3.0

@@ -11,11 +11,12 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from hidream.v1 import image_gen_pb2, job_pb2, server_info_pb2
-from tests.failure.kill_loop import LONG_STEPS, downloaded, job_request
+from tests.failure.kill_loop import downloaded, job_request
 from tests.support.live_server import running_server, wait_until
 from tests.support.postgres import running_postgres
 
 WAIT_SECONDS = 90.0
+NUM_STEPS = 60
 
 
 def test_while_the_database_is_gone_running_jobs_go_on_and_new_ones_are_told_to_come_back(
@@ -25,7 +26,7 @@ def test_while_the_database_is_gone_running_jobs_go_on_and_new_ones_are_told_to_
         one_rank = ("--devices", "1", "--threads-per-rank", "1", "--max-running-jobs", "1")
         flags = ("--store", url, "--data-dir", str(tmp_path), *one_rank)
         with running_server(*flags, "--metrics-port", "0") as server, server.stub() as stub:
-            running = stub.SubmitJob(job_request("running", 1, LONG_STEPS, side=128)).job_id
+            running = stub.SubmitJob(job_request("running", 1, NUM_STEPS)).job_id
             waiting = stub.SubmitJob(job_request("waiting", 2, 2)).job_id
             watch = stub.WatchJob(image_gen_pb2.WatchJobRequest(job_id=running))
             assert any(response.event.HasField("progress") for response in watch)
@@ -38,7 +39,7 @@ def test_while_the_database_is_gone_running_jobs_go_on_and_new_ones_are_told_to_
             assert status.details[0].Unpack(error_details_pb2.RetryInfo())
             assert server.info().state == server_info_pb2.SERVER_STATE_SERVING
             steps = [response.event.progress.step for response in _until_last_step(watch)]
-            assert steps[-1] == LONG_STEPS
+            assert steps[-1] == NUM_STEPS
             postgres.start()
             assert [response.event for response in watch][-1].HasField("succeeded")
 
@@ -58,6 +59,6 @@ def _until_last_step(
     responses = []
     for response in watch:
         responses.append(response)
-        if response.event.progress.step == LONG_STEPS:
+        if response.event.progress.step == NUM_STEPS:
             break
     return responses

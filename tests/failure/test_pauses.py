@@ -37,7 +37,7 @@ def test_streams_at_a_server_that_slept_through_its_lease_go_on_or_end_soon_afte
         second.live.stub() as other,
         readers() as streams,
     ):
-        spec = {"width": 64, "height": 64, "num_inference_steps": 100}
+        spec = {"width": 64, "height": 64, "num_inference_steps": 60}
         with second.paused():
             # So the first one has both jobs.
             job_id = submit(one, **spec).job_id
@@ -98,7 +98,7 @@ def test_a_job_in_a_file_goes_on_as_if_its_server_had_not_slept(tmp_path: Path) 
         server.live.stub() as stub,
         readers() as streams,
     ):
-        drawn = streams.generate(stub, width=64, height=64, num_inference_steps=100)
+        drawn = streams.generate(stub, width=64, height=64, num_inference_steps=30)
         drawn.wait_for("progress")
         with server.paused(3.0):
             pass

@@ -46,7 +46,7 @@ def database_of(postgres: PostgresServer, role: str) -> Iterator[str]:
         yield name
 
 
-@pytest.mark.parametrize("pool_mode", ["transaction", "statement"])
+@pytest.mark.parametrize("pool_mode", ["transaction", pytest.param("statement", marks=pytest.mark.long)])
 def test_a_pooler_whose_sessions_are_not_ones_own_is_refused_in_one_line(
     pool_mode: str, postgres: PostgresServer, role: str, tmp_path: Path
 ) -> None:
@@ -134,7 +134,12 @@ URLS = {
 }
 
 
-@pytest.mark.parametrize("form", URLS)
+BY_DEFAULT = ("asyncpg", "TLS", "a known host", "all in parameters", "several hosts")
+
+
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=() if form in BY_DEFAULT else pytest.mark.long) for form in URLS]
+)
 async def test_every_form_of_url_works_and_behind_a_pooler_in_session_mode_too(
     form: str, postgres: PostgresServer, role: str, session_pooler: Pooler
 ) -> None:

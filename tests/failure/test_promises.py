@@ -70,7 +70,7 @@ def test_three_replicas_keep_every_promise_while_servers_store_clocks_and_images
     record_property: Any,
 ) -> None:
     folder = ArtifactFolder(tmp_path / "artifacts")
-    with servers_on_postgres(postgres, tmp_path, NAMES, *RUNNING) as servers:
+    with servers_on_postgres(postgres, tmp_path, NAMES, *RUNNING, has_clock=True) as servers:
         faults = {server.name: server_faults(server) for server in servers}
         setup = Setup(servers, {**faults, "images": folder_faults(folder)}, folder.files)
         try:
@@ -88,7 +88,9 @@ def test_one_server_on_a_file_keeps_every_promise_while_it_its_clock_and_its_buc
         s3 = stack.enter_context(running_s3_server())
         bucket = stack.enter_context(running_bucket_proxy(s3))
         flags = ("--artifacts", f"s3://{BUCKET}/promises", *RUNNING)
-        server = stack.enter_context(server_on_sqlite(tmp_path, *flags, environment=bucket.environment))
+        server = stack.enter_context(
+            server_on_sqlite(tmp_path, *flags, environment=bucket.environment, has_clock=True)
+        )
         stack.callback(bucket.heal)
         faults = {server.name: server_faults(server), "images": bucket_faults(bucket)}
         setup = Setup([server], faults, s3.keys)

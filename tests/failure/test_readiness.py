@@ -129,7 +129,13 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+LESS_OFTEN = ("its log is replaced", "its shared memory is moved")
+"""The same kinds as with the file itself."""
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.long if way in LESS_OFTEN else ()) for way in WAYS]
+)
 def test_while_the_file_of_the_jobs_is_taken_away_nothing_is_accepted_that_would_be_lost(
     way: str, on_file: tuple[LiveServer, Path]
 ) -> None:
@@ -141,7 +147,7 @@ def test_while_the_file_of_the_jobs_is_taken_away_nothing_is_accepted_that_would
     with server.stub() as stub, watched_health(server) as next_status:
         assert next_status() == Status.SERVING
         # Until it has ended there is something to write into the folder.
-        num_steps = 60 if take_away is moved and not name else 1
+        num_steps = 40 if take_away is moved and not name else 1
         runs = submit(stub, num_inference_steps=num_steps).job_id
         with take_away(folder / name if name else folder):
             assert not is_accepted(stub)

@@ -15,6 +15,8 @@ from hidream.v1 import job_pb2
 from tests.support.live_server import LiveServer, running_server, wait_until
 from tests.support.streams import Stream, follow, read_until, request
 
+NUM_STEPS = 14
+
 
 @pytest.fixture(scope="module")
 def mortal_server() -> Iterator[LiveServer]:
@@ -40,14 +42,14 @@ def rank_process(server: LiveServer, rank: int) -> psutil.Process:
 def test_a_rank_killed_in_mid_picture_is_replaced_and_the_image_is_the_same(
     mortal_server: LiveServer, rank: int
 ) -> None:
-    generate = request(num_inference_steps=20, seed=40 + rank)
+    generate = request(num_inference_steps=NUM_STEPS, seed=40 + rank, width=64, height=64)
     with mortal_server.stub() as stub:
         undisturbed = follow(stub.Generate(generate))
         before = mortal_server.info()
         victim, survivor = (rank_process(mortal_server, r) for r in (rank, 1 - rank))
 
         call = stub.Generate(generate)
-        head = read_until(call, lambda event: event.progress.step >= 5)
+        head = read_until(call, lambda event: event.progress.step >= 3)
         victim.send_signal(signal.SIGKILL)
         stream = Stream(head + list(call))
 
@@ -73,7 +75,7 @@ def test_a_rank_killed_in_mid_picture_is_replaced_and_the_image_is_the_same(
         # A busy reader may miss one: the newest progress is kept.
         assert after_restart == sorted(set(after_restart))
         assert after_restart[0] > resumed_from_step
-        assert after_restart[-1] == 20
+        assert after_restart[-1] == NUM_STEPS
 
     after = mortal_server.info()
     assert (after.layout, after.weights, after.text_encoder_weights) == ("sp=2", "int8", "float8")
@@ -90,7 +92,7 @@ def test_a_rank_killed_while_nothing_runs_is_replaced_before_the_next_request(
     rank_process(mortal_server, 1).send_signal(signal.SIGKILL)
     wait_until(lambda: mortal_server.info().num_rank_restarts == before + 1, 60, "the rank is replaced")
     with mortal_server.stub() as stub:
-        stream = follow(stub.Generate(request(num_inference_steps=2)))
+        stream = follow(stub.Generate(request(num_inference_steps=2, width=64, height=64)))
     assert not stream.of_kind("restarted")
     assert stream.job.state == job_pb2.JOB_STATE_SUCCEEDED
 
@@ -98,8 +100,8 @@ def test_a_rank_killed_while_nothing_runs_is_replaced_before_the_next_request(
 def test_all_requests_in_flight_survive_the_death_of_a_rank(mortal_server: LiveServer) -> None:
     with mortal_server.stub() as stub:
         calls = [
-            stub.Generate(request(num_inference_steps=15, seed=seed, width=side, height=side))
-            for seed, side in enumerate((128, 128, 64))
+            stub.Generate(request(num_inference_steps=12, seed=seed, width=side, height=side))
+            for seed, side in enumerate((64, 64, 128))
         ]
         heads = [read_until(call, lambda event: event.progress.step >= 2) for call in calls]
         rank_process(mortal_server, 0).send_signal(signal.SIGKILL)
@@ -110,7 +112,7 @@ def test_all_requests_in_flight_survive_the_death_of_a_rank(mortal_server: LiveS
 
 def test_a_job_that_crashes_its_group_twice_fails_alone(mortal_server: LiveServer) -> None:
     with mortal_server.stub() as stub:
-        call = stub.Generate(request(num_inference_steps=150))
+        call = stub.Generate(request(num_inference_steps=150, width=64, height=64))
         with pytest.raises(grpc.RpcError) as caught:
             for _ in range(2):
                 read_until(call, lambda event: event.HasField("progress"))
@@ -126,7 +128,7 @@ def test_a_job_that_crashes_its_group_twice_fails_alone(mortal_server: LiveServe
         wait_until(lambda: error_id in mortal_server.log, 10, "the log has the error id")
         assert "Traceback" not in status.message
 
-        next_job = follow(stub.Generate(request(num_inference_steps=2))).job
+        next_job = follow(stub.Generate(request(num_inference_steps=2, width=64, height=64))).job
     assert next_job.state == job_pb2.JOB_STATE_SUCCEEDED
 
 
@@ -134,13 +136,13 @@ def test_a_job_that_is_cancelled_while_a_rank_is_replaced_does_not_come_back(
     mortal_server: LiveServer,
 ) -> None:
     with mortal_server.stub() as stub:
-        call = stub.Generate(request(num_inference_steps=150))
+        call = stub.Generate(request(num_inference_steps=150, width=64, height=64))
         read_until(call, lambda event: event.progress.step >= 2)
         rank_process(mortal_server, 1).send_signal(signal.SIGKILL)
         assert any(response.event.HasField("restarted") for response in call)
         call.cancel()
         mortal_server.wait_until_idle()
-        after = follow(stub.Generate(request(num_inference_steps=2)))
+        after = follow(stub.Generate(request(num_inference_steps=2, width=64, height=64)))
     assert after.job.execution.attempt == 1
     assert after.job.state == job_pb2.JOB_STATE_SUCCEEDED
 
@@ -151,7 +153,7 @@ def test_no_process_outlives_a_server_that_is_killed() -> None:
         # Zygote, store and two ranks.
         assert len(descendants) == 4
         with server.stub() as stub:
-            call = stub.Generate(request(num_inference_steps=150))
+            call = stub.Generate(request(num_inference_steps=150, width=64, height=64))
             read_until(call, lambda event: event.progress.step >= 1)
             server.process.send_signal(signal.SIGKILL)
             server.process.wait(10)

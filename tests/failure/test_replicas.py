@@ -14,16 +14,10 @@ import pytest
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, job_pb2
 from tests.failure.kill_loop import LONG_STEPS, downloaded, job_request
 from tests.support.live_server import LiveServer, running_server, wait_until
-from tests.support.postgres import PostgresServer, running_postgres
+from tests.support.postgres import PostgresServer
 from tests.support.streams import follow, is_progress, read_until, request
 
 WAIT_SECONDS = 60.0
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[PostgresServer]:
-    with running_postgres() as server:
-        yield server
 
 
 @contextmanager
@@ -70,7 +64,7 @@ def test_any_replica_answers_for_any_job_and_none_is_drawn_by_both(
     pair: tuple[LiveServer, LiveServer],
 ) -> None:
     first, second = pair
-    requests = [job_request(f"r{number}", number, 20) for number in range(4)]
+    requests = [job_request(f"r{number}", number, 10) for number in range(4)]
     with first.stub() as one, second.stub() as other, ThreadPoolExecutor() as threads:
         jobs = one.BatchSubmitJobs(image_gen_pb2.BatchSubmitJobsRequest(requests=requests)).jobs
         streams = [
@@ -118,7 +112,7 @@ def test_a_caller_that_tries_again_at_the_other_replica_keeps_its_job(
     pair: tuple[LiveServer, LiveServer],
 ) -> None:
     first, second = pair
-    message = request(num_inference_steps=40, width=64, height=64, request_id="tried-again")
+    message = request(num_inference_steps=25, width=64, height=64, request_id="tried-again")
     with first.stub() as one, second.stub() as other:
         lost, again = one.Generate(message), other.Generate(message)
         assert read_until(lost, is_progress)[-1].job_id == read_until(again, is_progress)[-1].job_id
@@ -143,7 +137,8 @@ def test_a_caller_that_tries_again_at_the_other_replica_keeps_its_job(
 def test_what_a_replica_leaves_is_finished_by_the_other(
     death: signal.Signals, postgres: PostgresServer, tmp_path: Path
 ) -> None:
-    requests = [job_request(f"r{number}", number, 40) for number in range(3)]
+    # The third waits until one of the others has ended.
+    requests = [job_request(f"r{number}", number, num_steps) for number, num_steps in enumerate((40, 40, 4))]
     with replicas(postgres, tmp_path) as (first, second), second.stub() as stub, first.stub() as dying:
         jobs = dying.BatchSubmitJobs(image_gen_pb2.BatchSubmitJobsRequest(requests=requests)).jobs
         snapshots = tmp_path / "artifacts" / "snapshots"

@@ -27,8 +27,8 @@ from tests.support.rank_groups import group_config, picture, zygote_pid_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-NUM_STEPS = 20
-REQUEST = picture(num_inference_steps=NUM_STEPS, width=128, height=128, num_images=2)
+NUM_STEPS = 9
+REQUEST = picture(num_inference_steps=NUM_STEPS, width=64, height=64, num_images=2)
 _numbers = itertools.count(1)
 
 
@@ -67,6 +67,10 @@ def killing(group: RankGroup, *ranks: int) -> Callable[[], None]:
     return kill
 
 
+def kill_all_ranks(group: RankGroup) -> None:
+    killing(group, 0, 1)()
+
+
 def kill_everything(group: RankGroup) -> None:
     for pid in (zygote_pid_of(group), *group.rank_pids):
         os.kill(pid, signal.SIGKILL)
@@ -86,11 +90,12 @@ async def test_a_killed_rank_costs_no_step_that_was_done(
     assert group.rank_pids[1 - victim] == survivor
 
 
+@pytest.mark.parametrize("kill", [kill_all_ranks, pytest.param(kill_everything, marks=pytest.mark.long)])
 async def test_without_a_survivor_a_request_goes_on_from_its_newest_snapshot(
-    engine: RankEngine, group: RankGroup, undisturbed: list[bytes]
+    engine: RankEngine, group: RankGroup, undisturbed: list[bytes], kill: Callable[[RankGroup], None]
 ) -> None:
     job_id = f"job {next(_numbers)}"
-    engine.submit(job_id, REQUEST, after_step(NUM_STEPS - 3, lambda: kill_everything(group)))
+    engine.submit(job_id, REQUEST, after_step(NUM_STEPS - 3, lambda: kill(group)))
     await engine.ended(job_id)
     (restart,) = engine.events(job_id, RequestRestarted)
     events = engine.events(job_id, object)
@@ -133,15 +138,15 @@ async def test_kills_from_outside_never_fail_a_request_however_many(
 
 async def test_requests_of_all_sizes_go_on_together(engine: RankEngine, group: RankGroup) -> None:
     jobs = {
-        f"job {next(_numbers)}": picture(num_inference_steps=12, width=side, height=64, seed=side)
+        f"job {next(_numbers)}": picture(num_inference_steps=8, width=side, height=64, seed=side)
         for side in (64, 96, 128)
     }
     first, *_ = jobs
     for job_id, request in jobs.items():
-        engine.submit(job_id, request, after_step(9, killing(group, 0)) if job_id == first else nothing)
+        engine.submit(job_id, request, after_step(5, killing(group, 0)) if job_id == first else nothing)
     await engine.ended(*jobs)
     for job_id in jobs:
-        assert engine.steps(job_id) == list(range(1, 13))
+        assert engine.steps(job_id) == list(range(1, 9))
         assert len(engine.images(job_id)) == 1
 
 

@@ -129,7 +129,7 @@ def test_a_job_that_ends_while_the_database_fails_succeeds_once(
         one, other = (stack.enter_context(server.live.stub()) for server in (first, second))
         streams = stack.enter_context(readers())
         with second.paused():
-            drawing = streams.generate(one, num_inference_steps=30)
+            drawing = streams.generate(one, width=64, height=64, num_inference_steps=30)
             drawing.wait_for("progress")
         job_id = drawing.received[0].message.job_id
         elsewhere = streams.watch(other, job_id)

@@ -16,7 +16,7 @@ from tests.support.live_server import LiveServer, running_server
 from tests.support.postgres import PostgresServer
 from tests.support.trace_receiver import TraceReceiver, trace_receiver, traceparent
 
-STEPS = 40
+STEPS = 30
 REQUEST = "POST /v1/jobs"
 CALL = "hidream.v1.ImageGen/SubmitJob"
 CALLER_SPAN_ID = "00f067aa0ba902b7"
@@ -33,7 +33,7 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Iterator[TraceReceiver]:
 
 def begun(server: LiveServer, receiver: TraceReceiver, trace_id: str) -> str:
     """Submit a job over HTTP, and wait until it has taken steps, and the spans before them are exported."""
-    spec = {"prompt": "a red circle", "width": 128, "height": 128, "numInferenceSteps": STEPS}
+    spec = {"prompt": "a red circle", "width": 64, "height": 64, "numInferenceSteps": STEPS}
     with running_bridge(server.address) as bridge, bridge.client() as http:
         headers = dict(traceparent(trace_id, CALLER_SPAN_ID))
         job_id = (

@@ -21,7 +21,7 @@ from tests.support.live_server import STOP_TIMEOUT_SECONDS, wait_until, wait_unt
 from tests.support.streams import follow, request
 
 PIPE_BYTES = 4096
-NUM_CALLS = 1200
+NUM_CALLS = 700
 """Their lines are more than the pipe and the server hold."""
 CALL_SECONDS = 60.0
 

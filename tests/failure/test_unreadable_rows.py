@@ -85,7 +85,7 @@ def test_a_running_job_whose_row_cannot_be_read_ends_and_disturbs_no_other(
 ) -> None:
     servers, stubs = replicas
     with readers() as streams:
-        held, bad = (running(stub, width=128, height=128, num_inference_steps=40) for stub in stubs)
+        held, bad = (running(stub, width=64, height=64, num_inference_steps=35) for stub in stubs)
         watching = [streams.watch(stub, bad, f"WatchJob at {n}") for n, stub in enumerate(stubs)]
         for stream in watching:
             stream.wait_for("progress")
