@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import ssl
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ from pathlib import Path
 import grpc
 import pytest
 import trustme
+from typer.testing import CliRunner
 
 from hidream.client import Client
+from hidream.commands import app
 from hidream.connection import Tls
 from hidream.errors import UnavailableError
 from hidream.health import HealthStatus
@@ -36,7 +37,6 @@ BOB = "bob.example.org"
 NUM_STREAMS = 50
 # That a stream which hears nothing fails, however busy the cores are.
 STREAM_TIMEOUT_SECONDS = 600.0
-HIDREAM = Path(sys.executable).parent / "hidream"
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,9 @@ def test_who_has_no_certificate_or_that_of_a_stranger_is_not_connected(
 
 def test_the_hidream_command_takes_the_three_files(secured: SecuredServer) -> None:
     own = ("--cert-file", secured.alice.certificate, "--key-file", secured.alice.key)
-    called = run(HIDREAM, "info", "--address", secured.address, "--ca-file", secured.ca, *own)
-    assert called.returncode == 0, called.stderr
+    command = ("info", "--address", secured.address, "--ca-file", secured.ca, *own)
+    called = CliRunner().invoke(app, [str(word) for word in command])
+    assert called.exit_code == 0, called.stderr
 
 
 def test_grpcurl_takes_the_three_files(secured: SecuredServer, go_tools: GoTools) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from hidream.aio import AsyncClient
 from hidream.client import Client
+from hidream.commands import app
 from hidream.errors import UnauthenticatedError
 from hidream.health import HealthStatus
 from tests.clients.conftest import GoTools
@@ -22,7 +23,6 @@ from tests.support.live_server import LiveServer, running_server
 pytestmark = pytest.mark.timeout(900)
 
 TOKEN = "token-of-alice-0123456789"
-HIDREAM = Path(sys.executable).parent / "hidream"
 PROMPT = "a red circle on a blue background"
 
 
@@ -63,11 +63,14 @@ async def test_a_python_client_without_the_token_is_told_so_and_sees_the_health(
 
 
 def test_the_hidream_command_takes_the_token_from_its_flag_or_variable(guarded_server: LiveServer) -> None:
-    command = (HIDREAM, "info", "--address", guarded_server.address)
-    for called in (run(*command, "--token", TOKEN), run(*command, token=TOKEN)):
-        assert called.returncode == 0, called.stderr
-    refused = run(*command)
-    assert (refused.returncode, refused.stdout) == (1, "")
+    command = ["info", "--address", guarded_server.address]
+    runner = CliRunner(env={"HIDREAM_TOKEN": None})
+    by_flag = runner.invoke(app, [*command, "--token", TOKEN])
+    by_variable = runner.invoke(app, command, env={"HIDREAM_TOKEN": TOKEN})
+    for called in (by_flag, by_variable):
+        assert called.exit_code == 0, called.stderr
+    refused = runner.invoke(app, command)
+    assert (refused.exit_code, refused.stdout) == (1, "")
     assert refused.stderr == f"hidream: {guarded_server.address}: authorization: Bearer <token> is required\n"
 
 
