@@ -40,7 +40,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 NUM_RANKS = 3
 LONG_STEP = picture(width=256, height=256, num_images=4)
-MANY_SAMPLES = picture(width=256, height=256, num_images=16)
+# More than the 64 MiB that glibc may grow in without asking for more.
+MANY_SAMPLES = picture(width=384, height=384, num_images=16)
 HUGE_LATENTS = picture(width=2048, height=2048, num_images=64)
 
 
