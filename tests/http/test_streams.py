@@ -23,7 +23,7 @@ from tests.support.job_calls import (
     wait_for_state,
 )
 from tests.support.live_bridge import running_bridge
-from tests.support.live_server import running_server
+from tests.support.live_server import running_server, wait_until
 
 EVENT_STREAM = {"Accept": "text/event-stream"}
 SPEC = {"prompt": "a red circle", "width": 64, "height": 64, "numInferenceSteps": 2}
@@ -66,6 +66,8 @@ def test_the_events_of_a_job_have_their_sequence_as_id_and_go_on_from_there(
     http: httpx.Client, stub: Stub
 ) -> None:
     job_id = drawn(stub, prompt="a red circle").job_id
+    # A moment after its end what is kept in no row, as that it waited, is forgotten.
+    wait_until(lambda: not events(stub, job_id)[0].HasField("queued"), 10, "only what is kept is told")
     expected = [str(event.sequence) for event in events(stub, job_id)]
     path = f"/v1/jobs/{job_id}/events"
     with event_source(http, path) as all_events:
