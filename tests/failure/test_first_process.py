@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.support.live_server import STOP_TIMEOUT_SECONDS, running_server, wait_until
 
@@ -19,10 +18,7 @@ if "serve" in sys.orig_argv:
 """
 
 
-@pytest.mark.parametrize("end", ["at once", pytest.param("when the ranks are back", marks=pytest.mark.long)])
-def test_the_children_of_a_killed_zygote_leave_no_zombies_and_the_ranks_come_back(
-    end: str, tmp_path: Path
-) -> None:
+def test_the_children_of_a_killed_zygote_leave_no_zombies_and_the_ranks_come_back(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(ADOPT_ORPHANS, encoding="utf-8")
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     with running_server("--devices", "0", environment={"PYTHONPATH": path}) as server:
@@ -31,9 +27,7 @@ def test_the_children_of_a_killed_zygote_leave_no_zombies_and_the_ranks_come_bac
         assert len(first) == 3  # zygote, store, rank
         os.kill(zygote.pid, signal.SIGKILL)
         wait_until(lambda: not any(process.is_running() for process in first), 60, "no zombie is left")
-        if end != "at once":
-            # The new zygote imports everything anew: seconds of a core.
-            wait_until(lambda: "the rank group is back" in server.log, 120, "the ranks are back")
+        wait_until(lambda: "the rank group is back" in server.log, 120, "the ranks are back")
         server.process.terminate()
         server.process.wait(STOP_TIMEOUT_SECONDS)
     assert server.process.returncode == 0
