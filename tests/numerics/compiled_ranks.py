@@ -1,7 +1,5 @@
 """Real ranks on gloo that compile for one shape of a step, then draw, and tell what they did.
 
-Where only the first of them compiles, the others draw with it, so that its collectives come to an end.
-
 In processes of their own, since torch's compiler has one state for a whole process.
 """
 
@@ -106,20 +104,13 @@ def _take_step(model: HiDreamModel, requests: tuple[dict[str, Any], ...]) -> Ste
 
 @torch.inference_mode()
 def _be_rank(
-    rank: int,
-    checkpoint: Path,
-    layout: Layout,
-    folder: Path,
-    weights: WeightFormats,
-    compiles: bool,
-    others: Connection,
+    rank: int, checkpoint: Path, layout: Layout, folder: Path, weights: WeightFormats, others: Connection
 ) -> None:
     torch.set_num_threads(1)
     groups = ParallelGroups(layout, rank)
     model = HiDreamModel.from_pretrained(checkpoint, None, open_device("cpu", 0), groups, weights=weights)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        if compiles:
-            model.compile([NAMED])
+        model.compile([NAMED])
     had_group, num_compiled = dist.is_initialized(), _num_compiled()
     others.send("compiled")
     dist.init_process_group(
@@ -127,31 +118,24 @@ def _be_rank(
     )
     groups.connect(_TIMEOUT, _TIMEOUT)
     steps = {name: _take_step(model, requests) for name, requests in _REQUESTS.items()}
-    if compiles:
-        compiled_rank = CompiledRank(had_group, num_compiled, _num_compiled_calls(profiled), steps)
-        (folder / f"{rank}.json").write_text(json.dumps(asdict(compiled_rank)))
+    compiled_rank = CompiledRank(had_group, num_compiled, _num_compiled_calls(profiled), steps)
+    (folder / f"{rank}.json").write_text(json.dumps(asdict(compiled_rank)))
     dist.barrier()
     groups.disconnect()
     dist.destroy_process_group()
 
 
 def main(
-    checkpoint: Path,
-    layout: Layout,
-    folder: Path,
-    backend: str,
-    transformer_weights: WeightFormat,
-    num_compiling: int,
+    checkpoint: Path, layout: Layout, folder: Path, backend: str, transformer_weights: WeightFormat
 ) -> None:
     """Start one rank after another, each when the one before has compiled; wait for all.
 
     Args:
         checkpoint: its folder.
         layout: of the ranks.
-        folder: where each rank that compiles writes what it did.
+        folder: where each rank writes what it did.
         backend: of torch's compiler, instead of the one that the service uses.
         transformer_weights: format of the transformer.
-        num_compiling: the first so many ranks compile.
     """
     torch.compile = partial(torch.compile, backend=backend)  # type: ignore[assignment]
     # Not to spend six seconds on trying instructions that the processor has.
@@ -161,8 +145,7 @@ def main(
     ranks = []
     for rank in range(layout.world_size):
         receiver, sender = context.Pipe(duplex=False)
-        arguments = rank, checkpoint, layout, folder, weights, rank < num_compiling, sender
-        process = context.Process(target=_be_rank, args=arguments)
+        process = context.Process(target=_be_rank, args=(rank, checkpoint, layout, folder, weights, sender))
         process.start()
         ranks.append(process)
         sender.close()
@@ -180,5 +163,4 @@ if __name__ == "__main__":
         Path(sys.argv[3]),
         sys.argv[4],
         WeightFormat(sys.argv[5]),
-        int(sys.argv[6]),
     )
