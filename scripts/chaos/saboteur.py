@@ -43,12 +43,16 @@ DECK = {
 }
 
 
+LEAST = (Card.KILL_RANK, Card.STOP_RANK)
+"""Cards that are played at least once, however long it takes: recoveries take longer on a busy machine."""
+
+
 class Saboteur:
     """Plays cards for a while.
 
     Args:
         service: whose processes it is.
-        seconds: from `start` on.
+        seconds: from `start` on, or longer until all of `LEAST` have been played.
         choices: which cards, victims and pauses.
         on_strike: called before each.
     """
@@ -81,7 +85,9 @@ class Saboteur:
     def _play(self) -> None:
         deck: list[Card] = []
         end = time.monotonic() + self._seconds
-        while not self._is_stopped.wait(self._pause_seconds()) and time.monotonic() < end:
+        while not self._is_stopped.wait(self._pause_seconds()):
+            if time.monotonic() >= end and all(self.played[card] for card in LEAST):
+                return
             if not deck:
                 deck = [card for card, count in DECK.items() for _ in range(count)]
                 self._choices.shuffle(deck)
