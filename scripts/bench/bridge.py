@@ -142,7 +142,7 @@ async def measure(
                 reader_bytes = process.memory_info().rss - before
     report(
         "bridge_cost",
-        first_progress_ratio=round(statistics.median(http / grpc for grpc, http in pairs), 3),
+        ratio=round(statistics.median(http / grpc for grpc, http in pairs), 3),
         grpc_seconds=round(statistics.median(pair[0] for pair in pairs), 4),
         http_seconds=round(statistics.median(pair[1] for pair in pairs), 4),
         grpc_calls_per_second=round(over_grpc),

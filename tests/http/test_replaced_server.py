@@ -46,7 +46,7 @@ def long_task(client: Client) -> Any:
     ("resolution", "steps", "few_steps"),
     [
         pytest.param("128x128", 4, 1, id="small"),
-        pytest.param("1024x1024", 50, 10, id="as written", marks=pytest.mark.long),
+        pytest.param("1024x1024", 5, 1, id="of the size as written", marks=pytest.mark.long),
     ],
 )
 def test_every_curl_for_the_replaced_server_works_here(
