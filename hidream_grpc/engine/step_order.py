@@ -8,7 +8,7 @@ deadline. Now and then a forward is led by what has waited longest of all: nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from operator import attrgetter
 from statistics import median
 
@@ -54,15 +54,16 @@ def step_order(requests: Iterable[RunningRequest], now: float = 0.0) -> list[Run
     oldest = longest_waiting(requests)
     # The first ones to start have seen the most forwards.
     turns_in_order = requests[0].turns_in_order if requests else 0
-    urgencies = _urgencies(requests, now)
+    has_deadlines = any(request.request.deadline is not None for request in requests)
+    known = [r.step_seconds for r in requests if r.step_seconds is not None] if has_deadlines else []
+    typical_seconds = median(known) if known else 0.0
     keyed: list[tuple[StepKey, int, RunningRequest]] = []
     for (priority, _), line in lines.items():
         caller_waited = line[0][1].caller_turns_waited
-        if len(line) > 1:
-            line.sort(key=_least_turns)
+        line.sort(key=lambda numbered: -numbered[1].turns_waited)
         for place, (number, request) in enumerate(line):
             class_ = _class(request, is_oldest=request is oldest, turns_in_order=turns_in_order)
-            urgency = urgencies.get(number, math.inf)
+            urgency = _urgency(request, now, typical_seconds)
             key = class_, -priority, urgency, place, -caller_waited, -request.turns_waited
             keyed.append((key, number, request))
     keyed.sort()
@@ -84,26 +85,11 @@ def _class(request: RunningRequest, *, is_oldest: bool, turns_in_order: int) -> 
     return 2 if is_oldest and turns_in_order >= MAX_TURNS_WAITED else 3
 
 
-def _least_turns(numbered: tuple[int, RunningRequest]) -> float:
-    return -numbered[1].turns_waited
-
-
-def _urgencies(requests: Sequence[RunningRequest], now: float) -> dict[int, float]:
-    """The deadlines of urgent requests by number; not of one that is early enough, too late, or has none."""
-    deadlines = {
-        number: deadline
-        for number, request in enumerate(requests)
-        if (deadline := request.request.deadline) is not None
-    }
-    if not deadlines:
-        return {}
-    known = [request.step_seconds for request in requests if request.step_seconds is not None]
-    typical_seconds = median(known) if known else 0.0
-    urgencies = {}
-    for number, deadline in deadlines.items():
-        request = requests[number]
-        num_steps = request.request.parameters.num_inference_steps - request.step
-        seconds = num_steps * (typical_seconds if request.step_seconds is None else request.step_seconds)
-        if seconds <= deadline - now < URGENT_FACTOR * seconds:
-            urgencies[number] = deadline
-    return urgencies
+def _urgency(request: RunningRequest, now: float, typical_seconds: float) -> float:
+    """The deadline of an urgent request; infinite for one that is early enough, too late, or has none."""
+    deadline = request.request.deadline
+    if deadline is None:
+        return math.inf
+    num_steps = request.request.parameters.num_inference_steps - request.step
+    seconds = num_steps * (typical_seconds if request.step_seconds is None else request.step_seconds)
+    return deadline if seconds <= deadline - now < URGENT_FACTOR * seconds else math.inf
