@@ -53,12 +53,18 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session")
-def server(request: pytest.FixtureRequest) -> Iterator[LiveServer]:
+def is_long(request: pytest.FixtureRequest) -> bool:
+    """Whether what takes long is to run too: all cases, sizes and attempts."""
+    return bool(request.config.getoption("--long"))
+
+
+@pytest.fixture(scope="session")
+def server(is_long: bool) -> Iterator[LiveServer]:
     """One server with the demo model for all tests that leave it as they found it.
 
     With `--long` it has two ranks.
     """
-    devices = "0,1" if request.config.getoption("--long") else "0"
+    devices = "0,1" if is_long else "0"
     # All readers of a test come from one host, and are one caller.
     flags = ("--max-streams-per-caller", "1000", "--grace-seconds", "5")
     trusted = ("--trusted-proxies", "127.0.0.1", "--trusted-bridges", "127.0.0.1")

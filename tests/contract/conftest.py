@@ -14,12 +14,6 @@ from tests.support.postgres import PostgresServer
 from tests.support.s3_server import BUCKET, S3Server, running_s3_server
 
 
-@pytest.fixture
-def is_long(request: pytest.FixtureRequest) -> bool:
-    """Whether what needs many attempts to be seen shall be attempted so often."""
-    return bool(request.config.getoption("--long"))
-
-
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SQLite file with the newest schema and no jobs, to be copied."""

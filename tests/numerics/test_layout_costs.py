@@ -75,11 +75,9 @@ def planned(
 
 
 @pytest.fixture(scope="module")
-def real_costs(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, list[RankCosts]]:
+def real_costs(is_long: bool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[RankCosts]]:
     """Run the ranks of each layout, and return their costs."""
-    layouts = LAYOUTS + (OTHER_LAYOUTS if request.config.getoption("--long") else [])
+    layouts = LAYOUTS + (OTHER_LAYOUTS if is_long else [])
     folder = tmp_path_factory.mktemp("costs")
     checkpoint = folder / "transformer"
     library = fill_at_random(library_transformer(CONFIG, torch.float32), torch.device("cpu"))

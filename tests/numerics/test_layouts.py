@@ -120,12 +120,8 @@ def checkpoint_of_shape(tiny_checkpoint: Path) -> CheckpointOfShape:
 
 
 @pytest.fixture(scope="module")
-def generate(
-    request: pytest.FixtureRequest, rank_worlds: RankWorlds, checkpoint_of_shape: CheckpointOfShape
-) -> Generate:
+def generate(is_long: bool, rank_worlds: RankWorlds, checkpoint_of_shape: CheckpointOfShape) -> Generate:
     """What each rank of a layout generates, by dtype or format of the weights; one world for all tests."""
-
-    is_long = request.config.getoption("--long")
     exact_cases = CASES + (OTHER_CASES if is_long else ())
     case = MIXED_BATCH if is_long else ONE_STEP
 

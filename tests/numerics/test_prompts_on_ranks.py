@@ -33,11 +33,11 @@ Stages = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def ranks_of(
-    request: pytest.FixtureRequest, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    is_long: bool, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Stages]:
     """What each rank of each layout saw at each stage."""
     folder = tmp_path_factory.mktemp("ranks")
-    all_layouts = LAYOUTS | (OTHER_LAYOUTS if request.config.getoption("--long") else {})
+    all_layouts = LAYOUTS | (OTHER_LAYOUTS if is_long else {})
     layouts = json.dumps([asdict(layout) for layout in all_layouts.values()])
     done = subprocess.run(
         [sys.executable, "-m", "tests.numerics.prompt_ranks", str(tiny_checkpoint), str(folder), layouts],

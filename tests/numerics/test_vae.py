@@ -85,12 +85,12 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
 def test_slices_decode_what_the_library_decodes_bit_for_bit(
-    kind: str, dtype: torch.dtype, request: pytest.FixtureRequest
+    kind: str, dtype: torch.dtype, is_long: bool
 ) -> None:
     vae = small_vae(dtype, **VAES[kind])
     # Attention over the pixels of a large image takes minutes.
     is_small = kind in ("no shift", "blocks of another kind")
-    evenly_cut_sizes = EVENLY_CUT_SIZES if request.config.getoption("--long") else EVENLY_CUT_SIZES[:1]
+    evenly_cut_sizes = EVENLY_CUT_SIZES if is_long else EVENLY_CUT_SIZES[:1]
     sizes = WHOLE_SIZES if is_small else (*WHOLE_SIZES, *evenly_cut_sizes)
     for size in sizes:
         latents = latents_of(vae, size)
