@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple, Self
@@ -16,6 +16,8 @@ MAX_CONSIDERED_JOBS = 16
 """Number of waiting jobs, the next ones first, among which those are found that start."""
 SHORT = 1 / 2
 """A job is short beside another one if it takes at most this share of what is left of that one."""
+FULL_FORWARD = 1 - 1e-9
+"""Shares of a forward that fill it: their sums are not exact."""
 
 
 class StepDemand(NamedTuple):
@@ -72,6 +74,35 @@ class _Served(NamedTuple):
     forwards: float
 
 
+class _Tier:
+    """The jobs of one priority.
+
+    Attributes:
+        num_running: how many of them run.
+        served: those that step, or wait for their steps before others.
+        forwards: the sum of these.
+        pixels: the sum of these by size.
+        lines: the work of each of these by caller, the least first.
+    """
+
+    def __init__(self) -> None:
+        self.num_running = 0
+        self.served: list[_Served] = []
+        self.forwards = 0.0
+        self.pixels: defaultdict[SampleSize, int] = defaultdict(int)
+        self.lines: defaultdict[str, list[int]] = defaultdict(list)
+
+    def serve(self, demand: StepDemand, max_step_pixels: int) -> None:
+        """Add a job, if it has steps left."""
+        caller, _, size, step_pixels, num_steps = demand
+        if num_steps > 0:
+            line, work, forwards = self.lines[caller], demand.work, step_pixels / max_step_pixels
+            self.served.append(_Served(len(line), work, size, step_pixels, forwards))
+            self.forwards += forwards
+            self.pixels[size] += step_pixels
+            insort(line, work)
+
+
 class StepRoom:
     """The running jobs of an engine, and how many more it should start.
 
@@ -107,15 +138,11 @@ class StepRoom:
         self._max_running_jobs = max_running_jobs
         self._max_step_pixels = max_step_pixels
         self._step_pixels_by_size = step_pixels_by_size
-        self._num_running: Counter[Priority] = Counter()
-        self._served: defaultdict[Priority, list[_Served]] = defaultdict(list)
-        # What these add up to, and the work of those of each caller, the least first.
-        self._forwards: defaultdict[Priority, float] = defaultdict(float)
-        self._pixels: Counter[tuple[Priority, SampleSize]] = Counter()
-        self._lines: defaultdict[tuple[str, Priority], list[int]] = defaultdict(list)
+        self._tiers: defaultdict[Priority, _Tier] = defaultdict(_Tier)
         for demand in running:
-            self._num_running[demand.priority] += 1
-            self._serve(demand)
+            tier = self._tiers[demand.priority]
+            tier.num_running += 1
+            tier.serve(demand, self._step_pixels(demand.size))
 
     def take(self, demand: StepDemand, is_due: bool = False) -> bool:
         """Decide whether the next one of those that wait starts; one that does not stays before the others.
@@ -123,60 +150,48 @@ class StepRoom:
         Args:
             is_due: whether it starts though the steps have no room, since so many others started before it.
         """
-        may_run = self._may_run(demand.priority)
-        is_served = is_due or self._is_served_soon(demand)
-        if may_run and is_served:
-            self._num_running[demand.priority] += 1
-        elif may_run:
-            self.refused_sizes.add(demand.size)
-        self._serve(demand)
-        return may_run and is_served
-
-    def _serve(self, demand: StepDemand) -> None:
-        caller, priority, size, step_pixels, num_steps = demand
-        if num_steps > 0:
-            line, work = self._lines[caller, priority], demand.work
-            forwards = step_pixels / self._step_pixels(size)
-            self._served[priority].append(_Served(len(line), work, size, step_pixels, forwards))
-            self._forwards[priority] += forwards
-            self._pixels[priority, size] += step_pixels
-            insort(line, work)
+        tier, max_step_pixels = self._tiers[demand.priority], self._step_pixels(demand.size)
+        starts = False
+        if self._may_run(demand.priority):
+            starts = is_due or self._is_served_soon(demand, max_step_pixels)
+            if starts:
+                tier.num_running += 1
+            else:
+                self.refused_sizes.add(demand.size)
+        tier.serve(demand, max_step_pixels)
+        return starts
 
     def _may_run(self, priority: Priority) -> bool:
-        if self._num_running.total() < self._max_running_jobs:
-            return True
-        num_running = sum(number for other, number in self._num_running.items() if other >= priority)
+        num_running = 0
+        for other, tier in self._tiers.items():
+            if other >= priority:
+                num_running += tier.num_running
         return num_running < self._max_running_jobs
 
-    def _is_served_soon(self, demand: StepDemand) -> bool:
+    def _is_served_soon(self, demand: StepDemand, max_step_pixels: int) -> bool:
         caller, own_priority, own_size, own_pixels, _ = demand
         # Beside jobs of this work or more it is short.
         long_work = demand.work / SHORT
+        own_tier = self._tiers[own_priority]
         # In its line it is behind those beside which it is not short.
-        own_place = bisect_left(self._lines[caller, own_priority], long_work)
-        room_pixels = self._step_pixels(own_size) - own_pixels
-        forwards, pixels_of_size = 0.0, 0
-        for priority in self._served:
+        own_place = bisect_left(own_tier.lines[caller], long_work)
+        forwards, pixels_of_size = 0.0, own_pixels
+        for priority, tier in self._tiers.items():
             if priority > own_priority:
-                forwards += self._forwards[priority]
-                pixels_of_size += self._pixels[priority, own_size]
-        # One that goes before it can only add to these.
-        if not _has_room(forwards, pixels_of_size, room_pixels):
+                forwards += tier.forwards
+                pixels_of_size += tier.pixels[own_size]
+        if forwards >= FULL_FORWARD or pixels_of_size > max(own_pixels, max_step_pixels):
             return False
-        for place, work, size, step_pixels, share in self._served[own_priority]:
+        for place, work, size, step_pixels, share in own_tier.served:
             if place < own_place or (place == own_place and work < long_work):
                 forwards += share
                 if size == own_size:
                     pixels_of_size += step_pixels
-                if not _has_room(forwards, pixels_of_size, room_pixels):
+                    if pixels_of_size > max_step_pixels:
+                        return False
+                if forwards >= FULL_FORWARD:
                     return False
         return True
 
     def _step_pixels(self, size: SampleSize) -> int:
         return min(self._max_step_pixels, self._step_pixels_by_size.get(size, self._max_step_pixels))
-
-
-def _has_room(forwards: float, pixels_of_size: int, room_pixels: int) -> bool:
-    """Whether a job is served soon behind so many forwards, of which its own size has so many pixels."""
-    # Sums of shares are not exact.
-    return forwards < 1 - 1e-9 and (pixels_of_size <= room_pixels or not pixels_of_size)
