@@ -20,7 +20,7 @@ from hidream_grpc.engine.admissions import next_admissions, next_releases
 from hidream_grpc.engine.protocol.messages import Decode, StepPlan
 from hidream_grpc.engine.running_request import RunningRequest
 from hidream_grpc.engine.snapshot_schedule import SnapshotBudget, next_snapshot
-from hidream_grpc.engine.step_order import longest_waiting, step_order
+from hidream_grpc.engine.step_order import has_waited_longest, step_order
 from hidream_grpc.engine.suspects import find_suspect
 from hidream_grpc.model.parameters import SampleSize
 
@@ -150,9 +150,8 @@ def note_forward(
         claim_ids: in the order of the forward.
         step_seconds: duration of the step.
     """
-    oldest = longest_waiting(request for request in running.values() if not request.is_denoised)
     leader = running.get(claim_ids[0]) if claim_ids else None
-    was_oldest = oldest is not None and leader is not None and leader.turns_waited == oldest.turns_waited
+    was_oldest = leader is not None and has_waited_longest(leader, running.values())
     stepping = frozenset(claim_ids)
     stepped = {running[claim_id].line for claim_id in claim_ids if claim_id in running}
     for claim_id, request in running.items():

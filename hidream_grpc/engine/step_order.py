@@ -23,9 +23,6 @@ MAX_TURNS_DEFERRED = 2 * MAX_TURNS_WAITED
 URGENT_FACTOR = 3.0
 """A request is urgent once less than so many times the time of its remaining steps is left."""
 
-StepKey = tuple[float, ...]
-"""What requests are ordered by; the smallest goes first."""
-
 
 def step_order(requests: Iterable[RunningRequest], now: float = 0.0) -> list[RunningRequest]:
     """Order requests for the next forward.
@@ -48,41 +45,48 @@ def step_order(requests: Iterable[RunningRequest], now: float = 0.0) -> list[Run
         now: on the clock of the requests' deadlines, in seconds.
     """
     requests = list(requests)
-    lines: dict[tuple[Priority, str], list[tuple[int, RunningRequest]]] = {}
+    lines: dict[tuple[Priority, str], list[tuple[float, int, RunningRequest]]] = {}
+    has_deadlines = False
     for number, request in enumerate(requests):
-        lines.setdefault(request.line, []).append((number, request))
-    oldest = longest_waiting(requests)
+        lines.setdefault(request.line, []).append((-request.turns_waited, number, request))
+        has_deadlines |= request.request.deadline is not None
+    oldest = max(requests, key=attrgetter("turns_waited"), default=None)
     # The first ones to start have seen the most forwards.
     turns_in_order = requests[0].turns_in_order if requests else 0
-    has_deadlines = any(request.request.deadline is not None for request in requests)
     known = [r.step_seconds for r in requests if r.step_seconds is not None] if has_deadlines else []
     typical_seconds = median(known) if known else 0.0
-    keyed: list[tuple[StepKey, int, RunningRequest]] = []
+    keyed = []
     for (priority, _), line in lines.items():
-        caller_waited = line[0][1].caller_turns_waited
-        line.sort(key=lambda numbered: -numbered[1].turns_waited)
-        for place, (number, request) in enumerate(line):
-            class_ = _class(request, is_oldest=request is oldest, turns_in_order=turns_in_order)
-            urgency = _urgency(request, now, typical_seconds)
-            key = class_, -priority, urgency, place, -caller_waited, -request.turns_waited
-            keyed.append((key, number, request))
+        caller_turns = -line[0][2].caller_turns_waited
+        line.sort()
+        for place, (turns, number, request) in enumerate(line):
+            is_special = request is oldest or priority is Priority.HIGH
+            class_ = _class(request, turns_in_order if request is oldest else 0) if is_special else 3
+            urgency = _urgency(request, now, typical_seconds) if has_deadlines else math.inf
+            keyed.append((class_, -priority, urgency, place, caller_turns, turns, number, request))
     keyed.sort()
-    return [request for *_, request in keyed]
+    return [entry[-1] for entry in keyed]
 
 
-def longest_waiting(requests: Iterable[RunningRequest]) -> RunningRequest | None:
-    """Find the request that has waited longest for a step, if that is for `MAX_TURNS_WAITED` or more."""
-    oldest = max(requests, key=attrgetter("turns_waited"), default=None)
-    return oldest if oldest is not None and oldest.turns_waited >= MAX_TURNS_WAITED else None
+def has_waited_longest(request: RunningRequest, requests: Iterable[RunningRequest]) -> bool:
+    """Whether it has waited for `MAX_TURNS_WAITED` or more, and none of these with steps left for more."""
+    return request.turns_waited >= MAX_TURNS_WAITED and all(
+        other.turns_waited <= request.turns_waited or other.is_denoised for other in requests
+    )
 
 
-def _class(request: RunningRequest, *, is_oldest: bool, turns_in_order: int) -> int:
-    """What comes before priorities; the smallest goes first."""
-    if is_oldest and min(request.turns_waited, turns_in_order) >= MAX_TURNS_DEFERRED:
+def _class(request: RunningRequest, turns_passed_over: int) -> int:
+    """What comes before priorities; the smallest goes first.
+
+    Args:
+        turns_passed_over: forwards in which the oldest one did not go first; 0 for all but this one.
+    """
+    turns = min(request.turns_waited, turns_passed_over)
+    if turns >= MAX_TURNS_DEFERRED:
         return 0
     if request.request.priority is Priority.HIGH and request.step_seconds is None:
         return 1
-    return 2 if is_oldest and turns_in_order >= MAX_TURNS_WAITED else 3
+    return 2 if turns >= MAX_TURNS_WAITED else 3
 
 
 def _urgency(request: RunningRequest, now: float, typical_seconds: float) -> float:
