@@ -8,6 +8,7 @@ rounds grows with the logarithm of the work, and an estimate is as coarse as wha
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,12 +30,10 @@ from hidream_grpc.jobs.store.order import claimable
 from hidream_grpc.jobs.store.step_room import MAX_CONSIDERED_JOBS, StepDemand, StepRoom
 from hidream_grpc.model.parameters import GenerationParameters, SampleSize
 
-MAX_SIMULATED_JOBS = 64
+MAX_SIMULATED_JOBS = 32
 """Number of waiting jobs that are simulated; the others follow at the pace of the later half of these."""
-MAX_EXACT_ROUNDS = 64
-"""Number of rounds after which estimates become coarse."""
-COARSENESS = 1 / 20
-"""How often a coarse round is repeated at once, as a share of all coarse forwards before it."""
+COARSENESS = 1 / 480
+"""How much more often a far round is repeated than the one before it: a share, for each simulated job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +188,8 @@ class Simulation:
 
     A rotation is the rounds in which every job that steps has its turn. While nothing begins or ends, one
     is like the other: it is repeated at once until shortly before the next end. That alone does not bound the
-    number of rounds, so late ones are repeated beyond the ends of jobs, which then have fewer steps in them.
+    number of rounds, so late ones are repeated beyond the ends of jobs, which then have fewer steps in them;
+    others start after such a rotation.
 
     Attributes:
         waiting: jobs that have not started yet.
@@ -224,7 +224,7 @@ class Simulation:
         self._rotation = _Rotation()
         self._has_room = True
         self._num_rounds = 0
-        self._num_coarse_forwards = 0
+        self._coarseness = COARSENESS * (len(running) + len(waiting))
         for work in running:
             self._start(work)
 
@@ -235,26 +235,32 @@ class Simulation:
 
     def run_round(self) -> None:
         """Do what the controller does in its next round, or in several like it."""
-        self._num_rounds += 1
-        self._start_next()
+        # Of rounds that stand for several only the whole rotation is like what the controller does.
+        if self._rotation.num_repeats == 1 or self._rotation.is_over(self._stepping):
+            self._start_next()
         forward = next_forward(
             self._stepping, self._capacity.max_step_pixels, self._capacity.step_pixels_by_size
-        )
-        self._start_decodes()
-        if forward.claim_ids:
-            self._decode(self._take_steps(forward.claim_ids))
+        ).claim_ids
+        if self._denoised:
+            self._start_decodes()
+        if forward:
+            self._decode(self._take_steps(forward))
         else:
             self._decode(min(self._decode_seconds.values(), default=0.0))
-        is_limited = (
-            self._capacity.max_running_jobs_of_caller is not None
-            or len(self._running) >= self._capacity.max_running_jobs
-        )
+        if self._denoised:
+            self._end_finished()
+
+    def _end_finished(self) -> None:
+        """End the jobs whose images are all decoded."""
         for job_id in [job_id for job_id, request in self._denoised.items() if request.is_finished]:
+            # Of a step it has made room at its last one.
+            self._has_room |= (
+                self._capacity.max_running_jobs_of_caller is not None
+                or len(self._running) >= self._capacity.max_running_jobs
+            )
             self.ends[job_id] = self.seconds
             self._num_running[self._running.pop(job_id).request.caller] -= 1
             del self._denoised[job_id]
-            # Of a step it has made room at its last one.
-            self._has_room |= is_limited
 
     def _start_next(self) -> None:
         """Start the jobs for which there is room; their prompts are encoded together."""
@@ -262,11 +268,12 @@ class Simulation:
             return
         # No other job starts before one has taken its last step or has ended.
         self._has_room = False
-        if started := self._next_to_start():
-            for work in started:
-                self.starts[work.job_id] = self.seconds
-                del self.waiting[work.job_id]
-                self._start(work)
+        started = self._next_to_start()
+        for work in started:
+            self.starts[work.job_id] = self.seconds
+            del self.waiting[work.job_id]
+            self._start(work)
+        if started:
             self.seconds += self._encode_seconds
 
     def _next_to_start(self) -> list[JobWork]:
@@ -294,7 +301,8 @@ class Simulation:
         (self._denoised if request.is_denoised else self._stepping)[work.job_id] = request
 
     def _start_decodes(self) -> None:
-        if not self._denoised:
+        num_undecoded = sum([len(request.undecoded) for request in self._denoised.values()])
+        if len(self._decode_seconds) == min(num_undecoded, self._capacity.num_ranks):
             return
         decodes = next_decodes(self._denoised, free_ranks(self._denoised, self._capacity.num_ranks))
         note_decodes(self._denoised, decodes)
@@ -309,7 +317,7 @@ class Simulation:
         Returns:
             How long the steps take.
         """
-        if self._rotation.is_over(job_ids):
+        if self._rotation.is_over(self._stepping):
             self._rotation = _Rotation(self._choose_repeats())
         max_forwards = self._rotation.num_repeats
         stepping = [self._stepping[job_id] for job_id in job_ids]
@@ -332,8 +340,7 @@ class Simulation:
             self._denoised = {
                 job_id: r for job_id, r in self._running.items() if job_id not in self._stepping
             }
-        if self._num_rounds > MAX_EXACT_ROUNDS:
-            self._num_coarse_forwards += num_forwards
+        self._num_rounds += 1
         self.seconds += step_seconds + num_forwards * self._seconds_between_steps
         return step_seconds
 
@@ -345,7 +352,8 @@ class Simulation:
             if self._decode_seconds:
                 seconds = min(self._decode_seconds.values())
                 num_repeats = min(num_repeats, int(seconds / self._rotation.step_seconds))
-        return max(num_repeats, 1 + int(COARSENESS * self._num_coarse_forwards))
+        # The next rounds on their own: more often than once where this has grown to 2.
+        return max(1, num_repeats, int(math.exp(self._coarseness * self._num_rounds - 1)))
 
     def _step_seconds(self, stepping: Sequence[RunningRequest]) -> float:
         width, height, prompt_tokens = stepping[0].size
@@ -385,9 +393,9 @@ class _Rotation:
         self._num_turns += len(job_ids)
         self.step_seconds += step_seconds
 
-    def is_over(self, next_job_ids: tuple[str, ...]) -> bool:
-        """Whether all have had their turn, since the one that has waited longest has."""
-        return next_job_ids[0] in self._job_ids
+    def is_over(self, stepping: Mapping[str, RunningRequest]) -> bool:
+        """Whether all of these have had their turn."""
+        return self._job_ids >= stepping.keys()
 
     def is_like_the_next(self, stepping: Mapping[str, RunningRequest]) -> bool:
         """Whether the same jobs are to step again, each of which has had exactly one turn."""

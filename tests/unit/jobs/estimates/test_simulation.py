@@ -15,7 +15,6 @@ from hidream_grpc.engine.requests import StepReport
 from hidream_grpc.jobs.estimates.durations import MeasuredDurations
 from hidream_grpc.jobs.estimates.simulation import (
     COARSENESS,
-    MAX_EXACT_ROUNDS,
     MAX_SIMULATED_JOBS,
     EngineCapacity,
     Estimates,
@@ -207,9 +206,10 @@ def test_the_cost_of_a_long_queue_is_bounded(monkeypatch: pytest.MonkeyPatch, ma
     work = [work_of(n, width=(512, 768, 1024)[n % 3], steps=50) for n in range(500)]
     estimate_jobs(measured(), EngineCapacity(16, max_step_pixels, 2), work[:16], work[16:])
     num_jobs = 16 + MAX_SIMULATED_JOBS
+    coarseness = COARSENESS * num_jobs
     # One in which all that step have fewer steps left is repeated less often.
-    assert num_rounds <= MAX_EXACT_ROUNDS + math.log1p(COARSENESS * 50 * num_jobs) / COARSENESS + num_jobs
-    assert num_rounds <= 200
+    assert num_rounds <= (1 + math.log1p(coarseness * 50 * num_jobs)) / coarseness + num_jobs
+    assert num_rounds <= 120
 
 
 def measured() -> MeasuredDurations:
