@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import Self
 
@@ -57,7 +58,7 @@ class EngineCapacity:
     layout: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class JobWork:
     """A job, and how much of it is done.
 
@@ -102,7 +103,7 @@ class JobWork:
         )
         return RunningRequest(request, step=self.step)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """All that `seconds_alone` depends on: a step's shape, and how many steps and images are left."""
         parameters = self.parameters
@@ -111,7 +112,7 @@ class JobWork:
         step_shape = (parameters.width, parameters.height, parameters.num_samples, parameters.prompt_tokens)
         return *step_shape, num_steps, num_images
 
-    @property
+    @cached_property
     def demand(self) -> StepDemand:
         """What it asks of the engine's steps."""
         return StepDemand.of(self.caller, self.priority, self.parameters, self.step)
@@ -206,7 +207,6 @@ class Simulation:
     ) -> None:
         self.waiting = {work.job_id: work for work in waiting}
         self._due = _due_jobs(waiting)
-        self._demands = {work.job_id: work.demand for work in waiting}
         self.seconds = 0.0
         self.starts: dict[str, float] = {}
         self.ends: dict[str, float] = {}
@@ -290,7 +290,7 @@ class Simulation:
         for number, work in enumerate(may_start):
             if number - len(started) == MAX_CONSIDERED_JOBS:
                 break
-            if room.take(self._demands[work.job_id], work.job_id in self._due):
+            if room.take(work.demand, work.job_id in self._due):
                 started.append(work)
         return started
 
