@@ -40,8 +40,13 @@ def _retry(seconds: float) -> error_details_pb2.RetryInfo:
     return error_details_pb2.RetryInfo(retry_delay=delay)
 
 
-def _quota(subject: str, error: errors.HiDreamError) -> error_details_pb2.QuotaFailure:
-    violation = error_details_pb2.QuotaFailure.Violation(subject=subject, description=str(error))
+def _quota(
+    limit: str, error: errors.HiDreamError, caller: str | None = None
+) -> error_details_pb2.QuotaFailure:
+    subject = limit if caller is None else caller
+    violation = error_details_pb2.QuotaFailure.Violation(
+        subject=subject, description=str(error), quota_id=limit
+    )
     return error_details_pb2.QuotaFailure(violations=[violation])
 
 
@@ -101,11 +106,14 @@ TABLE: dict[type[errors.HiDreamError], _Row] = {
     ),
     errors.CallerQueueFullError: _Row(
         code_pb2.RESOURCE_EXHAUSTED,
-        lambda e: [_quota(e.caller, e), _retry(e.retry_after_seconds)],
+        lambda e: [_quota("max_queued_jobs_per_caller", e, e.caller), _retry(e.retry_after_seconds)],
     ),
     errors.CallerQuotaError: _Row(
         code_pb2.RESOURCE_EXHAUSTED,
-        lambda e: [_quota(e.caller, e), _retry(e.retry_after_seconds)],
+        lambda e: [
+            _quota("max_pixel_steps_per_minute_per_caller", e, e.caller),
+            _retry(e.retry_after_seconds),
+        ],
     ),
     errors.StoreUnavailableError: _Row(code_pb2.UNAVAILABLE, lambda e: [_retry(e.retry_after_seconds)]),
     errors.StoreFullError: _Row(
@@ -117,7 +125,7 @@ TABLE: dict[type[errors.HiDreamError], _Row] = {
     ),
     errors.CallerStreamLimitError: _Row(
         code_pb2.RESOURCE_EXHAUSTED,
-        lambda e: [_quota(e.caller, e), _retry(e.retry_after_seconds)],
+        lambda e: [_quota("max_streams_per_caller", e, e.caller), _retry(e.retry_after_seconds)],
     ),
     errors.ModelNotServedError: _Row(code_pb2.FAILED_PRECONDITION, _not_served),
     errors.NotServingError: _Row(code_pb2.UNAVAILABLE, lambda e: [_retry(e.retry_after_seconds)]),

@@ -110,7 +110,7 @@ def test_a_call_that_is_refused_for_its_deadline_is_not_made_again_with_a_shorte
     server: tuple[BreakingImageGen, str], either: EitherClient
 ) -> None:
     refused = status_pb2.Status(code=code_pb2.RESOURCE_EXHAUSTED, message="too many jobs are in front")
-    violation = error_details_pb2.QuotaFailure.Violation(subject="deadline")
+    violation = error_details_pb2.QuotaFailure.Violation(subject="deadline", quota_id="deadline")
     refused.details.add().Pack(error_details_pb2.QuotaFailure(violations=[violation]))
     refused.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(nanos=10**6)))
     server[0].breaks, server[0].status = [2], refused

@@ -43,7 +43,7 @@ def test_every_code_has_the_status_of_google_rpc(code: grpc.StatusCode) -> None:
 def test_a_full_queue_says_when_to_try_again_and_what_is_full() -> None:
     status = status_pb2.Status(code=grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], message="full")
     quota = error_details_pb2.QuotaFailure()
-    quota.violations.add(subject="queue", description="3 jobs wait")
+    quota.violations.add(subject="alice", description="3 jobs wait", quota_id="max_queued_jobs_per_caller")
     for detail in (quota, error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(nanos=100_000_000))):
         status.details.add().Pack(detail)
     answer = problem_of(error_from_status(status)).response()
@@ -51,7 +51,7 @@ def test_a_full_queue_says_when_to_try_again_and_what_is_full() -> None:
     # Never too early.
     assert answer.headers["retry-after"] == "1"
     body = json.loads(bytes(answer.body))
-    assert body["violations"] == [{"field": "queue", "description": "3 jobs wait"}]
+    assert body["violations"] == [{"field": "max_queued_jobs_per_caller", "description": "3 jobs wait"}]
     assert body["retryAfterSeconds"] == 0.1
     assert len(body["details"]) == 2
 

@@ -188,7 +188,8 @@ func isTooLate(err error) bool {
 	for _, detail := range status.Convert(err).Details() {
 		if quota, isQuota := detail.(*errdetails.QuotaFailure); isQuota {
 			for _, violation := range quota.GetViolations() {
-				if violation.GetSubject() == "deadline" {
+				// A subject may be a caller of that name.
+				if violation.GetQuotaId() == "deadline" {
 					return true
 				}
 			}

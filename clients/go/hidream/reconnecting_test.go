@@ -259,7 +259,7 @@ func TestAnErrorThatAnotherCallWouldMeetAgainEndsTheWatch(t *testing.T) {
 }
 
 func TestACallThatIsRefusedForItsDeadlineIsNotMadeAgain(t *testing.T) {
-	violation := &errdetails.QuotaFailure_Violation{Subject: "deadline"}
+	violation := &errdetails.QuotaFailure_Violation{Subject: "deadline", QuotaId: "deadline"}
 	refusal, err := status.New(codes.ResourceExhausted, "too many jobs are in front").WithDetails(
 		&errdetails.QuotaFailure{Violations: []*errdetails.QuotaFailure_Violation{violation}},
 		&errdetails.RetryInfo{RetryDelay: durationpb.New(time.Millisecond)})

@@ -159,7 +159,7 @@ def _of_server(error: ServerError) -> Problem:
     if isinstance(error, InvalidArgumentError):
         violations = tuple(Violation(one.field, one.description) for one in error.violations)
     elif isinstance(error, ResourceExhaustedError):
-        violations = tuple(Violation(one.subject, one.description) for one in error.violations)
+        violations = tuple(Violation(one.limit or one.subject, one.description) for one in error.violations)
     return Problem(
         _HTTP_STATUS[error.code],
         error.message or str(error),

@@ -39,7 +39,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 _MessageT = TypeVar("_MessageT", bound=Message)
 _STATUS_DETAILS_KEY = "grpc-status-details-bin"
-_DEADLINE_SUBJECT = "deadline"
+_DEADLINE_LIMIT = "deadline"
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -53,10 +53,11 @@ class FieldViolation:
 
 @dataclass(frozen=True, slots=True)
 class QuotaViolation:
-    """One limit that was reached: what it is of, and how large it is."""
+    """One limit that was reached: what it is of, how large it is, and its name."""
 
     subject: str
     description: str
+    limit: str = ""
 
 
 class HiDreamError(Exception):
@@ -158,7 +159,8 @@ class ResourceExhaustedError(ServerError):
         super().__init__(details)
         quota = _detail(details, error_details_pb2.QuotaFailure) or error_details_pb2.QuotaFailure()
         self.violations = tuple(
-            QuotaViolation(violation.subject, violation.description) for violation in quota.violations
+            QuotaViolation(violation.subject, violation.description, violation.quota_id)
+            for violation in quota.violations
         )
 
 
@@ -301,7 +303,8 @@ def error_from_status(details: status_pb2.Status) -> ServerError:
     kind = _ERRORS.get(details.code, ServerError)
     if kind is ResourceExhaustedError and _detail(details, error_details_pb2.RetryInfo):
         quota = _detail(details, error_details_pb2.QuotaFailure) or error_details_pb2.QuotaFailure()
-        is_late = any(violation.subject == _DEADLINE_SUBJECT for violation in quota.violations)
+        # A subject may be a caller of that name.
+        is_late = any(violation.quota_id == _DEADLINE_LIMIT for violation in quota.violations)
         kind = TooBusyForDeadlineError if is_late else QueueFullError
     return kind(details)
 

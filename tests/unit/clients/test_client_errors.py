@@ -33,7 +33,11 @@ def subclasses(kind: type[Exception]) -> set[type[Exception]]:
 
 
 TOO_LATE = error_details_pb2.QuotaFailure(
-    violations=[error_details_pb2.QuotaFailure.Violation(subject="deadline", description="is in 2 s")]
+    violations=[
+        error_details_pb2.QuotaFailure.Violation(
+            subject="deadline", description="is in 2 s", quota_id="deadline"
+        )
+    ]
 )
 IN_THREE_SECONDS = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=3))
 
@@ -53,11 +57,18 @@ def test_invalid_argument_lists_every_violation() -> None:
 
 def test_a_full_queue_says_which_limit_and_when_to_try_again() -> None:
     quota = error_details_pb2.QuotaFailure()
-    quota.violations.add(subject="max_queued_jobs", description="is 8")
+    quota.violations.add(subject="max_queued_jobs", description="is 8", quota_id="max_queued_jobs")
     error = error_from_status(status_of(code_pb2.RESOURCE_EXHAUSTED, quota, IN_THREE_SECONDS))
     assert isinstance(error, errors.QueueFullError)
-    assert error.violations == (errors.QuotaViolation("max_queued_jobs", "is 8"),)
+    assert error.violations == (errors.QuotaViolation("max_queued_jobs", "is 8", "max_queued_jobs"),)
     assert error.retry_after_seconds == 3.0
+
+
+def test_a_limit_of_a_caller_whose_name_is_deadline_is_no_deadline() -> None:
+    quota = error_details_pb2.QuotaFailure()
+    quota.violations.add(subject="deadline", description="is 8", quota_id="max_queued_jobs_per_caller")
+    error = error_from_status(status_of(code_pb2.RESOURCE_EXHAUSTED, quota, IN_THREE_SECONDS))
+    assert type(error) is errors.QueueFullError
 
 
 def test_a_deadline_that_cannot_be_met_is_no_full_queue() -> None:

@@ -149,7 +149,7 @@ def test_a_reached_limit_is_named_with_the_time_to_come_back(
 ) -> None:
     found = details(to_status(EXAMPLES[error_type]))
     (violation,) = found["QuotaFailure"].violations
-    assert violation.subject == limit
+    assert violation.subject == violation.quota_id == limit
     assert limit in violation.description
     assert found["RetryInfo"].retry_delay.ToTimedelta().total_seconds() == retry_after_seconds
 
@@ -157,9 +157,9 @@ def test_a_reached_limit_is_named_with_the_time_to_come_back(
 @pytest.mark.parametrize(
     ("error_type", "limit", "retry_after_seconds"),
     [
-        (errors.CallerQueueFullError, "max_queued_jobs_per_caller is 8", 2.5),
-        (errors.CallerQuotaError, "max_pixel_steps_per_minute_per_caller, which is 1000", 12.5),
-        (errors.CallerStreamLimitError, "max_streams_per_caller is 200", 3.5),
+        (errors.CallerQueueFullError, "max_queued_jobs_per_caller", 2.5),
+        (errors.CallerQuotaError, "max_pixel_steps_per_minute_per_caller", 12.5),
+        (errors.CallerStreamLimitError, "max_streams_per_caller", 3.5),
     ],
 )
 def test_a_limit_of_the_caller_names_caller_and_limit_with_the_time_to_come_back(
@@ -167,7 +167,7 @@ def test_a_limit_of_the_caller_names_caller_and_limit_with_the_time_to_come_back
 ) -> None:
     found = details(to_status(EXAMPLES[error_type]))
     (violation,) = found["QuotaFailure"].violations
-    assert violation.subject == "alice"
+    assert (violation.subject, violation.quota_id) == ("alice", limit)
     assert limit in violation.description
     assert found["RetryInfo"].retry_delay.ToTimedelta().total_seconds() == retry_after_seconds
 

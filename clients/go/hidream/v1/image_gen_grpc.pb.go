@@ -75,6 +75,9 @@ const (
 //   - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
 //     server; its log has a line with the same id. Retry once, then report the id.
 //
+// A violation of `QuotaFailure` names the limit that was reached in its `quota_id`, as its subject too where that
+// is not the caller.
+//
 // Each RPC lists what it may answer besides.
 type ImageGenClient interface {
 	// Draws images and streams how it goes: `queued` (again whenever the position changes),
@@ -406,6 +409,9 @@ func (c *imageGenClient) GetServerInfo(ctx context.Context, in *GetServerInfoReq
 //     only, and answers for those that are there.
 //   - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
 //     server; its log has a line with the same id. Retry once, then report the id.
+//
+// A violation of `QuotaFailure` names the limit that was reached in its `quota_id`, as its subject too where that
+// is not the caller.
 //
 // Each RPC lists what it may answer besides.
 type ImageGenServer interface {

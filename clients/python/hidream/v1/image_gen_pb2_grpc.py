@@ -65,6 +65,9 @@ class ImageGenStub:
     - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
     server; its log has a line with the same id. Retry once, then report the id.
 
+    A violation of `QuotaFailure` names the limit that was reached in its `quota_id`, as its subject too where that
+    is not the caller.
+
     Each RPC lists what it may answer besides.
     """
 
@@ -167,6 +170,9 @@ class ImageGenServicer:
     only, and answers for those that are there.
     - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
     server; its log has a line with the same id. Retry once, then report the id.
+
+    A violation of `QuotaFailure` names the limit that was reached in its `quota_id`, as its subject too where that
+    is not the caller.
 
     Each RPC lists what it may answer besides.
     """
@@ -462,6 +468,9 @@ class ImageGen:
     only, and answers for those that are there.
     - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
     server; its log has a line with the same id. Retry once, then report the id.
+
+    A violation of `QuotaFailure` names the limit that was reached in its `quota_id`, as its subject too where that
+    is not the caller.
 
     Each RPC lists what it may answer besides.
     """

@@ -66,6 +66,9 @@ class ImageGenStub:
       - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
         server; its log has a line with the same id. Retry once, then report the id.
 
+    A violation of `QuotaFailure` names the limit that was reached in its `quota_id`, as its subject too where that
+    is not the caller.
+
     Each RPC lists what it may answer besides.
     """
 
@@ -257,6 +260,9 @@ class ImageGenAsyncStub(ImageGenStub):
       - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
         server; its log has a line with the same id. Retry once, then report the id.
 
+    A violation of `QuotaFailure` names the limit that was reached in its `quota_id`, as its subject too where that
+    is not the caller.
+
     Each RPC lists what it may answer besides.
     """
 
@@ -443,6 +449,9 @@ class ImageGenServicer(metaclass=_abc_1.ABCMeta):
         only, and answers for those that are there.
       - `INTERNAL` (`ErrorInfo` with reason `INTERNAL` and `error_id` in its metadata): a failure of the
         server; its log has a line with the same id. Retry once, then report the id.
+
+    A violation of `QuotaFailure` names the limit that was reached in its `quota_id`, as its subject too where that
+    is not the caller.
 
     Each RPC lists what it may answer besides.
     """
