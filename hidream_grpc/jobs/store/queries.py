@@ -13,13 +13,23 @@ from sqlalchemy.sql.dml import ReturningDelete, ReturningInsert
 
 from hidream_grpc.jobs.job import Job, JobState
 from hidream_grpc.jobs.store.rows import changed_columns, label_digest, submission_column
-from hidream_grpc.jobs.store.schema import attached_calls, identity, job_labels, jobs, replicas, turns
+from hidream_grpc.jobs.store.schema import (
+    HOLDS_ITS_REQUEST_ID,
+    WAS_TAKEN,
+    attached_calls,
+    identity,
+    job_labels,
+    jobs,
+    replicas,
+    turns,
+)
 
 _has_not_ended = jobs.c.end_time.is_(None)
 _is_held = sa.exists().where(replicas.c.replica_id == jobs.c.replica_id)
 _is_unclaimed = sa.and_(_has_not_ended, ~_is_held)
 _is_waiting = sa.and_(_is_unclaimed, jobs.c.state == JobState.QUEUED)
 _MAX_VALUES = 1000
+_MAX_NUMBER = 2**63 - 1
 
 
 def batches(values: Collection[str]) -> Iterator[list[str]]:
@@ -46,7 +56,7 @@ def by_request_ids(owner: str, request_ids: Collection[str]) -> sa.Select[Any]:
     return sa.select(jobs).where(
         jobs.c.owner == owner,
         jobs.c.request_id.in_(request_ids),
-        jobs.c.state.not_in((JobState.FAILED, JobState.CANCELLED)),
+        HOLDS_ITS_REQUEST_ID,
     )
 
 
@@ -112,31 +122,33 @@ def waiting_after(acceptance_number: int, limit: int) -> sa.Select[Any]:
     return _waiting().where(is_later).order_by(jobs.c.acceptance_number).limit(limit)
 
 
-def first_to_claim(model_fingerprint: str, max_jobs: int) -> sa.Select[Any]:
-    """Select the oldest unclaimed jobs of each caller in each priority: columns of `WaitingJob`.
+def first_to_claim(model_fingerprint: str, max_jobs: int) -> sa.CompoundSelect[Any]:
+    """Select the unclaimed jobs that were begun, and the oldest others of each caller in each priority.
 
-    To claim so many jobs no others are needed for the order, however many wait.
+    To claim so many jobs no others are needed for the order, however many wait. Columns of `WaitingJob`.
     """
-    age = (
-        sa.func.row_number()
-        .over(partition_by=(_was_begun(), jobs.c.priority, jobs.c.caller), order_by=jobs.c.acceptance_number)
-        .label("age")
+    is_of_model = _is_of_model(model_fingerprint)
+    lines = sa.select(jobs.c.priority, jobs.c.caller).where(_is_waiting, is_of_model).distinct().subquery()
+    last_number = (
+        sa.select(jobs.c.acceptance_number)
+        .where(jobs.c.priority == lines.c.priority, jobs.c.caller == lines.c.caller)
+        .where(_is_waiting, is_of_model)
+        .order_by(jobs.c.acceptance_number)
+        .offset(max_jobs - 1)
+        .limit(1)
+        .scalar_subquery()
     )
-    oldest = (
-        sa.select(*_waiting_columns(), age).where(_is_unclaimed, _is_of_model(model_fingerprint)).subquery()
-    )
-    columns = (c for c in oldest.c if c.name != "age")
-    return sa.select(*columns).where(oldest.c.age <= max_jobs)
+    ends = sa.select(lines, sa.func.coalesce(last_number, _MAX_NUMBER).label("last_number")).subquery()
+    is_of_line = sa.and_(jobs.c.priority == ends.c.priority, jobs.c.caller == ends.c.caller)
+    oldest = sa.select(*_waiting_columns()).join(ends, is_of_line).where(_is_waiting, is_of_model)
+    begun = sa.select(*_waiting_columns()).where(_is_unclaimed, is_of_model, _was_begun())
+    return sa.union_all(begun, oldest.where(jobs.c.acceptance_number <= ends.c.last_number))
 
 
 def newest_start(model_fingerprint: str) -> sa.Select[int]:
     """Select the acceptance number of the newest job of a model that any replica has taken."""
-    return (
-        sa.select(jobs.c.acceptance_number)
-        .where(jobs.c.claim_number > 0, _is_of_model(model_fingerprint))
-        .order_by(jobs.c.acceptance_number.desc())
-        .limit(1)
-    )
+    newest = sa.func.max(jobs.c.acceptance_number)
+    return sa.select(newest).where(WAS_TAKEN, _is_of_model(model_fingerprint))
 
 
 def last_turns() -> sa.Select[str, int]:

@@ -20,7 +20,10 @@ metadata = sa.MetaData(
 _HAS_ENDED = sa.text("end_time IS NOT NULL")
 _HAS_NOT_ENDED = sa.text("end_time IS NULL")
 _HAS_DEADLINE = sa.text("end_time IS NULL AND deadline_time IS NOT NULL")
-_HOLDS_ITS_REQUEST_ID = sa.text("state NOT IN ('FAILED', 'CANCELLED')")
+
+# In queries in these very words: with values of their own databases do not use the indexes.
+HOLDS_ITS_REQUEST_ID = sa.text("state NOT IN ('FAILED', 'CANCELLED')")
+WAS_TAKEN = sa.text("claim_number > 0")
 
 jobs = sa.Table(
     "jobs",
@@ -54,17 +57,32 @@ jobs = sa.Table(
         "owner",
         "request_id",
         unique=True,
-        sqlite_where=_HOLDS_ITS_REQUEST_ID,
-        postgresql_where=_HOLDS_ITS_REQUEST_ID,
+        sqlite_where=HOLDS_ITS_REQUEST_ID,
+        postgresql_where=HOLDS_ITS_REQUEST_ID,
     ),
     sa.Index("ix_jobs_owner_number", "owner", "acceptance_number"),
     sa.Index("ix_jobs_caller", "caller"),
+    # All that is asked of the whole queue: its rows, which are long, are not read.
     sa.Index(
         "ix_jobs_not_ended",
         "priority",
+        "caller",
         "acceptance_number",
+        "state",
+        "model_fingerprint",
+        "replica_id",
+        "job_id",
+        # SQLite looks into the row for a column that the condition alone names.
+        "end_time",
         sqlite_where=_HAS_NOT_ENDED,
         postgresql_where=_HAS_NOT_ENDED,
+    ),
+    sa.Index(
+        "ix_jobs_taken",
+        "model_fingerprint",
+        "acceptance_number",
+        sqlite_where=WAS_TAKEN,
+        postgresql_where=WAS_TAKEN,
     ),
     sa.Index(
         "ix_jobs_deadline_time",
