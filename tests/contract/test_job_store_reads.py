@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from hidream_grpc.jobs.job import JobState
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.support.job_stores import StoreDatabase, added, claimed, connected, joined, new_job
+from tests.support.job_stores import OWNER, StoreDatabase, added, claimed, connected, joined, new_job
 
 INSTRUCTIONS_PER_COUNT = 20
 MANY = 1500
@@ -43,11 +44,33 @@ def work(monkeypatch: pytest.MonkeyPatch) -> SqliteWork:
     return SqliteWork(monkeypatch)
 
 
+async def add_ended(store: SqlJobStore, database: StoreDatabase, num_jobs: int) -> None:
+    await added(store, *(new_job() for _ in range(num_jobs)))
+    async with connected(database) as connection:
+        await connection.execute(
+            sa.text("UPDATE jobs SET state = 'SUCCEEDED', end_time = 1, claim_number = 1")
+        )
+        await connection.commit()
+
+
 async def submit_and_claim(store: SqlJobStore, work: SqliteWork) -> int:
     work.taken()
     await added(store, new_job())
     await claimed(store, "a")
     return work.taken()
+
+
+async def test_jobs_that_have_ended_cost_nothing_where_those_that_run_are_listed(
+    sqlite_database: StoreDatabase, work: SqliteWork
+) -> None:
+    async with sqlite_database.opened() as store:
+        await add_ended(store, sqlite_database, MANY)
+        await added(store, new_job())
+        for owner in (OWNER, None):
+            work.taken()
+            page = await store.list(owner, [JobState.QUEUED, JobState.RUNNING], {}, 10, "")
+            assert len(page.jobs) == 1
+            assert work.taken() < MANY
 
 
 async def test_jobs_that_have_ended_cost_neither_a_submit_nor_a_claim_anything(
@@ -56,12 +79,7 @@ async def test_jobs_that_have_ended_cost_neither_a_submit_nor_a_claim_anything(
     async with sqlite_database.opened() as store:
         await joined(store, "a")
         alone = await submit_and_claim(store, work)
-        await added(store, *(new_job() for _ in range(MANY)))
-        async with connected(sqlite_database) as connection:
-            await connection.execute(
-                sa.text("UPDATE jobs SET state = 'SUCCEEDED', end_time = 1, claim_number = 1")
-            )
-            await connection.commit()
+        await add_ended(store, sqlite_database, MANY)
         assert await submit_and_claim(store, work) < 1.5 * alone
 
 

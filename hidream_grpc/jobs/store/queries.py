@@ -73,6 +73,11 @@ def page(
         query = query.where(jobs.c.owner == owner)
     if states:
         query = query.where(jobs.c.state.in_(states))
+    if states and not any(state.has_ended for state in states):
+        # These are few: those that have ended are not looked at.
+        others = jobs.alias()
+        going_on = sa.select(others.c.acceptance_number).where(others.c.end_time.is_(None))
+        query = query.where(jobs.c.acceptance_number.in_(going_on.where(others.c.state.in_(states))))
     for key, value in labels.items():
         carriers = sa.select(job_labels.c.job_number).where(
             job_labels.c.label_digest == label_digest(key, value)
