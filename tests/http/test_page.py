@@ -224,8 +224,8 @@ def test_a_job_is_varied_taken_into_the_form_and_deleted(open_page: Open, guarde
         expect(first.locator(".status")).to_have_text("Done")
         visitor.button(first, "Vary the seed").click()
         expect(cards).to_have_count(2)
-        expect(cards.first.locator(".facts")).to_contain_text("Steps: 1 ")
-        expect(cards.first.locator(".facts")).not_to_contain_text("Seed 7 ")
+        expect(cards.first.locator(".facts")).to_contain_text("Steps: 1 ·")
+        expect(cards.first.locator(".facts")).not_to_contain_text("Seed 7 ·")
         expect(cards.first.locator(".status")).to_have_text("Done")
 
         visitor.describe("something else", numInferenceSteps=9, seed=1)
