@@ -122,7 +122,7 @@ def next_forward(
         step_pixels_by_size: the same for forwards of these sizes, where it is less.
         now: on the clock of the requests' deadlines, in seconds.
     """
-    waiting = step_order((request for request in requests.values() if not request.is_denoised), now)
+    waiting = step_order([request for request in requests.values() if not request.is_denoised], now)
     if not waiting:
         return Forward((), is_full=False)
     size = waiting[0].size

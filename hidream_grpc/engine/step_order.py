@@ -8,7 +8,7 @@ deadline. Now and then a forward is led by what has waited longest of all: nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from statistics import median
 
@@ -24,7 +24,7 @@ URGENT_FACTOR = 3.0
 """A request is urgent once less than so many times the time of its remaining steps is left."""
 
 
-def step_order(requests: Iterable[RunningRequest], now: float = 0.0) -> list[RunningRequest]:
+def step_order(requests: Sequence[RunningRequest], now: float = 0.0) -> list[RunningRequest]:
     """Order requests for the next forward.
 
     1. The first steps of requests of HIGH priority.
@@ -44,7 +44,6 @@ def step_order(requests: Iterable[RunningRequest], now: float = 0.0) -> list[Run
         requests: those that may take a step, in the order of their start, which decides between equals.
         now: on the clock of the requests' deadlines, in seconds.
     """
-    requests = list(requests)
     lines: dict[tuple[Priority, str], list[tuple[float, int, RunningRequest]]] = {}
     has_deadlines = False
     for number, request in enumerate(requests):

@@ -87,6 +87,8 @@ class _Scaled(Generic[Key]):
 
     def get(self, key: Key, work: int) -> float:
         """Seconds for a shape; 0 while nothing is measured."""
+        if (seconds := self._known.get(key)) is not None:
+            return seconds
         if not self._known:
             self._known = {key: recent.mean_seconds for key, (_, recent) in self._measured.items()}
             self._points = sorted((work, self._known[key]) for key, (work, _) in self._measured.items())
