@@ -15,6 +15,7 @@ from hidream_grpc.engine.step_limit import StepLimit
 from hidream_grpc.engine.step_limit_file import MAX_KEYS, StepLimitFile, StepLimitKey
 from hidream_grpc.model.parameters import SampleSize
 from tests.support.counting_ranks import CountingRanks, Service
+from tests.support.live_server import wait_until
 
 MAX_PIXELS = 8 * 1024 * 1024
 LEARNT = {
@@ -156,6 +157,11 @@ async def test_the_engine_begins_with_what_the_one_before_it_has_learnt(path: Pa
     await service.run_until_ended("0", "1", "2", "3", "4", "5")
     learnt = service.step_limit.learnt
     assert learnt[SampleSize(64, 64)] > 1024 * 1024
+    # It is written beside the rounds of the engine.
+    pixels = str(learnt[SampleSize(64, 64)])
+    await asyncio.to_thread(
+        wait_until, lambda: path.exists() and pixels in path.read_text(), TIMEOUT_SECONDS, "it is kept"
+    )
     next_service = Service(CountingRanks(), learnt_path=path, max_step_pixels=MAX_PIXELS)
     next_service.submit("next", num_inference_steps=1)
     await next_service.run_until_ended("next")
