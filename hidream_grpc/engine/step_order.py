@@ -23,6 +23,9 @@ MAX_TURNS_DEFERRED = 2 * MAX_TURNS_WAITED
 URGENT_FACTOR = 3.0
 """A request is urgent once less than so many times the time of its remaining steps is left."""
 
+ORDINARY = 3
+"""The class of a request that does not go before the order of priorities."""
+
 
 def step_order(requests: Sequence[RunningRequest], now: float = 0.0) -> list[RunningRequest]:
     """Order requests for the next forward.
@@ -59,8 +62,8 @@ def step_order(requests: Sequence[RunningRequest], now: float = 0.0) -> list[Run
         caller_turns = -line[0][2].caller_turns_waited
         line.sort()
         for place, (turns, number, request) in enumerate(line):
-            is_special = request is oldest or priority is Priority.HIGH
-            class_ = _class(request, turns_in_order if request is oldest else 0) if is_special else 3
+            may_lead = request is oldest or priority is Priority.HIGH
+            class_ = _class(request, turns_in_order if request is oldest else 0) if may_lead else ORDINARY
             urgency = _urgency(request, now, typical_seconds) if has_deadlines else math.inf
             keyed.append((class_, -priority, urgency, place, caller_turns, turns, number, request))
     keyed.sort()
@@ -85,7 +88,7 @@ def _class(request: RunningRequest, turns_passed_over: int) -> int:
         return 0
     if request.request.priority is Priority.HIGH and request.step_seconds is None:
         return 1
-    return 2 if turns >= MAX_TURNS_WAITED else 3
+    return 2 if turns >= MAX_TURNS_WAITED else ORDINARY
 
 
 def _urgency(request: RunningRequest, now: float, typical_seconds: float) -> float:
