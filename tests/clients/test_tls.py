@@ -193,7 +193,8 @@ def test_new_connections_see_a_new_certificate_and_open_streams_go_on(secured: S
 
 
 def test_the_http_bridge_calls_over_mutual_tls(secured: SecuredServer) -> None:
+    num_lines = len(secured.server.log_lines)
     for tls, status in ((secured.tls(secured.alice), 200), (Tls(secured.ca.read_bytes()), 503)):
         with running_bridge(secured.address, Settings(server_tls=tls)) as bridge, bridge.client() as http:
             assert http.get("/v1/jobs").status_code == status
-    secured.server.logged_lines("ListJobs OK", f"caller={ALICE}")
+    secured.server.logged_lines("ListJobs OK", f"caller={ALICE}", after=num_lines)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hidream.v1 import image_gen_pb2, image_gen_pb2_grpc, image_pb2, server_info_pb2
 from hidream_grpc.settings import Settings
-from tests.support.live_server import LiveServer, wait_until
+from tests.support.live_server import LiveServer
 from tests.support.streams import follow, request
 
 NUM_EXAMPLES = 200
@@ -219,11 +219,12 @@ def test_the_limits_shown_are_those_of_the_settings(server: LiveServer) -> None:
 
 def test_no_line_of_the_log_holds_a_prompt(stub: image_gen_pb2_grpc.ImageGenStub, server: LiveServer) -> None:
     name = "prompt-privacy"
+    num_lines = len(server.log_lines)
     accepted = request("a zeppelin", negative_prompt="a xylophone", num_inference_steps=1, request_id=name)
     follow(stub.Generate(accepted))
     refused(stub.Generate(request("a zeppelin " * 1000)))
     refused(stub.Generate(request("a zeppelin, again", request_id=name)))
-    wait_until(lambda: "Generate ALREADY_EXISTS" in server.log, 10, "the last call is in the log")
+    assert server.logged_lines("Generate ALREADY_EXISTS", after=num_lines)
     assert "prompt-privacy" in server.log
     assert "zeppelin" not in server.log
     assert "xylophone" not in server.log

@@ -159,14 +159,7 @@ def test_a_message_of_a_stranger_is_not_even_parsed(guarded: Guarded) -> None:
 def test_a_known_token_opens_the_door_and_the_log_names_its_caller(scheme: str, guarded: Guarded) -> None:
     num_lines = len(guarded.server.log_lines)
     guarded.info((("authorization", f"{scheme} {TOKENS['bob']}"),))
-    wait_until(
-        lambda: any(
-            "GetServerInfo OK" in line and "caller=bob" in line
-            for line in guarded.server.log_lines[num_lines:]
-        ),
-        10,
-        "the access log names bob",
-    )
+    assert guarded.server.logged_lines("GetServerInfo OK", "caller=bob", after=num_lines)
 
 
 def test_health_and_reflection_need_no_token(guarded: Guarded) -> None:
@@ -429,17 +422,19 @@ def test_callers_can_see_their_limits(guarded: Guarded) -> None:
 def test_where_no_tokens_are_configured_everybody_may_call_and_limits_of_callers_are_absent(
     server: LiveServer,
 ) -> None:
+    num_lines = len(server.log_lines)
     with server.stub() as stub:
         limits = stub.GetServerInfo(image_gen_pb2.GetServerInfoRequest(), metadata=bearer(WRONG_TOKEN)).limits
     assert not limits.HasField("max_queued_jobs_per_caller")
     assert not limits.HasField("max_running_jobs_per_caller")
     assert not limits.HasField("max_pixel_steps_per_minute_per_caller")
-    wait_until(lambda: "caller=ipv4:127.0.0.1 " in server.log, 10, "the access log names the host")
+    assert server.logged_lines("GetServerInfo OK", "caller=ipv4:127.0.0.1 ", after=num_lines)
 
 
 def test_behind_a_trusted_proxy_the_caller_is_the_one_that_it_names(server: LiveServer) -> None:
+    num_lines = len(server.log_lines)
     forwarded = (("x-forwarded-for", "6.6.6.6, 203.0.113.9"),)
     with server.stub() as stub:
         stub.GetServerInfo(image_gen_pb2.GetServerInfoRequest(), metadata=forwarded)
-    (line,) = server.logged_lines("caller=ipv4:203.0.113.9 ")
+    (line,) = server.logged_lines("GetServerInfo OK", "caller=ipv4:203.0.113.9 ", after=num_lines)
     assert "peer=ipv4:127.0.0.1:" in line
