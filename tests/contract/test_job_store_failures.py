@@ -15,7 +15,7 @@ from hidream_grpc.errors import (
     StoreUnusableError,
 )
 from hidream_grpc.jobs.job import CancelReason
-from hidream_grpc.jobs.store import base as store_base
+from hidream_grpc.jobs.store import failures as store_failures
 from hidream_grpc.jobs.store import postgresql, sqlite
 from hidream_grpc.jobs.store.changes import ChangeKind
 from hidream_grpc.jobs.store.store import SqlJobStore
@@ -135,35 +135,56 @@ async def test_whatever_else_a_database_says_is_told_as_an_outage_and_heals(
         assert await told(store) is None
 
 
-@pytest.mark.parametrize("state", ["40001", "40P01", "23505"], ids=["serialization", "deadlock", "unique"])
+LOST = "PERFORM pg_terminate_backend(pg_backend_pid()); PERFORM pg_sleep(60);"
+
+
+async def fail_at_first(database: StoreDatabase, failure: str, trigger: str) -> None:
+    """Have a statement of PL/pgSQL fail the first three times that a trigger calls it."""
+    function = "CREATE FUNCTION fail_at_first() RETURNS trigger LANGUAGE plpgsql AS"
+    async with connected(database) as connection:
+        for statement in (
+            "CREATE SEQUENCE failures",
+            f"{function} $$ BEGIN IF nextval('failures') < 4 THEN {failure} END IF; RETURN NEW; END $$",
+            f"CREATE {trigger} FOR EACH ROW EXECUTE FUNCTION fail_at_first()",
+        ):
+            await connection.execute(sa.text(statement))
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        pytest.param("RAISE EXCEPTION 'undone' USING ERRCODE = '40001';", id="serialization"),
+        pytest.param("RAISE EXCEPTION 'undone' USING ERRCODE = '40P01';", id="deadlock"),
+        pytest.param("RAISE EXCEPTION 'undone' USING ERRCODE = '23505';", id="unique"),
+        pytest.param(LOST, id="lost session"),
+    ],
+)
 async def test_a_transaction_that_the_database_undid_is_made_again(
-    state: str, postgres_database: StoreDatabase
+    failure: str, postgres_database: StoreDatabase
 ) -> None:
     async with postgres_database.opened() as store:
-        async with connected(postgres_database) as connection:
-            await connection.execute(sa.text("CREATE SEQUENCE failures"))
-            await connection.execute(
-                sa.text(
-                    "CREATE FUNCTION fail_at_first() RETURNS trigger LANGUAGE plpgsql AS"
-                    " $$ BEGIN IF nextval('failures') < 4 THEN RAISE EXCEPTION 'undone'"
-                    f" USING ERRCODE = '{state}'; END IF; RETURN NEW; END $$"
-                )
-            )
-            await connection.execute(
-                sa.text(
-                    "CREATE TRIGGER fail_at_first BEFORE INSERT OR UPDATE ON jobs"
-                    " FOR EACH ROW EXECUTE FUNCTION fail_at_first()"
-                )
-            )
+        await fail_at_first(postgres_database, failure, "TRIGGER fails BEFORE INSERT OR UPDATE ON jobs")
         (job,) = await added(store, new_job())
         assert await store.get(None, job.job_id) == job
+        assert (await store.counts()).total() == 1
+
+
+async def test_a_commit_that_may_have_been_carried_out_is_not_made_again(
+    postgres_database: StoreDatabase,
+) -> None:
+    async with postgres_database.opened() as store:
+        at_commit = "CONSTRAINT TRIGGER fails AFTER INSERT ON jobs DEFERRABLE INITIALLY DEFERRED"
+        await fail_at_first(postgres_database, LOST, at_commit)
+        for _ in range(3):
+            assert isinstance(await told(store), StoreUnavailableError)
+        assert await told(store) is None
         assert (await store.counts()).total() == 1
 
 
 async def test_a_transaction_that_is_undone_again_and_again_is_told_as_an_outage(
     postgres_database: StoreDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_base, "MAX_CONFLICT_SECONDS", 0.001)
+    monkeypatch.setattr(store_failures, "MAX_CONFLICT_SECONDS", 0.001)
     async with postgres_database.opened() as store:
         async with connected(postgres_database) as connection:
             body = "$$ BEGIN RAISE EXCEPTION 'undone' USING ERRCODE = 'serialization_failure'; END $$"

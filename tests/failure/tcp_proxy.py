@@ -24,6 +24,7 @@ class TcpProxy:
     Attributes:
         port: where servers connect.
         num_connections: that were ever accepted.
+        num_messages: times that a server said something; one that waits for each answer says each at once.
     """
 
     def __init__(self, upstream: Path | tuple[str, int]) -> None:
@@ -40,6 +41,7 @@ class TcpProxy:
         self._thread.start()
         self.port = 0
         self.num_connections = 0
+        self.num_messages = 0
         self._call(self._listen)
 
     def cut(self) -> None:
@@ -129,13 +131,16 @@ class TcpProxy:
     ) -> None:
         server_writer, upstream_writer = link.writers
         async with asyncio.TaskGroup() as tasks:
-            for source, target, delay_seconds in (
-                (reader, upstream_writer, lambda: self._to_upstream_seconds),
-                (upstream_reader, server_writer, lambda: self._to_server_seconds),
+            for source, target, delay_seconds, note in (
+                (reader, upstream_writer, lambda: self._to_upstream_seconds, self._count),
+                (upstream_reader, server_writer, lambda: self._to_server_seconds, lambda: None),
             ):
                 held: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
-                tasks.create_task(_take(source, held, delay_seconds))
+                tasks.create_task(_take(source, held, delay_seconds, note))
                 tasks.create_task(self._give(held, target))
+
+    def _count(self) -> None:
+        self.num_messages += 1
 
     async def _give(self, held: asyncio.Queue[tuple[float, bytes]], target: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
@@ -171,6 +176,7 @@ async def _take(
     source: asyncio.StreamReader,
     held: asyncio.Queue[tuple[float, bytes]],
     delay_seconds: Callable[[], float],
+    note: Callable[[], None],
 ) -> None:
     data = b"begun"
     while data:
@@ -178,6 +184,7 @@ async def _take(
             data = await source.read(READ_BYTES)
         except OSError:
             data = b""
+        note()
         held.put_nowait((time.monotonic() + delay_seconds(), data))
 
 

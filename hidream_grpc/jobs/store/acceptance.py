@@ -132,10 +132,9 @@ async def _try_out(connection: AsyncConnection, replica_id: str, is_sqlite: bool
     submission = Submission(NOTHING_KNOWN, unused_id, unused_id, labels={"": ""})
     job = Job(unused_id, submission, create_time=0.0, owner=unused_id)
     await connection.execute(queries.by_request_ids(job.owner, [submission.request_id]))
-    await _insert(connection, [job])
+    (acceptance_number,) = await _insert(connection, [job])
     await _attach(connection, job, AttachedCall(unused_id, replica_id))
-    row = (await connection.execute(queries.by_job_id(None, job.job_id))).one()
-    await connection.execute(queries.claim(row.acceptance_number, replica_id))
+    await connection.execute(queries.claim(acceptance_number, replica_id))
     await connection.execute(queries.take_turn(unused_id, is_sqlite))
 
 
@@ -182,7 +181,8 @@ async def _check_limits(connection: AsyncConnection, added: Collection[Job], lim
                 )
 
 
-async def _insert(connection: AsyncConnection, added: Collection[Job]) -> None:
+async def _insert(connection: AsyncConnection, added: Collection[Job]) -> Sequence[int]:
+    """Insert jobs and their labels; return their acceptance numbers."""
     numbers = (await connection.execute(queries.add_jobs(), [new_row(job) for job in added])).scalars().all()
     labels = [
         row
@@ -191,3 +191,4 @@ async def _insert(connection: AsyncConnection, added: Collection[Job]) -> None:
     ]
     if labels:
         await connection.execute(queries.add_labels(), labels)
+    return numbers

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import random
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -17,11 +15,8 @@ from hidream_grpc.jobs.store import queries
 from hidream_grpc.jobs.store.changes import CHANNEL, Change, ChangeHub, to_text
 from hidream_grpc.jobs.store.clock import StoreClock
 from hidream_grpc.jobs.store.database import Database
-from hidream_grpc.jobs.store.failures import UNAVAILABLE_RETRY_SECONDS, TransactionConflict
+from hidream_grpc.jobs.store.failures import begun_anew
 from hidream_grpc.jobs.uninterrupted import RunningCalls
-
-MAX_CONFLICTS = 20
-MAX_CONFLICT_SECONDS = 0.05
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -39,7 +34,7 @@ def uninterrupted(
 
     async def run(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> Result:
         try:
-            result = await begin_anew(self, *args, **kwargs)
+            result = await begun_anew(lambda: method(self, *args, **kwargs))
         except (StoreUnavailableError, StoreFullError) as error:
             self.observe_call(method.__name__, error)
             raise
@@ -47,15 +42,6 @@ def uninterrupted(
         if result != ():
             self.observe_call(method.__name__, None)
         return result
-
-    async def begin_anew(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> Result:
-        for _ in range(MAX_CONFLICTS):
-            try:
-                return await method(self, *args, **kwargs)
-            except TransactionConflict:
-                # Two calls that undo each other must not begin again at the same moment.
-                await asyncio.sleep(random.uniform(0, MAX_CONFLICT_SECONDS))
-        raise StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS)
 
     @functools.wraps(method)
     async def call(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> Result:

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hidream_grpc.background import cause_of
 from hidream_grpc.errors import StoreUnavailableError, StoreUnusableError
-from hidream_grpc.jobs.store.failures import TransactionConflict, translated
+from hidream_grpc.jobs.store.failures import TransactionConflict, begun_anew, made_again_when_lost, translated
 from hidream_grpc.jobs.store.migrate import is_migrated, migrate
 from hidream_grpc.jobs.store.postgresql import (
     PostgresConnector,
@@ -53,12 +53,14 @@ class Database:
         self._files: StoreFiles | None = None
         self._connector: PostgresConnector | None = None
         if isinstance(parsed, SqliteFile):
-            self._engine = sqlite_engine(parsed.path)
+            self._engine = self._reading_engine = sqlite_engine(parsed.path)
             self._files = StoreFiles(parsed.path)
             self._name = str(parsed.path)
         else:
             self._connector = PostgresConnector(parsed)
             self._engine = postgresql_engine(self._connector)
+            # Its transactions are READ COMMITTED: of single queries they would only cost two answers more.
+            self._reading_engine = self._engine.execution_options(isolation_level="AUTOCOMMIT")
             self._name = "the job store"
         # SQLite removes its log when the last connection is closed; this one stays.
         self._first_connection: AsyncConnection | None = None
@@ -117,11 +119,12 @@ class Database:
 
     @asynccontextmanager
     async def read(self) -> AsyncGenerator[AsyncConnection]:
-        """A transaction that changes nothing."""
+        """A connection for what writes nothing; only on SQLite do all its queries see the same."""
         with translated():
             self._check_files()
-            async with self._engine.connect() as connection, connection.begin():
-                yield connection
+            async with self._reading_engine.connect() as connection, connection.begin():
+                with made_again_when_lost():
+                    yield connection
 
     @asynccontextmanager
     async def write(self) -> AsyncGenerator[AsyncConnection]:
@@ -157,17 +160,19 @@ class Database:
         """Whether a notification sent here reaches a `listening` session, which may be at another host."""
 
         async def notify(channel: str) -> None:
-            async with self.write() as connection:
+            async with self.read() as connection:
                 await connection.execute(sa.select(sa.func.pg_notify(channel, "")))
 
-        return await hears(driver, notify)
+        return await hears(driver, lambda channel: begun_anew(lambda: notify(channel)))
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncGenerator[AsyncConnection]:
         async with self._engine.connect() as connection:
             await connection.execution_options(**{IS_WRITE: True})
             async with connection.begin():
-                yield connection
+                # Not around the commit, which may have been carried out.
+                with made_again_when_lost():
+                    yield connection
 
     def _check_files(self) -> None:
         if self._files is not None:

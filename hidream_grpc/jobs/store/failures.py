@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import asyncpg
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -14,6 +17,10 @@ from hidream_grpc.errors import StoreFullError, StoreUnavailableError
 
 UNAVAILABLE_RETRY_SECONDS = 1.0
 FULL_RETRY_SECONDS = 5.0
+MAX_CONFLICTS = 20
+MAX_CONFLICT_SECONDS = 0.05
+
+T = TypeVar("T")
 
 _POSTGRESQL_DISK_FULL = "53100"
 # Serialization failure, deadlock, and a key that another transaction has inserted meanwhile.
@@ -24,7 +31,7 @@ _SQLITE_PRIMARY_CODE = 0xFF
 
 
 class TransactionConflict(Exception):  # noqa: N818  (the caller's sign to begin anew; it leaves no method)
-    """The database has undone a transaction that may succeed when it is made again."""
+    """The database has undone a transaction, which may succeed when it is made again."""
 
 
 @contextmanager
@@ -59,6 +66,39 @@ def translated() -> Iterator[None]:
     ) as error:
         # A connection that cannot be opened is not wrapped by SQLAlchemy; nor is a wait for one.
         raise StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS) from error
+
+
+@contextmanager
+def made_again_when_lost() -> Iterator[None]:
+    """Have a transaction made again whose session is lost before the commit: nothing of it lasts.
+
+    A session of the pool may have ended long before, with its host or in a pause of this process. To ask
+    each one first whether it lives would cost an answer of the database a transaction.
+
+    Raises:
+        TransactionConflict: the session is lost; those that come from the pool afterwards are new.
+    """
+    try:
+        yield
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise TransactionConflict from error
+        raise
+
+
+async def begun_anew(transact: Callable[[], Awaitable[T]]) -> T:
+    """Make a transaction, and make it again for as long as it meets conflicts.
+
+    Raises:
+        StoreUnavailableError: it met nothing else.
+    """
+    for _ in range(MAX_CONFLICTS):
+        try:
+            return await transact()
+        except TransactionConflict:
+            # Two that undo each other must not begin again at the same moment.
+            await asyncio.sleep(random.uniform(0, MAX_CONFLICT_SECONDS))
+    raise StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS)
 
 
 def has_no_free_connection(error: Exception) -> bool:

@@ -60,10 +60,12 @@ class PostgresConnector:
         """Open a session whose statements and transactions end in time."""
         driver = await self.connect()
         try:
-            # By SQL: poolers refuse both as parameters of the connection.
+            # By SQL: poolers refuse them as parameters of the connection.
             await driver.execute(
                 f"SET statement_timeout = {STATEMENT_TIMEOUT_SECONDS * 1000:.0f}; "
-                f"SET idle_in_transaction_session_timeout = {IDLE_IN_TRANSACTION_SECONDS * 1000:.0f}"
+                f"SET idle_in_transaction_session_timeout = {IDLE_IN_TRANSACTION_SECONDS * 1000:.0f}; "
+                # Not what the database or the role has as its default.
+                "SET default_transaction_isolation = 'read committed'"
             )
         except BaseException:
             driver.terminate()
@@ -116,9 +118,6 @@ def postgresql_engine(connector: PostgresConnector) -> AsyncEngine:
     engine = create_async_engine(
         "postgresql+asyncpg://",
         async_creator=connector.connect_with_settings,
-        # Not what the database or the role has as its default.
-        isolation_level="READ COMMITTED",
-        pool_pre_ping=True,
         pool_size=MAX_TRANSACTIONS,
         max_overflow=0,
         pool_timeout=STATEMENT_TIMEOUT_SECONDS,

@@ -104,6 +104,6 @@ class SqlJobStore(JobAcceptance, JobReading, JobCancellation, JobClaims, Replica
                 raise ValueError(f"payload: must be at most {MAX_PAYLOAD_BYTES} bytes, is {len(payload)}")
         changes = [Change(ChangeKind.PUBLISHED, job_id, payload) for job_id, payload in payloads]
         if not self._database.is_sqlite:
-            async with self._database.write() as connection:
+            async with self._database.read() as connection:
                 await self._notify(connection, changes)
         self._committed(changes)
