@@ -1,4 +1,4 @@
-"""What the store reads does not grow with jobs that it has nothing to do with, by SQLite's own steps."""
+"""What the store reads does not grow with jobs that it has nothing to do with, as the database counts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import sqlalchemy as sa
 
 from hidream_grpc.jobs.job import JobState
+from hidream_grpc.jobs.store import queries
 from hidream_grpc.jobs.store.store import SqlJobStore
-from tests.support.job_stores import OWNER, StoreDatabase, added, claimed, connected, joined, new_job
+from tests.support.job_stores import MODEL, OWNER, StoreDatabase, added, claimed, connected, joined, new_job
 
 INSTRUCTIONS_PER_COUNT = 20
 MANY = 1500
@@ -92,3 +93,23 @@ async def test_a_claim_looks_at_each_job_that_waits_but_reads_the_rows_of_few(
         await added(store, *(new_job() for _ in range(MANY)))
         extra = await submit_and_claim(store, work) - alone
         assert extra < 60 * MANY
+
+
+async def test_a_claim_of_jobs_that_postgresql_has_no_statistics_of_yet_looks_at_each_a_few_times(
+    postgres_database: StoreDatabase,
+) -> None:
+    async with postgres_database.opened() as store:
+        async with connected(postgres_database) as connection:
+            await connection.execute(sa.text("ALTER TABLE jobs SET (autovacuum_enabled = off)"))
+        await added(store, *(new_job() for _ in range(MANY)))
+        async with connected(postgres_database) as connection:
+            query = queries.first_to_claim(MODEL, max_jobs=16)
+            text = query.compile(connection.sync_engine, compile_kwargs={"literal_binds": True})
+            explained = await connection.execute(sa.text(f"EXPLAIN (ANALYZE, FORMAT JSON) {text}"))
+    (answer,) = explained.scalar_one()
+    assert num_rows(answer["Plan"]) < 10 * MANY
+
+
+def num_rows(node: dict[str, Any]) -> float:
+    """Rows that the nodes of a plan have handed on."""
+    return node["Actual Rows"] * node["Actual Loops"] + sum(map(num_rows, node.get("Plans", ())))

@@ -34,7 +34,7 @@ _NEW_JOB = ""
 
 KEPT_SECONDS = 0.1
 """How long estimates are used: steps can be short, and estimating anew costs milliseconds."""
-MAX_SHARE = 1 / 400
+MAX_SHARE = 1 / 600
 """Share of the time that estimating may take while nothing begins or ends. Beyond that the jobs of a long
 queue take five times as much; a short one is estimated again at once."""
 

@@ -143,7 +143,9 @@ def first_to_claim(model_fingerprint: str, max_jobs: int) -> sa.CompoundSelect[A
         .limit(1)
         .scalar_subquery()
     )
-    ends = sa.select(lines, sa.func.coalesce(last_number, _MAX_NUMBER).label("last_number")).subquery()
+    ends = sa.select(lines, sa.func.coalesce(last_number, _MAX_NUMBER).label("last_number")).cte()
+    # Without statistics, as after a burst of jobs, PostgreSQL would look for the end of a line at each row.
+    ends = ends.prefix_with("MATERIALIZED", dialect="postgresql")
     is_of_line = sa.and_(jobs.c.priority == ends.c.priority, jobs.c.caller == ends.c.caller)
     oldest = sa.select(*_waiting_columns()).join(ends, is_of_line).where(_is_waiting, is_of_model)
     begun = sa.select(*_waiting_columns()).where(_is_unclaimed, is_of_model, _was_begun())
