@@ -13,7 +13,7 @@ from hidream_grpc.errors import (
 )
 from hidream_grpc.jobs.job import CancelReason, StoredSnapshot
 from hidream_grpc.jobs.store import changes as store_changes
-from hidream_grpc.jobs.store.changes import MAX_PAYLOAD_BYTES, ROW_KINDS, Change, ChangeKind
+from hidream_grpc.jobs.store.changes import MAX_PAYLOAD_BYTES, ROW_KINDS, Change, ChangeKind, job_added
 from hidream_grpc.jobs.store.store import SqlJobStore
 from tests.support.job_stores import (
     OWNER,
@@ -45,7 +45,7 @@ async def test_a_large_batch_is_told_job_by_job_in_order(store: SqlJobStore, oth
         jobs = await added(store, *(new_job() for _ in range(300)))
         async with asyncio.timeout(20.0):
             changes = [await anext(heard) for _ in jobs]
-    assert changes == [Change(ChangeKind.ADDED, job.job_id) for job in jobs]
+    assert changes == [job_added(job) for job in jobs]
 
 
 async def test_what_is_published_reaches_every_replica_as_it_is(

@@ -108,9 +108,10 @@ class JobExecutor:
         running = self._held.get(job_id)
         return None if running is None else running.job
 
-    def notify(self) -> None:
-        """Say that a job may wait that did not before."""
-        self._wake.set()
+    def notify(self, priority: int | None = None) -> None:
+        """Say that a job may wait that did not before, and of which priority it is where that is known."""
+        if priority is None or self._room().may_run(priority):
+            self._wake.set()
 
     def notify_changed(self, job_id: str) -> None:
         """Say that a job was written. Where it ended at another replica, its caller may run another one."""
@@ -181,7 +182,7 @@ class JobExecutor:
                     self._limits.model_fingerprint,
                     MAX_CONSIDERED_JOBS,
                     self._limits.max_running_jobs_of_caller,
-                    self._room,
+                    self._new_room,
                 )
                 for job in jobs:
                     self._hold(job)
@@ -191,15 +192,18 @@ class JobExecutor:
             finally:
                 self._early_cancels.clear()
 
+    def _new_room(self) -> StepRoom:
+        self._latest_room = self._room()
+        return self._latest_room
+
     def _room(self) -> StepRoom:
         capacity = self._capacity()
-        self._latest_room = StepRoom(
+        return StepRoom(
             (running.demand for running in self._held.values()),
             self._limits.max_running_jobs,
             capacity.max_step_pixels,
             capacity.step_pixels_by_size,
         )
-        return self._latest_room
 
     async def _check_claims(self) -> None:
         """Make up for answers of the store, and for cancellations, that were lost on their way."""

@@ -74,7 +74,7 @@ class StoreFollower:
                     self.outdate(job_id)
                 # A claim takes a lock and ranks the queue: not for each image of each job.
                 if change.kind is ChangeKind.ADDED:
-                    self._executor.notify()
+                    self._executor.notify(change.priority)
                 else:
                     self._executor.notify_changed(job_id)
 

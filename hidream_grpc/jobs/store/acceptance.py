@@ -18,7 +18,7 @@ from hidream_grpc.errors import (
 from hidream_grpc.jobs.job import Job, JobState, Submission, asks_for_the_same
 from hidream_grpc.jobs.store import queries
 from hidream_grpc.jobs.store.base import StoreBase, uninterrupted
-from hidream_grpc.jobs.store.changes import Change, ChangeKind
+from hidream_grpc.jobs.store.changes import job_added
 from hidream_grpc.jobs.store.database import Database, Lock
 from hidream_grpc.jobs.store.failures import TransactionConflict
 from hidream_grpc.jobs.store.records import AttachedCall, QueueLimits
@@ -61,7 +61,7 @@ class JobAcceptance(StoreBase):
         async with self._database.write() as connection:
             accepted = await _accept(self._database, connection, new_jobs, limits, attached_call, refusal)
             pairs = zip(new_jobs, accepted, strict=True)
-            changes = [Change(ChangeKind.ADDED, new.job_id) for new, job in pairs if new.job_id == job.job_id]
+            changes = [job_added(job) for new, job in pairs if new.job_id == job.job_id]
             await self._notify(connection, changes)
         self._committed(changes)
         return accepted

@@ -52,15 +52,22 @@ class Change:
 
     Attributes:
         claim_number: the job's claim number after a change of its row.
+        priority: of a job that is new, which only another version may know; None where it is not said.
     """
 
     kind: ChangeKind
     job_id: str = ""
     payload: bytes = b""
     claim_number: int = 0
+    priority: int | None = None
 
 
 _decoder = msgspec.json.Decoder(Change)
+
+
+def job_added(job: Job) -> Change:
+    """The change that a new job waits for a replica."""
+    return Change(ChangeKind.ADDED, job.job_id, priority=job.submission.priority)
 
 
 def row_changed(job: Job) -> Change:

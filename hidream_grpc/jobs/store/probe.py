@@ -1,4 +1,4 @@
-"""Finds out whether the job store would accept a job now, from real calls and from one probe a second."""
+"""Finds out whether the job store would accept a job now, from real calls and from probes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from hidream_grpc.jobs.store.store import SqlJobStore
 
 logger = logging.getLogger(__name__)
 
-PROBE_SECONDS = 1.0
+PROBE_SECONDS = 2.0
+"""Seconds between two probes; half of it while something is in doubt."""
 _PROBE = SqlJobStore.probe.__name__
 _WATCHED = frozenset({SqlJobStore.add.__name__, SqlJobStore.claim.__name__, _PROBE})
 
@@ -56,10 +57,10 @@ class StoreProbe:
         self._refused: dict[str, int] = {}
 
     async def run(self) -> None:
-        """Probe the store once a second until cancelled."""
+        """Probe the store now and then until cancelled."""
         self._store.observe_call = self.note_call
         try:
-            await keep_doing("use the job store", self._probe, lambda: asyncio.sleep(PROBE_SECONDS))
+            await keep_doing("use the job store", self._probe, self._pause)
         finally:
             self._timer.stop()
 
@@ -89,6 +90,9 @@ class StoreProbe:
         self._timer.start()
         with contextlib.suppress(StoreFullError):
             await self._store.probe(self._replica_id(), is_in_doubt=bool(self._refused))
+
+    async def _pause(self) -> None:
+        await asyncio.sleep(PROBE_SECONDS / 2 if self._refused else PROBE_SECONDS)
 
     def _note_success(self) -> None:
         self._timer.stop()

@@ -152,7 +152,7 @@ class StepRoom:
         """
         tier, max_step_pixels = self._tiers[demand.priority], self._step_pixels(demand.size)
         starts = False
-        if self._may_run(demand.priority):
+        if self.may_run(demand.priority):
             starts = is_due or self._is_served_soon(demand, max_step_pixels)
             if starts:
                 tier.num_running += 1
@@ -161,7 +161,8 @@ class StepRoom:
         tier.serve(demand, max_step_pixels)
         return starts
 
-    def _may_run(self, priority: Priority) -> bool:
+    def may_run(self, priority: int) -> bool:
+        """Whether fewer jobs of a priority or a higher one run than may, whatever the steps have room for."""
         num_running = 0
         for other, tier in self._tiers.items():
             if other >= priority:

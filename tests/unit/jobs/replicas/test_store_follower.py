@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from hidream_grpc.background import keep_doing
+from hidream_grpc.engine.requests import Priority
 from hidream_grpc.errors import JobNotFoundError, StoreUnavailableError
 from hidream_grpc.jobs.job import CancelReason, Job, Progress, claim_sequence
 from hidream_grpc.jobs.replicas import messages, store_follower
@@ -57,15 +58,15 @@ class NotedExecutor:
 
     def __init__(self) -> None:
         self.held: dict[str, Job] = {}
-        self.num_notices = 0
+        self.noticed_priorities: list[int | None] = []
         self.cancelled: list[tuple[str, CancelReason]] = []
         self.claims: list[tuple[str, int]] = []
 
     def job(self, job_id: str) -> Job | None:
         return self.held.get(job_id)
 
-    def notify(self) -> None:
-        self.num_notices += 1
+    def notify(self, priority: int | None = None) -> None:
+        self.noticed_priorities.append(priority)
 
     def notify_changed(self, job_id: str) -> None:
         pass
@@ -267,4 +268,6 @@ async def test_a_claim_is_tried_for_jobs_that_wait_and_for_no_other_change(here:
         return (last.job_id, 0) in here.executor.claims
 
     await eventually(has_received_all)
-    assert here.executor.num_notices == len([*jobs, claims[2], last])
+    # What is given back may be of any.
+    new, given_back = [Priority.NORMAL], [None]
+    assert here.executor.noticed_priorities == [*len(jobs) * new, *given_back, *new]
