@@ -3,9 +3,10 @@
 The service runs as a process of its own (demo model, CPU, one rank of one thread) with a probe in its event
 loop. The jobs that run are the demo model's, in a rank of the lowest priority: its steps and snapshots are
 real, and it takes only what the server leaves it. The readers are a process of their own. Measured in this
-order: submits in turn to an empty queue; the server at rest, with the queue empty and full; submits to the
-full queue with all readers, now and then, and then without a pause. Prints one JSON line. CPU times are those
-of the server's process alone, whatever else the machine does.
+order: submits to an empty queue, without a pause and then now and then; the server at rest, with the queue
+empty and full; submits to the full queue with all readers, now and then, and then without a pause. The ratio
+is of submits now and then: after a pause everything takes longer, whatever waits. Prints one JSON line. CPU
+times are those of the server's process alone, whatever else the machine does.
 
     python -m scripts.bench.busy_day [--waiting 5000] [--watchers 200] [--running 16] [--submits 100]
         [--store postgresql+asyncpg://…]
@@ -258,7 +259,9 @@ def main(
         # Before, they would not start beside much other work.
         service.lower_ranks()
         caller.remove(caller.submit(submits))
-        empty = caller.submit(submits)
+        empty_burst = caller.submit(submits)
+        caller.remove(empty_burst)
+        empty = caller.submit(submits, NOW_AND_THEN_SECONDS)
         caller.remove(empty)
         cores_with_empty_queue = service.cores_at_rest(rest_seconds)
         say(f"submit to an empty queue: {_milliseconds(empty, 50)} ms; fills the queue")
@@ -289,6 +292,10 @@ def main(
         store="PostgreSQL" if store else "SQLite",
         ratio=round(_milliseconds(paced, 99) / _milliseconds(empty, 99), 2),
         empty_queue_submit_ms={"p50": _milliseconds(empty, 50), "p99": _milliseconds(empty, 99)},
+        empty_queue_burst_submit_ms={
+            "p50": _milliseconds(empty_burst, 50),
+            "p99": _milliseconds(empty_burst, 99),
+        },
         submit_ms={"p50": _milliseconds(paced, 50), "p99": _milliseconds(paced, 99)},
         burst_submit_ms={"p50": _milliseconds(burst, 50), "p99": _milliseconds(burst, 99)},
         cores_at_rest=round(cores_at_rest, 3),

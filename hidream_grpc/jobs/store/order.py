@@ -198,6 +198,8 @@ def num_before_newest(
     )
     # Its caller gives its older jobs first.
     last_in_front = next(line, -1)
+    if last_in_front == len(order) - 1:
+        return len(order)
     for number, other in enumerate(order):
         if other.was_begun:
             continue

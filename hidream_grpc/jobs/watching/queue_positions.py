@@ -6,6 +6,7 @@ The queue is read when the server starts and after an outage; from then on only 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ REFRESH_SECONDS = 1.0
 DURATIONS_SECONDS = 5.0
 """Seconds until the durations of the queue are estimated again where no job of it is followed."""
 SMALL_QUEUE = 256
-"""Jobs of a queue that is ordered again at each change: that takes less than a millisecond."""
+"""Jobs of a queue that is gone through at each change: that takes less than a millisecond."""
 MAX_SHARE = 1 / 50
 """Share of the time that ordering a larger queue may take."""
 PAGE_SIZE = 200
@@ -80,6 +81,7 @@ class QueuePositions:
         self, store: SqlJobStore, feeds: JobFeeds, estimator: JobEstimator, limits: ClaimLimits
     ) -> None:
         self.durations = QueueDurations()
+        self._durations_time = -math.inf
         self._store = store
         self._limits = limits
         self._feeds = feeds
@@ -163,7 +165,9 @@ class QueuePositions:
             if self._is_outdated and self._may_order:
                 await self._order()
         await self._publish()
-        self._estimate_durations()
+        # It goes through the whole queue.
+        if self._is_small or time.monotonic() - self._durations_time >= REFRESH_SECONDS:
+            self._estimate_durations()
 
     async def _publish(self) -> None:
         for number, job_id in enumerate(self._feeds.job_ids):
@@ -178,6 +182,7 @@ class QueuePositions:
         now = self._store.clock.now()
         oldest_seconds = max(0.0, now - min((waiting.create_time for waiting in own), default=now))
         self.durations = QueueDurations(self._estimator.last_start_seconds or 0.0, oldest_seconds)
+        self._durations_time = time.monotonic()
 
     # --- what waits -------------------------------------------------------------------------------
 
@@ -198,7 +203,7 @@ class QueuePositions:
         else:
             await self._read_all()
         self._is_complete = self._changes is not None
-        if self._is_outdated and len(self._waiting) <= SMALL_QUEUE:
+        if self._is_outdated and self._is_small:
             await self._order()
 
     async def _read_all(self) -> None:
@@ -243,15 +248,19 @@ class QueuePositions:
             self._unreadable.add(job_id)
         elif waiting.model_fingerprint == self._limits.model_fingerprint:
             # The estimator does not know the others.
-            num_unreadable = sum(job.job_id in self._unreadable for job in order[:num_before])
+            before = order[:num_before] if self._unreadable else ()
+            num_unreadable = sum(job.job_id in self._unreadable for job in before)
             self._estimator.note_newest(waiting.work, num_before - num_unreadable)
 
     # --- their order ------------------------------------------------------------------------------
 
     @property
+    def _is_small(self) -> bool:
+        return len(self._waiting) <= SMALL_QUEUE
+
+    @property
     def _may_order(self) -> bool:
-        is_small = len(self._waiting) <= SMALL_QUEUE
-        return is_small or time.monotonic() - self._order_end >= self._order_seconds / MAX_SHARE
+        return self._is_small or time.monotonic() - self._order_end >= self._order_seconds / MAX_SHARE
 
     async def _order(self) -> None:
         own_model = self._limits.model_fingerprint
