@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 import sqlalchemy as sa
 
+from hidream_grpc.background import cause_of
 from hidream_grpc.errors import (
     StoreFullError,
     StoreUnavailableError,
@@ -192,7 +193,9 @@ async def test_a_transaction_that_is_undone_again_and_again_is_told_as_an_outage
             await connection.execute(sa.text(f"{function} {body}"))
             trigger = "CREATE TRIGGER undo BEFORE INSERT OR UPDATE ON jobs EXECUTE FUNCTION undo()"
             await connection.execute(sa.text(trigger))
-        assert isinstance(await told(store), StoreUnavailableError)
+        error = await told(store)
+        assert isinstance(error, StoreUnavailableError)
+        assert cause_of(error).endswith("undone"), "the log says why"
         async with connected(postgres_database) as connection:
             await connection.execute(sa.text("DROP FUNCTION undo CASCADE"))
         assert await told(store) is None

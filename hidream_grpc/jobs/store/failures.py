@@ -92,13 +92,15 @@ async def begun_anew(transact: Callable[[], Awaitable[T]]) -> T:
     Raises:
         StoreUnavailableError: it met nothing else.
     """
+    cause: BaseException | None = None
     for _ in range(MAX_CONFLICTS):
         try:
             return await transact()
-        except TransactionConflict:
+        except TransactionConflict as conflict:
+            cause = conflict.__cause__
             # Two that undo each other must not begin again at the same moment.
             await asyncio.sleep(random.uniform(0, MAX_CONFLICT_SECONDS))
-    raise StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS)
+    raise StoreUnavailableError(UNAVAILABLE_RETRY_SECONDS) from cause
 
 
 def has_no_free_connection(error: Exception) -> bool:
