@@ -110,7 +110,8 @@ class JobExecutor:
 
     def notify(self, priority: int | None = None) -> None:
         """Say that a job may wait that did not before, and of which priority it is where that is known."""
-        if priority is None or self._room().may_run(priority):
+        # A job that has ended since this room was made has set the event itself.
+        if priority is None or self._latest_room.may_run(priority):
             self._wake.set()
 
     def notify_changed(self, job_id: str) -> None:
@@ -182,7 +183,7 @@ class JobExecutor:
                     self._limits.model_fingerprint,
                     MAX_CONSIDERED_JOBS,
                     self._limits.max_running_jobs_of_caller,
-                    self._new_room,
+                    self._room,
                 )
                 for job in jobs:
                     self._hold(job)
@@ -192,18 +193,15 @@ class JobExecutor:
             finally:
                 self._early_cancels.clear()
 
-    def _new_room(self) -> StepRoom:
-        self._latest_room = self._room()
-        return self._latest_room
-
     def _room(self) -> StepRoom:
         capacity = self._capacity()
-        return StepRoom(
+        self._latest_room = StepRoom(
             (running.demand for running in self._held.values()),
             self._limits.max_running_jobs,
             capacity.max_step_pixels,
             capacity.step_pixels_by_size,
         )
+        return self._latest_room
 
     async def _check_claims(self) -> None:
         """Make up for answers of the store, and for cancellations, that were lost on their way."""
